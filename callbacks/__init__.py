@@ -1,0 +1,1 @@
+"""Lightning callbacks: they say when; the arithmetic is in seedlora."""

@@ -1,0 +1,1 @@
+"""LightningDataModules: rows of a task, as batches for a stack of replicas."""

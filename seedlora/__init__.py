@@ -1,0 +1,1 @@
+"""SeedLoRA: LoRA replicas of one task, trained as one stack, fused into one adapter."""

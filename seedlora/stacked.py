@@ -1,0 +1,191 @@
+"""The stacked forward: several LoRA adapters of one PEFT model at once, each on its own block of rows.
+
+Shape legend: ``N`` adapters routed, ``M`` rows of the batch (``N`` equal blocks), ``T`` tokens, ``K`` input and ``D``
+output features, ``R`` the ranks of the routed adapters together.
+
+Of a PEFT layer only ``forward`` is replaced. The frozen base layer sees all rows in one product; the adapters are two
+more products with ``R`` columns::
+
+    h = (x [A_1; ...; A_N]^T) * blocks        # blocks zeroes what belongs to another adapter, and scales
+    y = base(x) + h [B_1 ... B_N]^T
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from seedlora.factors import LoRAFactors
+
+
+@dataclass
+class _Route:
+    """Who computes what in the next forward; shared by all layers of one model."""
+
+    names: tuple[str | None, ...] = ()
+    lengths: tuple[int, ...] = ()
+    dropout_keys: tuple[tuple[int, ...], ...] | None = None
+    loaded: dict[str, dict[str, LoRAFactors]] = field(default_factory=dict)
+    blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+
+class AdapterStack:
+    """Routes blocks of rows through the adapters of ``model``.
+
+    The first ``M / N`` rows of every forward go through the first name routed, the next through the second, and so on.
+    An adapter is a PEFT adapter of the model (trainable or not), one put here by :meth:`load`, or ``None`` for the
+    base model alone.
+
+    The route stays until it is changed, also through a backward that recomputes the forward (gradient checkpointing).
+
+    Args:
+        model: a PEFT model whose LoRA layers are linear, without DoRA or bias.
+
+    Raises:
+        ValueError: if a layer of another kind carries an adapter.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self._route = _Route()
+        self.layers: dict[str, LoraLayer] = {}
+        prefix = len("base_model.model.")
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            path = name[prefix:]
+            if layer.lora_embedding_A or any(layer.use_dora.values()) or any(layer.lora_bias.values()):
+                raise ValueError(
+                    f"layer {path} carries an adapter that cannot be stacked: plain LoRA on linear layers is, "
+                    "DoRA, embeddings and lora_bias are not"
+                )
+            self.layers[path] = layer
+            vars(layer).update(stack_path=path, stack_index=len(self.layers), stack_route=self._route)
+            vars(layer)["forward"] = MethodType(_stacked_forward, layer)
+
+    def route(
+        self,
+        names: Sequence[str | None],
+        *,
+        lengths: Sequence[int] = (),
+        dropout_keys: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
+        """Choose the adapters of the next forwards, one per block of rows.
+
+        Args:
+            names: one adapter per block, ``None`` for the base model.
+            lengths: tokens of each block before it was padded to the length of the stack; only dropout needs them.
+            dropout_keys: one tuple of integers per block, for example (seed, epoch, batch). The adapter's dropout is a
+                pure function of it and of the layer, so that an adapter drops the same entries whether it is trained
+                alone or in a stack, before or after a resume. ``None`` switches dropout off.
+
+        Raises:
+            KeyError: for a name that is neither in the model nor loaded.
+        """
+        for name in names:
+            if name is not None and name not in self._route.loaded and name not in self.model.peft_config:
+                known = [*self.model.peft_config, *self._route.loaded]
+                raise KeyError(f"no adapter '{name}' in this stack; there are {', '.join(known) or 'none'}")
+        self._route.names = tuple(names)
+        self._route.lengths = tuple(lengths)
+        self._route.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
+
+    def load(self, name: str, layers: Mapping[str, LoRAFactors]) -> None:
+        """Put an adapter beside the model's own, for evaluation: a fused one, for example.
+
+        It replaces a loaded adapter of the same name, takes no part in training and is in no ``state_dict``.
+
+        Args:
+            name: how :meth:`route` will call it.
+            layers: one adapter (``N = 1``) per layer path; layers left out keep the base weights.
+        """
+        self._route.loaded[name] = {
+            path: factors.to(self.layers[path].get_base_layer().weight.device) for path, factors in layers.items()
+        }
+
+    def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
+        """The current updates of PEFT adapters of the model: per layer a stack in float32, detached copies."""
+        return {
+            path: LoRAFactors.stack([_factors(layer, name) for name in names]) for path, layer in self.layers.items()
+        }
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one PEFT adapter, layer by layer: A, then B."""
+        return [module[name].weight for layer in self.layers.values() for module in (layer.lora_A, layer.lora_B)]
+
+
+def _factors(layer: LoraLayer, name: str) -> LoRAFactors:
+    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    return LoRAFactors(a.float().clone()[None], (b.float() * layer.scaling[name])[None])
+
+
+def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    route: _Route = self.stack_route
+    n, shape = len(route.names), x_MTK.shape
+    if n == 0 or shape[0] % n:
+        raise RuntimeError(f"{shape[0]} rows cannot be split into blocks for {n} routed adapters")
+    x = x_MTK.reshape(-1, shape[-1])
+    # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
+    y = self.base_layer(x, *args, **kwargs)
+    parts = [_block(self, name) for name in route.names]
+    ranks = tuple(0 if part is None else part[0].shape[0] for part in parts)
+    if not sum(ranks):
+        return y.view(*shape[:-1], -1)
+    a_RK = torch.cat([part[0] for part in parts if part is not None]).to(y.dtype)
+    b_DR = torch.cat([part[1] for part in parts if part is not None], dim=1).to(y.dtype)
+    scales = tuple(0.0 if part is None else part[2] for part in parts)
+    x = x.to(y.dtype)
+    if route.dropout_keys is not None:
+        x = _dropout(self, x.view(shape), route).view(x.shape)
+    h = torch.mm(x, a_RK.t())
+    h = (h.view(n, -1, sum(ranks)) * _blocks(route, ranks, scales, y)).view(h.shape)
+    return y.addmm_(h, b_DR.t()).view(*shape[:-1], -1)
+
+
+def _block(layer: LoraLayer, name: str | None) -> tuple[Tensor, Tensor, float] | None:
+    """A of shape (r, K), B of shape (D, r) and the scaling that one block of rows uses in this layer."""
+    if name is None:
+        return None
+    if (loaded := layer.stack_route.loaded.get(name)) is not None:
+        factors = loaded.get(layer.stack_path)
+        return None if factors is None else (factors.A[0], factors.B[0], 1.0)
+    if name not in layer.lora_A:
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def _blocks(route: _Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
+    """Shape (N, 1, R): the scaling on each block's own columns, zero elsewhere. Built once per kind of layer."""
+    key = (ranks, scales, like.device, like.dtype)
+    if key not in route.blocks:
+        rows = [torch.full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
+        route.blocks[key] = torch.block_diag(*rows).unsqueeze(1).to(like)
+    return route.blocks[key]
+
+
+def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:
+    """Inverted dropout per block, each from its own stream and over its own length."""
+    assert route.dropout_keys is not None
+    keep = torch.ones_like(x_MTK)
+    rows = x_MTK.shape[0] // len(route.names)
+    for i, (name, key) in enumerate(zip(route.names, route.dropout_keys, strict=True)):
+        p = getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0.0
+        if p:
+            generator = torch.Generator(x_MTK.device).manual_seed(_stream(*key, layer.stack_index))
+            block = keep[i * rows : (i + 1) * rows, : route.lengths[i] if route.lengths else None]
+            draw = torch.empty(block.shape, device=x_MTK.device).bernoulli_(1 - p, generator=generator)
+            block.copy_(draw.div_(1 - p))
+    return x_MTK * keep
+
+
+def _stream(*key: int) -> int:
+    """A seed of 63 bits from a tuple of integers, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
