@@ -1,1 +1,5 @@
-"""Lightning callbacks: they say when; the arithmetic is in seedlora."""
+"""Lightning callbacks and loggers: they say when; the arithmetic is in seedlora."""
+
+from callbacks.json_lines import JSONLinesLogger as JSONLinesLogger
+from callbacks.progress import EnsembleProgressBar as EnsembleProgressBar
+from callbacks.seed_ensemble import SeedEnsembleCallback as SeedEnsembleCallback

@@ -7,16 +7,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from seedlora.atomic import atomic_folder
 from seedlora.factors import LoRAFactors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -50,6 +51,8 @@ def read_adapter(path: str | Path) -> Adapter:
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, or the adapter
             is not plain LoRA on linear layers.
     """
+    from peft.utils.other import get_pattern_key
+
     path = Path(path)
     config = _read_config(path)
     tensors = _read_tensors(path / WEIGHTS_NAME)
@@ -118,6 +121,8 @@ def universal_config(layers: Mapping[str, LoRAFactors], *, base_model: str) -> L
     Raises:
         AdapterError: if the layers differ in rank.
     """
+    from peft import LoraConfig
+
     ranks = sorted({factors.rank for factors in layers.values()})
     if len(ranks) != 1:
         raise AdapterError(f"servers need one rank for all layers, got {ranks or 'no layer'}")

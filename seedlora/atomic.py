@@ -46,9 +46,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        for item in temporary.rglob("*"):
-            _fsync(item)
-        _fsync(temporary)
+        sync(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             os.replace(path, old / path.name)
@@ -59,6 +57,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder and all that is in it, to the disk."""
+    for item in path.rglob("*"):
+        _fsync(item)
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +69,36 @@ def load_config(base_model: str) -> PretrainedConfig:
 
     with _hub_errors(base_model):
         return AutoConfig.from_pretrained(resolve(base_model))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights: configuration, number of parameters, and its linear layers' shapes (D, K).
+
+    The linear layers are those of the body, by path; the head is not among them.
+    """
+
+    config: PretrainedConfig
+    parameters: int
+    linear: dict[str, tuple[int, int]]
+
+
+@cache
+def outline(base_model: str) -> Outline:
+    """What the configuration alone tells of a model; raises as :func:`load_config`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = load_config(base_model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            linear[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, Conv1D):
+            linear[name] = (layer.nf, layer.nx)
+    return Outline(config, sum(p.numel() for p in model.parameters()), linear)
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +57,7 @@ class LoRAFactors:
         """Materialise the updates. Costs ``N*D*K`` entries: for tests and small layers."""
         return self.B @ self.A
 
-    def to(self, *args: torch.device | torch.dtype | str) -> LoRAFactors:
+    def to(self, *args: Any) -> LoRAFactors:
         """Both factors on another device or in another dtype, as :meth:`torch.Tensor.to`."""
         return LoRAFactors(self.A.to(*args), self.B.to(*args))
 

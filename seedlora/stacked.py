@@ -16,14 +16,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from seedlora.factors import LoRAFactors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 
 @dataclass
@@ -54,6 +56,8 @@ class AdapterStack:
     """
 
     def __init__(self, model: PeftModel) -> None:
+        from peft.tuners.lora import LoraLayer
+
         self.model = model
         self._route = _Route()
         self.layers: dict[str, LoraLayer] = {}
@@ -116,6 +120,11 @@ class AdapterStack:
         return {
             path: LoRAFactors.stack([_factors(layer, name) for name in names]) for path, layer in self.layers.items()
         }
+
+    def stored(self, name: str) -> dict[str, LoRAFactors]:
+        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached copies."""
+        weights = {path: (layer.lora_A[name].weight, layer.lora_B[name].weight) for path, layer in self.layers.items()}
+        return {path: LoRAFactors(*(w.detach().clone()[None] for w in pair)) for path, pair in weights.items()}
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer: A, then B."""

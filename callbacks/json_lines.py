@@ -1,0 +1,70 @@
+"""A Lightning logger that writes metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from seedlora.atomic import write_text
+
+
+class JSONLinesLogger(Logger):
+    """One line per optimizer step or validation: ``{"step": 10, "train/loss_seed_42": 1.2}``.
+
+    Lines are flushed as they are written. A run that goes on from a checkpoint first drops the lines of steps that it
+    is going to repeat, see :meth:`rewind`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        """Of the run: the folder's."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """There is one file per run."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the file."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run's config.yaml holds them."""
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the lines from ``step`` on, and a line that a crash left unfinished."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["step"] < step:
+                kept.append(line + "\n")
+        write_text(self.path, "".join(kept))

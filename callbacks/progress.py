@@ -1,0 +1,49 @@
+"""The progress bar of an ensemble."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+
+
+class EnsembleProgressBar(RichProgressBar):
+    """Lightning's rich bar with the losses of the seeds under short names.
+
+    Where there is no terminal, it prints a line after each validation instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+        self._lines = Console(soft_wrap=True)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Training and fused validation losses: the seeds' validation losses are in the log."""
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        short = {name.removeprefix("train/loss_"): value for name, value in shown.items()}
+        if (fused := trainer.callback_metrics.get("val/loss_fused")) is not None:
+            short["val fused"] = fused.item()
+        return short
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line where no bar can be seen."""
+        super().on_validation_end(trainer, pl_module)
+        if (
+            self.is_enabled
+            and not self._lines.is_terminal
+            and trainer.state.fn == "fit"
+            and not trainer.sanity_checking
+        ):
+            losses = {
+                name.removeprefix("val/loss_"): value.item()
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/loss_")
+            }
+            text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            self._lines.print(f"step {trainer.global_step}: validation loss {text}", highlight=False)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}"

@@ -1,0 +1,348 @@
+"""The callback that trains several seeds as one stack and fuses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from seedlora.adapter import CONFIG_NAME, read_adapter, write_adapter
+from seedlora.atomic import sync, write_text
+from seedlora.factors import LoRAFactors
+from seedlora.fuse import fuse, fuse_folders, stack_adapters
+from seedlora.merge import MergeRule, bind, soup
+from seedlora.module import Replica, SeedLoRAModule
+from seedlora.plan import ReplicaBudget, replica_budget
+from seedlora.report import Results, results
+from seedlora.report.results import FUSED, SOUP
+
+VARY = ("both", "init", "order")
+BASE, NO_MERGE = "base", "none"
+
+
+class SeedEnsembleCallback(pl.Callback):
+    """Train one LoRA replica per seed, all in one fit, and fuse them when it ends.
+
+    Its life:
+
+    - *setup*: the module gets one replica per seed and the data module their data orders; each replica's share of the
+      trainer's epochs or steps is fixed.
+    - *every validation*: the seeds trained so far are fused as they are, and the module scores seeds and fused adapter
+      side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed.
+    - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
+      weights; the one before it is removed once it is whole.
+    - *train end*: each seed's PEFT folder is written, then the fused one, then the checkpoints are removed.
+    - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items.
+
+    The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
+    trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
+    Trainer (and the same callback); the last one fuses all.
+
+    Args:
+        seeds: one replica each.
+        merge: a method of :data:`seedlora.merge.METHODS`, any rule, or ``none`` to fuse nothing.
+        merge_options: keyword options of the method.
+        dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
+        budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble
+            costs what one seed would; ``full`` gives each seed all of it.
+        vary: what a seed decides: ``both``, ``init`` (all see the first seed's data order) or ``order`` (all start from
+            the first seed's weights and drop out what it does).
+        stack_size: seeds trained at once; default all.
+        checkpoint_every_n_steps: optimizer steps between checkpoints.
+        resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
+            :attr:`ckpt_path` to ``fit``.
+
+    Raises:
+        ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int] = (11, 42, 202),
+        *,
+        merge: str | MergeRule = "seedlora",
+        merge_options: Mapping[str, Any] | None = None,
+        dirpath: str | Path | None = None,
+        budget: str = "equal",
+        vary: str = "both",
+        stack_size: int | None = None,
+        checkpoint_every_n_steps: int = 25,
+        resume: bool = False,
+    ) -> None:
+        self.seeds = tuple(seeds)
+        if not self.seeds:
+            raise ValueError("ensemble.seeds is empty; give at least one seed, for example [11, 42, 202]")
+        if negative := [seed for seed in self.seeds if seed < 0]:
+            raise ValueError(f"ensemble.seeds must not be negative, got {negative[0]}")
+        if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            raise ValueError(f"ensemble.seeds must differ, but {repeated[0]} is given more than once")
+        if vary not in VARY:
+            raise ValueError(f"Unknown ensemble.vary '{vary}'; choose one of {', '.join(VARY)}")
+        if stack_size is not None and stack_size < 1:
+            raise ValueError(f"ensemble.stack_size must be at least 1, got {stack_size}")
+        if checkpoint_every_n_steps < 1:
+            raise ValueError(f"ensemble.checkpoint_every_n_steps must be at least 1, got {checkpoint_every_n_steps}")
+        replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
+        self.method, self.options = merge, dict(merge_options or {})
+        # Bound now, so that a wrong name or option is known before training and not after it.
+        self.rule = None if merge == NO_MERGE else bind(merge, self.options)
+        self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self.budget, self.vary, self.stack_size = budget, vary, stack_size
+        self.checkpoint_every_n_steps, self.resume = checkpoint_every_n_steps, resume
+        self.results: Results | None = None
+        self._opened = False
+        self._stack: tuple[int, ...] = ()
+        self._share = ReplicaBudget(None, None)
+
+    # The folder
+
+    def adapter_path(self, seed: int) -> Path:
+        """Where the adapter of a seed is, once it is trained."""
+        return self.dirpath / self._label(seed)
+
+    @property
+    def fused_path(self) -> Path:
+        """Where the fused adapter is, once all seeds are trained."""
+        return self.dirpath / FUSED
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The seeds that are not trained yet."""
+        return tuple(seed for seed in self.seeds if not (self.adapter_path(seed) / CONFIG_NAME).is_file())
+
+    @property
+    def next_stack(self) -> tuple[int, ...]:
+        """The seeds that the next fit trains."""
+        return self.pending[: self.stack_size]
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where the metrics of the next fit belong: one file per stack of seeds."""
+        stack = "" if len(self.next_stack) in (0, len(self.seeds)) else "-" + "-".join(map(str, self.next_stack))
+        return self.dirpath / f"metrics{stack}.jsonl"
+
+    @property
+    def ckpt_path(self) -> Path | None:
+        """The newest checkpoint of the seeds that the next fit trains."""
+        found = self._checkpoints(self.next_stack)
+        return found[-1] if found else None
+
+    # Training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give module and data module the seeds of this fit.
+
+        Raises:
+            ValueError: if the trainer, the data module or the folder do not fit the ensemble.
+        """
+        module = _ours(pl_module)
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+        if stage != "fit":
+            return
+        data = trainer.datamodule
+        if not hasattr(data, "seeds"):
+            raise ValueError(
+                "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
+                f"orders its training batches hold; got {type(data).__name__}"
+            )
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
+        self._share = self.share(trainer)
+        self.open(trainer, module, data)
+        self._stack = self.next_stack
+        if not self._stack:
+            raise ValueError(f"{self.dirpath}: all seeds are trained; call `fuse` to fuse them again")
+        module.replicas = tuple(self._replica(seed) for seed in self._stack)
+        data.seeds = tuple(replica.order_seed for replica in module.replicas)
+        module.total_steps = self.replica_steps(trainer, data)
+        module.scored = self._validated()
+
+    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
+        """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
+
+        Raises:
+            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently.
+        """
+        if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        file, settings = self.dirpath / "run.json", self._settings(trainer, module, data)
+        if not file.is_file():
+            write_text(file, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        elif not self.resume:
+            raise ValueError(
+                f"{self.dirpath} already holds a run; go on with it by --resume, or choose another --ensemble.dirpath"
+            )
+        else:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for key in sorted(set(before) | set(settings)):
+                if before.get(key) != settings.get(key):
+                    raise ValueError(
+                        f"{self.dirpath} was started with {key} = {before.get(key)!r}, now it is "
+                        f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
+                    )
+        self._opened = True
+
+    def share(self, trainer: pl.Trainer) -> ReplicaBudget:
+        """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`."""
+        return replica_budget(
+            self.budget, n=len(self.seeds), max_epochs=trainer.max_epochs, max_steps=trainer.max_steps
+        )
+
+    def replica_steps(self, trainer: pl.Trainer, data: Any) -> int:
+        """Optimizer steps of each replica under this trainer with this data module."""
+        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return self.share(trainer).total_steps(-(-batches // trainer.accumulate_grad_batches))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop when the replicas have had their steps; otherwise save a checkpoint when one is due."""
+        step = trainer.global_step
+        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._share.steps is not None and step >= self._share.steps:
+            trainer.should_stop = True
+        elif between_steps and step % self.checkpoint_every_n_steps == 0 and not trainer.is_last_batch:
+            self._save_checkpoint(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop when the replicas have had their epochs."""
+        if self._share.epochs is not None and trainer.current_epoch + 1 >= self._share.epochs:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fuse the seeds as they are now, beside those already finished."""
+        module = _ours(pl_module)
+        if FUSED not in module.scored or trainer.state.fn != "fit":
+            return
+        assert self.rule is not None
+        current = module.stack.factors([replica.name for replica in module.replicas])
+        finished = [seed for seed in self.seeds if seed not in self.pending and seed not in self._stack]
+        if finished:
+            before = stack_adapters({self._label(seed): read_adapter(self.adapter_path(seed)) for seed in finished})
+            current = {path: LoRAFactors.stack([before[path], current[path]]) for path in current}
+        module.stack.load(FUSED, fuse(current, self.rule))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the adapters of this stack and, if they are the last, fuse all."""
+        module = _ours(pl_module)
+        if trainer.fast_dev_run:
+            return
+        if trainer.is_global_zero:
+            for replica, seed in zip(module.replicas, self._stack, strict=True):
+                write_adapter(self.adapter_path(seed), module.stack.stored(replica.name), module.lora_config)
+            self.fuse()
+            for checkpoint in self._checkpoints(self._stack):
+                _remove(checkpoint)
+        trainer.strategy.barrier()
+
+    def fuse(self) -> Path | None:
+        """Fuse the seeds' folders, if all are there and a method was asked for."""
+        if self.rule is None or self.pending:
+            return None
+        folders = [self.adapter_path(seed) for seed in self.seeds]
+        return fuse_folders(folders, self.fused_path, method=self.method, options=self.options)
+
+    # Testing
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the adapters back from their folders, so that what is scored is what was written."""
+        module = _ours(pl_module)
+        seeds = {self._label(seed): read_adapter(self.adapter_path(seed)) for seed in self.seeds}
+        scored = {label: adapter.layers for label, adapter in seeds.items()}
+        if self.rule is not None and len(seeds) > 1:
+            scored[SOUP] = fuse(stack_adapters(seeds), soup)
+        if self.rule is not None and self.method != SOUP:
+            scored[FUSED] = read_adapter(self.fused_path).layers
+        for label, layers in scored.items():
+            module.stack.load(label, layers)
+        module.scored = {BASE: None, **{label: label for label in scored}}
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the adapters and write ``results.json``."""
+        module = _ours(pl_module)
+        labels = list(module.scored)
+        correct = module.test_matrix().cpu().numpy()
+        seeds = [self._label(seed) for seed in self.seeds]
+        self.results = results(correct, labels, seeds, metric="exact match, greedy")
+        if trainer.is_global_zero:
+            write_text(self.dirpath / "results.json", json.dumps(self.results.to_dict(), indent=2) + "\n")
+
+    # Inside
+
+    @staticmethod
+    def _label(seed: int) -> str:
+        return f"seed_{seed}"
+
+    def _replica(self, seed: int) -> Replica:
+        first = self.seeds[0]
+        return Replica(
+            self._label(seed),
+            init_seed=first if self.vary == "order" else seed,
+            order_seed=first if self.vary == "init" else seed,
+        )
+
+    def _validated(self) -> dict[str, str | None]:
+        scored: dict[str, str | None] = {self._label(seed): self._label(seed) for seed in self._stack}
+        return scored if self.rule is None else {**scored, FUSED: FUSED}
+
+    def _settings(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> dict[str, Any]:
+        """What decides a replica's training, as plain data; the seeds and the merge method may change."""
+        share = self.share(trainer)
+        settings = {
+            **{f"model.{key}": value for key, value in module.hparams.items()},
+            **{f"data.{key}": value for key, value in getattr(data, "hparams", {}).items()},
+            "data": type(data).__name__,
+            "ensemble.vary": self.vary,
+            "epochs per seed": share.epochs,
+            "steps per seed": share.steps,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+            "trainer.limit_train_batches": trainer.limit_train_batches,
+            "processes": trainer.world_size,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        return plain
+
+    def _checkpoint_folder(self, stack: Sequence[int]) -> Path:
+        return self.dirpath / "checkpoints" / "-".join(map(self._label, stack))
+
+    def _checkpoints(self, stack: Sequence[int]) -> list[Path]:
+        found = self._checkpoint_folder(stack).glob("step=*.ckpt")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step=")))
+
+    def _save_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Save beside, flush, rename, then remove the one before; at any moment one whole checkpoint is there."""
+        path = self._checkpoint_folder(self._stack) / f"step={trainer.global_step}.ckpt"
+        temporary = path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+            for older in self._checkpoints(self._stack)[:-1]:
+                _remove(older)
+        trainer.strategy.barrier()
+
+
+def _ours(module: pl.LightningModule) -> SeedLoRAModule:
+    if not isinstance(module, SeedLoRAModule):
+        raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
+    return module
+
+
+@rank_zero_only
+def _remove(path: Path) -> None:
+    """Remove a checkpoint: a file, or a folder under DeepSpeed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

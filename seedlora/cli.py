@@ -1,0 +1,246 @@
+"""The command line: LightningCLI without a subcommand, one run from plan to scores.
+
+``train.py`` hands over the classes, so that the library imports neither callbacks nor data modules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from seedlora.adapter import read_adapter
+from seedlora.atomic import atomic_file
+from seedlora.module import SeedLoRAModule
+from seedlora.plan import run_plan
+from seedlora.report import next_commands, results_table, verdict
+
+USAGE = """\
+Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
+
+  python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
+  python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
+  python train.py --config configs/default.yaml --model.r 16
+  python train.py --merge seedlora --resume            go on with the newest unfinished run
+"""
+SHORT = {"--merge": "--ensemble.merge", "--resume": "--ensemble.resume"}
+#: What a run of train.py sets where Lightning's own default does not suit it.
+TRAINER_DEFAULTS = {
+    "max_epochs": 3,
+    "gradient_clip_val": 1.0,
+    "val_check_interval": 0.5,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "accumulate_grad_batches")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What ``train.py`` puts together.
+
+    Args:
+        ensemble: the callback class that runs the ensemble.
+        data: the base class of data modules; ``--data NAME`` takes its subclasses.
+        default_data: the one used when none is named.
+        progress: makes the progress bar.
+        logger: makes the metrics logger from its file; it can ``rewind(step)``.
+    """
+
+    ensemble: type[pl.Callback]
+    data: type[pl.LightningDataModule]
+    default_data: str
+    progress: Callable[[], pl.Callback]
+    logger: Callable[[Path], Any]
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out; the message is one sentence for the user."""
+
+
+class _Parser(LightningArgumentParser):
+    """Our groups alone in the help, a hint for a misspelt option, and one line per error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
+            close = difflib.get_close_matches(unknown[1], self._names(), n=1)
+            message = f"unknown option --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+        raise UsageError(_one_line(message)) from ex
+
+    def format_help(self) -> str:
+        shown = [USAGE]
+        for group in self._action_groups:
+            title = str(group.title or "")
+            names = [name for action in group._group_actions for name in action.option_strings]
+            if title == "options" or not names or names[0].startswith("--trainer"):
+                continue
+            formatter = self._get_formatter()
+            formatter.start_section(title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+            shown.append(formatter.format_help())
+        trainer = ", ".join(f"--trainer.{name}" for name in TRAINER_SHOWN)
+        shown.append(
+            f"Every argument of Lightning's Trainer is an option too: {trainer}, ...\n"
+            "--config FILE reads options from YAML; --print_config shows all options with their values.\n"
+            "--data NAME chooses a data module, --data.help NAME shows its options.\n"
+        )
+        return "\n".join(shown)
+
+    def _names(self) -> list[str]:
+        return [*SHORT, *(o.lstrip("-") for action in self._actions for o in action.option_strings)]
+
+
+class SeedLoRACLI(LightningCLI):
+    """LightningCLI with the ensemble as its own group of options."""
+
+    def __init__(self, parts: Parts, args: Sequence[str]) -> None:
+        self.parts = parts
+        super().__init__(
+            SeedLoRAModule,
+            parts.data,
+            subclass_mode_data=True,
+            run=False,
+            args=list(args),
+            parser_class=_Parser,
+            save_config_callback=None,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress()]},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the ensemble and the default data."""
+        parser.add_lightning_class_args(self.parts.ensemble, "ensemble")
+        parser.set_defaults({"data": {"class_path": self.parts.default_data}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and find the run that ``--resume`` means."""
+        self.config = parser.parse_args(args)
+        ensemble = self.config.ensemble
+        if ensemble.resume and ensemble.dirpath is None:
+            unfinished = [
+                file for file in Path("runs").glob("*/run.json") if not file.with_name("results.json").is_file()
+            ]
+            if not unfinished:
+                raise UsageError("--resume found no unfinished run under runs; name one by --ensemble.dirpath")
+            ensemble.dirpath = str(max(unfinished, key=lambda file: file.stat().st_mtime).parent)
+
+    @property
+    def ensemble(self) -> Any:
+        """The callback that runs the ensemble."""
+        return self.config_init.ensemble
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
+        self.metrics = None
+        if self.config_init.trainer.logger in (None, True):
+            self.metrics = kwargs["logger"] = self.parts.logger(self.ensemble.metrics_path)
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 2 for a request that cannot be carried out, after one sentence on stderr.
+    """
+    started = time.monotonic()
+    console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
+    try:
+        cli = SeedLoRACLI(parts, _long_options(sys.argv[1:] if argv is None else argv))
+        _prepare(cli, console)
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        return 2
+    _train(cli, console)
+    _test(cli, console)
+    console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
+    return 0
+
+
+def _prepare(cli: SeedLoRACLI, console: Console) -> None:
+    """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
+    trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
+    ensemble.share(trainer)
+    with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
+        module.check()
+        data.tokenizer = module.tokenizer
+    with console.status("Reading and tokenising the data ..."):
+        data.trainer = trainer
+        data.prepare_data()
+        data.setup("fit")
+        plan = run_plan(trainer, module, data, ensemble)
+    ensemble.open(trainer, module, data)
+    if trainer.is_global_zero:
+        with atomic_file(ensemble.dirpath / "config.yaml") as file:
+            file.write_text(cli.parser.dump(cli.config, skip_none=False), encoding="utf-8")
+    console.print(plan.table())
+
+
+def _train(cli: SeedLoRACLI, console: Console) -> None:
+    """Train the seeds that are not trained yet, one stack after the other; the last one fuses all."""
+    ensemble, first = cli.ensemble, True
+    while ensemble.pending:
+        trainer = cli.trainer if first else cli.instantiate_trainer()
+        cli.trainer, first = trainer, False
+        checkpoint = ensemble.ckpt_path
+        if checkpoint is not None:
+            console.print(f"Going on from {checkpoint}")
+        if cli.metrics is not None:
+            cli.metrics.rewind(int(checkpoint.stem.removeprefix("step=")) if checkpoint else 0)
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if trainer.fast_dev_run:
+            return
+    if not ensemble.fused_path.is_dir() and first:
+        ensemble.fuse()
+
+
+def _test(cli: SeedLoRACLI, console: Console) -> None:
+    """Score base, seeds, soup and fused adapter on the same items, and say what to do with the result."""
+    ensemble = cli.ensemble
+    if cli.trainer.fast_dev_run:
+        return
+    if not cli.datamodule.rows["test"]:
+        console.print("There are no test rows, so nothing was scored.")
+    else:
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        console.print()
+        console.print(results_table(ensemble.results, method=str(ensemble.method)))
+        console.print(verdict(ensemble.results), highlight=False)
+    if ensemble.fused_path.is_dir():
+        rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())
+        commands = next_commands(base_model=cli.model.base_path, adapter=ensemble.fused_path.resolve(), rank=rank)
+        console.print("\n" + commands, highlight=False, markup=False)
+
+
+def _long_options(argv: Sequence[str]) -> list[str]:
+    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``."""
+    long = []
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in SHORT:
+            argument = SHORT[name] + equals + value
+            following = argv[i + 1] if i + 1 < len(argv) else "--"
+            if name == "--resume" and not equals and following.startswith("-"):
+                argument += "=true"
+        long.append(argument)
+    return long
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

@@ -1,0 +1,7 @@
+"""Scores and their uncertainty."""
+
+from seedlora.evaluation.statistics import Difference as Difference
+from seedlora.evaluation.statistics import Score as Score
+from seedlora.evaluation.statistics import mcnemar as mcnemar
+from seedlora.evaluation.statistics import paired_difference as paired_difference
+from seedlora.evaluation.statistics import wilson as wilson

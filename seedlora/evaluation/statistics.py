@@ -1,0 +1,78 @@
+"""Intervals and paired tests for adapters scored on the same items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+@dataclass(frozen=True)
+class Score:
+    """A proportion of ``n`` items with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference over ``n`` items with its 95 % bootstrap interval.
+
+    Args:
+        value: mean difference.
+        low: end of the interval.
+        high: end of the interval.
+        n: items.
+        p_value: of the exact McNemar test, where both sides are right or wrong on each item; else ``None``.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    p_value: float | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def wilson(correct: np.ndarray) -> Score:
+    """The share of right items.
+
+    Args:
+        correct: bool, shape (items,); at least one.
+    """
+    k, n = int(correct.sum()), len(correct)
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return Score(k / n, float(interval.low), float(interval.high), n)
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Difference:
+    """The mean of ``a - b`` over items, with a percentile bootstrap over items.
+
+    Args:
+        a: score of each item, shape (items,).
+        b: score of each item from another adapter, or the mean of several.
+        resamples: bootstrap samples.
+        seed: of the resampling; the same input gives the same interval.
+    """
+    differences = a.astype(float) - b.astype(float)
+    n = len(differences)
+    # Resampling n items with replacement only needs how often each distinct difference is drawn.
+    values, counts = np.unique(differences, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    low, high = np.quantile(draws @ values / n, [0.025, 0.975])
+    binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
+    return Difference(float(differences.mean()), float(low), float(high), n, mcnemar(a > 0, b > 0) if binary else None)
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact two-sided McNemar test: are items that only one side gets right split evenly? 1 if there are none."""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

@@ -1,0 +1,352 @@
+"""SeedLoRAModule: a frozen base model with a stack of LoRA replicas, as a LightningModule.
+
+Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens, ``S`` supervised tokens of a batch, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import CatMetric
+
+from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
+from seedlora.stacked import AdapterStack
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One adapter of the stack: its name, and what its seed decides.
+
+    Args:
+        name: of the PEFT adapter.
+        init_seed: of the initial weights and of the dropout.
+        order_seed: of the order of the data.
+    """
+
+    name: str
+    init_seed: int
+    order_seed: int
+
+
+class SeedLoRAModule(pl.LightningModule):
+    r"""A frozen causal language model and a stack of LoRA adapters, one per seed, trained at once.
+
+    The loss of replica ``n`` is the mean over the supervised tokens of its optimizer step; the losses are summed, and
+    each replica's gradient is clipped on its own norm:
+
+    .. math:: L = \sum_n \frac{1}{M_n} \sum_{t \in \text{step}} -\log p_n(t)
+
+    so that a replica learns what it would learn alone. The base model sees all replicas' rows in one product.
+
+    The base model keeps ``dtype``, the adapters are float32; the trainer's precision stays at ``32-true``.
+
+    Args:
+        base_model: ``embedded`` (SmolLM2-135M-Instruct from the package index), a local folder, or a hub id.
+        r: rank of each adapter.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: dropout on the input of the adapters; each replica has its own stream.
+        target_modules: name endings of the linear layers to adapt.
+        learning_rate: of AdamW, at the top of the schedule.
+        weight_decay: of AdamW.
+        lr_scheduler: ``cosine`` or ``linear`` (both to 0), or ``constant``, after the warm-up.
+        warmup_ratio: part of the steps in which the rate grows linearly from near 0.
+        warmup_steps: the same as a number of steps; it overrides the ratio.
+        dtype: of the base weights: ``bfloat16``, ``float32``, or ``auto`` for bfloat16 where the machine is faster
+            with it.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: for values out of range; the message names them.
+    """
+
+    #: The checkpoint holds the adapters alone.
+    strict_loading = False
+    model: PeftModel
+
+    def __init__(
+        self,
+        base_model: str = EMBEDDED,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        target_modules: Sequence[str] = PROJECTIONS,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.0,
+        lr_scheduler: str = "cosine",
+        warmup_ratio: float = 0.06,
+        warmup_steps: int | None = None,
+        dtype: str = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _require(r >= 1, f"model.r must be at least 1, got {r}")
+        _require(lora_alpha > 0, f"model.lora_alpha must be positive, got {lora_alpha}")
+        _require(0 <= lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {lora_dropout}")
+        _require(learning_rate > 0, f"model.learning_rate must be positive, got {learning_rate}")
+        _require(0 <= warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {warmup_ratio}")
+        _require(len(target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
+        for name, value, allowed in (("lr_scheduler", lr_scheduler, SCHEDULES), ("dtype", dtype, tuple(DTYPES))):
+            _require(value in allowed, f"Unknown model.{name} '{value}'; choose one of {', '.join(allowed)}")
+        target_modules = list(target_modules)
+        self.save_hyperparameters()
+        self.dtype_base = DTYPES[dtype] or fast_dtype()
+        #: The adapters of the stack; whoever runs an ensemble sets them before the module is set up.
+        self.replicas: tuple[Replica, ...] = (Replica("seed_42", 42, 42),)
+        #: Optimizer steps of the run, for the schedule; ``None`` takes the trainer's estimate.
+        self.total_steps: int | None = None
+        #: What validation and test score: label to adapter; ``None`` is the base model.
+        self.scored: dict[str, str | None] = {}
+        self.test_correct, self.test_items = CatMetric(), CatMetric()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._built: tuple[Replica, ...] = ()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer, read when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.hparams["base_model"])
+        return self._tokenizer
+
+    @property
+    def base_path(self) -> str:
+        """What to give ``from_pretrained`` for the base model of these adapters."""
+        return resolve(self.hparams["base_model"])
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """PEFT's configuration of each replica."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base_path,
+            r=self.hparams["r"],
+            lora_alpha=self.hparams["lora_alpha"],
+            lora_dropout=self.hparams["lora_dropout"],
+            target_modules=self.hparams["target_modules"],
+        )
+
+    def check(self) -> None:
+        """Everything that can be known without the weights: the model exists and has the layers to adapt.
+
+        Raises:
+            ValueError: if it has not.
+            OSError: if it cannot be read.
+        """
+        kinds = {name.rpartition(".")[2] for name in outline(self.hparams["base_model"]).linear}
+        if missing := set(self.hparams["target_modules"]) - kinds:
+            raise ValueError(
+                f"model.target_modules {', '.join(sorted(missing))}: base model '{self.hparams['base_model']}' has no "
+                f"such linear layer; it has {', '.join(sorted(kinds))}"
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the base model, once, and create the adapters of :attr:`replicas` on it.
+
+        Each adapter is initialised by PEFT under its own seed, whatever it is stacked with; the global random state is
+        left as it was. A later call with other replicas starts from fresh adapters on the same base weights.
+        """
+        if self._trainer is not None and "true" in str(self.trainer.precision) and self.trainer.precision != "32-true":
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} would keep the adapters in it too; "
+                "leave it at 32-true and set --model.dtype for the base model"
+            )
+        if self._built == self.replicas:
+            return
+        base = self.model.unload() if self._built else load_model(self.hparams["base_model"], dtype=self.dtype_base)
+        from peft import get_peft_model
+
+        with torch.random.fork_rng(devices=[]):
+            for i, replica in enumerate(self.replicas):
+                torch.manual_seed(replica.init_seed)
+                if i == 0:
+                    self.model = get_peft_model(base, self.lora_config, adapter_name=replica.name)
+                else:
+                    self.model.add_adapter(replica.name, self.lora_config)
+        self.stack = AdapterStack(self.model)
+        for replica in self.replicas:
+            for parameter in self.stack.parameters(replica.name):
+                parameter.requires_grad_(True)
+        if self.hparams["gradient_checkpointing"]:
+            self.model.enable_input_require_grads()
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._built = self.replicas
+
+    def on_fit_start(self) -> None:
+        """Models load in eval mode, which would silently switch dropout and gradient checkpointing off."""
+        self.model.train()
+
+    def forward(self, input_ids: Int[Tensor, "M T"], keep: Tensor) -> Float[Tensor, "S V"]:
+        """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
+
+        The head is the largest layer of a small model, so it only sees what is scored: a hook gathers the hidden
+        states in front of it, into one contiguous matrix, and every model family keeps its own code around the head.
+
+        Args:
+            input_ids: rows padded on the right.
+            keep: bool, shape (M, T): whose next-token logits are wanted.
+        """
+        head = self.model.get_base_model().get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep], *args[1:]))
+        try:
+            return self.model(input_ids=input_ids).logits
+        finally:
+            hook.remove()
+
+    def token_losses(
+        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"]
+    ) -> tuple[Float[Tensor, "M T"], Tensor, Tensor]:
+        """Score the labels.
+
+        Returns:
+            Per position the negative log-likelihood of its label (0 where there is none), whether the label is the
+            most likely token, and whether there is one; all of shape (M, T) and shifted by one: position ``t`` predicts
+            the label of ``t + 1``.
+        """
+        targets = labels.roll(-1, dims=1)
+        keep = targets != IGNORED
+        keep[:, -1] = False
+        logits = self(input_ids, keep)
+        losses = cross_entropy(logits.float(), targets[keep], reduction="none")
+        right = logits.argmax(-1) == targets[keep]
+        return (
+            losses.new_zeros(keep.shape).masked_scatter(keep, losses),
+            torch.ones_like(keep).masked_scatter(keep, right),
+            keep,
+        )
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The sum of the replicas' losses over one micro-batch (N, b, T), normalised over the optimizer step."""
+        n = len(self.replicas)
+        keys = None
+        if self.hparams["lora_dropout"]:
+            where = (self.current_epoch, batch_idx, self.global_rank)
+            keys = [(replica.init_seed, *where) for replica in self.replicas]
+        self.stack.route([replica.name for replica in self.replicas], lengths=batch["lengths"], dropout_keys=keys)
+        losses, _, keep = self.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
+        sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
+        means = (sums.detach() / tokens).unbind()
+        named = {f"train/loss_{r.name}": mean for r, mean in zip(self.replicas, means, strict=True)}
+        self.log_dict(named, prog_bar=True)
+        # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return (sums / batch["num_items"]).sum() * scale
+
+    def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
+        """Every adapter of :attr:`scored` on the same rows, in one pass over the base model.
+
+        Returns:
+            Per adapter and row: the summed loss, whether greedy decoding would give the response exactly, and the
+            number of supervised tokens. The second needs no generation: greedy decoding gives the response if and only
+            if each of its tokens, the end token included, is the most likely one after the true tokens before it.
+        """
+        n = len(self.scored)
+        self.stack.route(list(self.scored.values()))
+        losses, right, keep = self.token_losses(batch["input_ids"].repeat(n, 1), batch["labels"].repeat(n, 1))
+        return losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Log loss per token and exact match of every adapter scored."""
+        losses, correct, tokens = self.score(batch)
+        for label, loss, match, count in zip(self.scored, losses, correct, tokens, strict=True):
+            weight = int(count.sum())
+            self.log(f"val/loss_{label}", loss.sum() / weight, batch_size=weight, sync_dist=True)
+            self.log(f"val/match_{label}", match.float().mean(), batch_size=len(match), sync_dist=True)
+
+    def on_test_start(self) -> None:
+        """Forget an earlier test."""
+        self.test_correct.reset()
+        self.test_items.reset()
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Collect, per item, which adapters answer it exactly."""
+        _, correct, _ = self.score(batch)
+        self.test_correct.update(correct.T.float())
+        self.test_items.update(batch["items"])
+
+    def test_matrix(self) -> Tensor:
+        """After a test: bool, shape (items, adapters scored), in the order of the items, from all ranks."""
+        items, correct = self.test_items.compute().long(), self.test_correct.compute()
+        return correct.view(-1, len(self.scored))[items.view(-1).argsort()] > 0
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
+        parameters = [p for replica in self.replicas for p in self.stack.parameters(replica.name)]
+        hparams = self.hparams
+        optimizer = torch.optim.AdamW(
+            parameters, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
+        )
+        total = self.total_steps or int(self.trainer.estimated_stepping_batches)
+        warmup = hparams["warmup_steps"]
+        warmup = math.ceil(hparams["warmup_ratio"] * total) if warmup is None else warmup
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, hparams["lr_scheduler"], warmup=warmup, total=total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each replica on its own gradient norm: a norm over all would couple them."""
+        if not gradient_clip_val:
+            return
+        for replica in self.replicas:
+            parameters = self.stack.parameters(replica.name)
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters, leave the base model out."""
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint has every weight in training: the lenient loading would not say.
+
+        Raises:
+            ValueError: naming a missing or foreign weight.
+        """
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if odd := sorted(names ^ set(checkpoint["state_dict"])):
+            where = "the model" if odd[0] in names else "the checkpoint"
+            raise ValueError(f"the checkpoint does not belong to this run: only {where} has '{odd[0]}'")
+
+
+def learning_rate_factor(step: int, schedule: str, *, warmup: int, total: int) -> float:
+    r"""The factor on the learning rate in optimizer step ``step`` (from 0).
+
+    :math:`(step + 1) / warmup` during the warm-up; then, with progress p from 0 to 1 over the rest,
+    :math:`(1 + \cos \pi p) / 2`, :math:`1 - p` or 1.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,240 @@
+"""The plan of a run, before it starts: who trains how long, and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from rich.table import Table
+
+from seedlora.base_model import outline
+
+if TYPE_CHECKING:
+    from seedlora.module import SeedLoRAModule
+
+BUDGETS = ("equal", "full")
+
+
+@dataclass(frozen=True)
+class ReplicaBudget:
+    """How long each replica trains: whole epochs, or optimizer steps, whichever ends first; ``None`` is no limit."""
+
+    epochs: int | None
+    steps: int | None
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of a replica, given those of an epoch."""
+        limits = [] if self.steps is None else [self.steps]
+        if self.epochs is not None:
+            limits.append(self.epochs * steps_per_epoch)
+        return min(limits)
+
+
+def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: int) -> ReplicaBudget:
+    """Divide the trainer's ``max_epochs`` and ``max_steps`` among ``n`` replicas, or give each all of it.
+
+    Args:
+        budget: ``equal`` divides by ``n``, so that the ensemble costs what one seed would; ``full`` does not.
+        n: number of seeds of the ensemble.
+        max_epochs: of the trainer; ``None`` or -1 is no limit.
+        max_steps: of the trainer; -1 is no limit.
+
+    Raises:
+        ValueError: for an unknown budget, no limit at all, or a limit that ``n`` does not divide.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"Unknown ensemble.budget '{budget}'; choose one of {', '.join(BUDGETS)}")
+    limits = {
+        "max_epochs": None if max_epochs in (None, -1) else max_epochs,
+        "max_steps": None if max_steps == -1 else max_steps,
+    }
+    if all(limit is None for limit in limits.values()):
+        raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+    if budget == "equal":
+        for name, limit in limits.items():
+            if limit is not None and (limit % n or limit == 0):
+                raise ValueError(
+                    f"ensemble.budget equal shares trainer.{name} {limit} among {n} seeds, which does not divide "
+                    f"evenly; set --trainer.{name} to a multiple of {n}, or --ensemble.budget full to give each seed "
+                    f"all {limit}"
+                )
+        limits = {name: None if limit is None else limit // n for name, limit in limits.items()}
+    return ReplicaBudget(limits["max_epochs"], limits["max_steps"])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes by part."""
+
+    base: int
+    adapters: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.base + self.adapters + self.optimizer + self.activations
+
+
+def memory_estimate(
+    *,
+    base_parameters: int,
+    base_bytes: int,
+    trainable: int,
+    tokens: int,
+    supervised: int,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    vocabulary: int,
+) -> Memory:
+    """Bytes that a training step needs, beside Python and its libraries.
+
+    ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
+    for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
+    ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32;
+    and for each supervised token the logits in the model's dtype, in float32, and their gradient in both.
+
+    Args:
+        base_parameters: of the frozen model.
+        base_bytes: per weight of it.
+        trainable: adapter parameters of the replicas trained at once.
+        tokens: of one forward, padding included.
+        supervised: of these, scored.
+        layers: of the base model.
+        hidden: size of a hidden state.
+        intermediate: size inside the feed-forward block.
+        vocabulary: size of it.
+    """
+    per_token = layers * (base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden)
+    return Memory(
+        base=base_parameters * base_bytes,
+        adapters=8 * trainable,
+        optimizer=8 * trainable,
+        activations=tokens * per_token + supervised * vocabulary * 2 * (base_bytes + 4),
+    )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be trained.
+
+    Args:
+        seeds: of the replicas.
+        passes: how many stacks they are trained in, one after the other.
+        budget: ``equal`` or ``full``.
+        replica: how long each replica trains.
+        steps: optimizer steps of each replica.
+        batch: rows of each replica in an optimizer step.
+        rows: training rows.
+        tokens: that each replica sees in training.
+        supervised: of these, scored.
+        trainable: parameters of one replica.
+        base_parameters: of the frozen model.
+        memory: estimate for one stack.
+        model: its name.
+        data: its name, with validation and test rows.
+        merge: the method.
+        dtype: of the base weights.
+    """
+
+    seeds: Sequence[int]
+    passes: int
+    budget: str
+    replica: ReplicaBudget
+    steps: int
+    batch: int
+    rows: int
+    tokens: int
+    supervised: int
+    trainable: int
+    base_parameters: int
+    memory: Memory
+    model: str
+    data: str
+    merge: str
+    dtype: str
+
+    def table(self) -> Table:
+        """The plan as a table for the terminal."""
+        table = Table(title="The run", title_justify="left", show_header=False)
+        n = len(self.seeds)
+        epochs = "" if self.replica.epochs is None else f"{self.replica.epochs} epoch(s) of {self.rows:,} rows, "
+        stacks = "one stack" if self.passes == 1 else f"{self.passes} passes"
+        memory = self.memory
+        rows = {
+            "base model": f"{self.model}, {self.base_parameters / 1e6:,.1f} M parameters, {self.dtype}, frozen",
+            "data": self.data,
+            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}",
+            "budget": f"{self.budget}: each seed {epochs}{self.steps:,} steps of {self.batch} rows",
+            "tokens": f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all",
+            "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
+            "memory": (
+                f"about {_gib(memory.total)}: base {_gib(memory.base)}, adapters {_gib(memory.adapters)}, "
+                f"optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}; "
+                "beside Python and its libraries"
+            ),
+            "merge": self.merge,
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+
+def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: Any) -> RunPlan:
+    """The plan of a run from its parts, without loading the base model's weights.
+
+    Args:
+        trainer: its limits and accumulation count.
+        module: the model to train.
+        data: a data module that is set up, with ``rows`` and ``batch_size``.
+        ensemble: the callback: seeds, budget, stack size and method.
+    """
+    n, hparams = len(ensemble.seeds), module.hparams
+    share = ensemble.share(trainer)
+    loader = data.train_dataloader()
+    steps = ensemble.replica_steps(trainer, data)
+    rows, sampler = data.rows["train"], loader.sampler
+    seen = steps * sampler.rows_per_step
+    model = outline(hparams["base_model"])
+    config, targets = model.config, hparams["target_modules"]
+    adapted = [shape for name, shape in model.linear.items() if name.rpartition(".")[2] in targets]
+    trainable = sum(hparams["r"] * (d + k) for d, k in adapted)
+    stack = min(n, ensemble.stack_size or n)
+    tokens = stack * data.batch_size * int(rows.lengths.max())
+    return RunPlan(
+        seeds=ensemble.seeds,
+        passes=math.ceil(n / stack),
+        budget=ensemble.budget,
+        replica=share,
+        steps=steps,
+        batch=sampler.rows_per_step,
+        rows=len(rows),
+        tokens=int(seen * rows.lengths.mean()),
+        supervised=int(seen * rows.num_items.mean()),
+        trainable=trainable,
+        base_parameters=model.parameters,
+        memory=memory_estimate(
+            base_parameters=model.parameters,
+            base_bytes=module.dtype_base.itemsize,
+            trainable=stack * trainable,
+            tokens=tokens,
+            supervised=int(stack * data.batch_size * rows.num_items.mean()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+        ),
+        model=hparams["base_model"],
+        data=f"{type(data).__name__}: " + ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items()),
+        merge=str(ensemble.method),
+        dtype=str(module.dtype_base).removeprefix("torch."),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

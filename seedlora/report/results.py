@@ -1,0 +1,67 @@
+"""The scores of a run and the comparisons between them, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from seedlora.evaluation import Difference, Score, paired_difference, wilson
+
+MEAN_SEED, SOUP, FUSED = "mean seed", "soup", "fused"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores on one test set, the same items for all.
+
+    Args:
+        metric: what is scored.
+        scores: by label.
+        mean_seed: mean score of the seeds.
+        seed_spread: standard deviation of the seeds' scores (n - 1); ``None`` for one seed.
+        differences: label to what it is compared with (``mean seed``, ``soup``) to the paired difference.
+    """
+
+    metric: str
+    scores: dict[str, Score]
+    mean_seed: float
+    seed_spread: float | None
+    differences: dict[str, dict[str, Difference]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def results(correct: np.ndarray, labels: Sequence[str], seeds: Sequence[str], *, metric: str) -> Results:
+    """Score all adapters and compare the merged ones with the mean seed and with soup.
+
+    Args:
+        correct: bool, shape (items, labels).
+        labels: names of the columns.
+        seeds: those that are single seeds.
+        metric: what was scored.
+    """
+    columns = dict(zip(labels, correct.T, strict=True))
+    mean_seed = np.mean([columns[seed] for seed in seeds], axis=0)
+    seed_scores = [columns[seed].mean() for seed in seeds]
+    references = {MEAN_SEED: mean_seed} | ({SOUP: columns[SOUP]} if SOUP in columns else {})
+    differences = {
+        label: {
+            name: paired_difference(columns[label], reference)
+            for name, reference in references.items()
+            if name != label
+        }
+        for label in labels
+        if label in (SOUP, FUSED)
+    }
+    return Results(
+        metric=metric,
+        scores={label: wilson(column) for label, column in columns.items()},
+        mean_seed=float(np.mean(seed_scores)),
+        seed_spread=float(np.std(seed_scores, ddof=1)) if len(seeds) > 1 else None,
+        differences=differences,
+    )

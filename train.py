@@ -1,0 +1,18 @@
+"""Train LoRA replicas of one task with different seeds, and fuse them: ``python train.py --merge seedlora``."""
+
+import sys
+
+from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback
+from datamodules import InstructionDataModule
+from seedlora.cli import Parts, main
+
+PARTS = Parts(
+    ensemble=SeedEnsembleCallback,
+    data=InstructionDataModule,
+    default_data="datamodules.ReasoningGym",
+    progress=EnsembleProgressBar,
+    logger=JSONLinesLogger,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(PARTS))
