@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,9 +15,6 @@ from torch.utils.data import DataLoader
 from datamodules.prompts import render
 from datamodules.rows import EvalRows, Example, ReplicaRows, TokenRows, tokenise
 from datamodules.sampler import ReplicaLoader, ReplicaSampler
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "val", "test")
 
@@ -53,7 +50,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.style = max_length, style
         self.seeds: tuple[int, ...] = (42,)
-        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.tokenizer: Any = None
         self.texts: dict[str, list[Example]] = {}
         self.rows: dict[str, TokenRows] = {}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,10 +20,8 @@ from torchmetrics import CatMetric
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
 
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
-
+# peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
+# importing both would cost every --help seconds.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,7 +76,7 @@ class SeedLoRAModule(pl.LightningModule):
 
     #: The checkpoint holds the adapters alone.
     strict_loading = False
-    model: PeftModel
+    model: Any
 
     def __init__(
         self,
@@ -115,11 +113,11 @@ class SeedLoRAModule(pl.LightningModule):
         #: What validation and test score: label to adapter; ``None`` is the base model.
         self.scored: dict[str, str | None] = {}
         self.test_correct, self.test_items = CatMetric(), CatMetric()
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer: Any = None
         self._built: tuple[Replica, ...] = ()
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Any:
         """The base model's tokenizer, read when first asked for."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.hparams["base_model"])
@@ -131,7 +129,7 @@ class SeedLoRAModule(pl.LightningModule):
         return resolve(self.hparams["base_model"])
 
     @property
-    def lora_config(self) -> LoraConfig:
+    def lora_config(self) -> Any:
         """PEFT's configuration of each replica."""
         from peft import LoraConfig
 
