@@ -1,0 +1,76 @@
+"""A tiny Llama and a tiny tokenizer, made on the spot: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# One thread: the tensors are tiny, and the same number of threads gives the same bits everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from datamodules import ReasoningGym
+from seedlora.module import Replica, SeedLoRAModule
+
+torch.set_num_threads(1)
+
+EOS = "<eos>"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random Llama of two layers with a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_llama(folder, seed=0)
+    return str(folder)
+
+
+def save_tiny_llama(folder: Path, *, seed: int) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([EOS, *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def make_module(base_model: str, **options: object) -> SeedLoRAModule:
+    return SeedLoRAModule(base_model, **{"dtype": "float32", "r": 4, "lora_alpha": 12, **options})
+
+
+def make_data(**options: object) -> ReasoningGym:
+    small = {"num_train": 24, "num_val": 8, "num_test": 12, "batch_size": 2, "eval_batch_size": 5}
+    return ReasoningGym(**{**small, **options})
+
+
+def replicas(*seeds: int) -> tuple[Replica, ...]:
+    return tuple(Replica(f"seed_{seed}", seed, seed) for seed in seeds)
+
+
+def built(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
+    """A module that is set up, with B made non-zero so that its adapters do something."""
+    module = make_module(base_model, **options)
+    module.replicas = replicas(*seeds)
+    module.setup("fit")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return module
