@@ -92,7 +92,10 @@ class SeedEnsembleCallback(pl.Callback):
         replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
         self.method, self.options = merge, dict(merge_options or {})
         # Bound now, so that a wrong name or option is known before training and not after it.
-        self.rule = None if merge == NO_MERGE else bind(merge, self.options)
+        try:
+            self.rule = None if merge == NO_MERGE else bind(merge, self.options)
+        except ValueError as error:
+            raise ValueError(f"{error} ('{NO_MERGE}' fuses nothing)") from None
         self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         self.budget, self.vary, self.stack_size = budget, vary, stack_size
         self.checkpoint_every_n_steps, self.resume = checkpoint_every_n_steps, resume

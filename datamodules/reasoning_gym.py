@@ -35,7 +35,7 @@ class ReasoningGym(InstructionDataModule):
         *,
         task: str = "chain_sum",
         task_options: dict[str, Any] | None = None,
-        num_train: int = 800,
+        num_train: int = 640,
         num_val: int = 64,
         num_test: int = 400,
         data_seed: int = 1,

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +76,17 @@ class UsageError(ValueError):
 class _Parser(LightningArgumentParser):
     """Our groups alone in the help, a hint for a misspelt option, and one line per error."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = _one_line(message)
+        if cause := re.search(r"Errors: - (.*?) - Expected a <class 'NoneType'>", message):
+            message = f"{message.partition(': ')[0]}: {cause[1]}" if message.startswith("Parser key") else cause[1]
         if unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
             close = difflib.get_close_matches(unknown[1], self._names(), n=1)
             message = f"unknown option --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
-        raise UsageError(_one_line(message)) from ex
+        raise UsageError(message) from ex
 
     def format_help(self) -> str:
         shown = [USAGE]
@@ -130,7 +138,13 @@ class SeedLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the run that ``--resume`` means."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            if not str(error).startswith('Parser key "data"'):
+                raise
+            known = ", ".join(sorted(kind.__name__ for kind in self.parts.data.__subclasses__()))
+            raise UsageError(f"{error}; data modules are {known}") from None
         ensemble = self.config.ensemble
         if ensemble.resume and ensemble.dirpath is None:
             unfinished = [
@@ -160,6 +174,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 for a request that cannot be carried out, after one sentence on stderr.
     """
     started = time.monotonic()
+    _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
     try:
         cli = SeedLoRACLI(parts, _long_options(sys.argv[1:] if argv is None else argv))
@@ -188,7 +203,7 @@ def _prepare(cli: SeedLoRACLI, console: Console) -> None:
     ensemble.open(trainer, module, data)
     if trainer.is_global_zero:
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
-            file.write_text(cli.parser.dump(cli.config, skip_none=False), encoding="utf-8")
+            file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
     console.print(plan.table())
 
 
@@ -240,6 +255,16 @@ def _long_options(argv: Sequence[str]) -> list[str]:
                 argument += "=true"
         long.append(argument)
     return long
+
+
+def _hush() -> None:
+    """Keep what libraries say about themselves out of the output: the plan and the tables say what matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for message in ("`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
+    warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 
 
 def _one_line(message: str) -> str:

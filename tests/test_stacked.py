@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from conftest import built
+
 from seedlora.factors import LoRAFactors
 
 SEEDS = (11, 42, 202)

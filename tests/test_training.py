@@ -5,11 +5,11 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import built, make_data, make_module, replicas
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from callbacks import SeedEnsembleCallback
-from conftest import make_data, make_module
 from seedlora.adapter import read_adapter
 from seedlora.module import PROJECTIONS, learning_rate_factor
 
@@ -64,7 +64,9 @@ def plain_peft_run(base_model, seed, *, epochs, accumulate, clip):
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for step, micro in enumerate(sampler):
-            scale = learning_rate_factor(epoch * sampler.steps + step, "cosine", warmup=-(-6 * total // 100), total=total)
+            scale = learning_rate_factor(
+                epoch * sampler.steps + step, "cosine", warmup=-(-6 * total // 100), total=total
+            )
             optimizer.param_groups[0]["lr"] = 2e-3 * scale
             losses, tokens = [], 0
             for row in micro.rows[0]:
@@ -135,8 +137,7 @@ def test_vary_fixes_the_init_or_the_order(vary, same_init, same_order):
 def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama):
     """Three replicas, padded rows, accumulation: each loss against a sum over rows written out."""
     module = make_module(tiny_llama)
-    callback_free = [type(module.replicas[0])(f"seed_{s}", s, s) for s in SEEDS]
-    module.replicas = tuple(callback_free)
+    module.replicas = replicas(*SEEDS)
     module.setup("fit")
     data = make_data(task="gcd")
     data.tokenizer = module.tokenizer
@@ -160,7 +161,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama)
 
 def test_replicas_are_clipped_each_on_its_own_norm(tiny_llama):
     module = make_module(tiny_llama)
-    module.replicas = (module.replicas[0], type(module.replicas[0])("seed_1", 1, 1))
+    module.replicas = replicas(42, 1)
     module.setup("fit")
     for replica, size in zip(module.replicas, (1e-3, 1e3), strict=True):
         for parameter in module.stack.parameters(replica.name):
@@ -181,8 +182,6 @@ def test_half_precision_trainers_are_refused(tiny_llama):
 
 
 def test_only_adapters_are_in_the_checkpoint(tiny_llama, tmp_path):
-    from conftest import built
-
     module = built(tiny_llama, *SEEDS)
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)

@@ -1,0 +1,193 @@
+"""The command line as a user meets it: runs, overrides, and one sentence for what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seedlora.adapter import read_adapter
+from seedlora.cli import main
+from train import PARTS
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "12", "--data.batch_size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(base_model, *options):
+    return main(PARTS, ["--model.base_model", base_model, *SMALL, *options])
+
+
+def only_run():
+    (folder,) = Path("runs").iterdir()
+    return folder
+
+
+def test_the_main_job_end_to_end(tiny_llama, capsys):
+    started = time.monotonic()
+    assert run(tiny_llama, "--merge", "seedlora") == 0
+    assert time.monotonic() - started < 60
+    folder, shown = only_run(), capsys.readouterr().out
+    for text in ("The run", "each seed 1 epoch(s)", "trainable", "memory", "vs mean seed", "n = 12", "vllm serve"):
+        assert text in shown
+    written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
+    assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]
+    assert all(score["n"] == 12 for score in results["scores"].values())
+    assert set(results["differences"]["fused"]) == {"mean seed", "soup"}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss_seed_42", "val/loss_seed_42", "val/loss_fused"} <= {key for line in metrics for key in line}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["ensemble"]["merge"] == "seedlora"
+    assert config["model"]["base_model"] == tiny_llama
+    assert len(read_adapter(folder / "fused").layers) == 14
+
+
+def test_the_written_config_repeats_the_run(tiny_llama):
+    assert run(tiny_llama, "--merge", "soup", "--ensemble.dirpath", "one") == 0
+    assert main(PARTS, ["--config", "one/config.yaml", "--ensemble.dirpath", "two"]) == 0
+    one, two = (Path(name, "fused", "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        (["--merge", "soup"], ["base", "seed_11", "seed_42", "seed_202", "soup"]),
+        (["--merge=none"], ["base", "seed_11", "seed_42", "seed_202"]),
+        (["--ensemble.seeds", "[1,2]", "--ensemble.budget", "full"], ["base", "seed_1", "seed_2", "soup", "fused"]),
+        (["--ensemble.seeds", "[5]"], ["base", "seed_5", "fused"]),
+        (["--ensemble.stack_size", "2"], ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]),
+    ],
+)
+def test_overrides_of_the_ensemble(tiny_llama, options, labels):
+    assert run(tiny_llama, *options) == 0
+    assert list(json.loads((only_run() / "results.json").read_text())["scores"]) == labels
+    assert (only_run() / "fused").is_dir() == ("soup" in labels or "fused" in labels)
+
+
+def test_without_merge_the_default_is_seedlora(tiny_llama):
+    assert run(tiny_llama, "--model.r", "16", "--trainer.max_epochs", "6") == 0
+    assert json.loads((only_run() / "fused" / "fusion.json").read_text())["method"] == "seedlora"
+    config = json.loads((only_run() / "seed_42" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 16)
+    assert json.loads((only_run() / "fused" / "adapter_config.json").read_text())["r"] == 3 * 16 + 1
+    assert json.loads((only_run() / "run.json").read_text())["epochs per seed"] == 2
+
+
+def test_a_users_own_data(tiny_llama):
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = ["--data.prompt_field", "question", "--data.response_field", "answer", "--data.batch_size", "4"]
+    options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "rows.jsonl", *fields]
+    assert main(PARTS, options) == 0
+    assert next(iter(json.loads((only_run() / "results.json").read_text())["scores"].values()))["n"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.rr", "16"], "unknown option --model.rr; did you mean --model.r?"),
+        (["--ensemble.seed", "[1]"], "unknown option --ensemble.seed; did you mean --ensemble.seeds?"),
+        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs?"),
+        (["--merge", "tie"], "Unknown merge method 'tie'; choose one of"),
+        (["--merge", "soup", "--ensemble.merge_options", "{density: 1}"], "'soup' has no option 'density'; it takes"),
+        (["--ensemble.seeds", "[7,42,7]"], "ensemble.seeds must differ, but 7 is given more than once"),
+        (["--ensemble.seeds", "[]"], "ensemble.seeds is empty"),
+        (["--trainer.max_epochs", "4"], "trainer.max_epochs 4 among 3 seeds, which does not divide evenly"),
+        (["--ensemble.budget", "half"], "Unknown ensemble.budget 'half'; choose one of equal, full"),
+        (["--model.base_model", "./nowhere"], "Base model './nowhere' does not exist"),
+        (["--model.target_modules", "[c_attn]"], "target_modules c_attn: base model"),
+        (["--model.r", "0"], "model.r must be at least 1, got 0"),
+        (["--model.r", "many"], 'Parser key "model.r"'),
+        (["--data.task", "chain_sun"], "reasoning-gym has no task 'chain_sun'"),
+        (["--data.num_train", "0"], "ReasoningGym needs num_train >= 1"),
+        (["--data.num_train", "3"], "3 training rows do not fill one optimizer step of 4"),
+        (["--data.style", "fancy"], "Unknown prompt style 'fancy'; choose one of alpaca, plain"),
+        (["--data", "Nope"], "data modules are InstructionData, ReasoningGym"),
+        (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file"),
+        (["--config", "no.yaml"], "no.yaml"),
+        (["--resume"], "--resume found no unfinished run under runs"),
+    ],
+)
+def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, options, message):
+    assert run(tiny_llama, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("train.py: error: ")
+    assert message in error[0]
+    assert not list(Path().glob("runs/*/seed_*"))
+
+
+def test_an_empty_data_file(tiny_llama, capsys):
+    Path("empty.jsonl").write_text("")
+    options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "empty.jsonl"]
+    assert main(PARTS, options) == 2
+    assert "InstructionData found no training rows" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_llama, capsys):
+    assert run(tiny_llama, "--ensemble.dirpath", "here") == 0
+    before = Path("here/fused/adapter_model.safetensors").stat().st_mtime_ns
+    assert run(tiny_llama, "--ensemble.dirpath", "here") == 2
+    assert "here already holds a run; go on with it by --resume" in capsys.readouterr().err
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume", "--model.r", "4") == 2
+    assert "here was started with model.r = 8, now it is 4" in capsys.readouterr().err
+    assert Path("here/fused/adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_one_more_seed_trains_just_that_seed(tiny_llama):
+    same = ["--ensemble.dirpath", "here", "--ensemble.budget", "full", "--trainer.max_epochs", "1"]
+    assert run(tiny_llama, *same, "--ensemble.seeds", "[1,2]") == 0
+    before = {seed: Path(f"here/seed_{seed}/adapter_model.safetensors").stat().st_mtime_ns for seed in (1, 2)}
+    assert run(tiny_llama, *same, "--ensemble.seeds", "[1,2,3]", "--resume") == 0
+    after = {seed: Path(f"here/seed_{seed}/adapter_model.safetensors").stat().st_mtime_ns for seed in (1, 2)}
+    assert before == after
+    assert len(json.loads(Path("here/fused/fusion.json").read_text())["inputs"]) == 3
+    assert "seed_3" in json.loads(Path("here/results.json").read_text())["scores"]
+
+
+def test_help_and_print_config_in_a_fresh_process():
+    for option, expected in (("--help", "--ensemble.seeds"), ("--print_config", "base_model: embedded")):
+        done = subprocess.run(
+            [sys.executable, "train.py", option], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert expected in done.stdout
+        assert done.stdout.count("\n") < 150
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_runs(tiny_llama, config):
+    small = ["--model.base_model", tiny_llama, "--trainer.limit_train_batches", "2", "--data.num_test", "8"]
+    assert main(PARTS, ["--config", str(config), *small]) == 0
+
+
+def test_there_are_configs():
+    assert list((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_default_config_says_what_the_defaults_are(tmp_path):
+    from seedlora.cli import SeedLoRACLI
+
+    cli = SeedLoRACLI(PARTS, [])
+    defaults = yaml.safe_load(cli.parser.dump(cli.config))
+    written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())
+
+    def given(options):
+        return {key: value for key, value in options.items() if value is not None}
+
+    assert given(written["model"]) == given(defaults["model"])
+    assert given(written["data"]["init_args"]) == given(defaults["data"]["init_args"])
+    assert given(written["ensemble"]) == given(defaults["ensemble"])
+    assert written["trainer"].items() <= defaults["trainer"].items()

@@ -1,0 +1,154 @@
+"""Rows, masks, orders and splits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_data, make_module
+
+from datamodules import InstructionData
+from datamodules.rows import Example, tokenise
+from datamodules.sampler import ReplicaSampler
+
+
+@pytest.fixture
+def tokenizer(tiny_llama):
+    return make_module(tiny_llama).tokenizer
+
+
+@pytest.fixture
+def data(tokenizer):
+    module = make_data()
+    module.tokenizer = tokenizer
+    module.setup("fit")
+    return module
+
+
+def test_the_response_and_the_end_token_are_supervised_and_nothing_else(tokenizer):
+    rows = tokenise([Example("1+1=", "2"), Example("ab", "cde")], tokenizer, style="plain", max_length=64)
+    ids, labels = rows.padded([0, 1])
+    eos = tokenizer.eos_token_id
+    assert tokenizer.decode(ids[1]) == "ab\ncde<eos>"
+    said = [[i for i in row if i != -100] for row in labels.tolist()]
+    assert said == [[*tokenizer("2")["input_ids"], eos], [*tokenizer("cde")["input_ids"], eos]]
+    assert labels[0].tolist()[:5] == [-100] * 5
+    # the end token of the model is id 0, and so is the padding: only the label tells them apart
+    assert ids[0].tolist()[-1] == 0 == rows.padded([0])[0][0].tolist()[-1]
+    short = tokenise([Example("1", "2"), Example("123456", "7")], tokenizer, style="plain", max_length=64)
+    assert short.padded([0, 1])[1][0].tolist()[-5:] == [-100] * 5
+
+
+def test_alpaca_is_byte_exact(tokenizer):
+    rows = tokenise([Example("Say hi.", "hi")], tokenizer, style="alpaca", max_length=512)
+    assert tokenizer.decode(rows.padded([0])[0][0]) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay hi.\n\n### Response:hi<eos>"
+    )
+
+
+def test_long_rows_are_cut_and_counted_and_dropped_without_a_supervised_token(tokenizer):
+    examples = [Example("a", "b" * 20), Example("a" * 20, "b"), Example("a", "b")]
+    rows = tokenise(examples, tokenizer, style="plain", max_length=10)
+    assert (len(rows), rows.cut, rows.dropped) == (2, 1, 1)
+    assert rows.lengths.tolist() == [10, 4]
+
+
+def sets_per_step(data, seeds, seed, *, accumulate, world_size, epoch=3):
+    samplers = [
+        ReplicaSampler(
+            data.rows["train"], seeds=seeds, batch_size=2, accumulate=accumulate, rank=rank, world_size=world_size,
+            epoch=epoch,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    steps = [[] for _ in range(samplers[0].steps)]
+    for sampler in samplers:
+        for i, micro in enumerate(sampler):
+            steps[i // accumulate].extend(micro.rows[seeds.index(seed)])
+    return [sorted(step) for step in steps]
+
+
+def test_the_order_of_a_seed_is_the_same_alone_stacked_and_on_two_ranks(data):
+    alone = sets_per_step(data, [42], 42, accumulate=4, world_size=1)
+    assert alone == sets_per_step(data, [1, 2, 42, 3, 4], 42, accumulate=4, world_size=1)
+    assert alone == sets_per_step(data, [11, 42], 42, accumulate=2, world_size=2)
+    assert alone != sets_per_step(data, [11, 42], 11, accumulate=4, world_size=1)
+    assert alone != sets_per_step(data, [42], 42, accumulate=4, world_size=1, epoch=4)
+    assert sorted(row for step in alone for row in step) == list(range(24))
+
+
+def test_num_items_counts_the_supervised_tokens_of_the_whole_step(data):
+    sampler = ReplicaSampler(data.rows["train"], seeds=[1, 2], batch_size=2, accumulate=3, rank=1, world_size=2)
+    counts = data.rows["train"].num_items
+    for i, micro in enumerate(sampler):
+        step = [sampler.order(seed, i // 3) for seed in (1, 2)]
+        assert micro.num_items == tuple(int(counts[rows].sum()) for rows in step)
+        assert all(set(rows) <= set(all_rows) for rows, all_rows in zip(micro.rows, step, strict=True))
+
+
+def test_a_loader_goes_on_where_its_state_says(data):
+    data.seeds = (1, 2)
+    whole = [micro["input_ids"].tolist() for micro in data.train_dataloader()]
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert [micro["input_ids"].tolist() for micro in resumed] == whole[5:]
+    resumed.sampler.set_epoch(1)
+    assert len(list(resumed)) == len(whole)
+
+
+def test_splits_are_disjoint_by_question_and_the_same_every_time(tokenizer):
+    options = {"num_train": 60, "num_val": 10, "num_test": 20, "task_options": {"max_terms": 2, "max_digits": 1}}
+    one, two = (make_data(**options) for _ in range(2))
+    splits = one.examples()
+    assert splits == two.examples()
+    questions = [example.prompt for split in splits.values() for example in split]
+    assert len(questions) == len(set(questions)) == 90
+    assert make_data(**options, data_seed=2).examples()["test"] != splits["test"]
+
+
+def test_too_few_questions_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="new questions in"):
+        make_data(num_train=5000, task_options={"max_terms": 2, "max_digits": 1}).examples()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2 has no text in field 'response'.*are prompt"),
+        (b'{"prompt": "a", "response": 3}\n', "line 1 has no text in field 'response'"),
+        (b'{"prompt": "a", \n', "line 1 is not JSON"),
+        (b"[1]\n", "line 1 is a list, not an object"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+    ],
+)
+def test_bad_files_name_file_and_line(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        InstructionData(str(tmp_path / "rows.jsonl")).examples()
+
+
+def test_a_file_is_split_independently_of_the_seeds(tmp_path):
+    rows = [{"prompt": str(i), "response": "x"} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = InstructionData(str(tmp_path / "rows.jsonl"), val_fraction=0.1, test_fraction=0.2).examples()
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 70, "val": 10, "test": 20}
+    assert len({example.prompt for examples in splits.values() for example in examples}) == 100
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        tokenise([Example("a", "b")], tokenizer, style="plain", max_length=8)
+
+
+def test_lengths_are_sorted_within_a_step(data):
+    lengths = data.rows["train"].lengths
+    sampler = ReplicaSampler(data.rows["train"], seeds=[1], batch_size=24)
+    (micro,) = sampler
+    assert (np.diff(lengths[list(micro.rows[0])]) >= 0).all()

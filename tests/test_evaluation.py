@@ -1,0 +1,96 @@
+"""Scores: exact match without generation, intervals, tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import built, make_data
+from scipy import stats
+
+from seedlora.evaluation import mcnemar, paired_difference, wilson
+from seedlora.report import results, verdict
+
+
+def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
+    """On a model that was trained until it gets some answers right and others wrong."""
+    module = built(tiny_llama, 42, r=16)
+    data = make_data(task="chain_sum", num_train=16, num_test=0, task_options={"max_digits": 1, "max_terms": 2})
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    rows = data.rows["train"]
+    ids, labels = rows.padded(range(16))
+    module.stack.route(["seed_42"])
+    optimizer = torch.optim.AdamW(module.stack.parameters("seed_42"), lr=2e-2)
+    matches = 0
+    for _ in range(400):
+        losses, right, _ = module.token_losses(ids, labels)
+        matches = int(right.all(1).sum())
+        if 4 <= matches <= 12:
+            break
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+    assert 4 <= matches <= 12
+    module.model.eval()
+    module.scored = {"it": "seed_42"}
+    with torch.no_grad():
+        scored = module.score({"input_ids": ids, "labels": labels})[1][0]
+        generated = []
+        for i in range(16):
+            said = labels[i] != -100
+            start = int(said.nonzero()[0])
+            answer = ids[i][said]
+            new = module.model.generate(
+                input_ids=ids[i : i + 1, :start], attention_mask=torch.ones(1, start), max_new_tokens=len(answer),
+                do_sample=False, use_cache=False, pad_token_id=0,
+            )  # fmt: skip
+            generated.append(torch.equal(new[0, start:], answer))
+    assert scored.tolist() == generated
+
+
+def test_wilson_against_the_closed_form():
+    score = wilson(np.array([True] * 37 + [False] * 63))
+    z, p, n = stats.norm.ppf(0.975), 0.37, 100
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert (score.value, score.n) == (0.37, 100)
+    assert score.low == pytest.approx((centre - half) / (1 + z**2 / n))
+    assert score.high == pytest.approx((centre + half) / (1 + z**2 / n))
+
+
+def test_the_paired_interval_agrees_with_scipy_s_bootstrap():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 300)) < np.array([[0.6], [0.5]])
+    ours = paired_difference(a, b)
+    difference = a.astype(float) - b
+    theirs = stats.bootstrap((difference,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    assert ours.value == pytest.approx(difference.mean())
+    assert ours.low == pytest.approx(theirs.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+    assert ours == paired_difference(a, b)
+
+
+def test_mcnemar_is_the_binomial_test_on_the_discordant_items():
+    a = np.array([True] * 9 + [False] * 2 + [True] * 30)
+    b = np.array([False] * 9 + [True] * 2 + [True] * 30)
+    assert mcnemar(a, b) == pytest.approx(2 * stats.binom.cdf(2, 11, 0.5))
+    assert mcnemar(a, a) == 1.0
+
+
+def test_results_compare_the_merged_adapters_with_mean_seed_and_soup():
+    rng = np.random.default_rng(1)
+    correct = rng.random((200, 5)) < np.array([0.0, 0.4, 0.5, 0.5, 0.9])
+    found = results(correct, ["base", "seed_1", "seed_2", "soup", "fused"], ["seed_1", "seed_2"], metric="x")
+    fused = found.differences["fused"]
+    assert fused["soup"].value == pytest.approx(correct[:, 4].mean() - correct[:, 3].mean())
+    assert fused["mean seed"].value == pytest.approx(correct[:, 4].mean() - correct[:, 1:3].mean())
+    assert fused["mean seed"].p_value is None
+    assert fused["soup"].p_value is not None
+    assert set(found.differences["soup"]) == {"mean seed"}
+    assert "The fused adapter: better than mean seed by" in verdict(found)
+
+
+def test_a_difference_whose_interval_covers_0_is_not_claimed():
+    correct = np.array([[i % 2, i % 2, i % 3 == 0] for i in range(40)], dtype=bool)
+    found = results(correct, ["seed_1", "seed_2", "soup"], ["seed_1", "seed_2"], metric="x")
+    assert verdict(found) == "Soup: no difference from mean seed shown."

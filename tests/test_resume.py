@@ -1,0 +1,112 @@
+"""A run that is killed goes on to the bits of the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = [
+    *("--data.num_train", "48", "--data.num_val", "4", "--data.num_test", "4", "--data.batch_size", "2"),
+    *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "6", "--model.lora_dropout", "0.1"),
+    *("--ensemble.checkpoint_every_n_steps", "1", "--model.dtype", "float32"),
+]
+
+
+def start(base_model, dirpath, *options):
+    command = [sys.executable, str(ROOT / "train.py"), "--model.base_model", base_model, *OPTIONS]
+    return subprocess.Popen(
+        [*command, "--ensemble.dirpath", str(dirpath), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_at(process, dirpath, step):
+    """SIGKILL as soon as the checkpoint of a step, or a later one, is there."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob("checkpoints/*/step=*.ckpt")]
+        if steps and max(steps) >= step:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.002)
+    pytest.fail(f"the run ended before step {step}: {process.communicate()[0]}")
+
+
+def adapters(dirpath):
+    return {path.parent.name: path.read_bytes() for path in sorted(dirpath.glob("*/adapter_model.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+    dirpath = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start(tiny_llama, dirpath))
+    return dirpath
+
+
+# 12 steps an epoch: in the first, just before its end, in the second
+@pytest.mark.parametrize("step", [3, 11, 17])
+def test_a_killed_run_resumes_to_the_same_bits(tiny_llama, whole, tmp_path, step):
+    dirpath = tmp_path / "killed"
+    kill_at(start(tiny_llama, dirpath), dirpath, step)
+    assert not (dirpath / "fused").exists()
+    output = finish(start(tiny_llama, dirpath, "--resume"))
+    assert "Going on from" in output
+    assert adapters(dirpath) == adapters(whole)
+    assert json.loads((dirpath / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    lines = [(dirpath / "metrics.jsonl").read_text(), (whole / "metrics.jsonl").read_text()]
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
+    assert steps[0] == sorted(steps[0])
+    # a line is written after the checkpoint of its step, so the kill may have come between the two
+    assert len(set(steps[1]) - set(steps[0])) <= 1
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(tiny_llama, whole, tmp_path):
+    dirpath = tmp_path / "killed"
+    kill_at(start(tiny_llama, dirpath), dirpath, 5)
+    (checkpoint,) = dirpath.glob("checkpoints/*/step=*.ckpt")
+    checkpoint.with_name("step=99.tmp").write_bytes(checkpoint.read_bytes()[:1000])
+    finish(start(tiny_llama, dirpath, "--resume"))
+    assert adapters(dirpath) == adapters(whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_llama, whole, tmp_path):
+    dirpath = tmp_path / "killed"
+    process = start(tiny_llama, dirpath)
+    while not (dirpath / "run.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    finish(start(tiny_llama, dirpath, "--resume"))
+    assert adapters(dirpath) == adapters(whole)
+
+
+def test_a_run_killed_between_training_and_fusion_only_fuses(tiny_llama, whole, tmp_path):
+    import shutil
+
+    dirpath = tmp_path / "killed"
+    shutil.copytree(whole, dirpath)
+    shutil.rmtree(dirpath / "fused")
+    (dirpath / "results.json").unlink()
+    before = (dirpath / "seed_42" / "adapter_model.safetensors").stat().st_mtime_ns
+    finish(start(tiny_llama, dirpath, "--resume"))
+    assert adapters(dirpath) == adapters(whole)
+    assert (dirpath / "seed_42" / "adapter_model.safetensors").stat().st_mtime_ns == before
