@@ -17,9 +17,8 @@ from seedlora.atomic import write_text
 class JSONLinesLogger(Logger):
     """One line per optimizer step or validation: ``{"step": 10, "train/loss_seed_42": 1.2}``.
 
-    Each line is on disk before training goes on, but after the checkpoint of its step: a crash between the two loses that
-    line and nothing else. A run that goes on from a checkpoint first drops the lines of steps that it
-    is going to repeat, see :meth:`rewind`.
+    A line is written after the checkpoint of its step, so a crash between the two loses that line and nothing else. A
+    run that goes on from a checkpoint first drops the lines of steps that it is going to repeat, see :meth:`rewind`.
 
     Args:
         path: the file.

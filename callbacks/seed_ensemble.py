@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
 
 from seedlora.adapter import CONFIG_NAME, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
@@ -103,6 +102,11 @@ class SeedEnsembleCallback(pl.Callback):
         self._opened = False
         self._stack: tuple[int, ...] = ()
         self._share = ReplicaBudget(None, None)
+
+    @property
+    def method_name(self) -> str:
+        """The merge method, for people."""
+        return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", repr(self.method))
 
     # The folder
 
@@ -242,8 +246,7 @@ class SeedEnsembleCallback(pl.Callback):
             for replica, seed in zip(module.replicas, self._stack, strict=True):
                 write_adapter(self.adapter_path(seed), module.stack.stored(replica.name), module.lora_config)
             self.fuse()
-            for checkpoint in self._checkpoints(self._stack):
-                _remove(checkpoint)
+            shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)
         trainer.strategy.barrier()
 
     def fuse(self) -> Path | None:
@@ -342,7 +345,6 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
     return module
 
 
-@rank_zero_only
 def _remove(path: Path) -> None:
     """Remove a checkpoint: a file, or a folder under DeepSpeed."""
     if path.is_dir():

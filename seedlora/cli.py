@@ -235,7 +235,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         console.print()
-        console.print(results_table(ensemble.results, method=str(ensemble.method)))
+        console.print(results_table(ensemble.results, method=ensemble.method_name))
         console.print(verdict(ensemble.results), highlight=False)
     if ensemble.fused_path.is_dir():
         rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())

@@ -231,7 +231,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         ),
         model=hparams["base_model"],
         data=f"{type(data).__name__}: " + ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items()),
-        merge=str(ensemble.method),
+        merge=ensemble.method_name,
         dtype=str(module.dtype_base).removeprefix("torch."),
     )
 

@@ -16,14 +16,15 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def results_table(results: Results, *, method: str | None = None) -> Table:
     """Scores with intervals, and paired differences of the merged adapters, in percent and points."""
     n = next(iter(results.scores.values())).n
-    table = Table(title=f"Test set: {results.metric}, n = {n}, 95 % intervals", title_justify="left")
+    fused = f"; fused by {method}" if method else ""
+    table = Table(title=f"Test set: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
     table.add_column("adapter")
     for header in ("score", "interval", f"vs {MEAN_SEED}", f"vs {SOUP}"):
         table.add_column(header, justify="right", no_wrap=True)
     for label, score in results.scores.items():
         differences = results.differences.get(label, {})
         table.add_row(
-            f"{label} ({method})" if label == FUSED and method else label,
+            label,
             f"{100 * score.value:.1f}",
             _interval(score),
             *(_points(differences.get(name)) for name in (MEAN_SEED, SOUP)),
