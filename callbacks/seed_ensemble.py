@@ -329,7 +329,11 @@ class SeedEnsembleCallback(pl.Callback):
         """Save beside, flush, rename, then remove the one before; at any moment one whole checkpoint is there."""
         path = self._checkpoint_folder(self._stack) / f"step={trainer.global_step}.ckpt"
         temporary = path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
+        try:
+            trainer.save_checkpoint(temporary)
+        except BaseException:
+            _remove(temporary)
+            raise
         if trainer.is_global_zero:
             sync(temporary)
             os.replace(temporary, path)

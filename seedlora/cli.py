@@ -171,7 +171,9 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 2 for a request that cannot be carried out, after one sentence on stderr.
+        The exit code: 0; 2 for a request that cannot be carried out; 1 for a run that was interrupted or could not
+        write. The last two say so in one sentence on stderr; any other error is a fault of ours and shows its
+        traceback.
     """
     started = time.monotonic()
     _hush()
@@ -182,8 +184,15 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
-    _train(cli, console)
-    _test(cli, console)
+    try:
+        _train(cli, console)
+        _test(cli, console)
+    except (KeyboardInterrupt, SystemExit, OSError) as error:
+        # Lightning ends the process itself when it is interrupted.
+        reason = _one_line(str(error)) if isinstance(error, OSError) else "interrupted"
+        again = f"repeat the command with --resume --ensemble.dirpath {cli.ensemble.dirpath}"
+        print(f"train.py: stopped: {reason}; what was saved before is whole; {again}", file=sys.stderr)  # noqa: T201
+        return 1
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
     return 0
 
@@ -262,7 +271,7 @@ def _hush() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     for message in ("`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"):
-        warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=re.escape(message))
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 

@@ -191,3 +191,28 @@ def test_the_default_config_says_what_the_defaults_are(tmp_path):
     assert given(written["data"]["init_args"]) == given(defaults["data"]["init_args"])
     assert given(written["ensemble"]) == given(defaults["ensemble"])
     assert written["trainer"].items() <= defaults["trainer"].items()
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, capsys):
+    import errno
+
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+    save, calls = TorchCheckpointIO.save_checkpoint, []
+
+    def full(self, checkpoint, path, storage_options=None):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", full)
+    same = ["--ensemble.dirpath", "here", "--ensemble.checkpoint_every_n_steps", "1"]
+    assert run(tiny_llama, *same) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "--resume --ensemble.dirpath here" in error
+    assert [path.name for path in Path("here").glob("checkpoints/*/*")] == ["step=1.ckpt"]
+    assert run(tiny_llama, *same, "--resume") == 0
+    assert (Path("here") / "fused").is_dir()
