@@ -197,9 +197,15 @@ class SeedEnsembleCallback(pl.Callback):
         self._opened = True
 
     def share(self, trainer: pl.Trainer) -> ReplicaBudget:
-        """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`."""
+        """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`.
+
+        A trainer's ``fast_dev_run`` is one step, which cannot be shared: there every replica gets it.
+        """
         return replica_budget(
-            self.budget, n=len(self.seeds), max_epochs=trainer.max_epochs, max_steps=trainer.max_steps
+            "full" if trainer.fast_dev_run else self.budget,
+            n=len(self.seeds),
+            max_epochs=trainer.max_epochs,
+            max_steps=trainer.max_steps,
         )
 
     def replica_steps(self, trainer: pl.Trainer, data: Any) -> int:

@@ -210,7 +210,7 @@ def _prepare(cli: SeedLoRACLI, console: Console) -> None:
         data.setup("fit")
         plan = run_plan(trainer, module, data, ensemble)
     ensemble.open(trainer, module, data)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not trainer.fast_dev_run:
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
     console.print(plan.table())
@@ -230,7 +230,8 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
-    if not ensemble.fused_path.is_dir() and first:
+    if first and cli.trainer.is_global_zero:
+        # All seeds were there already, but perhaps not this method's fusion of them.
         ensemble.fuse()
 
 
@@ -246,7 +247,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         console.print()
         console.print(results_table(ensemble.results, method=ensemble.method_name))
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.fused_path.is_dir():
+    if ensemble.rule is not None:
         rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())
         commands = next_commands(base_model=cli.model.base_path, adapter=ensemble.fused_path.resolve(), rank=rank)
         console.print("\n" + commands, highlight=False, markup=False)

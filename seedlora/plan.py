@@ -163,7 +163,9 @@ class RunPlan:
         """The plan as a table for the terminal."""
         table = Table(title="The run", title_justify="left", show_header=False)
         n = len(self.seeds)
-        epochs = "" if self.replica.epochs is None else f"{self.replica.epochs} epoch(s) of {self.rows:,} rows, "
+        epochs = (
+            "" if self.replica.epochs is None else f"{_counted(self.replica.epochs, 'epoch')} of {self.rows:,} rows, "
+        )
         stacks = "one stack" if self.passes == 1 else f"{self.passes} passes"
         memory = self.memory
         rows = {
@@ -234,6 +236,10 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         merge=ensemble.method_name,
         dtype=str(module.dtype_base).removeprefix("torch."),
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _gib(size: int) -> str:

@@ -38,7 +38,15 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
     assert run(tiny_llama, "--merge", "seedlora") == 0
     assert time.monotonic() - started < 60
     folder, shown = only_run(), capsys.readouterr().out
-    for text in ("The run", "each seed 1 epoch(s)", "trainable", "memory", "vs mean seed", "n = 12", "vllm serve"):
+    for text in (
+        "The run",
+        "each seed 1 epoch of 16 rows, 4 steps of 4 rows",
+        "trainable",
+        "memory",
+        "vs mean seed",
+        "n = 12",
+        "vllm serve",
+    ):
         assert text in shown
     written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
     assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
@@ -216,3 +224,16 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, 
     assert [path.name for path in Path("here").glob("checkpoints/*/*")] == ["step=1.ckpt"]
     assert run(tiny_llama, *same, "--resume") == 0
     assert (Path("here") / "fused").is_dir()
+
+
+def test_a_finished_run_is_fused_again_by_another_method(tiny_llama):
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none") == 0
+    assert not Path("here/fused").exists()
+    for method in ("soup", "seedlora"):
+        assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", method, "--resume") == 0
+        assert json.loads(Path("here/fused/fusion.json").read_text())["method"] == method
+
+
+def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
+    assert run(tiny_llama, "--trainer.fast_dev_run", "true") == 0
+    assert not Path("runs").exists()
