@@ -1,0 +1,45 @@
+"""Steps that settle entries on which the adapters disagree; each works on any block of entries.
+
+Shape legend: ``N`` adapters, ``...`` entries of one block.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def elect_sign(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
+    """The sign of the sum over the adapters, +1 or -1; a sum of exactly zero elects +1."""
+    total = values.sum(0)
+    return torch.where(total >= 0, 1.0, -1.0).to(values.dtype)
+
+
+def disjoint_mean(
+    values: Float[Tensor, "N ..."],
+    sign: Float[Tensor, " ..."],
+    *,
+    weights: Float[Tensor, " N"] | None = None,
+) -> Float[Tensor, " ..."]:
+    """The (weighted) mean of the entries that have the given sign; zeros take no part, and 0 where none has it."""
+    agree = (values * sign > 0).to(values.dtype)
+    if weights is not None:
+        agree *= weights.to(values).view(-1, *[1] * (values.ndim - 1))
+    total = agree.sum(0)
+    return (values * agree).sum(0) / torch.where(total > 0, total, 1)
+
+
+def sign_consensus(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
+    """Elect a sign per entry, then average what agrees with it: the second half of TIES."""
+    return disjoint_mean(values, elect_sign(values))
+
+
+def majority_mean(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
+    """The mean of the entries whose sign more adapters share; zeros take no part.
+
+    Equal numbers on both sides are settled by the sign of the sum.
+    """
+    count = values.sign().sum(0)
+    sign = torch.where(count == 0, elect_sign(values), count.sign())
+    return disjoint_mean(values, sign)
