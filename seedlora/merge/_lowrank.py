@@ -149,7 +149,7 @@ def left_singular(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], 
 
 
 def inverse_root(gram_MM: Float[Tensor, "M M"]) -> Float[Tensor, "M M"]:
-    """The symmetric pseudo-inverse of the square root: with it, ``X inverse_root(X^T X)`` is the polar factor of X.
+    """The symmetric pseudo-inverse of the square root; multiplied by it from the right, X becomes its polar factor.
 
     Where ``X`` lacks rank, that is the partial isometry: missing directions stay missing, none is made up.
     """
