@@ -30,9 +30,16 @@ def disjoint_mean(
     return (values * agree).sum(0) / torch.where(total > 0, total, 1)
 
 
-def sign_consensus(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
-    """Elect a sign per entry, then average what agrees with it: the second half of TIES."""
-    return disjoint_mean(values, elect_sign(values))
+def sign_consensus(values: Float[Tensor, "N ..."], *, draw: float = 0.0) -> Float[Tensor, " ..."]:
+    """Elect a sign per entry, then average what agrees with it: the second half of TIES.
+
+    Args:
+        values: of all adapters.
+        draw: an entry whose sum is at most this share of its magnitudes has no majority and becomes 0; for places
+            where the sum is zero by construction, and its sign would be that of a rounding error.
+    """
+    merged = disjoint_mean(values, elect_sign(values))
+    return torch.where(values.sum(0).abs() > draw * values.abs().sum(0), merged, 0) if draw else merged
 
 
 def majority_mean(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:

@@ -9,7 +9,7 @@ from seedlora.factors import LoRAFactors
 from seedlora.merge._blocks import DenseUpdate, dense_update, row_blocks
 from seedlora.merge._consensus import disjoint_mean, elect_sign
 from seedlora.merge._lowrank import checked_range, gram
-from seedlora.merge._sparsify import magnitude_thresholds, trim
+from seedlora.merge._sparsify import magnitude_thresholds
 
 
 def sce(stack: LoRAFactors, *, select_topk: float = 1.0) -> DenseUpdate:
@@ -47,7 +47,7 @@ def sce(stack: LoRAFactors, *, select_topk: float = 1.0) -> DenseUpdate:
     limit = magnitude_thresholds(lambda: (_variance(block) for block in row_blocks(stack)), select_topk)
 
     def select(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "N P K"]:
-        return block_NPK * (trim(_variance(block_NPK), limit) != 0)
+        return block_NPK * (_variance(block_NPK) >= limit.to(block_NPK))
 
     energy = sum((select(block).double().square().sum((1, 2)) for block in row_blocks(stack)), limit.new_zeros(1))
     return dense_update(stack, lambda: lambda block_NPK: _erase(select(block_NPK), energy))

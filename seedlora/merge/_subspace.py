@@ -14,6 +14,8 @@ from seedlora.merge._consensus import majority_mean, sign_consensus
 from seedlora.merge._lowrank import checked_choice, checked_range, factor_grams, in_span, thin_svd
 from seedlora.merge._sparsify import drop, magnitude_thresholds, stream, trim
 
+#: Sums of Z below this share of their magnitudes are zero: float64 leaves errors of 1e-8 in them.
+_DRAW = 1e-6
 Z_MERGES = ("ties", "mean", "dare")
 
 
@@ -40,6 +42,8 @@ def seedlora_subspace(
 
     Readings taken where every source reached is silent: :math:`\sigma` is the quantile of the magnitudes of all
     adapters' entries in the layer together; the subspace has rank ``N*R``; the Z are merged by TIES without a trim.
+    In that subspace the Z add up to a diagonal matrix, so off its diagonal TIES has no sign to elect unless the trim
+    took something away: such entries become 0, their mean.
     A draw between as many positive as negative entries goes to the sign of their sum.
 
     Args:
@@ -105,7 +109,7 @@ def _subspace_merge(
     rows, columns = left.T @ gram_b, gram_a @ right.T
     z = torch.stack([rows[:, i : i + r] @ columns[i : i + r] for i in range(0, n * r, r)])
     if z_merge == "ties":
-        merged = sign_consensus(trim(z, magnitude_thresholds(lambda: [z], z_density)))
+        merged = sign_consensus(trim(z, magnitude_thresholds(lambda: [z], z_density)), draw=_DRAW)
     else:
         merged = (drop(z, p, generators()) if z_merge == "dare" else z).mean(0)
     return in_span(stack, left @ merged, right)
