@@ -291,8 +291,20 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = st.sampled_from(
-    "r lora_alpha rank_pattern alpha_pattern peft_type init_lora_weights bias use_rslora base_model_name_or_path "
-    "fan_in_fan_out use_dora modules_to_save".split()
+    [
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+        "init_lora_weights",
+        "bias",
+        "use_rslora",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "use_dora",
+        "modules_to_save",
+    ]
 )
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
