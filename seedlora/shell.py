@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
         command[arguments.pop("command")](arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - stderr is this module's
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr)  # noqa: T201 - stderr is this module's
         return 2
     return 0
 
@@ -199,7 +200,7 @@ def _methods(arguments: Mapping[str, Any]) -> None:
         _print_json({"methods": rows, "common options": dict(COMMON)})
         return
     console = Console()
-    table = _table("method", "formula", "options and defaults", "source")
+    table = Table("method", "formula", "options and defaults", "source")
     for name, method in METHODS.items():
         options = [f"{key}={_shown(value)}" for key, value in method.options.items() if key != "generator"]
         table.add_row(name, method.formula, "\n".join(options), method.source)
@@ -233,7 +234,8 @@ def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] 
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _table(*columns: str) -> Table:
