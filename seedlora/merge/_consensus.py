@@ -13,7 +13,7 @@ from torch import Tensor
 def elect_sign(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
     """The sign of the sum over the adapters, +1 or -1; a sum of exactly zero elects +1."""
     total = values.sum(0)
-    return torch.where(total >= 0, 1.0, -1.0).to(values.dtype)
+    return torch.ones_like(total).copysign_(total + 0.0)  # + 0.0 turns -0 into 0
 
 
 def disjoint_mean(
@@ -23,11 +23,13 @@ def disjoint_mean(
     weights: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " ..."]:
     """The (weighted) mean of the entries that have the given sign; zeros take no part, and 0 where none has it."""
-    agree = (values * sign > 0).to(values.dtype)
-    if weights is not None:
-        agree *= weights.to(values).view(-1, *[1] * (values.ndim - 1))
-    total = agree.sum(0)
-    return (values * agree).sum(0) / torch.where(total > 0, total, 1)
+    agreeing = (values * sign).relu_()  # magnitudes of those that agree
+    if weights is None:
+        total, share = agreeing.sum(0), agreeing.sign_().sum(0)
+        return (total * sign).div_(share.clamp_min_(1))
+    w = weights.to(values).view(-1, *[1] * (values.ndim - 1))
+    total, share = (agreeing * w).sum(0), (agreeing.sign_() * w).sum(0)
+    return (total * sign).div_(share.masked_fill_(share == 0, 1))
 
 
 def sign_consensus(values: Float[Tensor, "N ..."], *, draw: float = 0.0) -> Float[Tensor, " ..."]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge._consensus import sign_consensus
-from seedlora.merge._lowrank import align, checked_choice, checked_range, with_rows
+from seedlora.merge._lowrank import Aligned, align, checked_choice, checked_range, with_rows
 from seedlora.merge._sparsify import drop, magnitude_thresholds, stream, trim
 from seedlora.merge._ties import SCOPES
 from seedlora.merge._walk import Walk
@@ -65,7 +67,15 @@ def knots_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "model") 
     checked_range("density", density, 0, 1, open_low=True)
     if checked_choice("scope", scope, SCOPES) == "layer":
         return None
-    return magnitude_thresholds(lambda: (align(stack).aligned(stack) for _, stack in walk()), density)
+    bases: dict[str, Aligned] = {}  # small beside the factors, and dear to compute twice
+
+    def entries() -> Iterator[Float[Tensor, "N Q K"]]:
+        for path, stack in walk():
+            if path not in bases:
+                bases[path] = align(stack)
+            yield bases[path].aligned(stack)
+
+    return magnitude_thresholds(entries, density)
 
 
 def knots_dare_ties(

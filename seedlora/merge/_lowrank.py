@@ -41,9 +41,11 @@ def gram(stack: LoRAFactors) -> Float[Tensor, "N N"]:
 
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
     """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
-    a = stack.A.double().flatten(0, 1)
-    b = stack.B.double().transpose(0, 1).flatten(1)
-    return b.T @ b, a @ a.T
+    a, b = stack.A.double().flatten(0, 1), list(stack.B.double())
+    # block by block, which spares a transposed copy of B
+    blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
+    rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
+    return torch.cat([torch.cat(row, 1) for row in rows]), a @ a.T
 
 
 def means(stack: LoRAFactors) -> Float[Tensor, " N"]:
