@@ -5,10 +5,10 @@ Shape legend: ``N`` adapters, ``...`` entries of one block, ``P`` rows and ``K``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _BINS = 2**15
@@ -35,7 +35,7 @@ def magnitude_thresholds(
         if density >= 1:
             return block.new_zeros(len(block))
         like, total = block, total + block[0].numel()
-        part = torch.stack([torch.bincount(bins, minlength=_BINS) for bins in _bins(block)])
+        part = torch.stack([torch.bincount(_bins(magnitudes), minlength=_BINS) for magnitudes in _magnitudes(block)])
         counts = part if counts is None else counts + part
     if counts is None or like is None:
         raise ValueError("magnitude_thresholds needs at least one block of entries, got none")
@@ -45,15 +45,20 @@ def magnitude_thresholds(
     within = k - (above.gather(1, chosen[:, None])[:, 0] - counts.gather(1, chosen[:, None])[:, 0])
     found: list[list[Tensor]] = [[] for _ in range(len(like))]
     for block in entries():
-        for n, bins in enumerate(_bins(block)):
-            found[n].append(block[n].abs().flatten()[bins == chosen[n]])
+        for n, magnitudes in enumerate(_magnitudes(block)):
+            found[n].append(magnitudes[_bins(magnitudes) == chosen[n]])
     return torch.stack([torch.cat(f).topk(int(j)).values[-1] for f, j in zip(found, within, strict=True)])
 
 
-def _bins(block: Float[Tensor, "N ..."]) -> Iterable[Tensor]:
-    """The bin of every entry's magnitude, one adapter at a time: the upper half of its float32 bits."""
-    for values in block.flatten(1):
-        yield values.abs().float().view(torch.int32) >> 16
+def _magnitudes(block: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, " entries"]]:
+    """One adapter at a time, so that no copy of the whole block is made."""
+    for values in block:
+        yield values.abs().flatten()
+
+
+def _bins(magnitudes: Float[Tensor, " entries"]) -> Int[Tensor, " entries"]:
+    """The upper half of their float32 bits, which is in the order of the numbers."""
+    return magnitudes.float().view(torch.int32) >> 16
 
 
 def trim(values: Float[Tensor, "N ..."], thresholds: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:
