@@ -37,7 +37,42 @@ def test_dare_drops_as_often_as_asked():
     assert abs(float(drawn.mean()) - 0.1) < 5 * (0.09 / drawn.numel()) ** 0.5
 
 
-def test_mergekit_sce_and_karcher():
-    sce = pytest.importorskip("mergekit.merge_methods.sce", reason="mergekit is not installed")
-    found = dense(METHODS["sce"].rule(STACK))
-    assert relative(found, sce.sce_merge(UPDATES, torch.zeros_like(UPDATES[0]))) < 1e-6
+def with_base(updates):
+    """What mergekit's functions take: the base (zero here) and one tensor per model."""
+    base = pytest.importorskip("mergekit.merge_methods.base", reason="mergekit is not installed")
+    return base.TensorGroup.from_tensors([torch.zeros_like(updates[0]), *updates], base_index=0)
+
+
+@pytest.mark.parametrize("select_topk", [1.0, 0.4])
+def test_mergekit_sce(select_topk):
+    group = with_base(UPDATES)
+    from mergekit.merge_methods.sce import sce_merge
+
+    (wanted,) = sce_merge([group], parameters={"select_topk": select_topk})
+    assert relative(dense(METHODS["sce"].rule(STACK, select_topk=select_topk)), wanted) < 1e-6
+
+
+def test_mergekit_karcher():
+    karcher = pytest.importorskip("mergekit.merge_methods.karcher", reason="mergekit is not installed")
+    wanted = karcher.karcher_merge_tensors(UPDATES, [1 / 3] * 3, max_iter=50, tol=1e-9)
+    assert relative(dense(METHODS["karcher"].rule(STACK, max_iter=50, tol=1e-9)), wanted) < 1e-6
+
+
+def test_mergekit_ties():
+    sparsify = pytest.importorskip("mergekit.sparsify", reason="mergekit is not installed")
+    from mergekit.merge_methods.generalized_task_arithmetic import get_mask
+
+    kept = torch.stack([sparsify.magnitude(update.float(), 0.2).double() for update in UPDATES])
+    mask = get_mask(kept, "sum")
+    wanted = (kept * mask).sum(0) / mask.sum(0).clamp_min(1)
+    assert relative(dense(METHODS["ties"].rule(STACK)), wanted) < 1e-6
+
+
+def test_mergekit_della_keeps_the_same_probabilities(monkeypatch):
+    """Fed with probabilities instead of draws, mergekit's mask is the probability itself."""
+    sparsify = pytest.importorskip("mergekit.sparsify", reason="mergekit is not installed")
+    from tests.reference import della_probabilities
+
+    monkeypatch.setattr(torch, "bernoulli", lambda probabilities: probabilities)
+    found = sparsify.della_magprune(UPDATES[0].float(), 0.5, 0.15).double()
+    assert relative(found, UPDATES[0] * della_probabilities(UPDATES[0])) < 1e-6
