@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge._consensus import sign_consensus
-from seedlora.merge._lowrank import checked_choice, checked_range, factor_grams, in_span, left_singular, orthobasis
+from seedlora.merge._lowrank import checked_choice, checked_range, factor_grams, in_span, left_singular, side_by_side
 from seedlora.merge._sparsify import magnitude_thresholds, trim
 from seedlora.merge._ties import SCOPES
 from seedlora.merge._walk import Walk
@@ -83,6 +83,5 @@ def _cores(stack: LoRAFactors, basis: str) -> tuple[Float[Tensor, "M Q"], Float[
 
 def _update_basis(gram_side: Tensor, gram_other: Tensor, r: int) -> Tensor:
     """As coordinates, the singular vectors of the updates placed so that this side's factors span them."""
-    blocks = [slice(i, i + r) for i in range(0, len(gram_side), r)]
-    spread = torch.block_diag(*(orthobasis(gram_other[block, block])[1].T for block in blocks))
+    spread = side_by_side(gram_other, r)
     return spread @ left_singular(spread.T @ gram_side @ spread)[0]

@@ -89,17 +89,29 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
     return mean / norms.mean() if norms.sum() > 0 else gram_NN.new_ones(())
 
 
-def weighted_sum(stack: LoRAFactors, weights: Float[Tensor, " N"]) -> LoRAFactors:
+def weighted_sum(
+    stack: LoRAFactors, weights: Float[Tensor, " N"], *, constant: float | Float[Tensor, ""] | None = None
+) -> LoRAFactors:
     r"""The sum :math:`\sum_n w_n B_n A_n`, exactly, as one adapter of rank ``N*R``: concatenated factors.
 
+    Args:
+        stack: the adapters.
+        weights: one per adapter; they go into ``B``.
+        constant: a number to add to all ``D*K`` entries; it takes one more rank, a row of ones in ``A``.
+
     Returns:
-        One adapter (``N = 1``), in the dtypes of ``stack``; the weights go into ``B``.
+        One adapter (``N = 1``), in the dtypes of ``stack``.
     """
-    b = stack.B.to(_compute(stack.B)) * weights.to(stack.B.device, _compute(stack.B))[:, None, None]
-    return LoRAFactors(
-        stack.A.flatten(0, 1)[None].clone(),
-        b.transpose(0, 1).flatten(1)[None].to(stack.B.dtype),
-    )
+    (n, r), (d, k) = (len(stack), stack.rank), stack.shape
+    extra = 0 if constant is None else 1
+    a, b = stack.A.new_empty(1, n * r + extra, k), stack.B.new_empty(1, d, n * r + extra)
+    a[0, : n * r].view(n, r, k).copy_(stack.A)
+    for i, weight in enumerate(weights.tolist()):
+        # bfloat16 times a number is computed in float32 and rounded once
+        b[0, :, i * r : (i + 1) * r] = stack.B[i] * weight
+    if constant is not None:
+        a[0, -1], b[0, :, -1] = 1, constant
+    return LoRAFactors(a, b)
 
 
 def in_span(stack: LoRAFactors, left: Float[Tensor, "M Q"], right: Float[Tensor, "Q M"]) -> LoRAFactors:
@@ -212,17 +224,30 @@ class Aligned:
 def align(stack: LoRAFactors) -> Aligned:
     """The SVD of the updates side by side, without forming any: ``(D + K) * M**2`` multiplications, float64.
 
-    ``A_n = C_n Q_n`` with orthonormal rows ``Q_n`` turns ``[Delta_1 | ... ]`` into ``[B_1 C_1 | ...]`` times
+    ``A_n = C_n^T Q_n`` with orthonormal rows ``Q_n`` turns ``[Delta_1 | ... ]`` into ``[B_1 C_1^T | ...]`` times
     orthonormal rows, whose left singular vectors and values are the same.
     """
     n, r = len(stack), stack.rank
     gram_b, gram_a = factor_grams(stack)
-    blocks = [orthobasis(gram_a[i * r : (i + 1) * r, i * r : (i + 1) * r])[1].T for i in range(n)]
-    spread = torch.block_diag(*blocks)
+    spread = side_by_side(gram_a, r)
     to_left, s = left_singular(spread.T @ gram_b @ spread)
     left = spread @ to_left
     rows = (left.T @ gram_b).view(len(s), n, r).transpose(0, 1)
     return Aligned(left, s, rows)
+
+
+def side_by_side(gram_MM: Float[Tensor, "M M"], r: int) -> Float[Tensor, "M M"]:
+    """Block-diagonal T, such that ``B_cat T`` has the left singular vectors of the updates side by side.
+
+    Args:
+        gram_MM: of the other factors, ``A_cat``; its diagonal blocks of size ``r`` are those of single adapters.
+        r: rank of one adapter.
+    """
+    blocks = torch.stack([gram_MM[i : i + r, i : i + r] for i in range(0, len(gram_MM), r)])
+    lengths = blocks.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    safe = torch.where(lengths > 0, lengths, 1.0)
+    values, vectors = torch.linalg.eigh(blocks / (safe[:, :, None] * safe[:, None]))
+    return torch.block_diag(*(lengths[:, :, None] * vectors * values.clamp_min(0).sqrt()[:, None]))
 
 
 def checked_weights(stack: LoRAFactors, weights: Float[Tensor, " N"] | list[float] | None) -> Float[Tensor, " N"]:

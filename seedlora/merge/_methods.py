@@ -137,7 +137,7 @@ def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = N
     if missing := sorted(required - set(options)):
         raise ValueError(f"Merge method '{name}' needs the option {', '.join(map(repr, missing))}")
     try:
-        bound = BoundRule(name, row, MappingProxyType(options), Use(**use))
+        bound = BoundRule(name, row, options, Use(**use))
         if isinstance(method, str) and "score" not in options:
             _try(bound)
     except (ValueError, TypeError) as error:
@@ -149,7 +149,7 @@ def _try(bound: BoundRule) -> None:
     """Apply a rule to a few entries; ``weights`` says how many adapters there will be."""
     n = 2
     if (weights := bound.options.get("weights")) is not None:
-        n = len(weights)
+        n = torch.as_tensor(weights).numel()
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
     options = {key: value for key, value in bound.options.items() if key != "generator"}

@@ -52,19 +52,13 @@ def seedlora(
     """
     w = checked_weights(stack, weights) / len(stack)
     d, k = stack.shape
-    inner, mu = gram(stack), means(stack)
+    wide = stack.to(torch.float64)
+    inner, mu = gram(wide), means(wide)
     mu_average = w @ mu
     sigma_average = ((w @ inner @ w) / (d * k) - mu_average**2).clamp_min(0).sqrt()
     sigma = (inner.diagonal() / (d * k) - mu**2).clamp_min(0).sqrt().mean()
     gain = sigma / sigma_average if sigma_average > _CANCELLED * sigma else torch.ones_like(sigma)
-    scaled = weighted_sum(stack, w * gain)
-    if not mean_shift:
-        return scaled
-    column = (mu.mean() - gain * mu_average).to(scaled.B.dtype).expand(1, d, 1)
-    return LoRAFactors(
-        torch.cat([scaled.A, scaled.A.new_ones(1, 1, k)], dim=1),
-        torch.cat([scaled.B, column], dim=2),
-    )
+    return weighted_sum(stack, w * gain, constant=mu.mean() - gain * mu_average if mean_shift else None)
 
 
 def seedlora_gain(stack: LoRAFactors, *, p: float = 0.5, cap: float = 2.0) -> LoRAFactors:

@@ -1,5 +1,7 @@
 """What belongs to no single method: options, layer choice, facts about the whole model, dense results, compression."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -96,11 +98,18 @@ def test_thresholds_are_those_of_the_chosen_layers():
         ("seedlora", {"svd": "fast"}, "svd must be one of"),
         ("seedlora", {"seed": -1}, "seed must be a whole number"),
         ("seedlora", {"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
+        ("seedlora", {"weights": 3}, "weights must be 1 finite numbers"),
+        ("seedlora", {"weights": "equal"}, "'seedlora'"),
     ],
 )
 def test_bad_options_fail_when_bound(method, options, message):
     with pytest.raises(ValueError, match=message):
         bind(method, options)
+
+
+def test_bound_rules_travel_to_other_processes():
+    bound = pickle.loads(pickle.dumps(bind("knots_ties", {"density": 0.3, "layers": "ffn", "rest": "soup"})))
+    assert torch.equal(bound(make_stack()).A, bind("knots_ties", {"density": 0.3})(make_stack()).A)
 
 
 def test_layers_that_select_nothing():
