@@ -16,8 +16,8 @@ from torch import Tensor
 from seedlora.factors import LoRAFactors
 from seedlora.merge._lowrank import checked_choice, factor_grams, in_span, thin_svd
 
-#: Entries of all adapters in one block: 16 MiB in float32. The bits of a seeded rule depend on it.
-BLOCK_ENTRIES = 2**22
+#: Entries of all adapters in one block: 4 MiB in float32. The bits of a seeded rule depend on it.
+BLOCK_ENTRIES = 2**20
 #: A compression holds the whole update up to this many entries (512 MiB in float32), and recomputes blocks above.
 HELD_ENTRIES = 2**27
 #: Up to this many entries an exact SVD is the default.

@@ -52,8 +52,7 @@ def seedlora(
     """
     w = checked_weights(stack, weights) / len(stack)
     d, k = stack.shape
-    wide = stack.to(torch.float64)
-    inner, mu = gram(wide), means(wide)
+    inner, mu = gram(stack), means(stack)
     mu_average = w @ mu
     sigma_average = ((w @ inner @ w) / (d * k) - mu_average**2).clamp_min(0).sqrt()
     sigma = (inner.diagonal() / (d * k) - mu**2).clamp_min(0).sqrt().mean()
