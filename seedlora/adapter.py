@@ -30,7 +30,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: Configuration keys of adapters whose update is more than ``s * B @ A``, and what to do about each.
 _REFUSED = {
-    "use_dora": "DoRA's update depends on the base weights; merge each adapter into the base model with PEFT "
+    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; merge each adapter into the base model with PEFT "
     "(merge_and_unload), or train with use_dora: false",
     "lora_bias": "lora_bias adds a vector that factors do not hold; train with lora_bias: false",
     "use_qalora": "QALoRA pools its inputs; train with use_qalora: false",
@@ -104,8 +104,6 @@ def read_adapter(path: str | Path) -> Adapter:
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, a rank is not
             what the configuration says, or the adapter is not plain LoRA. Nothing else comes out.
     """
-    from peft.utils.other import get_pattern_key
-
     path = Path(path)
     config = _read_config(path)
     tensors, copies = _read_tensors(path / WEIGHTS_NAME)
@@ -221,6 +219,8 @@ def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
 
 def _scaling(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     """What PEFT multiplies ``B @ A`` with in this layer, after checking that the layer has the rank it should have."""
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
         expected = ranks.get(get_pattern_key(ranks.keys(), name), config["r"])
@@ -249,7 +249,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: peft_type is {kind!r}, only 'LORA' can be read")
     for key, reason in _REFUSED.items():
         if config.get(key):
-            raise AdapterError(f"{file}: {key} is set, which is not plain LoRA: {reason}")
+            raise AdapterError(f"{file}: {key} is set; {reason}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0] not in _PLAIN_INITS:
         raise AdapterError(

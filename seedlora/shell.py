@@ -33,6 +33,7 @@ from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
 from seedlora.into_base import fuse_into_base
 from seedlora.merge import COMMON, METHODS, bind
+from seedlora.report.tables import next_commands
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Options that only Python can give: functions and generators.
@@ -127,6 +128,7 @@ def _merge(arguments: Mapping[str, Any]) -> None:
     if arguments["into_base"] is None:
         config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
         console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
+        print(next_commands(base_model=record["base_model"], adapter=out, rank=config["r"]))  # noqa: T201 - to be copied
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
         console.print(f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most")

@@ -50,7 +50,9 @@ def test_options_and_dtype(folders, tmp_path, capsys):
     words = ["--method", "knots_ties", "--density", "0.3", "--rank", "4", "--dtype", "bfloat16"]
     words += ["--layers", "ffn", "--rest", "soup"]
     assert main(["merge", *folders, *words, "--out", str(tmp_path / "o")]) == 0
-    assert "rank 4" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "rank 4" in shown
+    assert "--max-lora-rank 8" in shown
     record = json.loads((tmp_path / "o" / RECORD_NAME).read_text())
     assert record["options"] == {"density": 0.3}
     assert record["use"] == {"layers": "ffn", "rest": "soup", "rank": 4, "svd": "auto", "seed": 0}
