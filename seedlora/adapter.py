@@ -30,8 +30,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: Configuration keys of adapters whose update is more than ``s * B @ A``, and what to do about each.
 _REFUSED = {
-    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; merge each adapter into the base model with PEFT "
-    "(merge_and_unload), or train with use_dora: false",
+    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; merge each adapter into the "
+    "base model with PEFT (merge_and_unload), or train with use_dora: false",
     "lora_bias": "lora_bias adds a vector that factors do not hold; train with lora_bias: false",
     "use_qalora": "QALoRA pools its inputs; train with use_qalora: false",
     "use_bdlora": "BD-LoRA has block-diagonal factors; train without use_bdlora",

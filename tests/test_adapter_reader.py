@@ -180,7 +180,7 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora is set.*merge each adapter into the base"),
+        ({"use_dora": True}, "use_dora is set.*merge each adapter into the"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights; convert"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"init_lora_weights": "loftq"}, "'loftq', which changes the base weights"),
