@@ -1,28 +1,87 @@
-"""Adapters in, one adapter out: the merge rule applied layer by layer, and the folder that servers load."""
+"""Adapters in, adapter out: the merge rule applied layer by layer, and the folder that servers load.
+
+The only place where the layers of a model are walked.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seedlora.adapter import WEIGHTS_NAME, Adapter, AdapterError, read_adapter, universal_config, write_adapter
+from seedlora.adapter import WEIGHTS_NAME, Adapter, AdapterError, locate, read_adapter, universal_config, write_adapter
 from seedlora.factors import LoRAFactors
-from seedlora.merge import MergeRule, bind
+from seedlora.merge import BoundRule, MergeRule, Update, bind
+from seedlora.serving import base_shapes, complete
 
 RECORD_NAME = "fusion.json"
 
 
-def fuse(stacks: Mapping[str, LoRAFactors], rule: MergeRule) -> dict[str, LoRAFactors]:
-    """Apply a merge rule to the stack of every layer; ranks are padded with zeros to the largest, as servers need."""
-    fused = {path: rule(stack) for path, stack in stacks.items()}
+class Fused(dict[str, LoRAFactors]):
+    """One adapter per layer path.
+
+    Attributes:
+        compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRAFactors], compression: Mapping[str, float]) -> None:
+        super().__init__(layers)
+        self.compression = dict(compression)
+
+
+def updates(
+    stacks: Mapping[str, LoRAFactors], rule: MergeRule | BoundRule, *, order: Iterable[str] | None = None
+) -> Iterator[tuple[str, Update]]:
+    """Walk the layers of a model and apply a rule to each: a rule that looks at all layers first does so here.
+
+    Args:
+        stacks: the adapters of every layer by path.
+        rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it.
+        order: paths in the order in which they are wanted. Default: that of ``stacks``.
+
+    Raises:
+        ValueError: if the rule's ``layers`` selects none.
+    """
+    bound = bind(rule)
+    chosen = [path for path in stacks if bound.selects(path)]
+    if stacks and not chosen:
+        raise ValueError(f"layers={bound.use.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}")
+    facts = bound.survey(lambda: ((path, stacks[path]) for path in chosen)) if chosen else {}
+    for path in order if order is not None else stacks:
+        yield path, bound.update(path, stacks[path], facts) if bound.selects(path) else bound.left_out(stacks[path])
+
+
+def fuse(
+    stacks: Mapping[str, LoRAFactors],
+    rule: MergeRule | BoundRule,
+    *,
+    on_layer: Callable[[str], object] | None = None,
+) -> Fused:
+    """Apply a merge rule to the stack of every layer; ranks are padded with zeros to the largest, as servers need.
+
+    Args:
+        stacks: the adapters of every layer by path.
+        rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it. Dense results are compressed to its
+            ``rank``, by default ``N*R``; the result says with which error.
+        on_layer: called with each layer's path when it is done.
+    """
+    bound = bind(rule)
+    fused, compression = {}, {}
+    for path, update in updates(stacks, bound):
+        compressed = bound.finish(path, update)
+        fused[path] = compressed.factors
+        if compressed.factors is not update:
+            compression[path] = compressed.error
+        if on_layer is not None:
+            on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    return {path: _padded(factors, rank) for path, factors in fused.items()}
+    return Fused({path: _padded(factors, rank) for path, factors in fused.items()}, compression)
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
@@ -42,9 +101,21 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
             raise AdapterError(
                 f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
             )
+        if adapter.fan_in_fan_out != first.fan_in_fan_out:
+            raise AdapterError(
+                f"fan_in_fan_out is {first.fan_in_fan_out} in {first_name} and {adapter.fan_in_fan_out} in {name}"
+            )
+        for path in sorted(set(adapter.copies) & set(first.copies)):
+            if adapter.copies[path] != first.copies[path]:
+                raise AdapterError(
+                    f"{path} has different base weights in {first_name} and {name}: were vocabularies resized?"
+                )
         if odd := sorted(set(adapter.layers) ^ set(first.layers)):
             holder = name if odd[0] in adapter.layers else first_name
             raise AdapterError(f"{first_name} and {name} adapt different layers: only {holder} has {odd[0]}")
+        if odd := sorted(adapter.embeddings ^ first.embeddings):
+            holder = name if odd[0] in adapter.embeddings else first_name
+            raise AdapterError(f"{odd[0]} is an embedding only in {holder}, of {first_name} and {name}")
         for path, factors in adapter.layers.items():
             if factors.shape != first.layers[path].shape:
                 raise AdapterError(
@@ -53,42 +124,96 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
 
 
+def read_adapters(sources: Sequence[str | Path]) -> dict[str, Adapter]:
+    """Read adapter folders or hub ids, by the name under which each was given.
+
+    Raises:
+        AdapterError: if one cannot be read, or is given twice.
+    """
+    paths: dict[Path, str] = {}
+    for source in sources:
+        path = locate(source).resolve()
+        if path in paths:
+            raise AdapterError(f"{source} was given twice (also as {paths[path]}); each adapter counts once")
+        paths[path] = str(source)
+    return {name: read_adapter(path) for path, name in paths.items()}
+
+
 def fuse_folders(
     sources: Sequence[str | Path],
     out: str | Path,
     *,
     method: str | MergeRule = "seedlora",
     options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    on_layer: Callable[[str], object] | None = None,
 ) -> Path:
     """Fuse PEFT adapter folders into one that PEFT, vLLM, SGLang and others load.
 
-    The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``. ``fusion.json`` in it says how it
-    was made: method, options, and the sha256 of every input.
+    The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``, and zeros where servers want a
+    module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
+    and the error of what had to be compressed.
 
     Args:
-        sources: adapter folders of one base model.
+        sources: adapter folders or hub ids, of one base model.
         out: the folder to write, whole or not at all; an older one is replaced.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
+        dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
+        on_layer: called with each layer's path when it is done.
 
     Raises:
         ValueError: for an unknown method or option; ``AdapterError`` for adapters that cannot be read or fused.
     """
-    rule = bind(method, options)
-    paths = [Path(source) for source in sources]
-    adapters = {str(path): read_adapter(path) for path in paths}
-    fused = fuse(stack_adapters(adapters), rule)
-    base_model = next(iter(adapters.values())).base_model
-    record = {
-        "method": method if isinstance(method, str) else getattr(method, "__name__", repr(method)),
-        "options": dict(options or {}),
-        "inputs": [{"name": path.name, "sha256": _sha256(path / WEIGHTS_NAME)} for path in paths],
+    bound = bind(method, options)
+    adapters = read_adapters(sources)
+    stacks = stack_adapters(adapters)
+    if dtype is not None:
+        stacks = {path: stack.to(torch.promote_types(dtype, torch.float32)) for path, stack in stacks.items()}
+    fused = fuse(stacks, bound, on_layer=on_layer)
+    first = next(iter(adapters.values()))
+    shapes = base_shapes(first.base_model, fan_in_fan_out=first.fan_in_fan_out)
+    layers, unknown = complete(fused, shapes)
+    if dtype is not None:
+        layers = {path: factors.to(dtype) for path, factors in layers.items()}
+    record = fusion_record(bound, fused, sources, base_model=first.base_model)
+    if unknown:
+        record["incomplete_groups"] = unknown
+    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, layers)}
+    config = universal_config(layers, base_model=first.base_model, fan_in_fan_out=first.fan_in_fan_out)
+    write_adapter(out, layers, config, files=files, embeddings=first.embeddings)
+    return Path(out)
+
+
+def fusion_record(
+    bound: BoundRule, fused: Fused | None, sources: Sequence[str | Path], *, base_model: str
+) -> dict[str, Any]:
+    """How a fused adapter was made, for ``fusion.json``.
+
+    Args:
+        bound: the rule.
+        fused: its result; None if it went into a base model without compression.
+        sources: adapter folders or hub ids.
+        base_model: name or path of the base model.
+    """
+    use = {key: value for key, value in asdict(bound.use).items() if value is not None}
+    record: dict[str, Any] = {
+        "method": bound.name,
+        "options": dict(bound.options),
+        "use": use,
+        "source": bound.method.source,
+        "inputs": [{"name": Path(s).name, "sha256": _sha256(locate(s) / WEIGHTS_NAME)} for s in sources],
         "base_model": base_model,
         "seedlora": version("seedlora"),
     }
-    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, fused)}
-    write_adapter(out, fused, universal_config(fused, base_model=base_model), files=files)
-    return Path(out)
+    if fused is not None and fused.compression:
+        errors = list(fused.compression.values())
+        record["compression"] = {
+            "relative_error_mean": sum(errors) / len(errors),
+            "relative_error_max": max(errors),
+            "layers": fused.compression,
+        }
+    return record
 
 
 def _padded(factors: LoRAFactors, rank: int) -> LoRAFactors:
@@ -104,6 +229,12 @@ def _sha256(file: Path) -> str:
 
 def _card(record: Mapping[str, Any], fused: Mapping[str, LoRAFactors]) -> str:
     rank = next(iter(fused.values())).rank
+    lines = [f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `{RECORD_NAME}` lists method, options"]
+    lines[0] += " and inputs."
+    if "compression" in record:
+        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
+        lines.append(f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.")
+    text = "\n".join(lines)
     return f"""---
 base_model: {record["base_model"]}
 library_name: peft
@@ -111,5 +242,5 @@ tags: [lora, seedlora]
 ---
 # {len(record["inputs"])} LoRA adapters fused with `{record["method"]}`
 
-Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `{RECORD_NAME}` lists method, options and inputs.
+{text}
 """

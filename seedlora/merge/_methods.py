@@ -2,63 +2,155 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
+
+import torch
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge._seedlora import seedlora
-from seedlora.merge._soup import soup
-
-#: What every merge rule is: the stack of one layer in, one adapter out.
-MergeRule: TypeAlias = Callable[[LoRAFactors], LoRAFactors]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: a rule, what it does in a line, and where it comes from."""
-
-    rule: Callable[..., LoRAFactors]
-    formula: str
-    source: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Names and defaults of the rule's keyword options."""
-        parameters = list(inspect.signature(self.rule).parameters.values())[1:]
-        return {p.name: p.default for p in parameters}
-
+from seedlora.merge._bound import COMMON, BoundRule, MergeRule, Method, Use
+from seedlora.merge._core_space import core_thresholds, core_ties
+from seedlora.merge._dare import dare_linear, dare_ties
+from seedlora.merge._della import della
+from seedlora.merge._iso import iso_c
+from seedlora.merge._karcher import karcher
+from seedlora.merge._knots import knots_dare_ties, knots_thresholds, knots_ties
+from seedlora.merge._model_stock import model_stock
+from seedlora.merge._sce import sce
+from seedlora.merge._seedft import seedft
+from seedlora.merge._seedlora import seedlora, seedlora_gain
+from seedlora.merge._soup import greedy_members, greedy_soup, soup
+from seedlora.merge._subspace import seedlora_subspace
+from seedlora.merge._task_arithmetic import task_arithmetic
+from seedlora.merge._ties import ties, ties_thresholds
+from seedlora.merge._tsv import tsv_m
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "seedlora": Method(seedlora, "mean update, rescaled to the seeds' mean and spread", "SeedLoRA, eq. 4-5"),
+        "seedlora": Method(
+            seedlora, "mean update, rescaled to the seeds' mean and spread", "SeedLoRA, eq. 4-5", match_norm=True
+        ),
+        "seedlora_gain": Method(
+            seedlora_gain, "mean update times min(rho^-2p, cap)", "this project, after SeedLoRA eq. 5", match_norm=True
+        ),
+        "seedlora_subspace": Method(
+            seedlora_subspace,
+            "large entries by majority, the others merged within the mean's subspace",
+            "SeedLoRA, ICML 2025, two-stage (second-hand)",
+            match_norm=True,
+        ),
         "soup": Method(soup, "mean of the updates", "Wortsman et al., arXiv 2203.05482"),
+        "greedy_soup": Method(
+            greedy_soup,
+            "soup of the adapters that do not lower a validation score, best first",
+            "Wortsman et al., arXiv 2203.05482, recipe 1",
+            surveys={"members": greedy_members},
+        ),
+        "task_arithmetic": Method(
+            task_arithmetic, "sum of the updates times scale", "Ilharco et al., arXiv 2212.04089"
+        ),
+        "ties": Method(
+            ties,
+            "trim, elect a sign per entry, mean of the entries that agree",
+            "Yadav et al., arXiv 2306.01708",
+            surveys={"thresholds": ties_thresholds},
+        ),
+        "dare_linear": Method(dare_linear, "drop at random, rescale, mean", "Yu et al., arXiv 2311.03099"),
+        "dare_ties": Method(
+            dare_ties, "drop at random, rescale, then TIES without trim", "Yu et al., arXiv 2311.03099"
+        ),
+        "della": Method(
+            della, "drop at random by rank in the row, rescale, then TIES without trim", "Deep et al., arXiv 2406.11617"
+        ),
+        "model_stock": Method(
+            model_stock, "mean update times Nc / (1 + (N-1)c), c the mean cosine", "Jang et al., arXiv 2403.19522"
+        ),
+        "karcher": Method(karcher, "spherical mean of the directions times the mean norm", "Karcher, 1977"),
+        "sce": Method(
+            sce,
+            "entries of largest variance, adapters weighted by energy, minority signs erased",
+            "Wan et al., arXiv 2408.07990",
+        ),
+        "tsv_m": Method(tsv_m, "singular vectors side by side, made orthogonal", "Gargiulo et al., arXiv 2412.00081"),
+        "iso_c": Method(iso_c, "SVD of the sum with all values equal", "Marczak et al., arXiv 2502.04959"),
+        "core_ties": Method(
+            core_ties,
+            "TIES on lossless core matrices",
+            "Panariello et al., arXiv 2509.17786",
+            surveys={"thresholds": core_thresholds},
+        ),
+        "knots_ties": Method(
+            knots_ties,
+            "TIES in the basis of the updates side by side, trimmed over all layers",
+            "Stoica et al., arXiv 2410.19735",
+            surveys={"thresholds": knots_thresholds},
+        ),
+        "knots_dare_ties": Method(
+            knots_dare_ties,
+            "DARE, then TIES without trim, in the basis of the updates side by side",
+            "Stoica et al., arXiv 2410.19735; Yu et al., arXiv 2311.03099",
+        ),
+        "seedft": Method(
+            seedft, "KnOTS basis with the polar factor of the summed right vectors", "second-hand, after KnOTS"
+        ),
     }
 )
 
 
-def bind(method: str | MergeRule, options: Mapping[str, Any] | None = None) -> MergeRule:
-    """Turn a method's name and its options into a function of the stack alone, checking both now.
+def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = None) -> BoundRule:
+    """Turn a method and its options into a function of the stack alone, checking both now.
+
+    A method of the table is tried on a stack of a few entries, so that values out of range are found here and not
+    after a training run.
 
     Args:
-        method: a key of :data:`METHODS`, or any callable that takes a :class:`LoRAFactors` first.
-        options: keyword options of that method.
+        method: a key of :data:`METHODS`, a row of one's own, or any callable that takes a :class:`LoRAFactors` first.
+        options: keyword options of that method, and those of :class:`Use` that it does not have itself.
 
     Raises:
-        ValueError: for an unknown name, or an option that the method does not have.
+        ValueError: for an unknown name, an option that the method does not have, lacks, or that is out of range.
     """
     options = dict(options or {})
+    if isinstance(method, BoundRule):
+        if options:
+            raise ValueError(f"Merge method '{method.name}' is bound already; it takes no more options")
+        return method
+    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}")
-        allowed = METHODS[method].options
-        if unknown := sorted(set(options) - set(allowed)):
-            raise ValueError(
-                f"Merge method '{method}' has no option {', '.join(map(repr, unknown))}; "
-                f"it takes {', '.join(sorted(allowed)) or 'none'}"
-            )
-        method = METHODS[method].rule
-    return functools.partial(method, **options) if options else method
+        row = METHODS[method]
+    else:
+        row = method if isinstance(method, Method) else Method(method, "", "")
+        name = row.rule.__name__ if isinstance(method, Method) else name
+    own = row.options
+    use = {key: options.pop(key) for key in COMMON if key in options and key not in own}
+    anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(row.rule).parameters.values())
+    if (unknown := sorted(set(options) - set(own))) and not anything:
+        allowed = sorted({*own, *COMMON})
+        raise ValueError(
+            f"Merge method '{name}' has no option {', '.join(map(repr, unknown))}; it takes {', '.join(allowed)}"
+        )
+    required = {key for key, default in own.items() if default is inspect.Parameter.empty}
+    if missing := sorted(required - set(options)):
+        raise ValueError(f"Merge method '{name}' needs the option {', '.join(map(repr, missing))}")
+    try:
+        bound = BoundRule(name, row, options, Use(**use))
+        if isinstance(method, str) and "score" not in options:
+            _try(bound)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"Merge method '{name}': {error}") from None
+    return bound
+
+
+def _try(bound: BoundRule) -> None:
+    """Apply a rule to a few entries; ``weights`` says how many adapters there will be."""
+    n = 2
+    if (weights := bound.options.get("weights")) is not None:
+        n = torch.as_tensor(weights).numel()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
+    options = {key: value for key, value in bound.options.items() if key != "generator"}
+    BoundRule(bound.name, bound.method, options, bound.use)(LoRAFactors(a, b))

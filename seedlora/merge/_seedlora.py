@@ -7,7 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge._lowrank import checked_weights, means, variances, weighted_sum
+from seedlora.merge._lowrank import checked_range, checked_weights, gram, means, shrinkage, weighted_sum
+
+#: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
+_CANCELLED = 1e-7
 
 
 def seedlora(
@@ -28,7 +31,8 @@ def seedlora(
 
     Readings taken where the paper is silent: statistics are per layer (not per model), over the scaled update
     ``s*B@A`` (not over ``A`` and ``B`` apart), and the spread is the population standard deviation (its ratio is
-    the same with Bessel's correction). If the average has no spread at all, there is nothing to rescale: g = 1.
+    the same with Bessel's correction). If the average has no spread (below 1e-7 of the updates'), there is nothing to
+    rescale: g = 1.
 
     Args:
         stack: ``A`` of shape ``(N, R, K)`` and ``B`` of shape ``(N, D, R)``, scaling folded into ``B``.
@@ -47,16 +51,43 @@ def seedlora(
         are the averages over all adapters.
     """
     w = checked_weights(stack, weights) / len(stack)
-    average = weighted_sum(stack, w)
-    mu_average, sigma_average = means(average)[0], variances(average)[0].sqrt()
-    mu, sigma = means(stack).mean(), variances(stack).sqrt().mean()
-    gain = sigma / sigma_average if sigma_average > 0 else torch.ones_like(sigma)
-    scaled = weighted_sum(stack, w * gain)
-    if not mean_shift:
-        return scaled
     d, k = stack.shape
-    column = (mu - gain * mu_average).to(scaled.B.dtype).expand(1, d, 1)
-    return LoRAFactors(
-        torch.cat([scaled.A, scaled.A.new_ones(1, 1, k)], dim=1),
-        torch.cat([scaled.B, column], dim=2),
-    )
+    inner, mu = gram(stack), means(stack)
+    mu_average = w @ mu
+    sigma_average = ((w @ inner @ w) / (d * k) - mu_average**2).clamp_min(0).sqrt()
+    sigma = (inner.diagonal() / (d * k) - mu**2).clamp_min(0).sqrt().mean()
+    gain = sigma / sigma_average if sigma_average > _CANCELLED * sigma else torch.ones_like(sigma)
+    return weighted_sum(stack, w * gain, constant=mu.mean() - gain * mu_average if mean_shift else None)
+
+
+def seedlora_gain(stack: LoRAFactors, *, p: float = 0.5, cap: float = 2.0) -> LoRAFactors:
+    r"""Average the updates, and scale the average by a chosen power of what averaging took from its length.
+
+    .. math:: \Delta = \min(\rho^{-2p}, \mathrm{cap}) \, \bar\Delta, \qquad
+        \rho = \|\bar\Delta\| / \tfrac1N \sum_n \|\Delta_n\|
+
+    ``p = 0`` is soup; ``p = 1/2`` restores the norm, which is SeedLoRA without its mean shift and without the
+    difference between norm and spread; ``p = 1`` restores the projection of the average on the common direction. The
+    caller chooses ``p`` by the validation loss, for example from {0, .25, .5, .75, 1, 1.25}.
+
+    Cost: ``(D + K) * (N*R)**2`` multiplications, one copy of the factors.
+
+    Args:
+        stack: the adapters of one layer.
+        p: the power, 0 or more.
+        cap: largest gain allowed, 1 or more; nearly cancelled averages would be blown up without it.
+
+    Returns:
+        One adapter of rank ``N*R``, in the dtypes of ``stack``.
+
+    Raises:
+        ValueError: if ``p`` or ``cap`` is out of range.
+
+    References:
+        Derived in this project from equation 5 of SeedLoRA.
+    """
+    checked_range("p", p, 0, 10)
+    checked_range("cap", cap, 1, 1e6)
+    rho = shrinkage(gram(stack))
+    gain = (rho ** (-2 * p)).clamp_max(cap) if rho > _CANCELLED else torch.ones_like(rho)
+    return weighted_sum(stack, gain.expand(len(stack)) / len(stack))

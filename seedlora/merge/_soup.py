@@ -1,12 +1,16 @@
-"""Model soup (Wortsman et al., ICML 2022)."""
+"""Model soups (Wortsman et al., ICML 2022): uniform and greedy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge._lowrank import checked_weights, weighted_sum
+from seedlora.merge._walk import Walk
 
 
 def soup(stack: LoRAFactors, *, weights: Float[Tensor, " N"] | list[float] | None = None) -> LoRAFactors:
@@ -31,3 +35,59 @@ def soup(stack: LoRAFactors, *, weights: Float[Tensor, " N"] | list[float] | Non
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482.
     """
     return weighted_sum(stack, checked_weights(stack, weights) / len(stack))
+
+
+def greedy_soup(stack: LoRAFactors, *, members: Sequence[int]) -> LoRAFactors:
+    """The soup of the chosen adapters alone.
+
+    Args:
+        stack: the adapters of one layer.
+        members: their indices, as :func:`greedy_members` chooses them for the whole model.
+
+    Returns:
+        One adapter of rank ``len(members) * R``, in the dtypes of ``stack``.
+
+    Raises:
+        ValueError: if ``members`` is empty, has a duplicate, or an index that is not in the stack.
+
+    References:
+        Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1.
+    """
+    chosen = list(members)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(stack))):
+        raise ValueError(f"members must be different indices from 0 to {len(stack) - 1}, at least one, got {chosen}")
+    return soup(LoRAFactors(stack.A[chosen], stack.B[chosen]))
+
+
+def greedy_members(walk: Walk, *, score: Callable[[Mapping[str, LoRAFactors]], float]) -> list[int]:
+    """Which adapters a greedy soup is made of: sorted by their own score, each kept if the soup does not get worse.
+
+    Costs at most ``2 * N - 1`` calls of ``score``, and one fused copy of the model's factors at a time.
+
+    Reading taken: an addition that leaves the score unchanged is kept, as in the paper's recipe.
+
+    Args:
+        walk: all layers.
+        score: of a fused adapter (one adapter per layer path) on validation data, larger is better.
+
+    Returns:
+        Indices in the order in which they were added.
+
+    Raises:
+        ValueError: if ``score`` returns no finite number.
+    """
+
+    def scored(members: Sequence[int]) -> float:
+        value = float(score({path: greedy_soup(stack, members=members) for path, stack in walk()}))
+        if not torch.tensor(value).isfinite():
+            raise ValueError(f"score must return a finite number, got {value} for the soup of {list(members)}")
+        return value
+
+    count = len(next(iter(walk()))[1])
+    alone = [scored([i]) for i in range(count)]
+    order = sorted(range(count), key=lambda i: -alone[i])
+    members, best = order[:1], alone[order[0]]
+    for i in order[1:]:
+        if (value := scored([*members, i])) >= best:
+            members, best = [*members, i], value
+    return members

@@ -1,0 +1,283 @@
+"""What a set of adapters looks like, computed from its factors; tables as dataclasses, figures by matplotlib.
+
+Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``S`` sampled entries.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seedlora.factors import LoRAFactors
+from seedlora.merge import cosines, gram, mean_cosine, means, row_blocks, shrinkage, singular_values, variances
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class UpdateFacts:
+    r"""One update of one layer.
+
+    Attributes:
+        norm: Frobenius norm.
+        mean: of its entries.
+        std: of its entries, population.
+        singular_values: all that are not zero, largest first.
+        effective_rank: :math:`\exp(-\sum p \log p)` with :math:`p = s / \sum s` (Roy and Vetterli, 2007).
+    """
+
+    norm: float
+    mean: float
+    std: float
+    singular_values: tuple[float, ...]
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a set of adapters.
+
+    Attributes:
+        path: of the layer.
+        module: the last part of the path, ``q_proj``.
+        updates: facts about each adapter's update.
+        merged: facts about a merged update, if one was given.
+        cosines: of all pairs, shape (N, N).
+        mean_cosine: over all pairs of different adapters.
+        rho: norm of the mean update over the mean norm.
+        gain: what SeedLoRA multiplies the mean update with: mean of the spreads over the spread of the mean.
+        sign_agreement: share of sampled entries on which two adapters have one sign, mean over the pairs; 1/2 for
+            unrelated adapters.
+        samples: how many entries were sampled for it.
+    """
+
+    path: str
+    module: str
+    updates: tuple[UpdateFacts, ...]
+    merged: UpdateFacts | None
+    cosines: tuple[tuple[float, ...], ...]
+    mean_cosine: float
+    rho: float
+    gain: float
+    sign_agreement: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """Means over all layers of one module type; the fields are those of :class:`LayerFacts`."""
+
+    module: str
+    layers: int
+    mean_cosine: float
+    rho: float
+    gain: float
+    sign_agreement: float
+    norm: float
+    effective_rank: float
+    merged_norm: float | None
+    merged_effective_rank: float | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of all entries of each adapter's update; what lies outside of the edges is in the first and last bin.
+
+    Attributes:
+        edges: of the bins, one more than bins.
+        counts: shape (N, bins).
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def layer_facts(
+    path: str,
+    stack: LoRAFactors,
+    *,
+    merged: LoRAFactors | None = None,
+    samples: int = 4096,
+    generator: torch.Generator | None = None,
+) -> LayerFacts:
+    """All facts about one layer, in ``(D + K) * (N*R)**2`` multiplications; no ``(D, K)`` matrix is formed.
+
+    Args:
+        path: of the layer.
+        stack: its adapters.
+        merged: one adapter that was made of them.
+        samples: entries drawn, with replacement, for the sign agreement.
+        generator: of the draw. Default: a new one, seeded with 0.
+    """
+    inner, mu = gram(stack), means(stack)
+    entries = stack.shape[0] * stack.shape[1]
+    average_std = (inner.mean() / entries - mu.mean() ** 2).clamp_min(0).sqrt()
+    gain = variances(stack).sqrt().mean() / average_std if average_std > 0 else torch.ones(())
+    return LayerFacts(
+        path=path,
+        module=path.rpartition(".")[2],
+        updates=update_facts(stack),
+        merged=None if merged is None else update_facts(merged)[0],
+        cosines=tuple(tuple(row) for row in cosines(inner).tolist()),
+        mean_cosine=float(mean_cosine(inner)),
+        rho=float(shrinkage(inner)),
+        gain=float(gain),
+        sign_agreement=sign_agreement(stack, samples=samples, generator=generator),
+        samples=samples,
+    )
+
+
+def update_facts(stack: LoRAFactors) -> tuple[UpdateFacts, ...]:
+    """Facts about every update of a stack on its own."""
+    norms = gram(stack).diagonal().clamp_min(0).sqrt().tolist()
+    rows = zip(norms, means(stack).tolist(), variances(stack).sqrt().tolist(), singular_values(stack), strict=True)
+    return tuple(
+        UpdateFacts(norm, mean, std, tuple(values.tolist()), effective_rank(values)) for norm, mean, std, values in rows
+    )
+
+
+def effective_rank(values: Float[Tensor, " Q"]) -> float:
+    """The exponential of the entropy of singular values taken as probabilities; 0 for a zero matrix."""
+    if not values.sum() > 0:
+        return 0.0
+    shares = values[values > 0] / values.sum()
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def sign_agreement(stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None) -> float:
+    """Share of sampled entries on which two adapters have the same sign, mean over the pairs; 1 for one adapter."""
+    if len(stack) == 1:
+        return 1.0
+    generator = generator or torch.Generator().manual_seed(0)
+    d, k = stack.shape
+    i, j = (torch.randint(size, (samples,), generator=generator).to(stack.A.device) for size in (d, k))
+    signs_NS = torch.einsum("nsr,nrs->ns", stack.B[:, i].double(), stack.A[:, :, j].double()).sign()
+    pairs = [(signs_NS[a] == signs_NS[b]).double().mean() for a in range(len(stack)) for b in range(a)]
+    return float(torch.stack(pairs).mean())
+
+
+def module_facts(layers: Sequence[LayerFacts]) -> list[ModuleFacts]:
+    """One row per module type, in the order in which they first occur."""
+    groups: dict[str, list[LayerFacts]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.module].append(layer)
+    return [_module_row(module, group) for module, group in groups.items()]
+
+
+def _module_row(module: str, group: Sequence[LayerFacts]) -> ModuleFacts:
+    def mean(value: Callable[[LayerFacts], float]) -> float:
+        return sum(map(value, group)) / len(group)
+
+    def over_updates(value: Callable[[UpdateFacts], float]) -> float:
+        return mean(lambda layer: sum(map(value, layer.updates)) / len(layer.updates))
+
+    merged = [layer.merged for layer in group if layer.merged is not None]
+    return ModuleFacts(
+        module=module,
+        layers=len(group),
+        mean_cosine=mean(lambda layer: layer.mean_cosine),
+        rho=mean(lambda layer: layer.rho),
+        gain=mean(lambda layer: layer.gain),
+        sign_agreement=mean(lambda layer: layer.sign_agreement),
+        norm=over_updates(lambda update: update.norm),
+        effective_rank=over_updates(lambda update: update.effective_rank),
+        merged_norm=sum(m.norm for m in merged) / len(merged) if merged else None,
+        merged_effective_rank=sum(m.effective_rank for m in merged) / len(merged) if merged else None,
+    )
+
+
+def model_cosines(stacks: Mapping[str, LoRAFactors]) -> Float[Tensor, "N N"]:
+    """Cosines of all pairs of adapters, each taken as one long vector over all layers.
+
+    Raises:
+        ValueError: if there is no layer.
+    """
+    if not stacks:
+        raise ValueError("model_cosines needs at least one layer, got none")
+    return cosines(torch.stack([gram(stack).cpu() for stack in stacks.values()]).sum(0))
+
+
+def histogram(stack: LoRAFactors, *, bins: int = 101, spreads: float = 4.0) -> Histogram:
+    """Distribution of the entries of every update, by row blocks of bounded memory.
+
+    Args:
+        stack: the adapters of one layer.
+        bins: how many.
+        spreads: the edges reach to this many standard deviations of the widest update, on both sides of zero.
+    """
+    limit = spreads * float(variances(stack).sqrt().max()) or 1.0
+    counts = torch.zeros(len(stack), bins, dtype=torch.int64)
+    for block in row_blocks(stack):
+        for n, values in enumerate(block):
+            clamped = values.float().cpu().clamp(-limit, limit)
+            counts[n] += torch.histc(clamped, bins, -limit, limit).long()
+    edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
+    return Histogram(tuple(edges.tolist()), tuple(tuple(row) for row in counts.tolist()))
+
+
+def plot_cosines(layers: Sequence[LayerFacts]) -> Figure:
+    """The mean pairwise cosine of every layer, one line per module type (figure 2 of the SeedLoRA paper)."""
+    figure, axes = _figure()
+    groups: dict[str, list[float]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.module].append(layer.mean_cosine)
+    for module, values in groups.items():
+        axes.plot(range(len(values)), values, marker=".", label=module)
+    axes.set(xlabel="layer", ylabel="mean pairwise cosine", ylim=(min(0.0, *_flat(groups)), 1.0))
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def plot_spectra(layer: LayerFacts, names: Sequence[str]) -> Figure:
+    """Singular values of every adapter, and of the merged one, in one layer (figure 3a of the SeedLoRA paper).
+
+    Args:
+        layer: the layer.
+        names: one per adapter.
+    """
+    figure, axes = _figure()
+    for name, update in zip(names, layer.updates, strict=True):
+        axes.plot(range(1, 1 + len(update.singular_values)), update.singular_values, marker=".", label=name)
+    if layer.merged is not None:
+        values = layer.merged.singular_values
+        axes.plot(range(1, 1 + len(values)), values, marker=".", color="black", label="merged")
+    axes.set(xlabel="index", ylabel="singular value", title=layer.path)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def plot_distributions(path: str, counted: Histogram, names: Sequence[str]) -> Figure:
+    """Distribution of the entries of every update in one layer (figure 7 of the SeedLoRA paper).
+
+    Args:
+        path: of the layer.
+        counted: its histogram.
+        names: one per update.
+    """
+    figure, axes = _figure()
+    width = counted.edges[1] - counted.edges[0]
+    for name, row in zip(names, counted.counts, strict=True):
+        axes.stairs([count / (sum(row) * width) for count in row], counted.edges, label=name)
+    axes.set(xlabel="entry of the update", ylabel="density", title=path)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _flat(groups: Mapping[str, Sequence[float]]) -> list[float]:
+    return [value for values in groups.values() for value in values]

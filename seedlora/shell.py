@@ -1,0 +1,267 @@
+"""The commands for adapters trained anywhere: ``merge``, ``inspect``, ``compare``, ``methods``.
+
+Bad input ends in one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from seedlora.diagnostics import (
+    LayerFacts,
+    histogram,
+    layer_facts,
+    model_cosines,
+    module_facts,
+    plot_cosines,
+    plot_distributions,
+    plot_spectra,
+)
+from seedlora.factors import LoRAFactors
+from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
+from seedlora.into_base import fuse_into_base
+from seedlora.merge import COMMON, METHODS, bind
+from seedlora.report.tables import next_commands
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Options that only Python can give: functions and generators.
+_PYTHON_ONLY = {"generator", "score"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its words. Default: those of the process.
+
+    Returns:
+        0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
+    """
+    try:
+        arguments = vars(_parser().parse_args(argv))
+        command = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
+        command[arguments.pop("command")](arguments)
+    except (ValueError, OSError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr)  # noqa: T201 - stderr is this module's
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m seedlora", description="Fuse, inspect and compare LoRA adapters.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    merge = commands.add_parser("merge", help="fuse adapters into one, or into the base model")
+    merge.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
+    merge.add_argument("--method", default="seedlora", help="see: python -m seedlora methods")
+    merge.add_argument("--out", required=True, help="the folder to write")
+    merge.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: that of the adapters")
+    merge.add_argument("--into-base", metavar="MODEL", help="add the result to this model folder's weights instead")
+    merge.add_argument("--json", action="store_true", help="print the record as JSON")
+    options = merge.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
+    for name in sorted(_option_names()):
+        options.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=f"option {name}", metavar="VALUE")
+
+    inspect_ = commands.add_parser("inspect", help="ranks, norms and spectra of one adapter")
+    inspect_.add_argument("adapter", help="a PEFT adapter folder or hub id")
+    inspect_.add_argument("--json", action="store_true", help="print every layer as JSON")
+
+    compare = commands.add_parser("compare", help="cosines, gains and spectra of several adapters")
+    compare.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
+    compare.add_argument("--method", default="seedlora", help="the merge that is shown beside them")
+    compare.add_argument("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
+    compare.add_argument("--json", action="store_true", help="print every layer as JSON")
+
+    methods = commands.add_parser("methods", help="the table of merge methods")
+    methods.add_argument("--json", action="store_true", help="print it as JSON")
+    return parser
+
+
+def _option_names() -> set[str]:
+    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON)
+
+
+def _merge(arguments: Mapping[str, Any]) -> None:
+    options = {
+        key.removeprefix("option "): _value(text)
+        for key, text in arguments.items()
+        if key.startswith("option ") and text is not None
+    }
+    method, sources, out = arguments["method"], arguments["adapters"], Path(arguments["out"])
+    bind(method, options)
+    with _progress() as progress:
+        task = progress.add_task(f"{method}", total=None)
+        on_layer = lambda _path: progress.advance(task)  # noqa: E731
+        if arguments["into_base"] is not None:
+            if arguments["dtype"] is not None:
+                raise ValueError("--dtype is not used with --into-base: weights keep the dtype of the base model")
+            fuse_into_base(sources, arguments["into_base"], out, method=method, options=options, on_layer=on_layer)
+        else:
+            dtype = DTYPES.get(arguments["dtype"] or "")
+            fuse_folders(sources, out, method=method, options=options, dtype=dtype, on_layer=on_layer)
+    record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+    if arguments["json"]:
+        _print_json(record | {"out": str(out)})
+        return
+    console = Console()
+    console.print(f"{len(sources)} adapters fused with [bold]{method}[/bold] into {out}")
+    if arguments["into_base"] is None:
+        config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+        console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
+        print(next_commands(base_model=record["base_model"], adapter=out, rank=config["r"]))  # noqa: T201 - to be copied
+    if "compression" in record:
+        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
+        console.print(f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most")
+    if missing := record.get("incomplete_groups"):
+        console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
+
+
+def _inspect(arguments: Mapping[str, Any]) -> None:
+    ((name, adapter),) = read_adapters([arguments["adapter"]]).items()
+    layers = _facts(adapter.layers)
+    ranks = sorted({factors.rank for factors in adapter.layers.values()})
+    if arguments["json"]:
+        _print_json(
+            {"adapter": name, "base_model": adapter.base_model, "ranks": ranks, "layers": [asdict(f) for f in layers]}
+        )
+        return
+    console = Console()
+    console.print(f"{name}: {len(layers)} layers, rank {', '.join(map(str, ranks))}, base model {adapter.base_model}")
+    table = _table("module", "layers", "norm", "std", "largest s", "effective rank")
+    for row in module_facts(layers):
+        updates = [layer.updates[0] for layer in layers if layer.module == row.module]
+        std = sum(u.std for u in updates) / len(updates)
+        largest = sum((u.singular_values or (0.0,))[0] for u in updates) / len(updates)
+        table.add_row(row.module, str(row.layers), *_numbers(row.norm, std, largest, row.effective_rank))
+    console.print(table)
+
+
+def _compare(arguments: Mapping[str, Any]) -> None:
+    adapters = read_adapters(arguments["adapters"])
+    stacks = stack_adapters(adapters)
+    names = list(adapters)
+    merged = fuse(stacks, bind(arguments["method"]))
+    layers = _facts(stacks, merged)
+    matrix = model_cosines(stacks).tolist()
+    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, layers, names)
+    if arguments["json"]:
+        modules = [asdict(row) for row in module_facts(layers)]
+        found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
+        _print_json(found | {"method": arguments["method"], "figures": drawn})
+        return
+    console = Console()
+    table = _table("cosine", *(str(i + 1) for i in range(len(names))))
+    for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
+        table.add_row(f"{i + 1} {name}", *_numbers(*row))
+    console.print(table)
+    title = ["module", "layers", "cosine", "rho", "gain", "same sign*", "norm", "eff. rank"]
+    table = _table(*title, "merged norm", "merged eff. rank")
+    for row in module_facts(layers):
+        numbers = [row.mean_cosine, row.rho, row.gain, row.sign_agreement, row.norm, row.effective_rank]
+        table.add_row(
+            row.module,
+            str(row.layers),
+            *_numbers(*numbers, row.merged_norm or 0.0, row.merged_effective_rank or 0.0),
+        )
+    console.print(table)
+    console.print(f"merged with {arguments['method']}; * on {layers[0].samples} sampled entries per layer")
+    for file in drawn:
+        console.print(f"drawn: {file}")
+
+
+def _methods(arguments: Mapping[str, Any]) -> None:
+    if arguments["json"]:
+        rows = {
+            name: {
+                "formula": method.formula,
+                "source": method.source,
+                "options": {key: _shown(value) for key, value in method.options.items()},
+            }
+            for name, method in METHODS.items()
+        }
+        _print_json({"methods": rows, "common options": dict(COMMON)})
+        return
+    console = Console()
+    table = Table("method", "formula", "options and defaults", "source")
+    for name, method in METHODS.items():
+        options = [f"{key}={_shown(value)}" for key, value in method.options.items() if key != "generator"]
+        table.add_row(name, method.formula, "\n".join(options), method.source)
+    console.print(table)
+    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON.items()))
+
+
+def _plot(
+    folder: Path, stacks: Mapping[str, LoRAFactors], layers: Sequence[LayerFacts], names: Sequence[str]
+) -> list[str]:
+    """Draw all layers' cosines, and spectrum and distribution of the layer in the middle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    middle = layers[len(layers) // 2]
+    figures = {
+        "cosines": plot_cosines(layers),
+        "spectra": plot_spectra(middle, names),
+        "distributions": plot_distributions(middle.path, histogram(stacks[middle.path]), names),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    return [str(folder / f"{name}.png") for name in figures]
+
+
+def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None) -> list[LayerFacts]:
+    with _progress() as progress:
+        return [
+            layer_facts(path, stack, merged=None if merged is None else merged[path])
+            for path, stack in progress.track(sorted(stacks.items()), description="layers")
+        ]
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if i == 0 else "right")
+    return table
+
+
+def _numbers(*values: float) -> list[str]:
+    return [f"{value:.3g}" for value in values]
+
+
+def _value(text: str) -> Any:
+    """A word of the command line as JSON if it is JSON, else as text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _shown(value: object) -> object:
+    return "required" if value is inspect.Parameter.empty else value
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))  # noqa: T201 - what --json asks for

@@ -1,0 +1,138 @@
+"""Laws, for every entry of the table. A law that a method breaks by design is listed, with its reason, and checked
+to be broken: the list cannot outlive its cause.
+"""
+
+import pytest
+import torch
+
+from seedlora.factors import LoRAFactors
+from seedlora.merge import METHODS
+from tests.merge.cases import dense, make_stack, relative
+
+TRIM = "the default density drops entries of any update"
+RANDOM = "entries are dropped at random"
+POSITION = "the masks belong to positions in the stack; the distribution does not depend on the order"
+GAUGED = "TIES depends on the basis, and the paper's basis is that of the factors; basis='updates' keeps the law"
+FLAT = "all singular values are made equal"
+
+BROKEN = {
+    **{("fixed point", name): TRIM for name in ("ties", "knots_ties")},
+    **{("one adapter", name): TRIM for name in ("ties", "knots_ties")},
+    **{("order", name): POSITION for name in ("dare_linear", "dare_ties", "della", "knots_dare_ties")},
+    **{("fixed point", name): RANDOM for name in ("dare_linear", "dare_ties", "della", "knots_dare_ties")},
+    **{("one adapter", name): RANDOM for name in ("dare_linear", "dare_ties", "della", "knots_dare_ties")},
+    ("gauge", "core_ties"): GAUGED,
+    ("fixed point", "iso_c"): FLAT,
+    ("one adapter", "iso_c"): FLAT,
+}
+#: The same methods with the options under which they keep the law.
+KEPT = {
+    ("fixed point", "ties"): {"density": 1.0},
+    ("one adapter", "ties"): {"density": 1.0},
+    ("fixed point", "knots_ties"): {"density": 1.0},
+    ("one adapter", "knots_ties"): {"density": 1.0},
+    ("gauge", "core_ties"): {"basis": "updates"},
+    **{
+        (law, name): {"p": 0.0}
+        for law in ("fixed point", "one adapter", "order")
+        for name in ("dare_linear", "dare_ties", "knots_dare_ties")
+    },
+}
+
+
+def apply(name, stack, **options):
+    if name == "greedy_soup":
+        options = {"members": range(len(stack)), **options}
+    return dense(METHODS[name].rule(stack, **options))
+
+
+def gauged(stack):
+    g = torch.Generator().manual_seed(5)
+    mix = torch.randn(len(stack), stack.rank, stack.rank, generator=g, dtype=torch.float64) + 2 * torch.eye(stack.rank)
+    return LoRAFactors(mix @ stack.A, stack.B @ torch.linalg.inv(mix))
+
+
+def order(name, **options):
+    stack = make_stack(n=4, r=2)
+    other = LoRAFactors(stack.A.flip(0), stack.B.flip(0))
+    return apply(name, other, **options), apply(name, stack, **options)
+
+
+def gauge(name, **options):
+    stack = make_stack(n=3, r=2)
+    return apply(name, gauged(stack), **options), apply(name, stack, **options)
+
+
+def scaling(name, **options):
+    stack = make_stack(n=3, r=2)
+    return apply(name, LoRAFactors(stack.A, -2.5 * stack.B), **options), -2.5 * apply(name, stack, **options)
+
+
+def fixed_point(name, **options):
+    one = make_stack(n=1, r=3)
+    same = LoRAFactors(one.A.expand(4, -1, -1).clone(), one.B.expand(4, -1, -1).clone())
+    return apply(name, same, **options), one.dense()[0]
+
+
+def one_adapter(name, **options):
+    one = make_stack(n=1, r=3)
+    return apply(name, one, **options), one.dense()[0]
+
+
+LAWS = {
+    "order": order,
+    "gauge": gauge,
+    "scaling": scaling,
+    "fixed point": fixed_point,
+    "one adapter": one_adapter,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("law", LAWS)
+def test_law(law, name):
+    error = relative(*LAWS[law](name))
+    if (law, name) in BROKEN:
+        assert error > 1e-3, f"{name} keeps the law '{law}'; take it off the list"
+    else:
+        assert error < 1e-6
+
+
+@pytest.mark.parametrize(("law", "name"), KEPT)
+def test_law_kept_with_options(law, name):
+    assert relative(*LAWS[law](name, **KEPT[law, name])) < 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inputs_untouched_and_same_bits(name):
+    stack = make_stack(n=3, r=2, dtype=torch.float32)
+    before = stack.A.clone(), stack.B.clone()
+    random = "generator" in METHODS[name].options
+    state = torch.get_rng_state()
+    options = {"generator": torch.Generator().manual_seed(3)} if random else {}
+    first = apply(name, stack, **options)
+    options = {"generator": torch.Generator().manual_seed(3)} if random else {}
+    assert torch.equal(first, apply(name, stack, **options))
+    assert torch.equal(before[0], stack.A)
+    assert torch.equal(before[1], stack.B)
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "generator" in METHODS[name].options])
+def test_other_seed_other_bits(name):
+    stack = make_stack(n=3, r=2)
+    options = {"z_merge": "dare"} if name == "seedlora_subspace" else {}
+    one, two = (apply(name, stack, generator=torch.Generator().manual_seed(s), **options) for s in (1, 2))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_zero_updates_stay_zero(name):
+    stack = LoRAFactors(torch.zeros(3, 2, 5), torch.zeros(3, 4, 2))
+    assert torch.equal(apply(name, stack), torch.zeros(4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_opposite_adapters_give_finite_numbers(name):
+    one = make_stack(n=1, r=2)
+    assert bool(apply(name, LoRAFactors(torch.cat([one.A, one.A]), torch.cat([one.B, -one.B]))).isfinite().all())

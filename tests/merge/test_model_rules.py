@@ -1,0 +1,245 @@
+"""What belongs to no single method: options, layer choice, facts about the whole model, dense results, compression."""
+
+import pickle
+
+import pytest
+import torch
+
+from seedlora.factors import LoRAFactors
+from seedlora.fuse import fuse, updates
+from seedlora.merge import METHODS, DenseUpdate, Method, _blocks, bind, compress, dense_update, soup
+from tests import reference as ref
+from tests.merge.cases import dense, dense_list, make_stack, relative
+
+STACKS = {
+    "model.layers.0.self_attn.q_proj": make_stack(d=8, k=8, seed=1),
+    "model.layers.0.mlp.up_proj": make_stack(d=12, k=8, seed=2),
+    "model.layers.1.mlp.up_proj": LoRAFactors(make_stack(d=12, k=8, seed=3).A, 3 * make_stack(d=12, k=8, seed=3).B),
+}
+
+
+def global_limits(matrices, density):
+    """Per adapter, one threshold over the matrices of all layers."""
+    n = len(matrices[0])
+    return [ref.top_magnitudes(torch.cat([m[i].flatten() for m in matrices]), density) for i in range(n)]
+
+
+def test_knots_trims_over_all_layers():
+    c = [ref.knots_matrices(dense_list(s))[1] for s in STACKS.values()]
+    limits = global_limits(c, 0.2)
+    fused = fuse(STACKS, bind("knots_ties"))
+    for path, stack in STACKS.items():
+        assert relative(fused[path].dense()[0], ref.knots_ties(dense_list(stack), limits=limits)) < 1e-6
+
+
+def test_ties_trims_over_all_layers_when_asked():
+    limits = global_limits([dense_list(s) for s in STACKS.values()], 0.3)
+    for path, update in updates(STACKS, bind("ties", {"density": 0.3, "scope": "model"})):
+        assert relative(dense(update), ref.ties(dense_list(STACKS[path]), limits=limits)) < 1e-9
+
+
+def test_core_ties_trims_over_all_layers_when_asked():
+    parts = {p: (list(s.B), list(s.A)) for p, s in STACKS.items()}
+    limits = global_limits([ref.core_matrices(*p)[2] for p in parts.values()], 0.4)
+    fused = fuse(STACKS, bind("core_ties", {"density": 0.4, "scope": "model"}))
+    for path, part in parts.items():
+        assert relative(fused[path].dense()[0], ref.core_ties(*part, limits=limits)) < 1e-6
+
+
+def test_greedy_soup_keeps_what_helps():
+    target = STACKS["model.layers.0.mlp.up_proj"].dense()[1]
+    seen = []
+
+    def score(layers):
+        seen.append(layers)
+        return -float((layers["model.layers.0.mlp.up_proj"].dense()[0] - target).norm())
+
+    fused = fuse(STACKS, bind("greedy_soup", {"score": score}))
+    for path, stack in STACKS.items():
+        assert relative(fused[path].dense()[0], stack.dense()[1]) < 1e-12
+    assert len(seen) == 5
+
+
+def test_greedy_soup_needs_a_score():
+    with pytest.raises(ValueError, match="needs the option 'score'"):
+        bind("greedy_soup")
+
+
+@pytest.mark.parametrize("rest", ["soup", "nothing"])
+def test_layers_left_out(rest):
+    fused = fuse(STACKS, bind("task_arithmetic", {"scale": 1.0, "layers": "ffn", "rest": rest}))
+    q = "model.layers.0.self_attn.q_proj"
+    wanted = ref.soup(dense_list(STACKS[q])) * (rest == "soup")
+    assert torch.allclose(fused[q].dense()[0], wanted)
+    up = "model.layers.1.mlp.up_proj"
+    assert torch.allclose(fused[up].dense()[0], sum(dense_list(STACKS[up])))
+
+
+def test_thresholds_are_those_of_the_chosen_layers():
+    chosen = {path: stack for path, stack in STACKS.items() if "mlp" in path}
+    some = fuse(STACKS, bind("knots_ties", {"layers": "ffn", "rest": "nothing"}))
+    for path, factors in fuse(chosen, bind("knots_ties")).items():
+        assert relative(some[path].dense()[0], factors.dense()[0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("tie", {}, "Unknown merge method 'tie'; choose one of core_ties, dare_linear"),
+        ("ties", {"densty": 0.2}, r"'ties' has no option 'densty'; it takes density, layers, match_norm, rank"),
+        ("ties", {"density": 0}, r"density must be a number in \(0, 1\], got 0"),
+        ("ties", {"density": "much"}, "density must be a number"),
+        ("knots_ties", {"scope": "word"}, "scope must be one of 'layer', 'model', got 'word'"),
+        ("dare_ties", {"p": 1.0}, r"p must be a number"),
+        ("della", {"density": 0.1}, "must lie in"),
+        ("seedlora", {"layers": "ffn"}, "say rest='soup'"),
+        ("seedlora", {"layers": "(", "rest": "soup"}, "regular expression"),
+        ("seedlora", {"rank": 0}, "rank must be a positive integer, got 0"),
+        ("seedlora", {"svd": "fast"}, "svd must be one of"),
+        ("seedlora", {"seed": -1}, "seed must be a whole number"),
+        ("seedlora", {"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
+        ("seedlora", {"weights": 3}, "weights must be 1 finite numbers"),
+        ("seedlora", {"weights": "equal"}, "'seedlora'"),
+    ],
+)
+def test_bad_options_fail_when_bound(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        bind(method, options)
+
+
+def test_bound_rules_travel_to_other_processes():
+    bound = pickle.loads(pickle.dumps(bind("knots_ties", {"density": 0.3, "layers": "ffn", "rest": "soup"})))
+    assert torch.equal(bound(make_stack()).A, bind("knots_ties", {"density": 0.3})(make_stack()).A)
+
+
+def test_layers_that_select_nothing():
+    with pytest.raises(ValueError, match="selects none of 3 layers"):
+        fuse(STACKS, bind("soup", {"layers": "conv", "rest": "nothing"}))
+
+
+def test_any_callable_is_a_method():
+    fused = fuse(STACKS, lambda stack: soup(stack, weights=[3.0, 0.0, 0.0]))
+    for path, stack in STACKS.items():
+        assert torch.allclose(fused[path].dense()[0], stack.dense()[0])
+    assert not fused.compression
+
+
+def test_a_row_of_ones_own_with_a_survey():
+    """The largest norm over all layers, which no layer knows alone."""
+
+    def largest(walk):
+        return max(float(stack.dense().norm()) for _, stack in walk())
+
+    def relative_soup(stack, *, norm):
+        return soup(LoRAFactors(stack.A, stack.B / norm))
+
+    fused = fuse(STACKS, bind(Method(relative_soup, "", "", surveys={"norm": largest})))
+    norm = max(float(s.dense().norm()) for s in STACKS.values())
+    for path, stack in STACKS.items():
+        assert torch.allclose(fused[path].dense()[0], stack.dense().mean(0) / norm)
+
+
+def test_a_bound_rule_fuses_one_layer():
+    stack = make_stack()
+    assert bind("ties")(stack).rank == 6
+    assert relative(bind("soup")(stack).dense()[0], ref.soup(dense_list(stack))) < 1e-12
+
+
+def test_random_layers_do_not_depend_on_each_other():
+    bound = bind("dare_linear", {"seed": 4})
+    few = {"model.layers.1.mlp.up_proj": STACKS["model.layers.1.mlp.up_proj"]}
+    everything = dict(updates(STACKS, bound))
+    for path, update in updates(few, bound):
+        assert torch.equal(update.dense(), everything[path].dense())
+    same = {"a": STACKS["model.layers.0.mlp.up_proj"], "b": STACKS["model.layers.0.mlp.up_proj"]}
+    one, two = (update.dense() for _, update in updates(same, bound))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["ties", "sce", "seedlora_subspace", "dare_ties", "della"])
+def test_row_blocks_change_nothing(name, monkeypatch):
+    stack = make_stack(n=3, d=31, k=9)
+    options = {"select_topk": 0.5} if name == "sce" else {}
+    whole = METHODS[name].rule(stack, **options).dense()
+    monkeypatch.setattr(_blocks, "BLOCK_ENTRIES", 3 * 9 * 4)
+    update = METHODS[name].rule(stack, **options)
+    assert [len(block) for block in update.blocks()] == [4] * 7 + [3]
+    if name in ("dare_ties", "della"):  # other bits, but the same ones at every pass
+        assert torch.equal(update.dense(), update.dense())
+    else:
+        assert torch.allclose(update.dense(), whole)
+
+
+def a_dense_update(d=40, k=30):
+    matrix = torch.randn(d, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stack = LoRAFactors(torch.ones(1, 2, k), torch.ones(1, d, 2))
+    return matrix, DenseUpdate((d, k), 2, torch.float64, stack.B.device, lambda: iter(matrix.split(7)))
+
+
+@pytest.mark.parametrize("match_norm", [False, True])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("held", [True, False])
+def test_compression_says_its_error(svd, match_norm, held, monkeypatch):
+    if not held:
+        monkeypatch.setattr(_blocks, "HELD_ENTRIES", 1)
+    matrix, update = a_dense_update()
+    found = compress(update, 5, svd=svd, match_norm=match_norm)
+    result = found.factors.dense()[0]
+    assert found.factors.rank == 5
+    assert relative(result, matrix) == pytest.approx(found.error, rel=1e-6)
+    best = ref.truncated(matrix, 5)
+    if match_norm:
+        assert float(result.norm()) == pytest.approx(float(matrix.norm()))
+    else:
+        assert relative(result, matrix) <= 1.01 * relative(best, matrix)
+
+
+@pytest.mark.parametrize("match_norm", [False, True])
+def test_factors_are_compressed_optimally(match_norm):
+    stack = make_stack(n=3, r=4, d=20, k=15)
+    average = ref.soup(dense_list(stack))
+    found = compress(soup(stack), 4, match_norm=match_norm)
+    best = ref.truncated(average, 4)
+    best = best * (average.norm() / best.norm()) if match_norm else best
+    assert relative(found.factors.dense()[0], best) < 1e-7
+    assert found.error == pytest.approx(relative(best, average), abs=1e-7)
+
+
+def test_seedlora_compressed_keeps_its_norm_and_says_so():
+    fused = fuse(STACKS, bind("seedlora", {"rank": 2}))
+    assert set(fused.compression) == set(STACKS)
+    for path, stack in STACKS.items():
+        wanted = ref.seedlora(dense_list(stack))
+        assert float(fused[path].dense().norm()) == pytest.approx(float(wanted.norm()))
+        assert relative(fused[path].dense()[0], wanted) == pytest.approx(fused.compression[path], abs=1e-7)
+
+
+def test_dense_rules_come_out_at_the_rank_of_the_factors():
+    fused = fuse(STACKS, bind("ties"))
+    assert {factors.rank for factors in fused.values()} == {6}
+    for path, stack in STACKS.items():
+        assert relative(fused[path].dense()[0], ref.ties(dense_list(stack))) == pytest.approx(
+            fused.compression[path], abs=1e-6
+        )
+
+
+def test_dense_update_of_ones_own():
+    """The largest value per entry: a toy element-wise rule."""
+
+    def largest(stack):
+        return dense_update(stack, lambda: lambda block: block.max(0).values)
+
+    ((_, update),) = updates({"a": make_stack()}, largest)
+    assert torch.allclose(update.dense(), make_stack().dense().max(0).values)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_thresholds_are_exact(density, dtype):
+    from seedlora.merge._sparsify import magnitude_thresholds
+
+    values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1)).to(dtype) * torch.tensor([[1e-6], [30.0]])
+    values[:, :700] = 0
+    found = magnitude_thresholds(lambda: values.to(dtype).split(999, dim=1), density)
+    for row, limit in zip(values.to(dtype), found, strict=True):
+        assert float(limit) == ref.top_magnitudes(row, density)

@@ -1,0 +1,41 @@
+"""Every method against the dense float64 reference."""
+
+import pytest
+import torch
+
+from seedlora.merge import METHODS
+from tests.merge.cases import CASES, dense, make_stack, options_for, relative
+
+#: float64 is limited by the square root in the Gram matrices, the others by storage.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 2.5e-2}
+
+
+def check(name, stack):
+    case = CASES[name]
+    found = dense(METHODS[case.method].rule(stack, **options_for(case, stack)))
+    wanted = case.reference(stack)
+    assert found.shape == wanted.shape
+    assert relative(found, wanted) < TOLERANCE[stack.B.dtype]
+
+
+def test_every_method_has_a_reference():
+    assert {case.method for case in CASES.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_number_of_adapters(name, n, dtype):
+    check(name, make_stack(n=n, r=2, d=13, k=11, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(13, 20), (20, 13)], ids=str)
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_rank_and_shape(name, r, shape):
+    check(name, make_stack(n=3, r=r, d=shape[0], k=shape[1], alpha=3.0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_more_rank_than_the_layer_has(name):
+    check(name, make_stack(n=5, r=4, d=7, k=9))

@@ -1,0 +1,366 @@
+"""PEFT writes, we read; we write, PEFT reads. Broken folders end in AdapterError and in nothing else."""
+
+import contextlib
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
+
+warnings.filterwarnings("ignore", category=UserWarning)
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "alpha is not r": (llama, {"r": 4, "lora_alpha": 10, "target_modules": SEVEN}),
+    "rslora": (llama, {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": SEVEN}),
+    "patterns": (
+        llama,
+        {
+            "r": 4,
+            "lora_alpha": 10,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            "alpha_pattern": {"v_proj": 3, r".*\.0\.mlp\.up_proj": 7},
+            "target_modules": SEVEN,
+        },
+    ),
+    "rslora and patterns": (
+        llama,
+        {
+            "r": 4,
+            "lora_alpha": 10,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"q_proj": 3},
+            "target_modules": SEVEN,
+        },
+    ),
+    "partial": (llama, {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    "all linear": (llama, {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"}),
+    "head and embedding": (llama, {"r": 2, "lora_alpha": 6, "target_modules": ["lm_head", "embed_tokens", "q_proj"]}),
+    "conv1d": (
+        gpt2,
+        {"r": 2, "lora_alpha": 6, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "orthogonal": (llama, {"r": 2, "lora_alpha": 6, "init_lora_weights": "orthogonal", "target_modules": SEVEN}),
+}
+
+
+def save_adapter(path, make=llama, seed=1, dtype=torch.float32, **config):
+    """A PEFT model with random factors, saved; the model comes back."""
+    model = get_peft_model(make(), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+    model.save_pretrained(path)
+    return model
+
+
+def weights(model):
+    """Every weight of a model after its adapters are merged into it, by name."""
+    return {key: value.float() for key, value in model.merge_and_unload().state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_are_what_peft_adds(kind, tmp_path):
+    make, config = KINDS[kind]
+    model = save_adapter(tmp_path / "a", make, **config)
+    adapter = read_adapter(tmp_path / "a")
+    before, after = make().state_dict(), weights(model)
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert {f"{path}.weight" for path in adapter.layers} == changed
+    for path, factors in adapter.layers.items():
+        found = factors.dense()[0]
+        wanted = after[f"{path}.weight"] - before[f"{path}.weight"]
+        flipped = path in adapter.embeddings or adapter.fan_in_fan_out
+        assert torch.allclose(found.T if flipped else found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
+    """The soup of two adapters, loaded by PEFT, adds the mean of what they add."""
+    make, config = KINDS[kind]
+    added = []
+    base = make().state_dict()
+    for seed in (1, 2):
+        merged = weights(save_adapter(tmp_path / str(seed), make, seed=seed, **config))
+        added.append({key: merged[key] - base[key] for key in base})
+    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup")
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "out")
+    keys = set(load_file(tmp_path / "out" / WEIGHTS_NAME))
+    own = {key.replace(".default", "") for key in loaded.state_dict() if "lora_" in key}
+    assert kind == "partial" or keys == own
+    found = weights(loaded)
+    for key in base:
+        assert torch.allclose(found[key] - base[key], (added[0][key] + added[1][key]) / 2, atol=1e-4), key
+
+
+def test_the_fused_folder_is_universal(tmp_path):
+    for seed in (1, 2):
+        save_adapter(tmp_path / str(seed), seed=seed, **KINDS["rslora and patterns"][1])
+    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="ties", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert not config["use_rslora"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["init_lora_weights"] is True
+    assert sorted(config["target_modules"]) == sorted(SEVEN)
+    tensors = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert len(tensors) == 2 * 2 * 7
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {min(t.shape) for t in tensors.values()} == {config["r"]}
+    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    assert record["method"] == "ties"
+    assert 0 < record["compression"]["relative_error_mean"] <= record["compression"]["relative_error_max"] < 1
+    assert [len(source["sha256"]) for source in record["inputs"]] == [64, 64]
+    assert "relative Frobenius error" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "a"
+    save_adapter(folder, r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture
+def broken(good, tmp_path):
+    """A copy of the good folder, and a function that edits it."""
+    folder = tmp_path / "broken"
+    shutil.copytree(good, folder)
+
+    def edit(config=None, tensors=None):
+        if config is not None:
+            file = folder / CONFIG_NAME
+            file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        if tensors is not None:
+            found = load_file(folder / WEIGHTS_NAME)
+            tensors(found)
+            save_file(found, folder / WEIGHTS_NAME)
+        return folder
+
+    return edit
+
+
+KEY = f"base_model.model.{Q}.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora is set.*merge each adapter into the"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights; convert"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"init_lora_weights": "loftq"}, "'loftq', which changes the base weights"),
+        ({"lora_bias": True}, "lora_bias adds a vector"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16', a number is needed"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'"),
+        ({"r": 0}, "r is '0', a positive whole number"),
+        ({"r": 3}, "has rank 2, but adapter_config.json says 3"),
+        ({"rank_pattern": {"q_proj": 4}}, "has rank 2, but adapter_config.json says 4"),
+        ({"rank_pattern": [1]}, "rank_pattern is"),
+        ({"alpha_pattern": {"(": 4}}, "is no regex"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
+        ({"base_model_name_or_path": 3}, "text is needed"),
+    ],
+)
+def test_refused_configurations(config, message, broken):
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(broken(config=config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(KEY), "has no .lora_A.weight beside it"),
+        (lambda t: t.update({KEY: t[KEY] * float("nan")}), "holds NaN or infinity"),
+        (lambda t: t.update({KEY: t[KEY][:0]}), "is empty"),
+        (lambda t: t.update({KEY: t[KEY][:1]}), r"has shape \(1, 16\) and its B \(16, 2\)"),
+        (lambda t: t.update({KEY: t[KEY].int()}), "is torch.int32"),
+        (lambda t: t.update({KEY: t[KEY][0].clone()}), "has shape"),
+        (lambda t: t.update({"other": torch.ones(2)}), "'other' is no factor"),
+        (lambda t: t.update({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(2)}), "is no factor"),
+        (lambda t: t.update({"base_model.model.lora_A.weight": torch.ones(2, 2)}), "is no factor|has no"),
+        (lambda t: t.clear(), "holds no LoRA factors"),
+    ],
+)
+def test_refused_tensors(edit, message, broken):
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(broken(tensors=edit))
+
+
+def test_scaling_that_overflows(broken):
+    def half(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].half()
+
+    folder = broken(config={"lora_alpha": 1e6}, tensors=half)
+    with pytest.raises(AdapterError, match=r"overflows torch.float16"):
+        read_adapter(folder)
+
+
+def test_pickles_and_missing_folders(good, tmp_path):
+    shutil.copy(good / CONFIG_NAME, tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"pickled weights"):
+        read_adapter(tmp_path)
+    with pytest.raises(AdapterError, match=r"has no adapter_config.json"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=r"is no folder; give a PEFT adapter folder or a hub id"):
+        locate(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=r"is no folder"):
+        locate(good / CONFIG_NAME)
+
+
+def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
+    with pytest.raises(AdapterError, match=r"was given twice"):
+        read_adapters([good, good / "." / ""])
+    folder = broken(config={"base_model_name_or_path": "other"})
+    with pytest.raises(AdapterError, match=r"belongs to base model '', .* to 'other'"):
+        stack_adapters(read_adapters([good, folder]))
+    save_adapter(tmp_path / "k", r=2, lora_alpha=6, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(AdapterError, match=r"adapt different layers: only .*k_proj"):
+        stack_adapters(read_adapters([good, tmp_path / "k"]))
+    save_adapter(tmp_path / "w", r=2, lora_alpha=6, fan_in_fan_out=True, target_modules=["q_proj", "v_proj"])
+    config = json.loads((tmp_path / "w" / CONFIG_NAME).read_text()) | {"fan_in_fan_out": True}
+    (tmp_path / "w" / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"fan_in_fan_out is False in .* and True in"):
+        stack_adapters(read_adapters([good, tmp_path / "w"]))
+
+
+def test_different_ranks_and_alphas_are_stacked(tmp_path):
+    save_adapter(tmp_path / "1", r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    save_adapter(tmp_path / "2", r=5, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "v_proj"])
+    adapters = read_adapters([tmp_path / "1", tmp_path / "2"])
+    stack = stack_adapters(adapters)[Q]
+    assert stack.rank == 5
+    for found, adapter in zip(stack.dense(), adapters.values(), strict=True):
+        assert torch.allclose(found, adapter.layers[Q].dense()[0])
+
+
+def test_resized_vocabularies_are_not_mixed(tmp_path):
+    for seed in (1, 2):
+        save_adapter(tmp_path / str(seed), seed=seed, r=2, target_modules=["embed_tokens", "q_proj"])
+    file = tmp_path / "2" / WEIGHTS_NAME
+    tensors = load_file(file)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"embed_tokens has different base weights"):
+        stack_adapters(read_adapters([tmp_path / "1", tmp_path / "2"]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_type",
+        "init_lora_weights",
+        "bias",
+        "use_rslora",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "use_dora",
+        "modules_to_save",
+    ]
+)
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+def only_adapter_errors(folder):
+    with contextlib.suppress(AdapterError):
+        adapter = read_adapter(folder)
+        assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
+
+
+@FUZZ
+@given(st.dictionaries(KEYS, JSON, min_size=1, max_size=3))
+def test_fuzzed_configuration_values(good, tmp_path, edits):
+    folder = tmp_path / "f"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    file = folder / CONFIG_NAME
+    file.write_text(json.dumps(json.loads((good / CONFIG_NAME).read_text()) | edits))
+    only_adapter_errors(folder)
+
+
+@FUZZ
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_fuzzed_configuration_bytes(good, tmp_path, data):
+    folder = tmp_path / "f"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    (folder / CONFIG_NAME).write_bytes(data)
+    only_adapter_errors(folder)
+
+
+@FUZZ
+@given(cut=st.integers(0, 4000), at=st.integers(0, 4000), data=st.binary(max_size=40))
+def test_fuzzed_weights(good, tmp_path, cut, at, data):
+    folder = tmp_path / "f"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    original = (good / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes((original[:at] + data + original[at + len(data) :])[: cut or None])
+    only_adapter_errors(folder)
+
+
+NAMES = st.sampled_from(
+    [KEY, KEY.replace("lora_A", "lora_B"), f"base_model.model.{V}.lora_embedding_A", "base_model.model..lora_A.weight"]
+) | st.text(min_size=1, max_size=12)
+TENSORS = st.builds(
+    lambda shape, dtype, fill: torch.full(shape, fill).to(dtype),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]),
+    st.sampled_from([0.0, 1.0, float("nan"), float("inf"), 1e30]),
+)
+
+
+@FUZZ
+@given(st.dictionaries(NAMES, TENSORS, max_size=3))
+def test_fuzzed_tensors(good, tmp_path, edits):
+    folder = tmp_path / "f"
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    save_file(load_file(good / WEIGHTS_NAME) | edits, folder / WEIGHTS_NAME)
+    only_adapter_errors(folder)

@@ -1,0 +1,87 @@
+"""Every fact against the dense matrices."""
+
+import pytest
+import torch
+
+from seedlora import diagnostics
+from seedlora.factors import LoRAFactors
+from seedlora.merge import soup
+from tests.merge.cases import dense_list, make_stack
+from tests.reference import mean
+
+STACK = make_stack(n=3, r=2, d=20, k=30)
+UPDATES = dense_list(STACK)
+
+
+def test_layer_facts():
+    facts = diagnostics.layer_facts("model.layers.0.mlp.up_proj", STACK, merged=soup(STACK), samples=20000)
+    assert facts.module == "up_proj"
+    for found, update in zip((*facts.updates, facts.merged), (*UPDATES, mean(UPDATES)), strict=True):
+        values = torch.linalg.svdvals(update)
+        values = values[values > 1e-9]
+        assert found.norm == pytest.approx(float(update.norm()))
+        assert found.mean == pytest.approx(float(update.mean()))
+        assert found.std == pytest.approx(float(update.std(correction=0)))
+        assert found.singular_values == pytest.approx(values.tolist(), rel=1e-6)
+        shares = values / values.sum()
+        assert found.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-6)
+    cosine = [[float((a * b).sum() / a.norm() / b.norm()) for b in UPDATES] for a in UPDATES]
+    assert torch.allclose(torch.tensor(facts.cosines), torch.tensor(cosine))
+    pairs = [cosine[i][j] for i in range(3) for j in range(i)]
+    assert facts.mean_cosine == pytest.approx(sum(pairs) / 3)
+    average = mean(UPDATES)
+    assert facts.rho == pytest.approx(float(average.norm() / mean([u.norm() for u in UPDATES])))
+    spread = mean([u.std(correction=0) for u in UPDATES]) / average.std(correction=0)
+    assert facts.gain == pytest.approx(float(spread))
+    agreement = [float((UPDATES[i].sign() == UPDATES[j].sign()).double().mean()) for i in range(3) for j in range(i)]
+    assert facts.sign_agreement == pytest.approx(sum(agreement) / 3, abs=0.02)
+    assert facts.samples == 20000
+
+
+def test_module_rows():
+    paths = [f"model.layers.{i}.mlp.{m}" for i in range(2) for m in ("up_proj", "down_proj")]
+    layers = [diagnostics.layer_facts(p, make_stack(seed=i), samples=64) for i, p in enumerate(paths)]
+    up, down = diagnostics.module_facts(layers)
+    assert (up.module, up.layers, down.module, down.merged_norm) == ("up_proj", 2, "down_proj", None)
+    assert up.mean_cosine == pytest.approx((layers[0].mean_cosine + layers[2].mean_cosine) / 2)
+    assert up.norm == pytest.approx(sum(u.norm for i in (0, 2) for u in layers[i].updates) / 6)
+
+
+def test_model_cosines():
+    stacks = {"a": make_stack(seed=1), "b": make_stack(seed=2, d=5)}
+    long = [torch.cat([s.dense()[i].flatten() for s in stacks.values()]) for i in range(3)]
+    wanted = [[float(a @ b / a.norm() / b.norm()) for b in long] for a in long]
+    assert torch.allclose(diagnostics.model_cosines(stacks), torch.tensor(wanted, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at least one layer"):
+        diagnostics.model_cosines({})
+
+
+def test_histogram_counts_everything():
+    found = diagnostics.histogram(STACK, bins=11)
+    assert len(found.edges) == 12
+    assert [sum(row) for row in found.counts] == [600] * 3
+    limit = found.edges[-1]
+    wanted = torch.histc(UPDATES[1].float().clamp(-limit, limit), 11, -limit, limit)
+    assert found.counts[1] == tuple(wanted.int().tolist())
+
+
+def test_zero_updates():
+    facts = diagnostics.layer_facts("a", LoRAFactors(torch.zeros(2, 1, 3), torch.zeros(2, 4, 1)))
+    assert (facts.mean_cosine, facts.rho, facts.gain) == (0, 1, 1)
+    assert facts.updates[0].effective_rank == 0
+
+
+def test_figures_are_drawn(tmp_path):
+    facts = [
+        diagnostics.layer_facts(f"l.{i}.q_proj", make_stack(seed=i), merged=soup(make_stack(seed=i))) for i in (0, 1)
+    ]
+    names = ["11", "42", "202"]
+    figures = [
+        diagnostics.plot_cosines(facts),
+        diagnostics.plot_spectra(facts[0], names),
+        diagnostics.plot_distributions("l.0.q_proj", diagnostics.histogram(make_stack()), names),
+    ]
+    for i, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").stat().st_size > 1000
+    assert len(figures[1].axes[0].lines) == 4

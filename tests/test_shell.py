@@ -1,0 +1,189 @@
+"""The commands as a user types them, and weights merged into a base model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from seedlora.fuse import RECORD_NAME, fuse, read_adapters, stack_adapters
+from seedlora.into_base import fuse_into_base
+from seedlora.merge import METHODS, bind
+from seedlora.shell import main
+from tests import reference as ref
+from tests.test_adapter_reader import KINDS, SEVEN, gpt2, llama, save_adapter, weights
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for seed in (11, 42, 202):
+        save_adapter(root / str(seed), seed=seed, r=2, lora_alpha=6, target_modules=SEVEN)
+    return [str(root / str(seed)) for seed in (11, 42, 202)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "greedy_soup"])
+def test_every_method_from_the_shell(method, folders, tmp_path, capsys):
+    assert main(["merge", *folders, "--method", method, "--out", str(tmp_path / "o"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["method"] == method
+    merged = read_adapters([tmp_path / "o"])[str(tmp_path / "o")]
+    wanted = fuse(stack_adapters(read_adapters(folders)), bind(method))
+    for path, factors in wanted.items():
+        assert torch.allclose(merged.layers[path].dense(), factors.dense(), atol=1e-4)
+
+
+def test_options_and_dtype(folders, tmp_path, capsys):
+    words = ["--method", "knots_ties", "--density", "0.3", "--rank", "4", "--dtype", "bfloat16"]
+    words += ["--layers", "ffn", "--rest", "soup"]
+    assert main(["merge", *folders, *words, "--out", str(tmp_path / "o")]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 4" in shown
+    assert "--max-lora-rank 8" in shown
+    record = json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+    assert record["options"] == {"density": 0.3}
+    assert record["use"] == {"layers": "ffn", "rest": "soup", "rank": 4, "svd": "auto", "seed": 0}
+    assert {t.dtype for t in load_file(tmp_path / "o" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+BAD = [
+    (["merge", "A", "--out", "O", "--method", "tie"], "Unknown merge method 'tie'"),
+    (["merge", "A", "--out", "O", "--method", "ties", "--density", "2"], r"density must be a number in (0, 1], got 2"),
+    (["merge", "A", "--out", "O", "--method", "soup", "--density", "0.2"], "has no option 'density'"),
+    (["merge", "A", "--out", "O", "--method", "greedy_soup"], "needs the option 'score'"),
+    (["merge", "A", "A", "--out", "O"], "was given twice"),
+    (["merge", "A/nowhere/at/all", "--out", "O"], "is no folder"),
+    (["merge", "A", "--out", "O", "--dtype", "int4"], "argument --dtype: invalid choice"),
+    (["merge", "A", "--out", "O", "--into-base", "A"], "holds no model.safetensors"),
+    (["merge", "A", "--out", "O", "--into-base", "nowhere"], "is no folder"),
+    (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json: File exists"),
+    (["merge", "A"], "the following arguments are required: --out"),
+    (["inspect", "nowhere"], "is no folder"),
+    (["compare", "A", "--method", "nothing"], "Unknown merge method"),
+    ([], "required: command"),
+    (["fuse"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_sentence(words, message, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("A", folders[0], 1) if word.startswith("A") else word for word in words]
+    assert main(words) == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+    assert not (tmp_path / "O").exists()
+
+
+def test_as_a_module(folders, tmp_path):
+    run = [sys.executable, "-m", "seedlora", "inspect"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*run, folders[0]], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert "gate_proj" in done.stdout
+    done = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_and_compare(folders, tmp_path, capsys):
+    assert main(["inspect", folders[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == [2]
+    assert len(found["layers"]) == 14
+    assert main(["compare", *folders, "--plot", str(tmp_path / "p")]) == 0
+    shown = capsys.readouterr().out
+    assert "rho" in shown
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {"cosines.png", "spectra.png", "distributions.png"}
+    assert main(["compare", *folders, "--json", "--method", "soup"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row[i] for i, row in enumerate(found["cosines"])] == pytest.approx([1, 1, 1])
+    assert {row["module"] for row in found["modules"]} == set(SEVEN)
+
+
+def test_methods_are_all_listed(capsys):
+    assert main(["methods", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["methods"]) == set(METHODS)
+    assert found["methods"]["ties"]["options"] == {"density": 0.2, "scale": 1.0, "scope": "layer"}
+    assert main(["methods"]) == 0
+    assert "Yadav" in capsys.readouterr().out
+
+
+def test_into_base_is_what_peft_merges(folders, base, tmp_path):
+    words = ["merge", *folders, "--method", "soup", "--out", str(tmp_path / "o"), "--into-base", str(base)]
+    assert main(words) == 0
+    before = llama().state_dict()
+    added = []
+    for seed in (11, 42, 202):
+        one = weights(save_adapter(tmp_path / "x", seed=seed, r=2, lora_alpha=6, target_modules=SEVEN))
+        added.append({key: one[key] - before[key] for key in before})
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()
+    for key in before:
+        assert torch.allclose(found[key], before[key] + ref.mean([a[key] for a in added]), atol=1e-4)
+    names = {f.name for f in base.iterdir()}
+    assert names | {RECORD_NAME} == {f.name for f in (tmp_path / "o").iterdir()}
+
+
+def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
+    fuse_into_base(folders, base, tmp_path / "o", method="ties")
+    stacks = stack_adapters(read_adapters(folders))
+    path = "model.layers.1.mlp.down_proj"
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()[f"{path}.weight"]
+    wanted = ref.ties(list(stacks[path].dense().double()))
+    assert torch.allclose(found.double(), llama().state_dict()[f"{path}.weight"] + wanted, atol=1e-5)
+    assert "compression" not in json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+    fuse_into_base(folders, base, tmp_path / "o", method="ties", options={"rank": 3})
+    assert "compression" in json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "head and embedding"])
+def test_into_base_of_transposed_weights(kind, tmp_path):
+    make, config = KINDS[kind]
+    make().save_pretrained(tmp_path / "base")
+    one = weights(save_adapter(tmp_path / "a", make, **config))
+    fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "o", method="soup")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()
+    for key, wanted in one.items():
+        assert torch.allclose(found[key], wanted, atol=1e-4), key
+
+
+def test_into_base_refuses_what_does_not_fit(folders, base, tmp_path):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    save_file({"a": torch.ones(1)}, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(ValueError, match="is quantised"):
+        fuse_into_base(folders, tmp_path / "q", tmp_path / "o")
+    (tmp_path / "q" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weight for the adapted layer"):
+        fuse_into_base(folders, tmp_path / "q", tmp_path / "o")
+    gpt2().save_pretrained(tmp_path / "g")
+    with pytest.raises(ValueError, match="has no weight"):
+        fuse_into_base(folders, tmp_path / "g", tmp_path / "o")
+    with pytest.raises(ValueError, match="is the base model itself"):
+        fuse_into_base(folders, base, base)
+    assert not (tmp_path / "o").exists()
+
+
+def test_shards_keep_their_metadata_and_dtype(folders, tmp_path):
+    llama().bfloat16().save_pretrained(tmp_path / "b")
+    fuse_into_base(folders, tmp_path / "b", tmp_path / "o")
+    with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+        assert {handle.get_tensor(key).dtype for key in handle.keys()} == {torch.bfloat16}  # noqa: SIM118
