@@ -12,7 +12,6 @@ more products with ``R`` columns::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.factors import LoRAFactors
+from seedlora.streams import stream_seed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,13 +188,8 @@ def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:
     for i, (name, key) in enumerate(zip(route.names, route.dropout_keys, strict=True)):
         p = getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0.0
         if p:
-            generator = torch.Generator(x_MTK.device).manual_seed(_stream(*key, layer.stack_index))
+            generator = torch.Generator(x_MTK.device).manual_seed(stream_seed(*key, layer.stack_index))
             block = keep[i * rows : (i + 1) * rows, : route.lengths[i] if route.lengths else None]
             draw = torch.empty(block.shape, device=x_MTK.device).bernoulli_(1 - p, generator=generator)
             block.copy_(draw.div_(1 - p))
     return x_MTK * keep
-
-
-def _stream(*key: int) -> int:
-    """A seed of 63 bits from a tuple of integers, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from seedlora.merge._blocks import SVD_KINDS, Compressed, DenseUpdate, compress
 from seedlora.merge._lowrank import checked_choice
 from seedlora.merge._soup import soup
 from seedlora.merge._walk import Walk
+from seedlora.streams import stream_seed
 
 #: What every merge rule is to its caller: the stack of one layer in, one adapter out.
 MergeRule: TypeAlias = Callable[[LoRAFactors], LoRAFactors]
@@ -150,7 +150,7 @@ class BoundRule:
         takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(rule).parameters.values())
         options = {key: value for key, value in self.options.items() if takes_all or key in named}
         if "generator" in named and "generator" not in options:
-            options["generator"] = torch.Generator().manual_seed(_seed(self.use.seed, path))
+            options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
         return rule(stack, **options, **facts)
 
     def left_out(self, stack: LoRAFactors) -> LoRAFactors:
@@ -171,14 +171,9 @@ class BoundRule:
         if isinstance(update, LoRAFactors) and update.rank <= rank:
             return Compressed(update, 0.0)
         match_norm = self.method.match_norm if self.use.match_norm is None else self.use.match_norm
-        generator = torch.Generator().manual_seed(_seed(self.use.seed, "svd", path))
+        generator = torch.Generator().manual_seed(stream_seed(self.use.seed, "svd", path))
         return compress(update, rank, match_norm=match_norm, svd=self.use.svd, generator=generator)
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
-
-
-def _seed(*key: int | str) -> int:
-    """A seed of 63 bits from the parts of a key, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
