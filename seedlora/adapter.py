@@ -127,7 +127,7 @@ def read_adapter(path: str | Path) -> Adapter:
                 f"{file}: '{key}' has shape {tuple(a.shape)} and its B {tuple(b.shape)}; (r, K) and (D, r) are needed"
             )
         b = _scaled(b, _scaling(path, config, name, a.shape[0]))
-        if not bool(b.isfinite().all()):
+        if not _finite(b):
             raise AdapterError(f"{file}: '{name}' overflows {b.dtype} when its scaling is applied")
         layers[name] = LoRAFactors(a[None], b[None])
         if suffix == _EMBEDDING_A:
@@ -168,7 +168,7 @@ def write_adapter(
     for name, factors in layers.items():
         suffixes = (_EMBEDDING_A, _EMBEDDING_B) if name in embeddings else (_A, _B)
         for suffix, tensor in zip(suffixes, (factors.A, factors.B), strict=True):
-            if tensor.shape[0] != 1 or not tensor.numel() or not bool(tensor.isfinite().all()):
+            if tensor.shape[0] != 1 or not tensor.numel() or not _finite(tensor):
                 raise AdapterError(
                     f"not writing {path}: {name}{suffix} of shape {tuple(tensor.shape)} is empty, stacked or not finite"
                 )
@@ -211,6 +211,11 @@ def _json_config(config: LoraConfig) -> dict[str, Any]:
     entries = config.to_dict()
     entries["inference_mode"] = True
     return {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that is not empty holds no NaN or infinity: either shows in the extremes, found in one pass."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -296,7 +301,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: '{key}' is empty, shape {tuple(tensor.shape)}")
         if tensor.dtype not in _FLOATS:
             raise AdapterError(f"{file}: '{key}' is {tensor.dtype}; factors are {', '.join(map(str, _FLOATS))}")
-        if not bool(tensor.isfinite().all()):
+        if not _finite(tensor):
             raise AdapterError(f"{file}: '{key}' holds NaN or infinity")
         if key.startswith(_PREFIX) and key.endswith(_BASE_COPY):
             data = tensors.pop(key).contiguous().view(torch.uint8).numpy()
