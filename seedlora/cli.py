@@ -270,7 +270,8 @@ def _long_options(argv: Sequence[str]) -> list[str]:
 def _hush() -> None:
     """Keep what libraries say about themselves out of the output: the plan and the tables say what matters."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed sets its own level when it is imported, but keeps filters.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for message in ("`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"):
         warnings.filterwarnings("ignore", message=re.escape(message))
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
