@@ -271,7 +271,7 @@ class SeedEnsembleCallback(pl.Callback):
         scored = {label: adapter.layers for label, adapter in seeds.items()}
         if self.rule is not None and len(seeds) > 1:
             scored[SOUP] = fuse(stack_adapters(seeds), soup)
-        if self.rule is not None and self.method != SOUP:
+        if self.rule is not None and (self.method != SOUP or self.options):
             scored[FUSED] = read_adapter(self.fused_path).layers
         for label, layers in scored.items():
             module.stack.load(label, layers)
@@ -313,6 +313,7 @@ class SeedEnsembleCallback(pl.Callback):
             **{f"data.{key}": value for key, value in getattr(data, "hparams", {}).items()},
             "data": type(data).__name__,
             "ensemble.vary": self.vary,
+            "first seed": self.seeds[0] if self.vary != "both" else None,
             "epochs per seed": share.epochs,
             "steps per seed": share.steps,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
