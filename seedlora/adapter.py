@@ -219,6 +219,8 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
+    if scaling == 1:
+        return b
     return (b.to(torch.promote_types(b.dtype, torch.float32)) * scaling).to(b.dtype)
 
 

@@ -211,7 +211,8 @@ def histogram(stack: LoRAFactors, *, bins: int = 101, spreads: float = 4.0) -> H
     Args:
         stack: the adapters of one layer.
         bins: how many.
-        spreads: the edges reach to this many standard deviations of the widest update, on both sides of zero.
+        spreads: the edges reach to this many standard deviations of the widest update, on both sides of zero; entries
+            beyond are counted in the outermost bins.
     """
     limit = spreads * float(variances(stack).sqrt().max()) or 1.0
     counts = torch.zeros(len(stack), bins, dtype=torch.int64)
@@ -221,6 +222,11 @@ def histogram(stack: LoRAFactors, *, bins: int = 101, spreads: float = 4.0) -> H
             counts[n] += torch.histc(clamped, bins, -limit, limit).long()
     edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
     return Histogram(tuple(edges.tolist()), tuple(tuple(row) for row in counts.tolist()))
+
+
+#: Okabe and Ito's colours, which colour-blind readers tell apart; black is the merged adapter's.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
+_AVERAGES = {"soup": "grey", "merged": "black"}
 
 
 def plot_cosines(layers: Sequence[LayerFacts]) -> Figure:
@@ -249,7 +255,7 @@ def plot_spectra(layer: LayerFacts, names: Sequence[str]) -> Figure:
         axes.plot(range(1, 1 + len(update.singular_values)), update.singular_values, marker=".", label=name)
     if layer.merged is not None:
         values = layer.merged.singular_values
-        axes.plot(range(1, 1 + len(values)), values, marker=".", color="black", label="merged")
+        axes.plot(range(1, 1 + len(values)), values, marker=".", color=_AVERAGES["merged"], label="merged")
     axes.set(xlabel="index", ylabel="singular value", title=layer.path)
     axes.legend(fontsize="small")
     return figure
@@ -265,8 +271,10 @@ def plot_distributions(path: str, counted: Histogram, names: Sequence[str]) -> F
     """
     figure, axes = _figure()
     width = counted.edges[1] - counted.edges[0]
-    for name, row in zip(names, counted.counts, strict=True):
-        axes.stairs([count / (sum(row) * width) for count in row], counted.edges, label=name)
+    for i, (name, row) in enumerate(zip(names, counted.counts, strict=True)):
+        # The outermost bins also hold what lies beyond them, and would stand out as spikes.
+        density = [count / (sum(row) * width) for count in row[1:-1]]
+        axes.stairs(density, counted.edges[1:-1], label=name, color=_AVERAGES.get(name, _COLOURS[i % len(_COLOURS)]))
     axes.set(xlabel="entry of the update", ylabel="density", title=path)
     axes.legend(fontsize="small")
     return figure
@@ -276,7 +284,9 @@ def _figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.set_prop_cycle(color=_COLOURS)
+    return figure, axes
 
 
 def _flat(groups: Mapping[str, Sequence[float]]) -> list[float]:

@@ -57,6 +57,13 @@ class LoRAFactors:
         """Materialise the updates. Costs ``N*D*K`` entries: for tests and small layers."""
         return self.B @ self.A
 
+    def padded(self, rank: int) -> LoRAFactors:
+        """The same updates at a rank that is at least theirs: zeros are added to both factors."""
+        if rank == self.rank:
+            return self
+        extra, pad = rank - self.rank, torch.nn.functional.pad
+        return LoRAFactors(pad(self.A, (0, 0, 0, extra)), pad(self.B, (0, extra)))
+
     def to(self, *args: Any) -> LoRAFactors:
         """Both factors on another device or in another dtype, as :meth:`torch.Tensor.to`."""
         return LoRAFactors(self.A.to(*args), self.B.to(*args))
@@ -77,8 +84,5 @@ class LoRAFactors:
         if len(shapes) > 1:
             raise ValueError(f"adapters of one layer must share one shape (D, K), got {shapes}")
         rank = max(f.rank for f in adapters)
-        pad = torch.nn.functional.pad
-        return cls(
-            torch.cat([pad(f.A, (0, 0, 0, rank - f.rank)) for f in adapters]),
-            torch.cat([pad(f.B, (0, rank - f.rank)) for f in adapters]),
-        )
+        padded = [f.padded(rank) for f in adapters]
+        return cls(torch.cat([f.A for f in padded]), torch.cat([f.B for f in padded]))

@@ -81,7 +81,7 @@ def fuse(
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    return Fused({path: _padded(factors, rank) for path, factors in fused.items()}, compression)
+    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression)
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
@@ -214,12 +214,6 @@ def fusion_record(
             "layers": fused.compression,
         }
     return record
-
-
-def _padded(factors: LoRAFactors, rank: int) -> LoRAFactors:
-    extra = rank - factors.rank
-    pad = torch.nn.functional.pad
-    return LoRAFactors(pad(factors.A, (0, 0, 0, extra)), pad(factors.B, (0, extra))) if extra else factors
 
 
 def _sha256(file: Path) -> str:

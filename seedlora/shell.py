@@ -32,7 +32,7 @@ from seedlora.diagnostics import (
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
 from seedlora.into_base import fuse_into_base
-from seedlora.merge import COMMON, METHODS, bind
+from seedlora.merge import COMMON, METHODS, bind, soup
 from seedlora.report.tables import next_commands
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,10 @@ _PYTHON_ONLY = {"generator", "score"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence."""
+    """A parser whose complaints are one sentence, and which takes no option by half its name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -163,7 +166,7 @@ def _compare(arguments: Mapping[str, Any]) -> None:
     merged = fuse(stacks, bind(arguments["method"]))
     layers = _facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
-    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, layers, names)
+    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, merged, layers, names)
     if arguments["json"]:
         modules = [asdict(row) for row in module_facts(layers)]
         found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
@@ -174,17 +177,14 @@ def _compare(arguments: Mapping[str, Any]) -> None:
     for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
         table.add_row(f"{i + 1} {name}", *_numbers(*row))
     console.print(table)
-    title = ["module", "layers", "cosine", "rho", "gain", "same sign*", "norm", "eff. rank"]
-    table = _table(*title, "merged norm", "merged eff. rank")
+    table = _table("module", "cosine", "rho", "gain", "sign", "norm", "merged", "rank", "merged")
     for row in module_facts(layers):
-        numbers = [row.mean_cosine, row.rho, row.gain, row.sign_agreement, row.norm, row.effective_rank]
-        table.add_row(
-            row.module,
-            str(row.layers),
-            *_numbers(*numbers, row.merged_norm or 0.0, row.merged_effective_rank or 0.0),
-        )
+        facts = [row.mean_cosine, row.rho, row.gain, row.sign_agreement]
+        sizes = [row.norm, row.merged_norm or 0.0, row.effective_rank, row.merged_effective_rank or 0.0]
+        table.add_row(row.module, *_numbers(*facts, *sizes))
     console.print(table)
-    console.print(f"merged with {arguments['method']}; * on {layers[0].samples} sampled entries per layer")
+    samples = f"{layers[0].samples} sampled entries per layer"
+    console.print(f"merged: with {arguments['method']}; sign: share of equal signs, on {samples}; rank: effective")
     for file in drawn:
         console.print(f"drawn: {file}")
 
@@ -211,15 +211,23 @@ def _methods(arguments: Mapping[str, Any]) -> None:
 
 
 def _plot(
-    folder: Path, stacks: Mapping[str, LoRAFactors], layers: Sequence[LayerFacts], names: Sequence[str]
+    folder: Path,
+    stacks: Mapping[str, LoRAFactors],
+    merged: Mapping[str, LoRAFactors],
+    layers: Sequence[LayerFacts],
+    names: Sequence[str],
 ) -> list[str]:
     """Draw all layers' cosines, and spectrum and distribution of the layer in the middle."""
     folder.mkdir(parents=True, exist_ok=True)
+    short = [Path(name).name for name in names]
+    names = short if len(set(short)) == len(short) else names
     middle = layers[len(layers) // 2]
+    stack = stacks[middle.path]
+    shown = LoRAFactors.stack([stack, soup(stack), merged[middle.path]])
     figures = {
         "cosines": plot_cosines(layers),
         "spectra": plot_spectra(middle, names),
-        "distributions": plot_distributions(middle.path, histogram(stacks[middle.path]), names),
+        "distributions": plot_distributions(middle.path, histogram(shown), [*names, "soup", "merged"]),
     }
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
@@ -241,9 +249,11 @@ def _progress() -> Progress:
 
 
 def _table(*columns: str) -> Table:
+    """A table of names and numbers; only a long name, a path, is folded."""
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", justify="left" if i == 0 else "right")
+        table.add_column(column, overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
+    table.columns[0].min_width = 9
     return table
 
 
