@@ -141,6 +141,11 @@ class SeedEnsembleCallback(pl.Callback):
         found = self._checkpoints(self.next_stack)
         return found[-1] if found else None
 
+    @property
+    def ckpt_step(self) -> int:
+        """The optimizer steps that are in :attr:`ckpt_path`; 0 without a checkpoint."""
+        return _step(self.ckpt_path) if self.ckpt_path else 0
+
     # Training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -330,7 +335,7 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _checkpoints(self, stack: Sequence[int]) -> list[Path]:
         found = self._checkpoint_folder(stack).glob("step=*.ckpt")
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("step=")))
+        return sorted(found, key=_step)
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         """Save beside, flush, rename, then remove the one before; at any moment one whole checkpoint is there."""
@@ -354,6 +359,10 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
     if not isinstance(module, SeedLoRAModule):
         raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
     return module
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step="))
 
 
 def _remove(path: Path) -> None:

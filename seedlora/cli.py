@@ -226,7 +226,7 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         if checkpoint is not None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
-            cli.metrics.rewind(int(checkpoint.stem.removeprefix("step=")) if checkpoint else 0)
+            cli.metrics.rewind(ensemble.ckpt_step)
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return

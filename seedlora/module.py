@@ -160,14 +160,15 @@ class SeedLoRAModule(pl.LightningModule):
         """Load the base model, once, and create the adapters of :attr:`replicas` on it.
 
         Each adapter is initialised by PEFT under its own seed, whatever it is stacked with; the global random state is
-        left as it was. A later call with other replicas starts from fresh adapters on the same base weights.
+        left as it was. Every fit starts from fresh adapters on the same base weights, so that the same seeds give the
+        same bits however often a module was used; validation and test keep the adapters that are there.
         """
         if self._trainer is not None and "true" in str(self.trainer.precision) and self.trainer.precision != "32-true":
             raise ValueError(
                 f"trainer.precision {self.trainer.precision} would keep the adapters in it too; "
                 "leave it at 32-true and set --model.dtype for the base model"
             )
-        if self._built == self.replicas:
+        if self._built == self.replicas and stage != "fit":
             return
         base = self.model.unload() if self._built else load_model(self.hparams["base_model"], dtype=self.dtype_base)
         from peft import get_peft_model

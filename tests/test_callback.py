@@ -110,3 +110,14 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
         SeedEnsembleCallback([1, -1])
     with pytest.raises(ValueError, match="the run has no end"):
         trainer(callback, max_epochs=-1).fit(make_module(tiny_llama), datamodule=make_data())
+
+
+def test_a_module_used_before_trains_the_same_bits_again(tiny_llama, tmp_path):
+    module, data, fused = make_module(tiny_llama, lora_dropout=0.1), make_data(), []
+    for name in ("first", "second"):
+        callback = SeedEnsembleCallback(seeds=[1, 2, 3], dirpath=tmp_path / name)
+        run = trainer(callback)
+        run.fit(module, datamodule=data)
+        run.test(module, datamodule=data, verbose=False)
+        fused.append((callback.fused_path / "adapter_model.safetensors").read_bytes())
+    assert fused[0] == fused[1]
