@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from seedlora.adapter import WEIGHTS_NAME, universal_config, write_adapter
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, updates
+from seedlora.into_base import fuse_into_base
 from seedlora.merge import DenseUpdate, bind
 
 #: hidden size, feed-forward size, key/value size, layers
@@ -187,6 +188,32 @@ def end_to_end(stacks: dict[str, LoRAFactors], method: str, repeat: int) -> dict
     return ours | {"floor_seconds": floor["seconds"], "ratio": ours["seconds"] / floor["seconds"]}
 
 
+def into_base(shape: str, stacks: dict[str, LoRAFactors], shards: int = 4) -> dict[str, float]:
+    """A base of one layer per shard with adapters added to its weights: peak memory against the largest shard."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        weights, sizes = {}, []
+        for i in range(shards):
+            layer = {
+                f"model.layers.{i}.{name}.weight": torch.zeros(d, k, dtype=torch.bfloat16)
+                for name, (d, k) in projections(shape).items()
+            }
+            file = f"model-{i}.safetensors"
+            (root / "base").mkdir(exist_ok=True)
+            save_file(layer, root / "base" / file)
+            weights |= dict.fromkeys(layer, file)
+            sizes.append((root / "base" / file).stat().st_size / 2**20)
+        (root / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+        for n in range(SEEDS):
+            few = {p: s for p, s in stacks.items() if int(p.split(".")[2]) < shards}
+            layers = {p: LoRAFactors(s.A[n : n + 1], s.B[n : n + 1]) for p, s in few.items()}
+            write_adapter(root / str(n), layers, universal_config(layers, base_model="synthetic"))
+        sources = [root / str(n) for n in range(SEEDS)]
+        del layer
+        found = measured(lambda: fuse_into_base(sources, root / "base", root / "out"))
+    return found | {"shard_mib": max(sizes)}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,10 +253,12 @@ def main() -> None:
         print(f"  {name:42}" + "  ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
         return found
 
-    whole = {
-        name: report(name, measured(lambda m=name: fuse(stacks, bind(m)), options.repeat)) for name in EXACT + CORE
-    }
-    report("seedlora to rank 8", measured(lambda: fuse(stacks, bind("seedlora", {"rank": RANK})), options.repeat))
+    def fused(method: str, **rank: int) -> None:
+        fuse({path: LoRAFactors(s.A, s.B) for path, s in stacks.items()}, bind(method, rank))  # nothing remembered
+
+    whole = {name: report(name, measured(lambda m=name: fused(m), options.repeat)) for name in EXACT + CORE}
+    report("seedlora to rank 8", measured(lambda: fused("seedlora", rank=RANK), options.repeat))
+    report("seedlora, into a base of 4 shards", into_base(options.shape, stacks))
     for name in ("seedlora", "knots_ties"):
         report(f"{name}, folders to folder", end_to_end(stacks, name, options.repeat))
     ours = {

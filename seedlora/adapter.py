@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from seedlora.atomic import atomic_folder
 from seedlora.factors import LoRAFactors
+from seedlora.hub import local_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -80,18 +81,10 @@ def locate(source: str | Path) -> Path:
     Raises:
         AdapterError: if there is neither.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise AdapterError(f"{source} is no folder; give a PEFT adapter folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{source} is no local folder and could not be read from the hub: {reason}") from None
+        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME))
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -127,7 +120,7 @@ def read_adapter(path: str | Path) -> Adapter:
                 f"{file}: '{key}' has shape {tuple(a.shape)} and its B {tuple(b.shape)}; (r, K) and (D, r) are needed"
             )
         b = _scaled(b, _scaling(path, config, name, a.shape[0]))
-        if not _finite(b):
+        if b is not other and not _finite(b):
             raise AdapterError(f"{file}: '{name}' overflows {b.dtype} when its scaling is applied")
         layers[name] = LoRAFactors(a[None], b[None])
         if suffix == _EMBEDDING_A:
@@ -215,7 +208,7 @@ def _json_config(config: LoraConfig) -> dict[str, Any]:
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor that is not empty holds no NaN or infinity: either shows in the extremes, found in one pass."""
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:

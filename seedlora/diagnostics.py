@@ -15,7 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge import cosines, gram, mean_cosine, means, row_blocks, shrinkage, singular_values, variances
+from seedlora.merge import (
+    cosines,
+    gram,
+    gram_and_means,
+    mean_cosine,
+    means,
+    row_blocks,
+    shrinkage,
+    singular_values,
+    variances,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +127,7 @@ def layer_facts(
         samples: entries drawn, with replacement, for the sign agreement.
         generator: of the draw. Default: a new one, seeded with 0.
     """
-    inner, mu = gram(stack), means(stack)
+    inner, mu = gram_and_means(stack)
     entries = stack.shape[0] * stack.shape[1]
     average_std = (inner.mean() / entries - mu.mean() ** 2).clamp_min(0).sqrt()
     gain = variances(stack).sqrt().mean() / average_std if average_std > 0 else torch.ones(())

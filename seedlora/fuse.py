@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -167,6 +168,7 @@ def fuse_folders(
     """
     bound = bind(method, options)
     adapters = read_adapters(sources)
+    hashes = hash_inputs(sources)
     stacks = stack_adapters(adapters)
     if dtype is not None:
         stacks = {path: stack.to(torch.promote_types(dtype, torch.float32)) for path, stack in stacks.items()}
@@ -176,7 +178,7 @@ def fuse_folders(
     layers, unknown = complete(fused, shapes)
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
-    record = fusion_record(bound, fused, sources, base_model=first.base_model)
+    record = fusion_record(bound, fused, hashes, base_model=first.base_model)
     if unknown:
         record["incomplete_groups"] = unknown
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, layers)}
@@ -185,15 +187,23 @@ def fuse_folders(
     return Path(out)
 
 
+def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
+    """Start to hash the weights of adapter folders or hub ids, beside what else is done; sha256 by name."""
+    pool = ThreadPoolExecutor(1, "sha256")
+    hashes = {str(source): pool.submit(_sha256, locate(source) / WEIGHTS_NAME) for source in sources}
+    pool.shutdown(wait=False)
+    return hashes
+
+
 def fusion_record(
-    bound: BoundRule, fused: Fused | None, sources: Sequence[str | Path], *, base_model: str
+    bound: BoundRule, fused: Fused | None, hashes: Mapping[str, Future[str]], *, base_model: str
 ) -> dict[str, Any]:
     """How a fused adapter was made, for ``fusion.json``.
 
     Args:
         bound: the rule.
         fused: its result; None if it went into a base model without compression.
-        sources: adapter folders or hub ids.
+        hashes: of the inputs, as :func:`hash_inputs` gives them.
         base_model: name or path of the base model.
     """
     use = {key: value for key, value in asdict(bound.use).items() if value is not None}
@@ -202,7 +212,7 @@ def fusion_record(
         "options": dict(bound.options),
         "use": use,
         "source": bound.method.source,
-        "inputs": [{"name": Path(s).name, "sha256": _sha256(locate(s) / WEIGHTS_NAME)} for s in sources],
+        "inputs": [{"name": Path(source).name, "sha256": digest.result()} for source, digest in hashes.items()],
         "base_model": base_model,
         "seedlora": version("seedlora"),
     }

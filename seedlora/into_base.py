@@ -19,7 +19,8 @@ from torch import Tensor
 from seedlora.adapter import AdapterError
 from seedlora.atomic import atomic_folder
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, Fused, fusion_record, read_adapters, stack_adapters, updates
+from seedlora.fuse import RECORD_NAME, Fused, fusion_record, hash_inputs, read_adapters, stack_adapters, updates
+from seedlora.hub import local_folder
 from seedlora.merge import DenseUpdate, MergeRule, Update, bind
 from seedlora.serving import shards
 
@@ -45,7 +46,7 @@ def fuse_into_base(
 
     Args:
         sources: adapter folders or hub ids, of one base model.
-        base: the base model's folder, with safetensors files.
+        base: the base model's folder, with safetensors files, or its hub id.
         out: the folder to write, whole or not at all.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
@@ -57,7 +58,7 @@ def fuse_into_base(
         OSError: if a file cannot be read or written.
     """
     bound = bind(method, options)
-    base, out = Path(base).expanduser(), Path(out)
+    base, out = local_folder(base, "model folder", ("*.safetensors", *_COPIED)), Path(out)
     if out.exists() and out.resolve() == base.resolve():
         raise ValueError(f"the output {out} is the base model itself; give another folder")
     files = _checked_base(base)
@@ -99,15 +100,13 @@ def fuse_into_base(
         for pattern in _COPIED:
             for extra in base.glob(pattern):
                 shutil.copy(extra, folder / extra.name)
-        record = fusion_record(bound, Fused({}, compression), sources, base_model=first.base_model)
+        record = fusion_record(bound, Fused({}, compression), hash_inputs(sources), base_model=first.base_model)
         record["into_base"] = base.name
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return out
 
 
 def _checked_base(base: Path) -> list[Path]:
-    if not base.is_dir():
-        raise ValueError(f"base model {base} is no folder; give a folder with config.json and safetensors files")
     files = shards(base)
     config = base / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):

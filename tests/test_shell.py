@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -187,3 +188,31 @@ def test_shards_keep_their_metadata_and_dtype(folders, tmp_path):
     with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
         assert {handle.get_tensor(key).dtype for key in handle.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
+    """From the hub's own cache, laid out as it lays it out, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name, folder in (("models--somebody--adapter", folders[0]), ("models--somebody--base", base)):
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(folder, tmp_path / "hub" / name / "snapshots" / revision)
+        (tmp_path / "hub" / name / "refs").mkdir()
+        (tmp_path / "hub" / name / "refs" / "main").write_text(revision)
+    words = ["somebody/adapter", *folders[1:], "--method", "soup", "--json"]
+    assert main(["merge", *words, "--out", str(tmp_path / "hub_id")]) == 0
+    assert main(["merge", *folders, "--method", "soup", "--out", str(tmp_path / "local")]) == 0
+    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("hub_id", "local"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    record = json.loads((tmp_path / "hub_id" / RECORD_NAME).read_text())
+    assert record["inputs"][0]["name"] == "adapter"
+    assert (
+        record["inputs"][0]["sha256"]
+        == json.loads((tmp_path / "local" / RECORD_NAME).read_text())["inputs"][0]["sha256"]
+    )
+    assert main(["merge", *words, "--out", str(tmp_path / "full"), "--into-base", "somebody/base"]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert main(["merge", "somebody/else", *folders, "--out", str(tmp_path / "o")]) == 2

@@ -50,14 +50,18 @@ class DenseUpdate:
         return torch.cat(list(self.blocks()))
 
 
-def row_blocks(stack: LoRAFactors) -> Iterator[Float[Tensor, "N P K"]]:
+def row_blocks(stack: LoRAFactors, step: int = 1) -> Iterator[Float[Tensor, "N P K"]]:
     """The updates themselves, all adapters together, a block of rows at a time; in float32 or higher.
 
     The partition depends on ``N`` and ``K`` alone, so that every pass over a layer sees the same bits.
+
+    Args:
+        stack: the adapters.
+        step: give every ``step``-th column only.
     """
     compute = torch.promote_types(torch.promote_types(stack.A.dtype, stack.B.dtype), torch.float32)
-    a, (d, k) = stack.A.to(compute), stack.shape
-    rows = max(1, BLOCK_ENTRIES // (len(stack) * k))
+    a, d = stack.A[:, :, ::step].to(compute).contiguous(), stack.shape[0]
+    rows = max(1, BLOCK_ENTRIES // (len(stack) * a.shape[2]))
     for start in range(0, d, rows):
         yield stack.B[:, start : start + rows].to(compute) @ a
 

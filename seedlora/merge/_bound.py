@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -139,15 +140,14 @@ class BoundRule:
     def survey(self, walk: Walk) -> dict[str, Any]:
         """What the rule must know about the whole model, by keyword."""
         return {
-            keyword: survey(walk, **{key: self.options[key] for key in _keywords(survey) if key in self.options})
+            keyword: survey(walk, **{key: self.options[key] for key in _keywords(survey)[0] if key in self.options})
             for keyword, survey in self.method.surveys.items()
         }
 
     def update(self, path: str, stack: LoRAFactors, facts: Mapping[str, Any]) -> Update:
         """The merged update of one selected layer, as the rule gives it."""
         rule = self.method.rule
-        named = _keywords(rule)
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(rule).parameters.values())
+        named, takes_all = _keywords(rule)
         options = {key: value for key, value in self.options.items() if takes_all or key in named}
         if "generator" in named and "generator" not in options:
             options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
@@ -175,5 +175,8 @@ class BoundRule:
         return compress(update, rank, match_norm=match_norm, svd=self.use.svd, generator=generator)
 
 
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)[1:]
+@lru_cache
+def _keywords(function: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names of a rule's options, and whether it takes any other."""
+    options = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in options], any(p.kind is p.VAR_KEYWORD for p in options)

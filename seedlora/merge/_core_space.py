@@ -53,7 +53,7 @@ def core_ties(
     """
     checked_range("density", density, 0, 1, open_low=True)
     left, right, cores = _cores(stack, basis)
-    limits = magnitude_thresholds(lambda: [cores], density) if thresholds is None else thresholds
+    limits = magnitude_thresholds(lambda step: [cores[..., ::step]], density) if thresholds is None else thresholds
     merged = sign_consensus(trim(cores, limits)) * scale
     return in_span(stack, left @ merged, right)
 
@@ -66,7 +66,7 @@ def core_thresholds(
     checked_choice("basis", basis, BASES)
     if checked_choice("scope", scope, SCOPES) == "layer":
         return None
-    return magnitude_thresholds(lambda: (_cores(stack, basis)[2] for _, stack in walk()), density)
+    return magnitude_thresholds(lambda step: (_cores(stack, basis)[2][..., ::step] for _, stack in walk()), density)
 
 
 def _cores(stack: LoRAFactors, basis: str) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "P M"], Float[Tensor, "N Q P"]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge._consensus import sign_consensus
-from seedlora.merge._lowrank import Aligned, align, checked_choice, checked_range, with_rows
+from seedlora.merge._lowrank import align, checked_choice, checked_range, with_rows
 from seedlora.merge._sparsify import drop, magnitude_thresholds, stream, trim
 from seedlora.merge._ties import SCOPES
 from seedlora.merge._walk import Walk
@@ -55,27 +53,19 @@ def knots_ties(
     checked_range("density", density, 0, 1, open_low=True)
     basis = align(stack)
     c_NQK = basis.aligned(stack)
-    limits = magnitude_thresholds(lambda: [c_NQK], density) if thresholds is None else thresholds
+    limits = magnitude_thresholds(lambda step: [c_NQK[..., ::step]], density) if thresholds is None else thresholds
     return with_rows(stack, basis.left, sign_consensus(trim(c_NQK, limits)) * scale)
 
 
 def knots_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "model") -> Float[Tensor, " N"] | None:
     """The thresholds of :func:`knots_ties` over all layers together; none with ``scope="layer"``.
 
-    Cost: two more passes over the layers, each of ``(D + K) * (N*R)**2`` multiplications per layer.
+    Cost: one more pass over the layers, of ``(D + K) * (N*R)**2`` multiplications per layer.
     """
     checked_range("density", density, 0, 1, open_low=True)
     if checked_choice("scope", scope, SCOPES) == "layer":
         return None
-    bases: dict[str, Aligned] = {}  # small beside the factors, and dear to compute twice
-
-    def entries() -> Iterator[Float[Tensor, "N Q K"]]:
-        for path, stack in walk():
-            if path not in bases:
-                bases[path] = align(stack)
-            yield bases[path].aligned(stack)
-
-    return magnitude_thresholds(entries, density)
+    return magnitude_thresholds(lambda step: (align(stack).aligned(stack, step) for _, stack in walk()), density)
 
 
 def knots_dare_ties(

@@ -14,7 +14,11 @@ Scalars are accumulated in float64, because the variance is a difference of larg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -25,6 +29,27 @@ from seedlora.factors import LoRAFactors
 #: Directions whose share of a Gram matrix is below this (1e-7 squared) are noise of its float64 entries.
 _TINY = 1e-14
 
+T = TypeVar("T")
+
+
+def once_per_stack(function: Callable[[LoRAFactors], T]) -> Callable[[LoRAFactors], T]:
+    """Remember what is small and dear to compute, as long as the stack lives and its tensors are not written to.
+
+    A rule that depends on the whole model meets each stack once in its survey, and again when it fuses the layer.
+    """
+    known: WeakKeyDictionary[LoRAFactors, tuple[tuple[int, int], T]] = WeakKeyDictionary()
+
+    @wraps(function)
+    def remembering(stack: LoRAFactors) -> T:
+        if stack.A.is_inference() or stack.B.is_inference():  # these count no writes
+            return function(stack)
+        versions = (stack.A._version, stack.B._version)
+        if stack not in known or known[stack][0] != versions:
+            known[stack] = (versions, function(stack))
+        return known[stack][1]
+
+    return remembering
+
 
 def gram(stack: LoRAFactors) -> Float[Tensor, "N N"]:
     r"""Frobenius inner products of all pairs of updates, in float64.
@@ -34,25 +59,40 @@ def gram(stack: LoRAFactors) -> Float[Tensor, "N N"]:
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates.
     Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers.
     """
-    n, r = len(stack), stack.rank
-    gram_b, gram_a = factor_grams(stack)
-    return (gram_b * gram_a).view(n, r, n, r).sum((1, 3))
+    return _inner(factor_grams(stack), len(stack))
 
 
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
     """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
-    a, b = stack.A.double().flatten(0, 1), list(stack.B.double())
-    # block by block, which spares a transposed copy of B
-    blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
-    rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
-    return torch.cat([torch.cat(row, 1) for row in rows]), a @ a.T
+    return _grams(stack.A.double(), stack.B.double())
+
+
+def gram_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    """:func:`gram` and :func:`means` from one float64 copy of the factors."""
+    a, b = stack.A.double(), stack.B.double()
+    return _inner(_grams(a, b), len(stack)), _means(a, b)
 
 
 def means(stack: LoRAFactors) -> Float[Tensor, " N"]:
     r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
-    d, k = stack.shape
-    rows = stack.B.sum(1, dtype=torch.float64)
-    return (rows * stack.A.sum(2, dtype=torch.float64)).sum(1) / (d * k)
+    return _means(stack.A.double(), stack.B.double())
+
+
+def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
+    # block by block, which spares a transposed copy of B
+    blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
+    rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
+    a_cat = a.flatten(0, 1)
+    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
+
+
+def _inner(grams: tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]], n: int) -> Float[Tensor, "N N"]:
+    gram_b, gram_a = grams
+    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
+
+
+def _means(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> Float[Tensor, " N"]:
+    return (b.sum(1) * a.sum(2)).sum(1) / (b.shape[1] * a.shape[2])
 
 
 def variances(stack: LoRAFactors) -> Float[Tensor, " N"]:
@@ -125,8 +165,10 @@ def in_span(stack: LoRAFactors, left: Float[Tensor, "M Q"], right: Float[Tensor,
 
 def with_rows(stack: LoRAFactors, left: Float[Tensor, "M Q"], rows: Float[Tensor, "Q K"]) -> LoRAFactors:
     """One adapter ``(B_cat left) rows``, of rank ``Q``, in the dtypes of ``stack``."""
-    b = stack.B.transpose(0, 1).flatten(1)
-    b = b.to(_compute(b)) @ left.to(_compute(b))
+    first, *others = zip(stack.B.to(_compute(stack.B)), left.to(_compute(stack.B)).split(stack.rank), strict=True)
+    b = first[0] @ first[1]
+    for b_n, left_n in others:  # adapter by adapter, which spares a transposed copy of B
+        b.addmm_(b_n, left_n)
     return LoRAFactors(rows[None].to(stack.A.dtype), b[None].to(stack.B.dtype))
 
 
@@ -216,11 +258,12 @@ class Aligned:
     s: Float[Tensor, " Q"]
     rows: Float[Tensor, "N Q R"]
 
-    def aligned(self, stack: LoRAFactors) -> Float[Tensor, "N Q K"]:
-        """The updates in the basis, ``U^T Delta_n``, in float32 (float64 for float64 factors)."""
-        return self.rows.to(_compute(stack.A)) @ stack.A.to(_compute(stack.A))
+    def aligned(self, stack: LoRAFactors, step: int = 1) -> Float[Tensor, "N Q K"]:
+        """Every ``step``-th column of the updates in the basis, ``U^T Delta_n``, in float32 (float64 if they are)."""
+        return self.rows.to(_compute(stack.A)) @ stack.A[:, :, ::step].to(_compute(stack.A))
 
 
+@once_per_stack
 def align(stack: LoRAFactors) -> Aligned:
     """The SVD of the updates side by side, without forming any: ``(D + K) * M**2`` multiplications, float64.
 

@@ -44,7 +44,7 @@ def sce(stack: LoRAFactors, *, select_topk: float = 1.0) -> DenseUpdate:
     if select_topk == 1:
         energy = gram(stack).diagonal()
         return dense_update(stack, lambda: lambda block_NPK: _erase(block_NPK, energy))
-    limit = magnitude_thresholds(lambda: (_variance(block) for block in row_blocks(stack)), select_topk)
+    limit = magnitude_thresholds(lambda step: (_variance(block) for block in row_blocks(stack, step)), select_topk)
 
     def select(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "N P K"]:
         return block_NPK * (_variance(block_NPK) >= limit.to(block_NPK))

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge._lowrank import checked_range, checked_weights, gram, means, shrinkage, weighted_sum
+from seedlora.merge._lowrank import checked_range, checked_weights, gram, gram_and_means, shrinkage, weighted_sum
 
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
 _CANCELLED = 1e-7
@@ -52,7 +52,7 @@ def seedlora(
     """
     w = checked_weights(stack, weights) / len(stack)
     d, k = stack.shape
-    inner, mu = gram(stack), means(stack)
+    inner, mu = gram_and_means(stack)
     mu_average = w @ mu
     sigma_average = ((w @ inner @ w) / (d * k) - mu_average**2).clamp_min(0).sqrt()
     sigma = (inner.diagonal() / (d * k) - mu**2).clamp_min(0).sqrt().mean()

@@ -7,47 +7,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+#: The upper half of a float32's bits without the sign: exponent and seven bits of mantissa.
 _BINS = 2**15
+#: Share of the columns from which a threshold is guessed before it is found exactly.
+_SAMPLE = 16
 
 
 def magnitude_thresholds(
-    entries: Callable[[], Iterable[Float[Tensor, "N ..."]]], density: float
+    entries: Callable[[int], Iterable[Float[Tensor, "N ..."]]], density: float
 ) -> Float[Tensor, " N"]:
     r"""The magnitude of each adapter's k-th largest entry, :math:`k = \lfloor density \cdot count \rfloor`, at least 1.
 
-    Exact, in two passes and bounded memory however many entries there are: the first counts magnitudes by their
-    exponent and seven bits of mantissa, the second sorts the one bin that holds the k-th.
+    Exact, in one pass over all entries and bounded memory: a sixteenth of the columns tells between which magnitudes
+    the k-th lies, and the pass counts what is above and keeps what is between. Where the sample was misleading, all
+    entries are counted first.
 
     Args:
-        entries: the blocks of all entries, from the start at each call, with the same bits.
+        entries: the blocks of all entries when called with 1, of every s-th column when called with s; from the start
+            at each call, with the same bits.
         density: share of the entries to keep, in (0, 1].
 
     Returns:
         Shape ``(N,)``, in the dtype of the entries; 0 where everything is kept (``density = 1``).
     """
+    if density >= 1:
+        return next(block.new_zeros(len(block)) for block in entries(_SAMPLE))
+    for step in (_SAMPLE, 1):
+        brackets = _brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
+        above, between, total = [0] * len(brackets), [[] for _ in brackets], 0
+        for block in entries(1):
+            total += block[0].numel()
+            for n, (magnitudes, (low, high)) in enumerate(zip(_magnitudes(block), brackets, strict=True)):
+                count, within = _split(magnitudes, low, high)
+                above[n] += count
+                between[n].append(within)
+        k = max(1, int(density * total))
+        kept = [torch.cat(parts) for parts in between]
+        if all(a < k <= a + len(m) for a, m in zip(above, kept, strict=True)):
+            break
+    return torch.stack([m.kthvalue(len(m) - (k - a) + 1).values for a, m in zip(above, kept, strict=True)])
+
+
+def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack: float) -> list[tuple[float, float]]:
+    """Per adapter, magnitudes between which the k-th largest of these entries lies, give or take a share of k."""
     counts, total = None, 0
-    like = None
-    for block in entries():
-        if density >= 1:
-            return block.new_zeros(len(block))
-        like, total = block, total + block[0].numel()
+    for block in blocks:
+        total += block[0].numel()
         part = torch.stack([torch.bincount(_bins(magnitudes), minlength=_BINS) for magnitudes in _magnitudes(block)])
         counts = part if counts is None else counts + part
-    if counts is None or like is None:
+    if counts is None:
         raise ValueError("magnitude_thresholds needs at least one block of entries, got none")
     k = max(1, int(density * total))
+    reach = slack * k + (6 * k**0.5 if slack else 0)
     above = counts.flip(1).cumsum(1).flip(1)  # entries in this bin or a higher one
-    chosen = (above >= k).sum(1) - 1
-    within = k - (above.gather(1, chosen[:, None])[:, 0] - counts.gather(1, chosen[:, None])[:, 0])
-    found: list[list[Tensor]] = [[] for _ in range(len(like))]
-    for block in entries():
-        for n, magnitudes in enumerate(_magnitudes(block)):
-            found[n].append(magnitudes[_bins(magnitudes) == chosen[n]])
-    return torch.stack([torch.cat(f).topk(int(j)).values[-1] for f, j in zip(found, within, strict=True)])
+    # a bin more on either side: float64 entries were rounded into their bins
+    lows = ((above >= min(k + reach, total)).sum(1) - 2).clamp_min(0)
+    highs = ((above >= max(k - reach, 1)).sum(1) + 1).clamp_max(0x7F80)
+    edges = (torch.stack([lows, highs], 1) << 16).to(torch.int32).view(torch.float32)
+    return [(low, high) for low, high in edges.tolist()]
+
+
+def _split(magnitudes: Float[Tensor, " entries"], low: float, high: float) -> tuple[int, Float[Tensor, " within"]]:
+    """How many are ``high`` or larger, and those in ``[low, high)``."""
+    if magnitudes.device.type == "cpu":  # numpy compares and selects in an eighth of torch's time
+        array = magnitudes.numpy()
+        beyond = array >= high
+        return int(np.count_nonzero(beyond)), torch.from_numpy(array[(array >= low) ^ beyond])
+    larger = magnitudes >= high
+    return int(larger.count_nonzero()), magnitudes[(magnitudes >= low) ^ larger]
 
 
 def _magnitudes(block: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, " entries"]]:
@@ -65,7 +97,10 @@ def trim(values: Float[Tensor, "N ..."], thresholds: Float[Tensor, " N"]) -> Flo
     """Zero the entries whose magnitude is below their adapter's threshold."""
     # hardshrink zeroes |x| <= limit in one pass, nine times as fast as torch.where; the number below keeps |x| = limit
     limits = torch.nextafter(thresholds.to(values), thresholds.new_tensor(-1.0).to(values)).tolist()
-    return torch.stack([torch.nn.functional.hardshrink(v, limit) for v, limit in zip(values, limits, strict=True)])
+    trimmed = torch.empty_like(values)
+    for v, limit, out in zip(values, limits, trimmed, strict=True):
+        torch.ops.aten.hardshrink.out(v, limit, out=out)
+    return trimmed
 
 
 def drop(values: Float[Tensor, "N ..."], p: float, generator: torch.Generator) -> Float[Tensor, "N ..."]:

@@ -72,7 +72,9 @@ def seedlora_subspace(
     if subspace_rank < 1:
         raise ValueError(f"subspace_rank must be at least 1, got {subspace_rank}")
     rest = _subspace_merge(stack, subspace_rank, z_merge, z_density, p, stream(generator))
-    limit = magnitude_thresholds(lambda: (block.flatten()[None] for block in row_blocks(stack)), 1 - quantile)
+    limit = magnitude_thresholds(
+        lambda step: (block.flatten()[None] for block in row_blocks(stack, step)), 1 - quantile
+    )
 
     def combine() -> BlockMerge:
         start = 0
@@ -109,7 +111,7 @@ def _subspace_merge(
     rows, columns = left.T @ gram_b, gram_a @ right.T
     z = torch.stack([rows[:, i : i + r] @ columns[i : i + r] for i in range(0, n * r, r)])
     if z_merge == "ties":
-        merged = sign_consensus(trim(z, magnitude_thresholds(lambda: [z], z_density)), draw=_DRAW)
+        merged = sign_consensus(trim(z, magnitude_thresholds(lambda step: [z[..., ::step]], z_density)), draw=_DRAW)
     else:
         merged = (drop(z, p, generators()) if z_merge == "dare" else z).mean(0)
     return in_span(stack, left @ merged, right)

@@ -29,7 +29,7 @@ def ties(
         \gamma = \mathrm{sgn} \textstyle\sum_n \hat\tau_n, \quad
         \Delta = \lambda \, \mathrm{mean} \{\hat\tau_n : \mathrm{sgn}\, \hat\tau_n = \gamma\}
 
-    Cost: three passes over row blocks of ``N*P*K`` entries, exact; the result is dense.
+    Cost: two passes over row blocks of ``N*P*K`` entries, exact; the result is dense.
 
     Readings taken: entries equal to the threshold are all kept; a sum of exactly zero elects +1.
 
@@ -49,7 +49,7 @@ def ties(
         Yadav et al., "TIES-Merging", arXiv 2306.01708.
     """
     checked_range("density", density, 0, 1, open_low=True)
-    limits = magnitude_thresholds(lambda: row_blocks(stack), density) if thresholds is None else thresholds
+    limits = magnitude_thresholds(lambda step: row_blocks(stack, step), density) if thresholds is None else thresholds
     return dense_update(stack, lambda: lambda block_NPK: sign_consensus(trim(block_NPK, limits)) * scale)
 
 
@@ -67,4 +67,6 @@ def ties_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "layer") -
     checked_range("density", density, 0, 1, open_low=True)
     if checked_choice("scope", scope, SCOPES) == "layer":
         return None
-    return magnitude_thresholds(lambda: (block for _, stack in walk() for block in row_blocks(stack)), density)
+    return magnitude_thresholds(
+        lambda step: (block for _, stack in walk() for block in row_blocks(stack, step)), density
+    )

@@ -240,6 +240,6 @@ def test_thresholds_are_exact(density, dtype):
 
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1)).to(dtype) * torch.tensor([[1e-6], [30.0]])
     values[:, :700] = 0
-    found = magnitude_thresholds(lambda: values.to(dtype).split(999, dim=1), density)
+    found = magnitude_thresholds(lambda step: values.to(dtype)[:, ::step].split(999, dim=1), density)
     for row, limit in zip(values.to(dtype), found, strict=True):
         assert float(limit) == ref.top_magnitudes(row, density)
