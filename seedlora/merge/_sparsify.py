@@ -39,7 +39,8 @@ def magnitude_thresholds(
         return next(block.new_zeros(len(block)) for block in entries(_SAMPLE))
     for step in (_SAMPLE, 1):
         brackets = _brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
-        above, between, total = [0] * len(brackets), [[] for _ in brackets], 0
+        between: list[list[Tensor]] = [[] for _ in brackets]
+        above, total = [0] * len(brackets), 0
         for block in entries(1):
             total += block[0].numel()
             for n, (magnitudes, (low, high)) in enumerate(zip(_magnitudes(block), brackets, strict=True)):
