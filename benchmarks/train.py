@@ -1,0 +1,310 @@
+"""Training speed: three seeds as one stack, against one seed after the other in three other ways.
+
+    python benchmarks/train.py                                    # both models, micro-batches 1, 4, 16, short rows
+    python benchmarks/train.py --tokens 512 --micro-batch 1 4     # long rows
+    python benchmarks/train.py --stack 1 2 4 8 --out stack.json   # how the cost of a step grows with the seeds
+
+Same rows, tokens, ranks, optimizer and dtype for all, in one process, in turns, so that a busy machine is as busy for
+each; what is printed is the median over turns of the seconds for one step of all seeds, and ratios of the same turn.
+
+- stack: the seeds as one stack (Lightning, this project)
+- passes: the same with one seed at a time
+- trainer: Hugging Face's Trainer with PEFT, once per seed
+- plain: a PyTorch loop with PEFT, once per seed
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks import SeedEnsembleCallback
+from seedlora.base_model import EMBEDDED, fast_dtype, resolve
+from seedlora.module import PROJECTIONS, SeedLoRAModule
+
+SEEDS = (11, 42, 202)
+RANK, ALPHA, RATE = 8, 16, 2e-4
+#: tokens of a row: (all, supervised); a short row is a two-digit sum with its answer
+ROWS = {"short": (29, 4), "512": (512, 256)}
+METHODS = ("stack", "passes", "trainer", "plain")
+
+
+def small_llama(folder: Path) -> str:
+    """A Llama of 6 layers and 512 features with SmolLM2's vocabulary, saved to a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(fast_dtype()).save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random token ids and labels of shape (rows, T)."""
+    tokens, supervised = ROWS[kind]
+    ids = torch.randint(100, 40000, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    labels = torch.full_like(ids, -100)
+    labels[:, -supervised:] = ids[:, -supervised:]
+    return ids, labels
+
+
+class StackedRows(pl.LightningDataModule):
+    """The batches that the ensemble's data modules give, of random rows."""
+
+    def __init__(self, kind: str, batch: int, steps: int) -> None:
+        super().__init__()
+        self.kind, self.batch, self.steps = kind, batch, steps
+        self.seeds: tuple[int, ...] = ()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """One batch (N, b, T) per step."""
+
+        def batch(step: int) -> dict[str, Any]:
+            parts = [rows_of(self.kind, self.batch, seed * 1000 + step) for seed in self.seeds]
+            ids, labels = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+            items = (labels != -100).sum((1, 2))
+            return {"input_ids": ids, "labels": labels, "lengths": (ids.shape[2],) * len(ids), "num_items": items}
+
+        return DataLoader([batch(step) for step in range(self.steps)], batch_size=None)
+
+
+class Clock(pl.Callback):
+    """The seconds of each training step, the optimizer's included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def lightning_steps(model: str, seeds: tuple[int, ...], stack: int, kind: str, batch: int, steps: int) -> list[float]:
+    """Seconds of every step of all seeds: one fit per stack of them."""
+    module = SeedLoRAModule(model, r=RANK, lora_alpha=ALPHA, learning_rate=RATE, lr_scheduler="constant")
+    total: list[float] = [0.0] * steps
+    with tempfile.TemporaryDirectory() as folder:
+        ensemble = SeedEnsembleCallback(
+            seeds, merge="none", dirpath=Path(folder) / "run", budget="full", stack_size=stack
+        )
+        while ensemble.pending:
+            clock = Clock()
+            trainer = pl.Trainer(
+                max_epochs=1,
+                accelerator="cpu" if not torch.cuda.is_available() else "gpu",
+                devices=1,
+                gradient_clip_val=1.0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+                use_distributed_sampler=False,
+                callbacks=[ensemble, clock],
+            )
+            trainer.fit(module, datamodule=StackedRows(kind, batch, steps))
+            total = [a + b for a, b in zip(total, clock.seconds, strict=True)]
+    return total
+
+
+def peft_model(model: str, seed: int) -> nn.Module:
+    """What a user of PEFT trains."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=fast_dtype())
+    torch.manual_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
+    return get_peft_model(base.to("cuda" if torch.cuda.is_available() else "cpu"), config).train()
+
+
+def plain_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int) -> list[float]:
+    """A PyTorch loop per seed."""
+    total = [0.0] * steps
+    for seed in seeds:
+        peft = peft_model(model, seed)
+        device = next(peft.parameters()).device
+        parameters = [p for p in peft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        for step in range(steps):
+            ids, labels = (t.to(device) for t in rows_of(kind, batch, seed * 1000 + step))
+            start = time.perf_counter()
+            loss = peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            float(loss)
+            total[step] += time.perf_counter() - start
+    return total
+
+
+def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int) -> list[float]:
+    """Hugging Face's Trainer per seed."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    total = [0.0] * steps
+
+    class Rows(Dataset[dict[str, Tensor]]):
+        def __init__(self, seed: int) -> None:
+            parts = [rows_of(kind, batch, seed * 1000 + step) for step in range(steps)]
+            self.ids, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+        def __len__(self) -> int:
+            return len(self.ids)
+
+        def __getitem__(self, i: int) -> dict[str, Tensor]:
+            return {
+                "input_ids": self.ids[i],
+                "attention_mask": torch.ones_like(self.ids[i]),
+                "labels": self.labels[i],
+            }
+
+    class Stopwatch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            total[state.global_step - 1] += time.perf_counter() - self.start
+
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                per_device_train_batch_size=batch,
+                num_train_epochs=1,
+                learning_rate=RATE,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=False,
+                seed=seed,
+            )
+            Trainer(peft_model(model, seed), arguments, train_dataset=Rows(seed), callbacks=[Stopwatch()]).train()
+    return total
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what the libraries print."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def in_turns(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
+    """Per method and round, the median seconds of a step; the first step of a fit is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            with quiet():
+                found[name].append(statistics.median(run()[1:]))
+    return found
+
+
+def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
+    """The table of all settings."""
+    records = []
+    for label in options.model:
+        for kind in options.tokens:
+            for batch in options.micro_batch:
+                model, steps = models[label], options.steps + 1
+                common = {"kind": kind, "batch": batch, "steps": steps}
+                runs: dict[str, Callable[[], list[float]]] = {
+                    "stack": partial(lightning_steps, model, SEEDS, len(SEEDS), **common),
+                    "passes": partial(lightning_steps, model, SEEDS, 1, **common),
+                    "trainer": partial(trainer_steps, model, SEEDS, **common),
+                    "plain": partial(plain_steps, model, SEEDS, **common),
+                }
+                found = in_turns({name: runs[name] for name in options.method}, options.rounds)
+                seconds = {name: statistics.median(values) for name, values in found.items()}
+                ratios = {
+                    name: statistics.median(a / b for a, b in zip(found[name], found["stack"], strict=True))
+                    for name in found
+                }
+                tokens = len(SEEDS) * batch * ROWS[kind][0]
+                records.append(
+                    {"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds, "ratio": ratios}
+                    | {"tokens_per_second": {name: tokens / s for name, s in seconds.items()}}
+                )
+                shown = "  ".join(
+                    f"{n} {s:.3g} s ({tokens / s:.0f} tok/s) x{ratios[n]:.2f}" for n, s in seconds.items()
+                )
+                print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {shown}", flush=True)
+    return records
+
+
+def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
+    """Seconds of a step by the number of seeds in the stack, against one seed with as many rows."""
+    records = []
+    for label in options.model:
+        for batch in options.micro_batch:
+            kind, model = options.tokens[0], models[label]
+            fit = partial(lightning_steps, model, kind=kind, steps=options.steps + 1)
+            runs = {f"{n}": partial(fit, tuple(range(n)), n, batch=batch) for n in options.stack}
+            rows = {f"1, {n} times the rows": partial(fit, (0,), 1, batch=n * batch) for n in options.stack[1:]}
+            found = in_turns({**runs, **rows}, options.rounds)
+            seconds = {name: statistics.median(values) for name, values in found.items()}
+            records.append({"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds})
+            shown = "  ".join(f"{name}: {s:.3g} s" for name, s in seconds.items())
+            print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: seeds {shown}", flush=True)
+    return records
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=["smollm2", "llama6"], default=["smollm2", "llama6"])
+    parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--tokens", nargs="+", choices=list(ROWS), default=["short"])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--stack", nargs="+", type=int, help="numbers of seeds, instead of the comparison")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps in a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"smollm2": EMBEDDED, "llama6": small_llama(Path(folder) / "llama6")}
+        records = (growth if options.stack else compare)(options, models)
+    if options.out:
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(fast_dtype()), "r": RANK}
+        options.out.write_text(json.dumps({**about, "results": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
