@@ -253,9 +253,11 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.fast_dev_run:
             return
+        for replica, seed in zip(module.replicas, self._stack, strict=True):
+            layers = module.stack.stored(replica.name)
+            if trainer.is_global_zero:
+                write_adapter(self.adapter_path(seed), layers, module.lora_config)
         if trainer.is_global_zero:
-            for replica, seed in zip(module.replicas, self._stack, strict=True):
-                write_adapter(self.adapter_path(seed), module.stack.stored(replica.name), module.lora_config)
             self.fuse()
             shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)
         trainer.strategy.barrier()

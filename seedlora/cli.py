@@ -26,6 +26,7 @@ from seedlora.atomic import atomic_file
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import run_plan
 from seedlora.report import next_commands, results_table, verdict
+from seedlora.strategies import choose_strategy, prepare
 
 USAGE = """\
 Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
@@ -161,8 +162,10 @@ class SeedLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
+        options = self.config_init.trainer
+        kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
-        if self.config_init.trainer.logger in (None, True):
+        if options.logger in (None, True):
             self.metrics = kwargs["logger"] = self.parts.logger(self.ensemble.metrics_path)
         return super().instantiate_trainer(**kwargs)
 
@@ -200,6 +203,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
 def _prepare(cli: SeedLoRACLI, console: Console) -> None:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
+    prepare(trainer)
     ensemble.share(trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
@@ -275,6 +279,9 @@ def _hush() -> None:
     for message in ("`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"):
         warnings.filterwarnings("ignore", message=re.escape(message))
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
+    # We clip, see seedlora.strategies; and what DeepSpeed calls in torch is renamed there.
+    warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 
 

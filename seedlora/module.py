@@ -19,6 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
+from seedlora.strategies import clip_gradients, prepare
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -168,6 +169,8 @@ class SeedLoRAModule(pl.LightningModule):
                 f"trainer.precision {self.trainer.precision} would keep the adapters in it too; "
                 "leave it at 32-true and set --model.dtype for the base model"
             )
+        if self._trainer is not None:
+            prepare(self.trainer)
         if self._built == self.replicas and stage != "fit":
             return
         base = self.model.unload() if self._built else load_model(self.hparams["base_model"], dtype=self.dtype_base)
@@ -263,12 +266,16 @@ class SeedLoRAModule(pl.LightningModule):
         return losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Log loss per token and exact match of every adapter scored."""
+        """Log loss per token and exact match of every adapter scored.
+
+        Rows without a supervised token, which fill up the shares of the ranks, are not counted.
+        """
         losses, correct, tokens = self.score(batch)
-        for label, loss, match, count in zip(self.scored, losses, correct, tokens, strict=True):
-            weight = int(count.sum())
-            self.log(f"val/loss_{label}", loss.sum() / weight, batch_size=weight, sync_dist=True)
-            self.log(f"val/match_{label}", match.float().mean(), batch_size=len(match), sync_dist=True)
+        real = tokens[0] > 0
+        weight, rows = int(tokens[0].sum()), int(real.sum())
+        for label, loss, match in zip(self.scored, losses, correct, strict=True):
+            self.log(f"val/loss_{label}", loss.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
+            self.log(f"val/match_{label}", match[real].sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
         """Forget an earlier test."""
@@ -283,8 +290,11 @@ class SeedLoRAModule(pl.LightningModule):
 
     def test_matrix(self) -> Tensor:
         """After a test: bool, shape (items, adapters scored), in the order of the items, from all ranks."""
-        items, correct = self.test_items.compute().long(), self.test_correct.compute()
-        return correct.view(-1, len(self.scored))[items.view(-1).argsort()] > 0
+        items, correct = self.test_items.compute().long().view(-1), self.test_correct.compute()
+        order = items.argsort()
+        # Rows that fill up the shares of the ranks have negative numbers.
+        order = order[items[order] >= 0]
+        return correct.view(-1, len(self.scored))[order] > 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
@@ -308,14 +318,9 @@ class SeedLoRAModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip each replica on its own gradient norm: a norm over all would couple them."""
-        if not gradient_clip_val:
-            return
-        for replica in self.replicas:
-            parameters = self.stack.parameters(replica.name)
-            if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        if gradient_clip_val:
+            groups = [self.stack.parameters(replica.name) for replica in self.replicas]
+            clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, trainer=self._trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, leave the base model out."""

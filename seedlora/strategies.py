@@ -1,0 +1,165 @@
+"""How the processes of a run share a stack of adapters: what Lightning's strategies do not do by themselves.
+
+DDP needs nothing. DeepSpeed clips by one norm over all parameters, which would couple the replicas, and keeps weights
+and gradients in parts; FSDP2 leaves the sharding to the module. Both are handled here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+#: Strategies that start processes out of a running one: what such a process learns is lost with it.
+_FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy on the CPU, over gloo: for tests, and to try a launch line before renting GPUs.
+
+    Lightning refuses DeepSpeed without a GPU. On a GPU its own class is used, with the same words.
+    """
+
+    def setup_environment(self) -> None:
+        """Tell DeepSpeed that the CPU is the accelerator, then start up as DDP does."""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # An extension for processes that share memory; building it takes over a minute, and gloo does its work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.parallel_devices = [torch.device("cpu", i) for i in range(self.num_processes)]
+        # Past DeepSpeedStrategy's own method, which only refuses.
+        DDPStrategy.setup_environment(self)
+
+
+def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Strategy:
+    """What to give the trainer for the strategy that the user named.
+
+    Args:
+        strategy: a name in Lightning's registry or a strategy.
+        accelerator: as the trainer takes it.
+
+    Returns:
+        The same, except that DeepSpeed on a CPU is :class:`CPUDeepSpeedStrategy`. A strategy object is copied, since
+        one object serves one trainer.
+
+    Raises:
+        ValueError: for a strategy that cannot train a stack.
+    """
+    if not isinstance(strategy, str):
+        return copy.deepcopy(strategy)
+    if strategy.startswith(_FORKED):
+        raise ValueError(
+            f"trainer.strategy {strategy} starts its processes out of this one, which then has no results; use ddp"
+        )
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if cpu and strategy.startswith("deepspeed") and strategy in StrategyRegistry.available_strategies():
+        return CPUDeepSpeedStrategy(**StrategyRegistry[strategy]["init_params"])
+    return strategy
+
+
+def prepare(trainer: pl.Trainer) -> None:
+    """Check that the trainer's strategy can train a stack, and set what it must leave to us.
+
+    Called before the strategy sets up the model; a second call changes nothing.
+
+    Raises:
+        ValueError: naming the option that cannot be right.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return
+    if trainer.precision != "32-true":
+        raise ValueError(
+            f"trainer.precision {trainer.precision} under DeepSpeed would round the adapters to it; leave it at "
+            "32-true and set --model.dtype for the base model"
+        )
+    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) == "value":
+        raise ValueError("trainer.gradient_clip_algorithm value does not exist under DeepSpeed; choose norm, or ddp")
+    config = strategy.config
+    assert isinstance(config, dict)
+    for section in ("optimizer", "scheduler", "fp16", "bf16"):
+        if section in config:
+            raise ValueError(f"the DeepSpeed configuration must not have a section '{section}': --model options set it")
+    # Each replica is clipped on its own norm, by the module.
+    config["gradient_clipping"] = 0.0
+    # For DeepSpeed's own throughput figures, which are not shown; Lightning would look for a batch sampler.
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    # The optimizer is torch's, on the CPU too.
+    config["zero_force_ds_cpu_optimizer"] = False
+    strategy.exclude_frozen_parameters = True
+
+
+def clip_gradients(
+    groups: Iterable[Sequence[torch.nn.Parameter]], *, max_norm: float, algorithm: str | None, trainer: pl.Trainer
+) -> None:
+    """Clip each group of parameters on its own norm, over all ranks, before an optimizer step.
+
+    Under DDP every rank has the whole gradient. Under ZeRO it has a part, and the groups' squared norms are summed over
+    the ranks in one collective of as many numbers as there are groups.
+
+    Args:
+        groups: the parameters of one replica each.
+        max_norm: what a larger norm is scaled to; or the largest absolute value, if ``algorithm`` is ``value``.
+        algorithm: ``value``, or ``norm`` and ``None``.
+        trainer: whose strategy holds the gradients.
+    """
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        for group in groups:
+            if algorithm == "value":
+                torch.nn.utils.clip_grad_value_(group, max_norm)
+            else:
+                torch.nn.utils.clip_grad_norm_(group, max_norm)
+        return
+    engine = trainer.strategy.deepspeed_engine
+    # Lightning calls this after every micro-batch; there are gradients after the last one of a step.
+    if not engine.is_gradient_accumulation_boundary():
+        return
+    parts = [[_local_gradient(parameter) for parameter in group] for group in groups]
+    squares = torch.stack([_sum_of_squares(part, trainer.strategy.root_device) for part in parts])
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(squares)
+    for part, norm in zip(parts, squares.sqrt(), strict=True):
+        # As torch.nn.utils.clip_grad_norm_ does it.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in part:
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.device))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's float32 values, wherever they are: a detached copy. All ranks must call it."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if (full := safe_get_full_fp32_param(parameter)) is not None:
+            return full.detach().clone()
+    return parameter.detach().clone()
+
+
+def _local_gradient(parameter: Any) -> Tensor | None:
+    """The part of a gradient, averaged over ranks and micro-batches, that this rank's optimizer will use: a view.
+
+    ``deepspeed.utils.safe_get_full_grad`` gathers whole gradients, with one collective for each parameter.
+    """
+    if hasattr(parameter, "ds_id"):
+        gradient, _ = parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        return gradient
+    if parameter._hp_mapping is None:
+        return None  # another rank's
+    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+
+def _sum_of_squares(part: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    squares = [gradient.float().square().sum().to(device) for gradient in part if gradient is not None]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
