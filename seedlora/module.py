@@ -19,7 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
-from seedlora.strategies import clip_gradients, prepare
+from seedlora.strategies import clip_gradients, prepare, release
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -196,6 +196,11 @@ class SeedLoRAModule(pl.LightningModule):
         """Models load in eval mode, which would silently switch dropout and gradient checkpointing off."""
         self.model.train()
 
+    def teardown(self, stage: str) -> None:
+        """Leave the module as another fit can take it."""
+        if stage == "fit":
+            release(self.trainer)
+
     def forward(self, input_ids: Int[Tensor, "M T"], keep: Tensor) -> Float[Tensor, "S V"]:
         """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
 
@@ -323,9 +328,13 @@ class SeedLoRAModule(pl.LightningModule):
             clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, trainer=self._trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, leave the base model out."""
+        """Keep the adapters, leave the base model out.
+
+        DeepSpeed writes the weights itself, without the frozen ones; the names are kept to check them by.
+        """
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        checkpoint["trained"] = sorted(names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has every weight in training: the lenient loading would not say.
@@ -334,7 +343,7 @@ class SeedLoRAModule(pl.LightningModule):
             ValueError: naming a missing or foreign weight.
         """
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if odd := sorted(names ^ set(checkpoint["state_dict"])):
+        if odd := sorted(names ^ set(checkpoint.get("state_dict", checkpoint.get("trained", ())))):
             where = "the model" if odd[0] in names else "the checkpoint"
             raise ValueError(f"the checkpoint does not belong to this run: only {where} has '{odd[0]}'")
 

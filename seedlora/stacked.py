@@ -117,13 +117,13 @@ class AdapterStack:
         }
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
-        """The current updates of PEFT adapters: per layer a stack in float32, detached copies. For all ranks to call."""
+        """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it."""
         return {
             path: LoRAFactors.stack([_factors(layer, name) for name in names]) for path, layer in self.layers.items()
         }
 
     def stored(self, name: str) -> dict[str, LoRAFactors]:
-        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached copies. For all ranks to call."""
+        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it."""
         weights = {path: (layer.lora_A[name].weight, layer.lora_B[name].weight) for path, layer in self.layers.items()}
         return {path: LoRAFactors(*(whole(w)[None] for w in pair)) for path, pair in weights.items()}
 

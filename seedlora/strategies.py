@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor
 
@@ -137,13 +139,72 @@ def clip_gradients(
                 gradient.mul_(factor.to(gradient.device))
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's float32 values, wherever they are: a detached copy. All ranks must call it."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
+class ProcessWatch:
+    """Stops this process when another of the run is gone, wherever it waits for it.
 
-        if (full := safe_get_full_fp32_param(parameter)) is not None:
-            return full.detach().clone()
+    A process that waits in a collective may wait for the rest of the process group's timeout, half an hour by default;
+    Lightning's own observer ends the first process without a word. This one looks every half second: the first process
+    of a machine at those that Lightning's launcher started, the others at the process that started them. Processes of
+    another machine are not seen; there the connection or the timeout tells.
+
+    Args:
+        trainer: whose launcher starts the processes.
+        on_lost: called once, with what happened, before the process exits with code 1.
+    """
+
+    def __init__(self, trainer: pl.Trainer, on_lost: Callable[[str], None]) -> None:
+        self._trainer, self._on_lost, self._parent = trainer, on_lost, os.getppid()
+
+    def start(self) -> None:
+        """Look, beside the main thread, until that ends."""
+        threading.Thread(target=self._watch, name="process-watch", daemon=True).start()
+
+    def finish(self) -> None:
+        """At the end of the run: the first process outlives the others, or they would find it gone."""
+        for process in self._processes:
+            process.wait()
+
+    def _watch(self) -> None:
+        while not (lost := self._lost()):
+            time.sleep(0.5)
+        self._on_lost(lost)
+        for process in self._processes:
+            process.kill()
+        os._exit(1)
+
+    @property
+    def _processes(self) -> Sequence[subprocess.Popen[bytes]]:
+        return getattr(self._trainer.strategy.launcher, "procs", ())
+
+    def _lost(self) -> str | None:
+        if self._trainer.global_rank and os.getppid() != self._parent:
+            return "the process that started this one is gone"
+        for rank, process in enumerate(self._processes, start=1):
+            if code := process.poll():
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                return f"process {rank} of {len(self._processes) + 1} {how}"
+        return None
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error says that the other processes cannot be reached, as when one of them ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
+def release(trainer: pl.Trainer) -> None:
+    """Take DeepSpeed's hooks and buffers off the module after a fit: the next one makes an engine of its own."""
+    engine: Any = trainer.model
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and engine is not None and hasattr(engine, "destroy"):
+        engine.destroy()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All values of a parameter, also where each rank holds a part: a detached copy. All ranks must call it."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.detach().clone()
 
 
