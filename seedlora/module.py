@@ -19,7 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
-from seedlora.strategies import clip_gradients, prepare, release
+from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -173,7 +173,10 @@ class SeedLoRAModule(pl.LightningModule):
             prepare(self.trainer)
         if self._built == self.replicas and stage != "fit":
             return
-        base = self.model.unload() if self._built else load_model(self.hparams["base_model"], dtype=self.dtype_base)
+        if self._built and not is_sharded(self.model):
+            base = self.model.unload()
+        else:
+            base = load_model(self.hparams["base_model"], dtype=self.dtype_base)
         from peft import get_peft_model
 
         with torch.random.fork_rng(devices=[]):
@@ -191,6 +194,10 @@ class SeedLoRAModule(pl.LightningModule):
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._built = self.replicas
+
+    def configure_model(self) -> None:
+        """Split the model over the ranks where the strategy leaves that to the module."""
+        shard(self.model, self.trainer)
 
     def on_fit_start(self) -> None:
         """Models load in eval mode, which would silently switch dropout and gradient checkpointing off."""

@@ -11,13 +11,21 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    StrategyRegistry,
+)
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -44,6 +52,87 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)
 
 
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2, through Lightning's ``ModelParallelStrategy``: the base model in parts on all ranks, without DeepSpeed.
+
+    The module shards itself, see :func:`shard`. A checkpoint is one file, as of one process: whole adapters and whole
+    optimizer state, which are small, and nothing of the base model.
+    """
+
+    def setup_environment(self) -> None:
+        """All processes share the data; none shares a layer's work."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the state back to :meth:`load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The trained weights, whole."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {name: whole(parameter).cpu() for name, parameter in named if parameter.requires_grad}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
+        """Deal the weights of :meth:`lightning_module_state_dict` out again."""
+        assert self.lightning_module is not None
+        with torch.no_grad():
+            for name, parameter in self.lightning_module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(_dealt(checkpoint["state_dict"][name], parameter))
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, whole."""
+        state = optimizer.state_dict()
+        states = {i: {key: whole(value).cpu() for key, value in of.items()} for i, of in state["state"].items()}
+        return {**state, "state": states}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Deal the state of :meth:`optimizer_state` out again."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = {
+                i: {key: _dealt(value, parameters[i]) for key, value in of.items()} for i, of in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": states})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file, on the first rank."""
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it, on every rank."""
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def shard(model: Any, trainer: pl.Trainer) -> None:
+    """Under FSDP2, split a PEFT model's weights over the ranks, one decoder layer at a time; else do nothing.
+
+    A layer's weights, the adapters among them, are whole while it computes. A model is split once.
+    """
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        return
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return
+    mesh = trainer.strategy.device_mesh["data_parallel"]
+    layers = set(model.get_base_model()._no_split_modules or ())
+    for layer in list(model.modules()):
+        if type(layer).__name__ in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether :func:`shard` has split the model: its layers can then not be split anew for other adapters."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Strategy:
     """What to give the trainer for the strategy that the user named.
 
@@ -64,6 +153,12 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
         raise ValueError(
             f"trainer.strategy {strategy} starts its processes out of this one, which then has no results; use ddp"
         )
+    if strategy == "fsdp2":
+        return FSDP2Strategy()
+    if strategy.startswith("fsdp"):
+        raise ValueError(
+            f"trainer.strategy {strategy} flattens frozen and trained weights together; use fsdp2 or deepspeed_stage_3"
+        )
     cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if cpu and strategy.startswith("deepspeed") and strategy in StrategyRegistry.available_strategies():
         return CPUDeepSpeedStrategy(**StrategyRegistry[strategy]["init_params"])
@@ -79,14 +174,19 @@ def prepare(trainer: pl.Trainer) -> None:
         ValueError: naming the option that cannot be right.
     """
     strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy) or (
+        isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
+    ):
+        raise ValueError(f"trainer.strategy {type(strategy).__name__} cannot train a stack; use FSDP2Strategy (fsdp2)")
+    sharded = isinstance(strategy, DeepSpeedStrategy | FSDP2Strategy)
+    if sharded and trainer.precision != "32-true":
+        raise ValueError(
+            f"trainer.precision {trainer.precision} under {type(strategy).__name__} would round the adapters to it; "
+            "leave it at 32-true and set --model.dtype for the base model"
+        )
     if not isinstance(strategy, DeepSpeedStrategy):
         return
-    if trainer.precision != "32-true":
-        raise ValueError(
-            f"trainer.precision {trainer.precision} under DeepSpeed would round the adapters to it; leave it at "
-            "32-true and set --model.dtype for the base model"
-        )
-    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) == "value":
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise ValueError("trainer.gradient_clip_algorithm value does not exist under DeepSpeed; choose norm, or ddp")
     config = strategy.config
     assert isinstance(config, dict)
@@ -201,11 +301,20 @@ def release(trainer: pl.Trainer) -> None:
 def whole(parameter: Tensor) -> Tensor:
     """All values of a parameter, also where each rank holds a part: a detached copy. All ranks must call it."""
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
     return parameter.detach().clone()
+
+
+def _dealt(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, split as ``like`` is; a tensor of another shape, a step count, as it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def _local_gradient(parameter: Any) -> Tensor | None:
