@@ -287,7 +287,8 @@ def _long_options(argv: Sequence[str]) -> list[str]:
 
 def _hush() -> None:
     """Keep what libraries say about themselves out of the output: the plan and the tables say what matters."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed sets its own level when it is imported, but keeps filters.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "isinstance(treespec, LeafSpec)"):

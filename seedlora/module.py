@@ -257,8 +257,9 @@ class SeedLoRAModule(pl.LightningModule):
         self.stack.route([replica.name for replica in self.replicas], lengths=batch["lengths"], dropout_keys=keys)
         losses, _, keep = self.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
-        means = (sums.detach() / tokens).unbind()
-        named = {f"train/loss_{r.name}": mean for r, mean in zip(self.replicas, means, strict=True)}
+        # Shown: the mean over the micro-batch on all ranks.
+        shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
+        named = {f"train/loss_{r.name}": loss for r, loss in zip(self.replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
         # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size

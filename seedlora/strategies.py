@@ -202,6 +202,21 @@ def prepare(trainer: pl.Trainer) -> None:
     strategy.exclude_frozen_parameters = True
 
 
+def check_batches(trainer: pl.Trainer, batches: int) -> None:
+    """Refuse an epoch whose last optimizer step has fewer micro-batches, where the strategy cannot count it.
+
+    Raises:
+        ValueError: under DeepSpeed, which steps after every ``accumulate_grad_batches`` micro-batches, while Lightning
+            also steps at the end of an epoch.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and batches % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches leaves {batches} micro-batches per epoch, which accumulate_grad_batches "
+            f"{accumulate} does not divide; DeepSpeed needs a multiple of it"
+        )
+
+
 def clip_gradients(
     groups: Iterable[Sequence[torch.nn.Parameter]], *, max_norm: float, algorithm: str | None, trainer: pl.Trainer
 ) -> None:
