@@ -21,6 +21,7 @@ from seedlora.module import Replica, SeedLoRAModule
 from seedlora.plan import ReplicaBudget, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import FUSED, SOUP
+from seedlora.strategies import check_batches
 
 VARY = ("both", "init", "order")
 BASE, NO_MERGE = "base", "none"
@@ -217,6 +218,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Optimizer steps of each replica under this trainer with this data module."""
         batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        check_batches(trainer, batches)
         return self.share(trainer).total_steps(-(-batches // trainer.accumulate_grad_batches))
 
     def on_train_batch_end(
@@ -253,9 +255,11 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.fast_dev_run:
             return
+        for replica, seed in zip(module.replicas, self._stack, strict=True):
+            layers = module.stack.stored(replica.name)
+            if trainer.is_global_zero:
+                write_adapter(self.adapter_path(seed), layers, module.lora_config)
         if trainer.is_global_zero:
-            for replica, seed in zip(module.replicas, self._stack, strict=True):
-                write_adapter(self.adapter_path(seed), module.stack.stored(replica.name), module.lora_config)
             self.fuse()
             shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)
         trainer.strategy.barrier()

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from datamodules.prompts import render
-from datamodules.rows import EvalRows, Example, ReplicaRows, TokenRows, tokenise
+from datamodules.rows import PADDING, EvalRows, Example, ReplicaRows, TokenRows, tokenise
 from datamodules.sampler import ReplicaLoader, ReplicaSampler
 
 SPLITS = ("train", "val", "test")
@@ -108,7 +108,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         rows = self.rows[split]
         order = np.argsort(rows.lengths, kind="stable")
         if self.trainer:
-            order = order[self.trainer.global_rank :: self.trainer.world_size]
+            # The same number of rows on every rank: where the model is sharded, a rank with a forward more would wait.
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+            order = np.append(order, np.full(-len(order) % ranks, PADDING))[rank::ranks]
         size = self.eval_batch_size
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         return DataLoader(EvalRows(rows), sampler=batches, batch_size=None, collate_fn=_as_it_is)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+#: The number of a row that fills up a rank's share of an evaluation: it holds some tokens, and none is supervised.
+PADDING = -1
 
 
 class Example(NamedTuple):
@@ -154,11 +156,16 @@ class ReplicaRows(Dataset[dict[str, object]]):
 
 
 class EvalRows(Dataset[dict[str, object]]):
-    """Rows as a dataset whose index is a list of row numbers: ``input_ids`` and ``labels`` (b, T), ``items`` (b,)."""
+    """Rows as a dataset whose index is a list of row numbers: ``input_ids`` and ``labels`` (b, T), ``items`` (b,).
+
+    ``items`` are the row numbers; a row :data:`PADDING` is to be left out of every count.
+    """
 
     def __init__(self, rows: TokenRows) -> None:
         self.rows = rows
 
     def __getitem__(self, index: Sequence[int]) -> dict[str, object]:
-        input_ids, labels = self.rows.padded(index)
-        return {"input_ids": input_ids, "labels": labels, "items": torch.tensor(list(index))}
+        items = torch.tensor(list(index))
+        input_ids, labels = self.rows.padded(items.clamp(min=0).tolist())
+        labels[items == PADDING] = IGNORED
+        return {"input_ids": input_ids, "labels": labels, "items": items}

@@ -26,6 +26,7 @@ from seedlora.atomic import atomic_file
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import run_plan
 from seedlora.report import next_commands, results_table, verdict
+from seedlora.strategies import ProcessWatch, choose_strategy, lost_connection, prepare
 
 USAGE = """\
 Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
@@ -161,8 +162,10 @@ class SeedLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
+        options = self.config_init.trainer
+        kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
-        if self.config_init.trainer.logger in (None, True):
+        if options.logger in (None, True):
             self.metrics = kwargs["logger"] = self.parts.logger(self.ensemble.metrics_path)
         return super().instantiate_trainer(**kwargs)
 
@@ -184,22 +187,37 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
+    watch = ProcessWatch(cli.trainer, lambda reason: _stopped(cli, reason))
+    if cli.trainer.world_size > 1:
+        watch.start()
     try:
         _train(cli, console)
         _test(cli, console)
+        watch.finish()
     except (KeyboardInterrupt, SystemExit, OSError) as error:
         # Lightning ends the process itself when it is interrupted.
-        reason = _one_line(str(error)) if isinstance(error, OSError) else "interrupted"
-        again = f"repeat the command with --resume --ensemble.dirpath {cli.ensemble.dirpath}"
-        print(f"train.py: stopped: {reason}; what was saved before is whole; {again}", file=sys.stderr)  # noqa: T201
+        _stopped(cli, _one_line(str(error)) if isinstance(error, OSError) else "interrupted")
+        return 1
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        time.sleep(1)  # for the watch, which knows more
+        _stopped(cli, "the connection to another process was lost")
         return 1
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
     return 0
 
 
+def _stopped(cli: SeedLoRACLI, reason: str) -> None:
+    rank = f" (process {cli.trainer.global_rank})" if cli.trainer.world_size > 1 else ""
+    again = f"repeat the command with --resume --ensemble.dirpath {cli.ensemble.dirpath}"
+    print(f"train.py: stopped{rank}: {reason}; what was saved before is whole; {again}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _prepare(cli: SeedLoRACLI, console: Console) -> None:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
+    prepare(trainer)
     ensemble.share(trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
@@ -269,12 +287,17 @@ def _long_options(argv: Sequence[str]) -> list[str]:
 
 def _hush() -> None:
     """Keep what libraries say about themselves out of the output: the plan and the tables say what matters."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed sets its own level when it is imported, but keeps filters.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    for message in ("`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"):
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "isinstance(treespec, LeafSpec)"):
+        message = f"`{name}` is deprecated"
         warnings.filterwarnings("ignore", message=re.escape(message))
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.pytorch.cli")
+    # We clip, see seedlora.strategies; and what DeepSpeed calls in torch is renamed there.
+    warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 
 

@@ -19,6 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
+from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -168,9 +169,14 @@ class SeedLoRAModule(pl.LightningModule):
                 f"trainer.precision {self.trainer.precision} would keep the adapters in it too; "
                 "leave it at 32-true and set --model.dtype for the base model"
             )
+        if self._trainer is not None:
+            prepare(self.trainer)
         if self._built == self.replicas and stage != "fit":
             return
-        base = self.model.unload() if self._built else load_model(self.hparams["base_model"], dtype=self.dtype_base)
+        if self._built and not is_sharded(self.model):
+            base = self.model.unload()
+        else:
+            base = load_model(self.hparams["base_model"], dtype=self.dtype_base)
         from peft import get_peft_model
 
         with torch.random.fork_rng(devices=[]):
@@ -189,9 +195,18 @@ class SeedLoRAModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._built = self.replicas
 
+    def configure_model(self) -> None:
+        """Split the model over the ranks where the strategy leaves that to the module."""
+        shard(self.model, self.trainer)
+
     def on_fit_start(self) -> None:
         """Models load in eval mode, which would silently switch dropout and gradient checkpointing off."""
         self.model.train()
+
+    def teardown(self, stage: str) -> None:
+        """Leave the module as another fit can take it."""
+        if stage == "fit":
+            release(self.trainer)
 
     def forward(self, input_ids: Int[Tensor, "M T"], keep: Tensor) -> Float[Tensor, "S V"]:
         """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
@@ -242,8 +257,9 @@ class SeedLoRAModule(pl.LightningModule):
         self.stack.route([replica.name for replica in self.replicas], lengths=batch["lengths"], dropout_keys=keys)
         losses, _, keep = self.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
-        means = (sums.detach() / tokens).unbind()
-        named = {f"train/loss_{r.name}": mean for r, mean in zip(self.replicas, means, strict=True)}
+        # Shown: the mean over the micro-batch on all ranks.
+        shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
+        named = {f"train/loss_{r.name}": loss for r, loss in zip(self.replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
         # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -263,12 +279,16 @@ class SeedLoRAModule(pl.LightningModule):
         return losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Log loss per token and exact match of every adapter scored."""
+        """Log loss per token and exact match of every adapter scored.
+
+        Rows without a supervised token, which fill up the shares of the ranks, are not counted.
+        """
         losses, correct, tokens = self.score(batch)
-        for label, loss, match, count in zip(self.scored, losses, correct, tokens, strict=True):
-            weight = int(count.sum())
-            self.log(f"val/loss_{label}", loss.sum() / weight, batch_size=weight, sync_dist=True)
-            self.log(f"val/match_{label}", match.float().mean(), batch_size=len(match), sync_dist=True)
+        real = tokens[0] > 0
+        weight, rows = int(tokens[0].sum()), int(real.sum())
+        for label, loss, match in zip(self.scored, losses, correct, strict=True):
+            self.log(f"val/loss_{label}", loss.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
+            self.log(f"val/match_{label}", match[real].sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
         """Forget an earlier test."""
@@ -283,8 +303,11 @@ class SeedLoRAModule(pl.LightningModule):
 
     def test_matrix(self) -> Tensor:
         """After a test: bool, shape (items, adapters scored), in the order of the items, from all ranks."""
-        items, correct = self.test_items.compute().long(), self.test_correct.compute()
-        return correct.view(-1, len(self.scored))[items.view(-1).argsort()] > 0
+        items, correct = self.test_items.compute().long().view(-1), self.test_correct.compute()
+        order = items.argsort()
+        # Rows that fill up the shares of the ranks have negative numbers.
+        order = order[items[order] >= 0]
+        return correct.view(-1, len(self.scored))[order] > 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
@@ -308,19 +331,18 @@ class SeedLoRAModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip each replica on its own gradient norm: a norm over all would couple them."""
-        if not gradient_clip_val:
-            return
-        for replica in self.replicas:
-            parameters = self.stack.parameters(replica.name)
-            if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        if gradient_clip_val:
+            groups = [self.stack.parameters(replica.name) for replica in self.replicas]
+            clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, trainer=self._trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters, leave the base model out."""
+        """Keep the adapters, leave the base model out.
+
+        DeepSpeed writes the weights itself, without the frozen ones; the names are kept to check them by.
+        """
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        checkpoint["trained"] = sorted(names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has every weight in training: the lenient loading would not say.
@@ -329,7 +351,7 @@ class SeedLoRAModule(pl.LightningModule):
             ValueError: naming a missing or foreign weight.
         """
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if odd := sorted(names ^ set(checkpoint["state_dict"])):
+        if odd := sorted(names ^ set(checkpoint.get("state_dict", checkpoint.get("trained", ())))):
             where = "the model" if odd[0] in names else "the checkpoint"
             raise ValueError(f"the checkpoint does not belong to this run: only {where} has '{odd[0]}'")
 

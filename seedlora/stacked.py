@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.factors import LoRAFactors
+from seedlora.strategies import whole
 from seedlora.streams import stream_seed
 
 if TYPE_CHECKING:
@@ -116,15 +117,15 @@ class AdapterStack:
         }
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
-        """The current updates of PEFT adapters of the model: per layer a stack in float32, detached copies."""
+        """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it."""
         return {
             path: LoRAFactors.stack([_factors(layer, name) for name in names]) for path, layer in self.layers.items()
         }
 
     def stored(self, name: str) -> dict[str, LoRAFactors]:
-        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached copies."""
+        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it."""
         weights = {path: (layer.lora_A[name].weight, layer.lora_B[name].weight) for path, layer in self.layers.items()}
-        return {path: LoRAFactors(*(w.detach().clone()[None] for w in pair)) for path, pair in weights.items()}
+        return {path: LoRAFactors(*(whole(w)[None] for w in pair)) for path, pair in weights.items()}
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer: A, then B."""
@@ -132,8 +133,8 @@ class AdapterStack:
 
 
 def _factors(layer: LoraLayer, name: str) -> LoRAFactors:
-    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    return LoRAFactors(a.float().clone()[None], (b.float() * layer.scaling[name])[None])
+    a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+    return LoRAFactors(a.float()[None], (b.float() * layer.scaling[name])[None])
 
 
 def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,36 +1,211 @@
-"""Two processes give the fused adapter of one."""
+"""Two processes give the fused adapter of one, under every strategy; and a process that dies stops the other.
+
+One process of its own runs all strategies, one after the other (strategies_job.py): what takes time is the start.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+import strategies_job
+from lightning.pytorch.strategies import DDPStrategy
+
 from seedlora.adapter import read_adapter
+from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_ddp_processes_give_the_adapter_of_one(tiny_llama, tmp_path):
-    common = [
-        *("--model.base_model", tiny_llama, "--model.dtype", "float32", "--trainer.accelerator", "cpu"),
-        *("--data.num_train", "48", "--data.num_val", "8", "--data.num_test", "13"),
-    ]
-    for name, options in (
-        ("one", ["--data.batch_size", "4"]),
-        ("two", ["--data.batch_size", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp"]),
-    ):
-        command = [sys.executable, str(ROOT / "train.py"), *common, *options, "--ensemble.dirpath", name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = (read_adapter(tmp_path / name / "fused").layers for name in ("one", "two"))
-    for path, factors in one.items():
-        a, b = factors.dense(), two[path].dense()
-        assert ((a - b).norm() / a.norm()).item() < 1e-5
-    scores = [json.loads((tmp_path / name / "results.json").read_text())["scores"] for name in ("one", "two")]
+def difference(a, b):
+    """Largest relative difference of any layer's update."""
+    a, b = (read_adapter(folder).layers for folder in (a, b))
+    assert set(a) == set(b)
+    return max(((a[path].dense() - b[path].dense()).norm() / a[path].dense().norm()).item() for path in a)
+
+
+@pytest.fixture(scope="module")
+def one(tiny_llama, tmp_path_factory):
+    """The folder and the metrics of one process with the same global batch."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, strategies_job.run(tiny_llama, folder, batch_size=4, strategy=lambda: "auto", devices=1)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_llama, tmp_path_factory):
+    """The folder with what two processes made under each strategy."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, strategies_job.__file__, tiny_llama, str(folder)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", strategies_job.STRATEGIES)
+def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
+    folder, metrics = one
+    tolerance = 1e-4 if name == "zero3" else 1e-5
+    for adapter in ("seed_11", "seed_202", "fused"):
+        assert difference(folder / adapter, two / name / adapter) < tolerance
+    found = json.loads((two / name / "metrics.json").read_text())
+    for key in ("val/loss_seed_11", "val/loss_seed_202", "val/loss_fused", "val/match_fused"):
+        assert found[key] == pytest.approx(metrics[key], rel=1e-5)
+    for label in ("base", "seed_42", "soup", "fused"):
+        assert found[f"test/{label}"] == metrics[f"test/{label}"]
+    assert found["test/fused"][1] == 13
+
+
+def test_the_words_of_the_command_line():
+    for word, stage in (("deepspeed_stage_1", 1), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 3)):
+        strategy = choose_strategy(word, accelerator="cpu")
+        assert isinstance(strategy, CPUDeepSpeedStrategy)
+        assert strategy.config["zero_optimization"]["stage"] == stage
+        assert choose_strategy(word, accelerator="gpu") == word
+    assert isinstance(choose_strategy("fsdp2", accelerator="gpu"), FSDP2Strategy)
+    assert choose_strategy("ddp", accelerator="cpu") == "ddp"
+    given = DDPStrategy()
+    assert type(choose_strategy(given, accelerator="cpu")) is DDPStrategy
+    assert choose_strategy(given, accelerator="cpu") is not given
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        ("ddp_spawn", {}, "ddp_spawn starts its processes out of this one.*use ddp"),
+        ("fsdp", {}, "fsdp flattens frozen and trained.*use fsdp2"),
+        ("deepspeed_stage_2", {"precision": "bf16-mixed"}, "bf16-mixed under CPUDeepSpeedStrategy.*--model.dtype"),
+        ("deepspeed_stage_2", {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "value.*choose norm"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_by_name(strategy, options, message):
+    import lightning.pytorch as pl
+
+    with pytest.raises(ValueError, match=message):
+        chosen = choose_strategy(strategy, accelerator="cpu")
+        prepare(pl.Trainer(strategy=chosen, accelerator="cpu", devices=1, logger=False, **options))
+
+
+def test_deepspeed_does_not_clip_a_second_time():
+    import lightning.pytorch as pl
+
+    strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
+    prepare(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, gradient_clip_val=0.1))
+    assert strategy.config["gradient_clipping"] == 0.0
+    with pytest.raises(ValueError, match="must not have a section 'bf16'"):
+        strategy = CPUDeepSpeedStrategy(config={"bf16": {"enabled": True}})
+        prepare(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False))
+
+
+def test_deepspeed_needs_whole_steps():
+    import lightning.pytorch as pl
+
+    strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, accumulate_grad_batches=2)
+    check_batches(trainer, 4)
+    with pytest.raises(ValueError, match="leaves 5 micro-batches.*accumulate_grad_batches 2 does not divide"):
+        check_batches(trainer, 5)
+
+
+# Killed processes
+
+
+OPTIONS = [
+    *("--model.dtype", "float32", "--model.lora_dropout", "0.1", "--trainer.accelerator", "cpu"),
+    *("--data.num_train", "48", "--data.num_val", "5", "--data.num_test", "13", "--data.batch_size", "2"),
+    *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "6", "--trainer.devices", "2"),
+    *("--ensemble.checkpoint_every_n_steps", "1"),
+]
+
+
+def start(base_model, dirpath, *options):
+    command = [sys.executable, str(ROOT / "train.py"), "--model.base_model", base_model, *OPTIONS, *options]
+    return subprocess.Popen(
+        [*command, "--ensemble.dirpath", str(dirpath)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def processes(first):
+    """The process ids of the ranks, in their order."""
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    is_rank = [b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+    return [first.pid, *(int(child) for child, rank in zip(children, is_rank, strict=True) if rank)]
+
+
+def kill_at(first, dirpath, step, rank):
+    """SIGKILL one rank at a checkpoint; returns the output, once all processes have ended."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and first.poll() is None:
+        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob("checkpoints/*/step=*.ckpt")]
+        if steps and max(steps) >= step:
+            break
+        time.sleep(0.01)
+    assert first.poll() is None, first.communicate()[0]
+    os.kill(processes(first)[rank], signal.SIGKILL)
+    # the pipe is closed when the last process that writes to it has ended
+    output, _ = first.communicate(timeout=30)
+    assert first.returncode != 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+    dirpath = tmp_path_factory.mktemp("runs") / "ddp"
+    finish(start(tiny_llama, dirpath, "--trainer.strategy", "ddp"))
+    return dirpath
+
+
+KILLED = [
+    ("ddp", 0, 5, 1e-5),
+    ("ddp", 1, 9, 1e-5),
+    ("deepspeed_stage_1", 1, 3, 1e-5),
+    ("deepspeed_stage_2", 0, 3, 1e-5),
+    ("deepspeed_stage_2", 1, 9, 1e-5),
+    ("deepspeed_stage_3", 0, 7, 1e-4),
+    ("deepspeed_stage_3", 1, 4, 1e-4),
+    ("fsdp2", 0, 5, 1e-5),
+    ("deepspeed_stage_2_offload", 1, 4, 1e-5),
+    ("deepspeed_stage_3_offload", 1, 4, 1e-4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "rank", "step", "tolerance"), KILLED)
+def test_a_rank_that_dies_stops_the_other_and_the_run_resumes(
+    tiny_llama, whole, tmp_path, strategy, rank, step, tolerance
+):
+    dirpath = tmp_path / "killed"
+    options = ("--trainer.strategy", strategy)
+    output = kill_at(start(tiny_llama, dirpath, *options), dirpath, step, rank)
+    reason = "the process that started this one is gone" if rank == 0 else "process 1 of 2 was killed by signal 9"
+    assert re.search(rf"train.py: stopped \(process {1 - rank}\): ({reason}|the connection)", output), output
+    for file in dirpath.glob("checkpoints/**/*"):
+        # of a base model of 133 KB there is nothing
+        assert not file.is_file() or file.stat().st_size < 700_000
+    assert "Going on from" in finish(start(tiny_llama, dirpath, *options, "--resume"))
+    assert difference(whole / "fused", dirpath / "fused") < tolerance
+    scores = [json.loads((folder / "results.json").read_text())["scores"] for folder in (whole, dirpath)]
     assert scores[0] == scores[1]
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, dirpath)]
+    steps = [[json.loads(line)["step"] for line in part] for part in lines]
+    assert steps[1] == sorted(steps[1])
+    # a line is written after the checkpoint of its step, so the kill may have come between the two
+    assert len(set(steps[0]) - set(steps[1])) <= 1

@@ -1,0 +1,350 @@
+"""How the processes of a run share a stack of adapters: what Lightning's strategies do not do by themselves.
+
+DDP needs nothing. DeepSpeed clips by one norm over all parameters, which would couple the replicas, and keeps weights
+and gradients in parts; FSDP2 leaves the sharding to the module. Both are handled here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    StrategyRegistry,
+)
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+#: Strategies that start processes out of a running one: what such a process learns is lost with it.
+_FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy on the CPU, over gloo: for tests, and to try a launch line before renting GPUs.
+
+    Lightning refuses DeepSpeed without a GPU. On a GPU its own class is used, with the same words.
+    """
+
+    def setup_environment(self) -> None:
+        """Tell DeepSpeed that the CPU is the accelerator, then start up as DDP does."""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # An extension for processes that share memory; building it takes over a minute, and gloo does its work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.parallel_devices = [torch.device("cpu", i) for i in range(self.num_processes)]
+        # Past DeepSpeedStrategy's own method, which only refuses.
+        DDPStrategy.setup_environment(self)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2, through Lightning's ``ModelParallelStrategy``: the base model in parts on all ranks, without DeepSpeed.
+
+    The module shards itself, see :func:`shard`. A checkpoint is one file, as of one process: whole adapters and whole
+    optimizer state, which are small, and nothing of the base model.
+    """
+
+    def setup_environment(self) -> None:
+        """All processes share the data; none shares a layer's work."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the state back to :meth:`load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The trained weights, whole."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {name: whole(parameter).cpu() for name, parameter in named if parameter.requires_grad}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
+        """Deal the weights of :meth:`lightning_module_state_dict` out again."""
+        assert self.lightning_module is not None
+        with torch.no_grad():
+            for name, parameter in self.lightning_module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(_dealt(checkpoint["state_dict"][name], parameter))
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, whole."""
+        state = optimizer.state_dict()
+        states = {i: {key: whole(value).cpu() for key, value in of.items()} for i, of in state["state"].items()}
+        return {**state, "state": states}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Deal the state of :meth:`optimizer_state` out again."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = {
+                i: {key: _dealt(value, parameters[i]) for key, value in of.items()} for i, of in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": states})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file, on the first rank."""
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it, on every rank."""
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def shard(model: Any, trainer: pl.Trainer) -> None:
+    """Under FSDP2, split a PEFT model's weights over the ranks, one decoder layer at a time; else do nothing.
+
+    A layer's weights, the adapters among them, are whole while it computes. A model is split once.
+    """
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        return
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return
+    mesh = trainer.strategy.device_mesh["data_parallel"]
+    layers = set(model.get_base_model()._no_split_modules or ())
+    for layer in list(model.modules()):
+        if type(layer).__name__ in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether :func:`shard` has split the model: its layers can then not be split anew for other adapters."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Strategy:
+    """What to give the trainer for the strategy that the user named.
+
+    Args:
+        strategy: a name in Lightning's registry or a strategy.
+        accelerator: as the trainer takes it.
+
+    Returns:
+        The same, except that DeepSpeed on a CPU is :class:`CPUDeepSpeedStrategy`. A strategy object is copied, since
+        one object serves one trainer.
+
+    Raises:
+        ValueError: for a strategy that cannot train a stack.
+    """
+    if not isinstance(strategy, str):
+        return copy.deepcopy(strategy)
+    if strategy.startswith(_FORKED):
+        raise ValueError(
+            f"trainer.strategy {strategy} starts its processes out of this one, which then has no results; use ddp"
+        )
+    if strategy == "fsdp2":
+        return FSDP2Strategy()
+    if strategy.startswith("fsdp"):
+        raise ValueError(
+            f"trainer.strategy {strategy} flattens frozen and trained weights together; use fsdp2 or deepspeed_stage_3"
+        )
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if cpu and strategy.startswith("deepspeed") and strategy in StrategyRegistry.available_strategies():
+        return CPUDeepSpeedStrategy(**StrategyRegistry[strategy]["init_params"])
+    return strategy
+
+
+def prepare(trainer: pl.Trainer) -> None:
+    """Check that the trainer's strategy can train a stack, and set what it must leave to us.
+
+    Called before the strategy sets up the model; a second call changes nothing.
+
+    Raises:
+        ValueError: naming the option that cannot be right.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy) or (
+        isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
+    ):
+        raise ValueError(f"trainer.strategy {type(strategy).__name__} cannot train a stack; use FSDP2Strategy (fsdp2)")
+    sharded = isinstance(strategy, DeepSpeedStrategy | FSDP2Strategy)
+    if sharded and trainer.precision != "32-true":
+        raise ValueError(
+            f"trainer.precision {trainer.precision} under {type(strategy).__name__} would round the adapters to it; "
+            "leave it at 32-true and set --model.dtype for the base model"
+        )
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise ValueError("trainer.gradient_clip_algorithm value does not exist under DeepSpeed; choose norm, or ddp")
+    config = strategy.config
+    assert isinstance(config, dict)
+    for section in ("optimizer", "scheduler", "fp16", "bf16"):
+        if section in config:
+            raise ValueError(f"the DeepSpeed configuration must not have a section '{section}': --model options set it")
+    # Each replica is clipped on its own norm, by the module.
+    config["gradient_clipping"] = 0.0
+    # For DeepSpeed's own throughput figures, which are not shown; Lightning would look for a batch sampler.
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    # The optimizer is torch's, on the CPU too.
+    config["zero_force_ds_cpu_optimizer"] = False
+    strategy.exclude_frozen_parameters = True
+
+
+def check_batches(trainer: pl.Trainer, batches: int) -> None:
+    """Refuse an epoch whose last optimizer step has fewer micro-batches, where the strategy cannot count it.
+
+    Raises:
+        ValueError: under DeepSpeed, which steps after every ``accumulate_grad_batches`` micro-batches, while Lightning
+            also steps at the end of an epoch.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and batches % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches leaves {batches} micro-batches per epoch, which accumulate_grad_batches "
+            f"{accumulate} does not divide; DeepSpeed needs a multiple of it"
+        )
+
+
+def clip_gradients(
+    groups: Iterable[Sequence[torch.nn.Parameter]], *, max_norm: float, algorithm: str | None, trainer: pl.Trainer
+) -> None:
+    """Clip each group of parameters on its own norm, over all ranks, before an optimizer step.
+
+    Under DDP every rank has the whole gradient. Under ZeRO it has a part, and the groups' squared norms are summed over
+    the ranks in one collective of as many numbers as there are groups.
+
+    Args:
+        groups: the parameters of one replica each.
+        max_norm: what a larger norm is scaled to; or the largest absolute value, if ``algorithm`` is ``value``.
+        algorithm: ``value``, or ``norm`` and ``None``.
+        trainer: whose strategy holds the gradients.
+    """
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        for group in groups:
+            if algorithm == "value":
+                torch.nn.utils.clip_grad_value_(group, max_norm)
+            else:
+                torch.nn.utils.clip_grad_norm_(group, max_norm)
+        return
+    engine = trainer.strategy.deepspeed_engine
+    # Lightning calls this after every micro-batch; there are gradients after the last one of a step.
+    if not engine.is_gradient_accumulation_boundary():
+        return
+    parts = [[_local_gradient(parameter) for parameter in group] for group in groups]
+    squares = torch.stack([_sum_of_squares(part, trainer.strategy.root_device) for part in parts])
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(squares)
+    for part, norm in zip(parts, squares.sqrt(), strict=True):
+        # As torch.nn.utils.clip_grad_norm_ does it.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in part:
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.device))
+
+
+class ProcessWatch:
+    """Stops this process when another of the run is gone, wherever it waits for it.
+
+    A process that waits in a collective may wait for the rest of the process group's timeout, half an hour by default;
+    Lightning's own observer ends the first process without a word. This one looks every half second: the first process
+    of a machine at those that Lightning's launcher started, the others at the process that started them. Processes of
+    another machine are not seen; there the connection or the timeout tells.
+
+    Args:
+        trainer: whose launcher starts the processes.
+        on_lost: called once, with what happened, before the process exits with code 1.
+    """
+
+    def __init__(self, trainer: pl.Trainer, on_lost: Callable[[str], None]) -> None:
+        self._trainer, self._on_lost, self._parent = trainer, on_lost, os.getppid()
+
+    def start(self) -> None:
+        """Look, beside the main thread, until that ends."""
+        threading.Thread(target=self._watch, name="process-watch", daemon=True).start()
+
+    def finish(self) -> None:
+        """At the end of the run: the first process outlives the others, or they would find it gone."""
+        for process in self._processes:
+            process.wait()
+
+    def _watch(self) -> None:
+        while not (lost := self._lost()):
+            time.sleep(0.5)
+        self._on_lost(lost)
+        for process in self._processes:
+            process.kill()
+        os._exit(1)
+
+    @property
+    def _processes(self) -> Sequence[subprocess.Popen[bytes]]:
+        return getattr(self._trainer.strategy.launcher, "procs", ())
+
+    def _lost(self) -> str | None:
+        if self._trainer.global_rank and os.getppid() != self._parent:
+            return "the process that started this one is gone"
+        for rank, process in enumerate(self._processes, start=1):
+            if code := process.poll():
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                return f"process {rank} of {len(self._processes) + 1} {how}"
+        return None
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error says that the other processes cannot be reached, as when one of them ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
+def release(trainer: pl.Trainer) -> None:
+    """Take DeepSpeed's hooks and buffers off the module after a fit: the next one makes an engine of its own."""
+    engine: Any = trainer.model
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and engine is not None and hasattr(engine, "destroy"):
+        engine.destroy()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All values of a parameter, also where each rank holds a part: a detached copy. All ranks must call it."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    return parameter.detach().clone()
+
+
+def _dealt(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, split as ``like`` is; a tensor of another shape, a step count, as it is."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _local_gradient(parameter: Any) -> Tensor | None:
+    """The part of a gradient, averaged over ranks and micro-batches, that this rank's optimizer will use: a view.
+
+    ``deepspeed.utils.safe_get_full_grad`` gathers whole gradients, with one collective for each parameter.
+    """
+    if hasattr(parameter, "ds_id"):
+        gradient, _ = parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        return gradient
+    if parameter._hp_mapping is None:
+        return None  # another rank's
+    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+
+def _sum_of_squares(part: Iterable[Tensor | None], device: torch.device) -> Tensor:
+    squares = [gradient.float().square().sum().to(device) for gradient in part if gradient is not None]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)

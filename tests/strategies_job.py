@@ -1,0 +1,74 @@
+"""Run by test_distributed.py: one fit and one test for each strategy, in the processes that Lightning starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+from conftest import make_data, make_module
+
+from callbacks import SeedEnsembleCallback
+from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy
+
+SEEDS = (11, 42, 202)
+
+
+def zero(stage):
+    """ZeRO; stage 3 also partitions what it would keep whole because it is small: all of a tiny model."""
+    zero_optimization = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_optimization}
+    return CPUDeepSpeedStrategy(config=config)
+
+
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "zero1": lambda: zero(1),
+    "zero2": lambda: zero(2),
+    "zero3": lambda: zero(3),
+    "fsdp2": FSDP2Strategy,
+}
+
+
+def run(base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: int) -> dict[str, object]:
+    """Two passes, accumulation, a clip that bites, a number of rows that two ranks do not share evenly."""
+    callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2)
+    module = make_module(base_model, gradient_checkpointing=True)
+    data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
+    metrics = {}
+    while callback.pending:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            gradient_clip_val=0.05,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            # a strategy object serves one trainer
+            strategy=strategy(),
+            devices=devices,
+        )
+        trainer.fit(module, datamodule=data)
+        metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
+    trainer.test(module, datamodule=data, verbose=False)
+    scores = callback.results.scores
+    return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
+
+
+def main(base_model: str, folder: str) -> None:
+    """Write each strategy's metrics beside its adapters."""
+    for name, make in STRATEGIES.items():
+        dirpath = Path(folder) / name
+        metrics = run(base_model, dirpath, batch_size=2, strategy=make, devices=2)
+        # every rank has the same numbers; the last to write wins
+        (dirpath / "metrics.json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
