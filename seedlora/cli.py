@@ -43,6 +43,7 @@ TRAINER_DEFAULTS = {
     "gradient_clip_val": 1.0,
     "val_check_interval": 0.5,
     "num_sanity_val_steps": 0,
+    "inference_mode": False,  # weights that a validation gathers may stay gathered, and training cannot use them then
     "log_every_n_steps": 1,
     "enable_checkpointing": False,
     "enable_model_summary": False,

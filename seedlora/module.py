@@ -333,7 +333,8 @@ class SeedLoRAModule(pl.LightningModule):
         """Clip each replica on its own gradient norm: a norm over all would couple them."""
         if gradient_clip_val:
             groups = [self.stack.parameters(replica.name) for replica in self.replicas]
-            clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, trainer=self._trainer)
+            strategy = None if self._trainer is None else self.trainer.strategy
+            clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, strategy=strategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters, leave the base model out.

@@ -176,8 +176,10 @@ def _blocks(route: _Route, ranks: tuple[int, ...], scales: tuple[float, ...], li
     """Shape (N, 1, R): the scaling on each block's own columns, zero elsewhere. Built once per kind of layer."""
     key = (ranks, scales, like.device, like.dtype)
     if key not in route.blocks:
-        rows = [torch.full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
-        route.blocks[key] = torch.block_diag(*rows).unsqueeze(1).to(like)
+        # Training uses it too, which takes no tensor made in inference mode.
+        with torch.inference_mode(False):
+            rows = [torch.full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
+            route.blocks[key] = torch.block_diag(*rows).unsqueeze(1).to(device=like.device, dtype=like.dtype)
     return route.blocks[key]
 
 

@@ -218,7 +218,7 @@ def check_batches(trainer: pl.Trainer, batches: int) -> None:
 
 
 def clip_gradients(
-    groups: Iterable[Sequence[torch.nn.Parameter]], *, max_norm: float, algorithm: str | None, trainer: pl.Trainer
+    groups: Iterable[Sequence[torch.nn.Parameter]], *, max_norm: float, algorithm: str | None, strategy: Strategy | None
 ) -> None:
     """Clip each group of parameters on its own norm, over all ranks, before an optimizer step.
 
@@ -229,22 +229,21 @@ def clip_gradients(
         groups: the parameters of one replica each.
         max_norm: what a larger norm is scaled to; or the largest absolute value, if ``algorithm`` is ``value``.
         algorithm: ``value``, or ``norm`` and ``None``.
-        trainer: whose strategy holds the gradients.
+        strategy: which holds the gradients; ``None`` is one process.
     """
-    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+    if not isinstance(strategy, DeepSpeedStrategy):
         for group in groups:
             if algorithm == "value":
                 torch.nn.utils.clip_grad_value_(group, max_norm)
             else:
                 torch.nn.utils.clip_grad_norm_(group, max_norm)
         return
-    engine = trainer.strategy.deepspeed_engine
     # Lightning calls this after every micro-batch; there are gradients after the last one of a step.
-    if not engine.is_gradient_accumulation_boundary():
+    if not strategy.deepspeed_engine.is_gradient_accumulation_boundary():
         return
     parts = [[_local_gradient(parameter) for parameter in group] for group in groups]
-    squares = torch.stack([_sum_of_squares(part, trainer.strategy.root_device) for part in parts])
-    if trainer.world_size > 1:
+    squares = torch.stack([_sum_of_squares(part, strategy.root_device) for part in parts])
+    if strategy.world_size > 1:
         torch.distributed.all_reduce(squares)
     for part, norm in zip(parts, squares.sqrt(), strict=True):
         # As torch.nn.utils.clip_grad_norm_ does it.

@@ -109,3 +109,13 @@ def test_rows_that_do_not_divide_are_refused(tiny_llama):
     module.stack.route(["seed_11", "seed_42"])
     with pytest.raises(RuntimeError, match="5 rows cannot be split"):
         module.model(input_ids=ROWS[:5])
+
+
+def test_a_route_first_used_in_inference_mode_can_be_trained(tiny_llama):
+    module = built(tiny_llama, 1, 2)
+    module.stack.route(["seed_1", "seed_2"])
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        module.model(input_ids=ids)
+    module.model(input_ids=ids).logits.sum().backward()
+    assert module.stack.parameters("seed_2")[0].grad.abs().sum() > 0
