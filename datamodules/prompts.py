@@ -1,4 +1,4 @@
-"""Prompt styles: how a conversation becomes text, and which part of the text a model learns to say.
+r"""Prompt styles: how a conversation becomes text, and which part of the text a model learns to say.
 
 A style is pure data. Its *record*, which is kept beside every adapter as ``prompt.json``, is that data once more, as
 JSON, so that whoever evaluates or serves the adapter asks exactly as training did, with no part of training at hand::
@@ -221,7 +221,8 @@ def compose(record: Mapping[str, Any], turns: Sequence[Turn]) -> Composed:
     text = "".join(part for _, part in parts)
     if record["templates"]["supervised"] == "all":
         return Composed(text, [(0, len(text))])
-    spans, end = [], 0
+    spans: list[tuple[int, int]] = []
+    end = 0
     for supervised, part in parts:
         begin, end = end, end + len(part)
         if supervised and spans and spans[-1][1] == begin:

@@ -208,7 +208,9 @@ class SeedLoRAModule(pl.LightningModule):
         if stage == "fit":
             release(self.trainer)
 
-    def forward(self, input_ids: Int[Tensor, "M T"], keep: Tensor) -> Float[Tensor, "S V"]:
+    def forward(
+        self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None
+    ) -> Float[Tensor, "S V"]:
         """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
 
         The head is the largest layer of a small model, so it only sees what is scored: a hook gathers the hidden
@@ -217,16 +219,20 @@ class SeedLoRAModule(pl.LightningModule):
         Args:
             input_ids: rows padded on the right.
             keep: bool, shape (M, T): whose next-token logits are wanted.
+            position_ids: shape (M, T), for rows that hold several samples: they restart with each, and attention stays
+                within one. transformers makes its masks so when it is given positions and no mask.
         """
         head = self.model.get_base_model().get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep], *args[1:]))
         try:
-            return self.model(input_ids=input_ids).logits
+            if position_ids is None:
+                return self.model(input_ids=input_ids).logits
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         finally:
             hook.remove()
 
     def token_losses(
-        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"]
+        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"], position_ids: Tensor | None = None
     ) -> tuple[Float[Tensor, "M T"], Tensor, Tensor]:
         """Score the labels.
 
@@ -238,7 +244,7 @@ class SeedLoRAModule(pl.LightningModule):
         targets = labels.roll(-1, dims=1)
         keep = targets != IGNORED
         keep[:, -1] = False
-        logits = self(input_ids, keep)
+        logits = self(input_ids, keep, position_ids)
         losses = cross_entropy(logits.float(), targets[keep], reduction="none")
         right = logits.argmax(-1) == targets[keep]
         return (
@@ -254,8 +260,14 @@ class SeedLoRAModule(pl.LightningModule):
         if self.hparams["lora_dropout"]:
             where = (self.current_epoch, batch_idx, self.global_rank)
             keys = [(replica.init_seed, *where) for replica in self.replicas]
-        self.stack.route([replica.name for replica in self.replicas], lengths=batch["lengths"], dropout_keys=keys)
-        losses, _, keep = self.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
+        self.stack.route(
+            [replica.name for replica in self.replicas],
+            lengths=batch["lengths"],
+            rows=batch.get("rows", ()),
+            dropout_keys=keys,
+        )
+        rows = [batch[key].flatten(0, 1) for key in ("input_ids", "labels", "position_ids") if key in batch]
+        losses, _, keep = self.token_losses(*rows)
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
         # Shown: the mean over the micro-batch on all ranks.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
