@@ -74,7 +74,10 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
         self.tokenizer: Any = None
+        #: The splits, once set up.
         self.rows: dict[str, TokenRows] = {}
+        #: What became of the rows of each source.
+        self.counts: dict[str, Counts] = {}
 
     #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
     on_bad_row = "error"
@@ -117,8 +120,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         for name, source in self.sources().items():
             rows[name] = cached_rows([source, *same], partial(self._tokenise, name, record))
         splits = self.split(rows)
+        self.counts = {name: part.counts for name, part in rows.items()}
         if not len(splits["train"]):
-            why = "; ".join(filter(None, (part.counts.sentence() for part in rows.values())))
+            why = "; ".join(filter(None, (counts.sentence() for counts in self.counts.values())))
             raise ValueError(f"{type(self).__name__} found no training rows" + (f": {why}" if why else ""))
         self.rows = splits
 

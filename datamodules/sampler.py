@@ -156,6 +156,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
 class ReplicaLoader(DataLoader[dict[str, object]]):
     """A DataLoader whose position is part of Lightning's checkpoint, so that a resumed epoch goes on where it was."""
 
+    sampler: ReplicaSampler
+
     def __iter__(self) -> Iterator[dict[str, object]]:  # type: ignore[override]
         sampler = self.sampler
         assert isinstance(sampler, ReplicaSampler)
