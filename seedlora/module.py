@@ -63,6 +63,8 @@ class SeedLoRAModule(pl.LightningModule):
         lora_dropout: dropout on the input of the adapters; each replica has its own stream.
         target_modules: name endings of the linear layers to adapt.
         learning_rate: of AdamW, at the top of the schedule.
+        lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
+            2402.12354, who take 16).
         weight_decay: of AdamW.
         lr_scheduler: ``cosine`` or ``linear`` (both to 0), or ``constant``, after the warm-up.
         warmup_ratio: part of the steps in which the rate grows linearly from near 0.
@@ -88,6 +90,7 @@ class SeedLoRAModule(pl.LightningModule):
         lora_dropout: float = 0.0,
         target_modules: Sequence[str] = PROJECTIONS,
         learning_rate: float = 2e-3,
+        lora_plus_ratio: float = 1.0,
         weight_decay: float = 0.0,
         lr_scheduler: str = "cosine",
         warmup_ratio: float = 0.06,
@@ -100,6 +103,7 @@ class SeedLoRAModule(pl.LightningModule):
         _require(lora_alpha > 0, f"model.lora_alpha must be positive, got {lora_alpha}")
         _require(0 <= lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {lora_dropout}")
         _require(learning_rate > 0, f"model.learning_rate must be positive, got {learning_rate}")
+        _require(lora_plus_ratio > 0, f"model.lora_plus_ratio must be positive, got {lora_plus_ratio}")
         _require(0 <= warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {warmup_ratio}")
         _require(len(target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
         for name, value, allowed in (("lr_scheduler", lr_scheduler, SCHEDULES), ("dtype", dtype, tuple(DTYPES))):
@@ -325,8 +329,12 @@ class SeedLoRAModule(pl.LightningModule):
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
         parameters = [p for replica in self.replicas for p in self.stack.parameters(replica.name)]
         hparams = self.hparams
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if hparams["lora_plus_ratio"] != 1:
+            rate_of_b = hparams["learning_rate"] * hparams["lora_plus_ratio"]
+            groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": rate_of_b}]
         optimizer = torch.optim.AdamW(
-            parameters, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
+            groups, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
         )
         total = self.total_steps or int(self.trainer.estimated_stepping_batches)
         warmup = hparams["warmup_steps"]
