@@ -47,6 +47,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         ValueError: for sizes below 1, an unknown style or choice, or packed rows shorter than ``max_length``.
     """
 
+    #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
+    on_bad_row = "error"
+
     def __init__(
         self,
         *,
@@ -78,9 +81,6 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.rows: dict[str, TokenRows] = {}
         #: What became of the rows of each source.
         self.counts: dict[str, Counts] = {}
-
-    #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
-    on_bad_row = "error"
 
     @abstractmethod
     def sources(self) -> Mapping[str, Any]:
