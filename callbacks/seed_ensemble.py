@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from seedlora.adapter import CONFIG_NAME, read_adapter, write_adapter
+from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, stack_adapters
@@ -38,7 +38,8 @@ class SeedEnsembleCallback(pl.Callback):
       side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed.
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
       weights; the one before it is removed once it is whole.
-    - *train end*: each seed's PEFT folder is written, then the fused one, then the checkpoints are removed.
+    - *train end*: each seed's PEFT folder is written, with the data module's prompt in ``prompt.json``, then the fused
+      one, then the checkpoints are removed.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
@@ -255,10 +256,12 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.fast_dev_run:
             return
+        record = getattr(trainer.datamodule, "prompt_record", None)
+        files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         for replica, seed in zip(module.replicas, self._stack, strict=True):
             layers = module.stack.stored(replica.name)
             if trainer.is_global_zero:
-                write_adapter(self.adapter_path(seed), layers, module.lora_config)
+                write_adapter(self.adapter_path(seed), layers, module.lora_config, files=files)
         if trainer.is_global_zero:
             self.fuse()
             shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib import metadata
 from typing import Any
 
-from datamodules.instruction import SPLITS, InstructionDataModule
-from datamodules.rows import Example
+from datamodules.base import SPLITS, InstructionDataModule
+from datamodules.prompts import Turn, exchange
+from datamodules.rows import TokenRows
+from datamodules.sources import Row
 
 # Item i of a reasoning-gym data set is drawn with seed + i, so two data sets overlap if their seeds are close.
 _SEED_STRIDE = 100_000_000
@@ -27,7 +31,7 @@ class ReasoningGym(InstructionDataModule):
         num_test: test rows.
         data_seed: of the generator; the data is the same for all replicas.
 
-    The other arguments are those of :class:`InstructionDataModule`.
+    The other arguments are those of :class:`~datamodules.base.InstructionDataModule`.
     """
 
     def __init__(
@@ -42,9 +46,18 @@ class ReasoningGym(InstructionDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 32,
         max_length: int = 512,
+        on_long_row: str = "cut",
+        pack_tokens: int | None = None,
         style: str = "plain",
     ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length, style=style)
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_long_row=on_long_row,
+            pack_tokens=pack_tokens,
+            style=style,
+        )
         self.save_hyperparameters()
         self.task = task
         if task_options is None:
@@ -55,8 +68,28 @@ class ReasoningGym(InstructionDataModule):
         if num_train < 1 or min(num_val, num_test) < 0:
             raise ValueError(f"ReasoningGym needs num_train >= 1, num_val and num_test >= 0, got {self.sizes}")
 
-    def examples(self) -> dict[str, list[Example]]:
-        """Generate the splits.
+    def sources(self) -> Mapping[str, Any]:
+        """One source per split."""
+        same = [metadata.version("reasoning-gym"), self.task, dict(self.task_options), self.sizes, self.data_seed]
+        return {split: ["reasoning-gym", split, *same] for split in SPLITS}
+
+    def read(self, source: str) -> Iterator[Row]:
+        """The items of a split."""
+        items = self.items[source]
+        for i, item in enumerate(items):
+            yield Row(f"{self.task}, {source} item {i + 1}", item, "", (i + 1) / len(items))
+
+    def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
+        """Question and answer."""
+        return exchange(row["question"], str(row["answer"]))
+
+    def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
+        """The sources are the splits."""
+        return dict(rows)
+
+    @cached_property
+    def items(self) -> dict[str, list[dict[str, Any]]]:
+        """The items of each split, generated.
 
         Raises:
             ValueError: for an unknown task or option, or if the task has too few different questions.
@@ -67,7 +100,7 @@ class ReasoningGym(InstructionDataModule):
         if self.task not in DATASETS:
             raise ValueError(f"reasoning-gym has no task '{self.task}'; it has {', '.join(sorted(DATASETS))}")
         seen: set[str] = set()
-        splits: dict[str, list[Example]] = {}
+        splits: dict[str, list[dict[str, Any]]] = {}
         for number, (split, size) in enumerate(self.sizes.items()):
             drawn = 20 * size + 100
             try:
@@ -82,7 +115,7 @@ class ReasoningGym(InstructionDataModule):
             for i in range(drawn if size else 0):
                 if (question := items[i]["question"]) not in seen:
                     seen.add(question)
-                    found.append(Example(question, str(items[i]["answer"])))
+                    found.append(items[i])
                 if len(found) == size:
                     break
             else:

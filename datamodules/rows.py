@@ -5,16 +5,17 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens of the longest of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.prompts import render
+from datamodules.prompts import Composed, Turn, compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,58 +23,104 @@ if TYPE_CHECKING:
 IGNORED = -100
 #: The number of a row that fills up a rank's share of an evaluation: it holds some tokens, and none is supervised.
 PADDING = -1
-
-
-class Example(NamedTuple):
-    """One request and the response wanted."""
-
-    prompt: str
-    response: str
+#: What may happen to a row of more than ``max_length`` tokens.
+ON_LONG_ROW = ("cut", "drop")
 
 
 class MicroBatch(NamedTuple):
     """The rows that each replica sees in one forward, and what its loss is divided by.
 
     Args:
-        rows: ``N`` tuples of ``b`` row numbers.
+        rows: ``N`` tuples of row numbers.
         num_items: per replica, the supervised tokens of the whole optimizer step: all micro-batches, all ranks.
+        packs: per replica, how many of its rows follow each other in one row of the batch; ``None``: each has its own.
     """
 
     rows: tuple[tuple[int, ...], ...]
     num_items: tuple[int, ...]
+    packs: tuple[tuple[int, ...], ...] | None = None
+
+    def groups(self) -> list[list[list[int]]]:
+        """Per replica, the row numbers of each row of the batch."""
+        sizes = self.packs or [(1,) * len(rows) for rows in self.rows]
+        return [_parts(rows, each) for rows, each in zip(self.rows, sizes, strict=True)]
+
+
+def _parts(rows: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    rest = iter(rows)
+    return [list(islice(rest, size)) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows of a source.
+
+    Args:
+        read: all of them.
+        bad: left out because they could not be read; :attr:`first_bad` says what was wrong with the first.
+        long: left out because they have more than ``max_length`` tokens.
+        unsupervised: left out because no supervised token is within ``max_length``.
+        cut: kept, but shortened to ``max_length``.
+    """
+
+    read: int = 0
+    bad: int = 0
+    long: int = 0
+    unsupervised: int = 0
+    cut: int = 0
+    first_bad: str = ""
+
+    @property
+    def dropped(self) -> int:
+        """All that were left out."""
+        return self.bad + self.long + self.unsupervised
+
+    def sentence(self) -> str:
+        """What was left out or shortened, in words; empty if nothing was."""
+        parts = [
+            (self.bad, f"unreadable (first: {self.first_bad})"),
+            (self.long, "too long"),
+            (self.unsupervised, "without a response within max_length"),
+        ]
+        dropped = ", ".join(f"{count:,} {why}" for count, why in parts if count)
+        cut = f"{self.cut:,} cut to max_length" if self.cut else ""
+        return "; ".join(part for part in (f"{dropped} left out" if dropped else "", cut) if part)
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of different lengths in two flat arrays.
+    """Rows of different lengths in two flat arrays, which may be files mapped into memory.
 
     Args:
-        tokens: all token ids, row after row.
+        tokens: token ids, row after row.
         supervised: for each token whether its prediction is scored.
-        starts: shape ``(rows + 1,)``; row ``i`` is ``tokens[starts[i]:starts[i + 1]]``.
-        dropped: rows left out because no supervised token was within ``max_length``.
-        cut: rows shortened to ``max_length``.
+        starts: of each row in the two.
+        lengths: tokens of each row.
+        num_items: supervised tokens of each row.
+        numbers: of each row in its source.
+        counts: what became of the source's rows.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     starts: np.ndarray
-    dropped: int = 0
-    cut: int = 0
+    lengths: np.ndarray
+    num_items: np.ndarray
+    numbers: np.ndarray
+    counts: Counts = Counts()
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        return np.diff(self.starts)
+    def take(self, rows: np.ndarray) -> TokenRows:
+        """Some of the rows, in the order given; the tokens are not copied."""
+        picked = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "num_items", "numbers")}
+        return replace(self, **picked)
 
-    @property
-    def num_items(self) -> np.ndarray:
-        """Supervised tokens of each row."""
-        sums = np.concatenate([[0], np.cumsum(self.supervised)])
-        return sums[self.starts[1:]] - sums[self.starts[:-1]]
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of one row, and which are supervised."""
+        part = slice(int(self.starts[row]), int(self.starts[row] + self.lengths[row]))
+        return self.tokens[part], self.supervised[part]
 
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The rows as input ids and labels of shape (len(rows), T), padded on the right.
@@ -81,55 +128,154 @@ class TokenRows:
         Padding is told from the end token by its label, -100, never by its id. On the right it needs no attention mask:
         a causal model's real tokens do not see it.
         """
-        length = int(max(self.starts[row + 1] - self.starts[row] for row in rows))
-        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORED)
-        for i, row in enumerate(rows):
-            part = slice(self.starts[row], self.starts[row + 1])
-            tokens = torch.from_numpy(self.tokens[part].astype(np.int64))
-            input_ids[i, : len(tokens)] = tokens
-            labels[i, : len(tokens)] = tokens.where(torch.from_numpy(self.supervised[part]), IGNORED)
+        input_ids, labels, _ = self.packed([[row] for row in rows])
         return input_ids, labels
+
+    def packed(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of each group one after the other, as input ids, labels and positions of shape (len(groups), T).
+
+        Positions restart at 0 with each row, and with the padding. That is how transformers' attention masks tell the
+        rows of a group apart, if they are given positions and no mask.
+        """
+        length = max(int(self.lengths[list(group)].sum()) for group in groups)
+        input_ids = torch.zeros(len(groups), length, dtype=torch.long)
+        labels = torch.full((len(groups), length), IGNORED)
+        positions = torch.empty(len(groups), length, dtype=torch.long)
+        for i, group in enumerate(groups):
+            end = 0
+            for row in group:
+                ids, supervised = self.row(row)
+                begin, end = end, end + len(ids)
+                tokens = torch.from_numpy(ids.astype(np.int64))
+                input_ids[i, begin:end] = tokens
+                labels[i, begin:end] = tokens.where(torch.from_numpy(np.array(supervised)), IGNORED)
+                positions[i, begin:end] = torch.arange(len(ids))
+            positions[i, end:] = torch.arange(length - end)
+        return input_ids, labels, positions
+
+
+class Chunk(NamedTuple):
+    """Some tokenised rows: the fields of :class:`TokenRows`, without ``starts``."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    num_items: np.ndarray
+    numbers: np.ndarray
+    counts: Counts
 
 
 def tokenise(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, style: str, max_length: int
+    conversations: Iterable[Sequence[Turn]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    record: Mapping[str, Any],
+    max_length: int,
+    on_long_row: str = "cut",
 ) -> TokenRows:
-    """Tokenise request and response as one text, followed by the end token.
+    """All rows in memory; raises as :func:`chunks`."""
+    composed = ((i, compose(record, turns)) for i, turns in enumerate(conversations))
+    parts = list(chunks(composed, tokenizer, record, max_length=max_length, on_long_row=on_long_row))
+    parts.append(no_rows(Counts()))
+    tokens, supervised, lengths, num_items, numbers = (np.concatenate([part[i] for part in parts]) for i in range(5))
+    counts = add(*(part.counts for part in parts))
+    return TokenRows(tokens, supervised, np.cumsum(lengths) - lengths, lengths, num_items, numbers, counts)
 
-    The mask follows the text, not a separately tokenised prompt: a token is supervised if it holds any character of the
-    response. The end token is supervised; the model would never learn to stop otherwise.
+
+def add(*counts: Counts) -> Counts:
+    """The counts of several parts together."""
+    sums = {key: sum(getattr(c, key) for c in counts) for key in ("read", "bad", "long", "unsupervised", "cut")}
+    return Counts(**sums, first_bad=next((c.first_bad for c in counts if c.first_bad), ""))
+
+
+def chunks(
+    texts: Iterable[tuple[int, Composed]],
+    tokenizer: PreTrainedTokenizerBase,
+    record: Mapping[str, Any],
+    *,
+    max_length: int,
+    on_long_row: str = "cut",
+    size: int = 1000,
+) -> Iterator[Chunk]:
+    """Tokenise numbered texts, each followed by the end token, ``size`` at a time.
+
+    The mask follows the text, not a separately tokenised prompt: a token is supervised if it holds any character that
+    the model is to say. End tokens of answers are supervised; the model would never learn to stop otherwise. The first
+    token of a row is not: nothing before it predicts it.
 
     Raises:
-        ValueError: if the tokenizer has no end token or no offsets.
+        ValueError: if the tokenizer has no end token, no offsets, or does not know its end token in a text.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token), so a model could not learn to stop")
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} gives no text offsets; a fast tokenizer is needed")
-    prompts = [render(style, example.prompt) for example in examples]
-    texts = [prompt + example.response for prompt, example in zip(prompts, examples, strict=True)]
-    encoded = tokenizer(texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
-    tokens: list[list[int]] = []
-    supervised: list[list[bool]] = []
-    dropped = cut = 0
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        said = [end > len(prompt) for _, end in offsets]
-        if ids[-1] != tokenizer.eos_token_id:
-            ids, said = [*ids, tokenizer.eos_token_id], [*said, True]
-        said[-1] = True
-        if not any(said[:max_length]):
-            dropped += 1
-            continue
-        cut += len(ids) > max_length
-        tokens.append(ids[:max_length])
-        supervised.append(said[:max_length])
-    return TokenRows(
-        np.array([t for row in tokens for t in row], dtype=np.int32),
-        np.array([s for row in supervised for s in row], dtype=bool),
-        np.cumsum([0, *map(len, tokens)]),
-        dropped,
-        cut,
+    rest = iter(texts)
+    while batch := list(islice(rest, size)):
+        encoded = tokenizer(
+            [composed.text for _, composed in batch],
+            add_special_tokens=record["add_special_tokens"],
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        tokens, supervised, numbers = [], [], []
+        long = unsupervised = cut = 0
+        for (number, composed), ids, offsets in zip(
+            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            row, said = _row(tokenizer, ids, np.array(offsets).reshape(-1, 2), composed)
+            if len(row) > max_length and on_long_row == "drop":
+                long += 1
+            elif not said[:max_length].any():
+                unsupervised += 1
+            else:
+                cut += len(row) > max_length
+                tokens.append(row[:max_length])
+                supervised.append(said[:max_length])
+                numbers.append(number)
+        yield _chunk(tokens, supervised, numbers, Counts(len(batch), 0, long, unsupervised, cut))
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    offsets: np.ndarray,
+    composed: Composed,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of one row, the end token included, and which of them are supervised."""
+    row, said = np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
+    text, spans = composed
+    for begin, end in spans:
+        said |= (offsets[:, 1] > begin) & (offsets[:, 0] < end)
+    for begin, end in spans[:-1]:
+        eos = str(tokenizer.eos_token)
+        if text[begin:end].endswith(eos) and row[np.argmax(offsets[:, 1] >= end)] != tokenizer.eos_token_id:
+            raise ValueError(
+                f"the tokenizer does not read its end token '{eos}' in a text as that token, so a model could not "
+                "learn to stop after the first answer of a chat"
+            )
+    if not len(row) or row[-1] != tokenizer.eos_token_id:
+        row, said = np.append(row, np.int32(tokenizer.eos_token_id)), np.append(said, True)
+    said[-1] = True
+    said[0] = False
+    return row, said
+
+
+def no_rows(counts: Counts) -> Chunk:
+    """A chunk that only counts."""
+    return _chunk([], [], [], counts)
+
+
+def _chunk(tokens: list[np.ndarray], supervised: list[np.ndarray], numbers: list[int], counts: Counts) -> Chunk:
+    return Chunk(
+        np.concatenate([*tokens, np.empty(0, np.int32)], dtype=np.int32),
+        np.concatenate([*supervised, np.empty(0, bool)], dtype=bool),
+        np.array([len(row) for row in tokens], dtype=np.int64),
+        np.array([said.sum() for said in supervised], dtype=np.int64),
+        np.array(numbers, dtype=np.int64),
+        counts,
     )
 
 
@@ -137,22 +283,29 @@ class ReplicaRows(Dataset[dict[str, object]]):
     """Rows as a dataset whose index is a :class:`MicroBatch` and whose item is a batch for a stack of replicas.
 
     An item holds ``input_ids`` and ``labels`` of shape (N, b, T), ``num_items`` of shape (N,), and ``lengths``, the
-    tokens of each replica's longest row: what T would be if it were trained alone.
+    tokens of each replica's longest row: what T would be if it were trained alone. Packed rows come with
+    ``position_ids`` of shape (N, b, T) and with ``rows``, what b would be if a replica were trained alone.
     """
 
     def __init__(self, rows: TokenRows) -> None:
         self.rows = rows
-        self._lengths = rows.lengths
 
     def __getitem__(self, index: MicroBatch) -> dict[str, object]:
-        input_ids, labels = self.rows.padded([row for replica in index.rows for row in replica])
-        n = len(index.rows)
-        return {
-            "input_ids": input_ids.view(n, -1, input_ids.shape[1]),
-            "labels": labels.view(n, -1, labels.shape[1]),
+        replicas = index.groups()
+        n, most = len(replicas), max(map(len, replicas))
+        # A replica that has fewer rows gets empty ones, which are all padding.
+        groups = [group for replica in replicas for group in [*replica, *[[]] * (most - len(replica))]]
+        input_ids, labels, positions = self.rows.packed(groups)
+        lengths = self.rows.lengths
+        batch: dict[str, object] = {
+            "input_ids": input_ids.view(n, most, -1),
+            "labels": labels.view(n, most, -1),
             "num_items": torch.tensor(index.num_items),
-            "lengths": tuple(int(self._lengths[list(replica)].max()) for replica in index.rows),
+            "lengths": tuple(max(int(lengths[group].sum()) for group in replica) for replica in replicas),
         }
+        if index.packs is not None:
+            batch |= {"position_ids": positions.view(n, most, -1), "rows": tuple(map(len, replicas))}
+        return batch
 
 
 class EvalRows(Dataset[dict[str, object]]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -18,6 +21,9 @@ class ReplicaSampler(Sampler[MicroBatch]):
     micro-batch and which rank a row falls into changes neither the step's gradient nor its normalisation, and
     micro-batches of one length are padded least. Rows that do not fill a last step are left out of that epoch.
 
+    With ``pack_tokens`` the rows of a step are instead put one after the other into packs of nearly equal length (the
+    longest first, each into the pack that is shortest so far), as few packs per micro-batch as hold them.
+
     A replica's order does not depend on what it is stacked with; the set of rows of a step depends on
     ``accumulate * world_size`` only through their product.
 
@@ -26,6 +32,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         seeds: one per replica.
         batch_size: rows of one replica in one forward on one rank.
         accumulate: micro-batches of one optimizer step.
+        pack_tokens: the most tokens of a pack; ``None`` packs nothing.
         rank: of this process, of ``world_size``.
         world_size: processes that share a step.
         epoch: where to begin; Lightning moves it on with :meth:`set_epoch`.
@@ -40,6 +47,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         *,
         seeds: Sequence[int],
         batch_size: int,
+        pack_tokens: int | None = None,
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -47,9 +55,10 @@ class ReplicaSampler(Sampler[MicroBatch]):
     ) -> None:
         self.lengths, self.num_items = rows.lengths, rows.num_items
         self.seeds = tuple(seeds)
-        self.batch_size, self.accumulate = batch_size, accumulate
+        self.batch_size, self.accumulate, self.pack_tokens = batch_size, accumulate, pack_tokens
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = epoch, 0
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
         self.steps = len(rows) // self.rows_per_step
         if not self.steps:
             raise ValueError(
@@ -72,25 +81,82 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     def order(self, seed: int, step: int) -> np.ndarray:
         """The rows of one optimizer step of one replica, sorted by length (ties in the order drawn)."""
-        permutation = np.random.default_rng([seed, self.epoch]).permutation(len(self.lengths))
+        if (seed, self.epoch) not in self._permutations:
+            others = {key: drawn for key, drawn in self._permutations.items() if key[1] == self.epoch}
+            drawn = np.random.default_rng([seed, self.epoch]).permutation(len(self.lengths))
+            self._permutations = {**others, (seed, self.epoch): drawn}
+        permutation = self._permutations[seed, self.epoch]
         rows = permutation[step * self.rows_per_step : (step + 1) * self.rows_per_step]
         return rows[np.argsort(self.lengths[rows], kind="stable")]
+
+    @property
+    def packs_per_micro_batch(self) -> int:
+        """Packs of one replica in a micro-batch: what the mean length asks for and a tenth, so that it seldom differs.
+
+        A step whose rows do not fit takes more.
+        """
+        assert self.pack_tokens is not None
+        return min(self.batch_size, math.ceil(1.1 * self.batch_size * self.lengths.mean() / self.pack_tokens))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of one replica in a large micro-batch, padding included."""
+        longest = self.batch_size * int(self.lengths.max())
+        return longest if self.pack_tokens is None else min(longest, self.packs_per_micro_batch * self.pack_tokens)
+
+    def packs(self, rows: np.ndarray) -> list[list[int]]:
+        """The rows of a step in packs of at most ``pack_tokens`` tokens, a multiple of the step's micro-batches."""
+        assert self.pack_tokens is not None
+        micro_batches = self.accumulate * self.world_size
+        for per_micro_batch in range(self.packs_per_micro_batch, self.batch_size + 1):
+            shortest: list[tuple[int, int]] = [(0, i) for i in range(micro_batches * per_micro_batch)]
+            packs: list[list[int]] = [[] for _ in shortest]
+            for row in reversed(rows.tolist()):
+                tokens, i = shortest[0]
+                heapq.heapreplace(shortest, (tokens + int(self.lengths[row]), i))
+                packs[i].append(row)
+            if max(shortest)[0] <= self.pack_tokens:
+                # packs of like length together, as rows are without packing
+                return [packs[i] for _, i in sorted(shortest)]
+        raise AssertionError("a pack of one row always fits")
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """What this rank sees in one optimizer step."""
+        orders = [self.order(seed, step) for seed in self.seeds]
+        num_items = tuple(int(self.num_items[rows].sum()) for rows in orders)
+        packs = None if self.pack_tokens is None else [self.packs(rows) for rows in orders]
+        for micro in range(self.accumulate):
+            slot = micro * self.world_size + self.rank
+            if packs is None:
+                part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
+                yield MicroBatch(tuple(tuple(rows[part].tolist()) for rows in orders), num_items)
+            else:
+                sizes = [len(each) // (self.accumulate * self.world_size) for each in packs]
+                mine = [each[slot * size : (slot + 1) * size] for each, size in zip(packs, sizes, strict=True)]
+                rows = tuple(tuple(row for pack in each for row in pack) for each in mine)
+                yield MicroBatch(rows, num_items, tuple(tuple(map(len, each)) for each in mine))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         start, self.start = self.start, 0
         for step in range(start // self.accumulate, self.steps):
-            orders = [self.order(seed, step) for seed in self.seeds]
-            num_items = tuple(int(self.num_items[rows].sum()) for rows in orders)
-            for micro in range(self.accumulate):
-                if step * self.accumulate + micro < start:
-                    continue
-                first = (micro * self.world_size + self.rank) * self.batch_size
-                part = slice(first, first + self.batch_size)
-                yield MicroBatch(tuple(tuple(rows[part].tolist()) for rows in orders), num_items)
+            skipped = start % self.accumulate if step == start // self.accumulate else 0
+            yield from islice(self.micro_batches(step), skipped, None)
+
+    def padding(self, *, steps: int = 50) -> float:
+        """Part of the tokens in the forwards of the first ``steps`` optimizer steps that is padding."""
+        real = total = 0
+        for step in range(min(steps, self.steps)):
+            for micro in self.micro_batches(step):
+                sizes = [[int(self.lengths[pack].sum()) for pack in packs] for packs in micro.groups()]
+                real += sum(map(sum, sizes))
+                total += len(sizes) * max(map(len, sizes)) * max(map(max, sizes))
+        return 1 - real / total
 
 
 class ReplicaLoader(DataLoader[dict[str, object]]):
     """A DataLoader whose position is part of Lightning's checkpoint, so that a resumed epoch goes on where it was."""
+
+    sampler: ReplicaSampler
 
     def __iter__(self) -> Iterator[dict[str, object]]:  # type: ignore[override]
         sampler = self.sampler

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import re
 import sys
@@ -124,7 +125,8 @@ class SeedLoRACLI(LightningCLI):
             parts.data,
             subclass_mode_data=True,
             run=False,
-            args=list(args),
+            # Named first and not set as a default: a default's options would go on to the module that replaces it.
+            args=["--data", parts.default_data, *args],
             parser_class=_Parser,
             save_config_callback=None,
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress()]},
@@ -134,9 +136,8 @@ class SeedLoRACLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the ensemble and the default data."""
+        """Add the ensemble."""
         parser.add_lightning_class_args(self.parts.ensemble, "ensemble")
-        parser.set_defaults({"data": {"class_path": self.parts.default_data}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the run that ``--resume`` means."""
@@ -145,7 +146,7 @@ class SeedLoRACLI(LightningCLI):
         except UsageError as error:
             if not str(error).startswith('Parser key "data"'):
                 raise
-            known = ", ".join(sorted(kind.__name__ for kind in self.parts.data.__subclasses__()))
+            known = ", ".join(sorted(kind.__name__ for kind in _concrete(self.parts.data)))
             raise UsageError(f"{error}; data modules are {known}") from None
         ensemble = self.config.ensemble
         if ensemble.resume and ensemble.dirpath is None:
@@ -223,11 +224,10 @@ def _prepare(cli: SeedLoRACLI, console: Console) -> None:
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
         data.tokenizer = module.tokenizer
-    with console.status("Reading and tokenising the data ..."):
-        data.trainer = trainer
-        data.prepare_data()
-        data.setup("fit")
-        plan = run_plan(trainer, module, data, ensemble)
+    data.trainer = trainer
+    data.prepare_data()
+    data.setup("fit")
+    plan = run_plan(trainer, module, data, ensemble)
     ensemble.open(trainer, module, data)
     if trainer.is_global_zero and not trainer.fast_dev_run:
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
@@ -270,6 +270,13 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())
         commands = next_commands(base_model=cli.model.base_path, adapter=ensemble.fused_path.resolve(), rank=rank)
         console.print("\n" + commands, highlight=False, markup=False)
+
+
+def _concrete(kind: type) -> list[type]:
+    """The subclasses that can be made, at any depth."""
+    children: list[type] = kind.__subclasses__()
+    below = [found for child in children for found in _concrete(child)]
+    return below if inspect.isabstract(kind) else [kind, *below]
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from seedlora.adapter import WEIGHTS_NAME, Adapter, AdapterError, locate, read_adapter, universal_config, write_adapter
+from seedlora.adapter import (
+    PROMPT_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterError,
+    locate,
+    read_adapter,
+    universal_config,
+    write_adapter,
+)
 from seedlora.factors import LoRAFactors
 from seedlora.merge import BoundRule, MergeRule, Update, bind
 from seedlora.serving import base_shapes, complete
@@ -153,7 +162,7 @@ def fuse_folders(
 
     The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``, and zeros where servers want a
     module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
-    and the error of what had to be compressed.
+    and the error of what had to be compressed. A ``prompt.json`` that all inputs share goes with it.
 
     Args:
         sources: adapter folders or hub ids, of one base model.
@@ -182,6 +191,8 @@ def fuse_folders(
     if unknown:
         record["incomplete_groups"] = unknown
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, layers)}
+    if prompt := _common_prompt(sources):
+        files[PROMPT_NAME] = prompt
     config = universal_config(layers, base_model=first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings)
     return Path(out)
@@ -193,6 +204,13 @@ def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
     hashes = {str(source): pool.submit(_sha256, locate(source) / WEIGHTS_NAME) for source in sources}
     pool.shutdown(wait=False)
     return hashes
+
+
+def _common_prompt(sources: Sequence[str | Path]) -> str | None:
+    """The prompt that all of them were trained with, if it is known and one."""
+    files = [locate(source) / PROMPT_NAME for source in sources]
+    texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
+    return texts.pop() if len(texts) == 1 else None
 
 
 def fusion_record(

@@ -63,6 +63,8 @@ class SeedLoRAModule(pl.LightningModule):
         lora_dropout: dropout on the input of the adapters; each replica has its own stream.
         target_modules: name endings of the linear layers to adapt.
         learning_rate: of AdamW, at the top of the schedule.
+        lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
+            2402.12354, who take 16).
         weight_decay: of AdamW.
         lr_scheduler: ``cosine`` or ``linear`` (both to 0), or ``constant``, after the warm-up.
         warmup_ratio: part of the steps in which the rate grows linearly from near 0.
@@ -88,6 +90,7 @@ class SeedLoRAModule(pl.LightningModule):
         lora_dropout: float = 0.0,
         target_modules: Sequence[str] = PROJECTIONS,
         learning_rate: float = 2e-3,
+        lora_plus_ratio: float = 1.0,
         weight_decay: float = 0.0,
         lr_scheduler: str = "cosine",
         warmup_ratio: float = 0.06,
@@ -100,6 +103,7 @@ class SeedLoRAModule(pl.LightningModule):
         _require(lora_alpha > 0, f"model.lora_alpha must be positive, got {lora_alpha}")
         _require(0 <= lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {lora_dropout}")
         _require(learning_rate > 0, f"model.learning_rate must be positive, got {learning_rate}")
+        _require(lora_plus_ratio > 0, f"model.lora_plus_ratio must be positive, got {lora_plus_ratio}")
         _require(0 <= warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {warmup_ratio}")
         _require(len(target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
         for name, value, allowed in (("lr_scheduler", lr_scheduler, SCHEDULES), ("dtype", dtype, tuple(DTYPES))):
@@ -208,7 +212,9 @@ class SeedLoRAModule(pl.LightningModule):
         if stage == "fit":
             release(self.trainer)
 
-    def forward(self, input_ids: Int[Tensor, "M T"], keep: Tensor) -> Float[Tensor, "S V"]:
+    def forward(
+        self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None
+    ) -> Float[Tensor, "S V"]:
         """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
 
         The head is the largest layer of a small model, so it only sees what is scored: a hook gathers the hidden
@@ -217,16 +223,20 @@ class SeedLoRAModule(pl.LightningModule):
         Args:
             input_ids: rows padded on the right.
             keep: bool, shape (M, T): whose next-token logits are wanted.
+            position_ids: shape (M, T), for rows that hold several samples: they restart with each, and attention stays
+                within one. transformers makes its masks so when it is given positions and no mask.
         """
         head = self.model.get_base_model().get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep], *args[1:]))
         try:
-            return self.model(input_ids=input_ids).logits
+            if position_ids is None:
+                return self.model(input_ids=input_ids).logits
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         finally:
             hook.remove()
 
     def token_losses(
-        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"]
+        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"], position_ids: Tensor | None = None
     ) -> tuple[Float[Tensor, "M T"], Tensor, Tensor]:
         """Score the labels.
 
@@ -238,7 +248,7 @@ class SeedLoRAModule(pl.LightningModule):
         targets = labels.roll(-1, dims=1)
         keep = targets != IGNORED
         keep[:, -1] = False
-        logits = self(input_ids, keep)
+        logits = self(input_ids, keep, position_ids)
         losses = cross_entropy(logits.float(), targets[keep], reduction="none")
         right = logits.argmax(-1) == targets[keep]
         return (
@@ -254,8 +264,14 @@ class SeedLoRAModule(pl.LightningModule):
         if self.hparams["lora_dropout"]:
             where = (self.current_epoch, batch_idx, self.global_rank)
             keys = [(replica.init_seed, *where) for replica in self.replicas]
-        self.stack.route([replica.name for replica in self.replicas], lengths=batch["lengths"], dropout_keys=keys)
-        losses, _, keep = self.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
+        self.stack.route(
+            [replica.name for replica in self.replicas],
+            lengths=batch["lengths"],
+            rows=batch.get("rows", ()),
+            dropout_keys=keys,
+        )
+        rows = [batch[key].flatten(0, 1) for key in ("input_ids", "labels", "position_ids") if key in batch]
+        losses, _, keep = self.token_losses(*rows)
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
         # Shown: the mean over the micro-batch on all ranks.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
@@ -313,8 +329,12 @@ class SeedLoRAModule(pl.LightningModule):
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
         parameters = [p for replica in self.replicas for p in self.stack.parameters(replica.name)]
         hparams = self.hparams
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if hparams["lora_plus_ratio"] != 1:
+            rate_of_b = hparams["learning_rate"] * hparams["lora_plus_ratio"]
+            groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": rate_of_b}]
         optimizer = torch.optim.AdamW(
-            parameters, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
+            groups, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
         )
         total = self.total_steps or int(self.trainer.estimated_stepping_batches)
         warmup = hparams["warmup_steps"]

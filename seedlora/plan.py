@@ -133,6 +133,7 @@ class RunPlan:
         rows: training rows.
         tokens: that each replica sees in training.
         supervised: of these, scored.
+        padding: part of the tokens of a forward that is padding.
         trainable: parameters of one replica.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
@@ -151,6 +152,7 @@ class RunPlan:
     rows: int
     tokens: int
     supervised: int
+    padding: float
     trainable: int
     base_parameters: int
     memory: Memory
@@ -173,7 +175,10 @@ class RunPlan:
             "data": self.data,
             "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}",
             "budget": f"{self.budget}: each seed {epochs}{self.steps:,} steps of {self.batch} rows",
-            "tokens": f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all",
+            "tokens": (
+                f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
+                f"{self.padding:.0%} padding beside them"
+            ),
             "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
             "memory": (
                 f"about {_gib(memory.total)}: base {_gib(memory.base)}, adapters {_gib(memory.adapters)}, "
@@ -193,7 +198,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     Args:
         trainer: its limits and accumulation count.
         module: the model to train.
-        data: a data module that is set up, with ``rows`` and ``batch_size``.
+        data: a data module that is set up: its ``rows``, and a training loader whose sampler knows its own padding.
         ensemble: the callback: seeds, budget, stack size and method.
     """
     n, hparams = len(ensemble.seeds), module.hparams
@@ -207,7 +212,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     adapted = [shape for name, shape in model.linear.items() if name.rpartition(".")[2] in targets]
     trainable = sum(hparams["r"] * (d + k) for d, k in adapted)
     stack = min(n, ensemble.stack_size or n)
-    tokens = stack * data.batch_size * int(rows.lengths.max())
+    tokens = stack * sampler.most_tokens
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -218,6 +223,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         rows=len(rows),
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
+        padding=sampler.padding(),
         trainable=trainable,
         base_parameters=model.parameters,
         memory=memory_estimate(
@@ -232,10 +238,16 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
             vocabulary=config.vocab_size,
         ),
         model=hparams["base_model"],
-        data=f"{type(data).__name__}: " + ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items()),
+        data=_rows(data),
         merge=ensemble.method_name,
         dtype=str(module.dtype_base).removeprefix("torch."),
     )
+
+
+def _rows(data: Any) -> str:
+    parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
+    lost = "; ".join(filter(None, (counts.sentence() for counts in data.counts.values())))
+    return f"{type(data).__name__}: {parts}" + (f"; {lost}" if lost else "")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -35,6 +35,7 @@ class _Route:
 
     names: tuple[str | None, ...] = ()
     lengths: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
     dropout_keys: tuple[tuple[int, ...], ...] | None = None
     loaded: dict[str, dict[str, LoRAFactors]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class AdapterStack:
         names: Sequence[str | None],
         *,
         lengths: Sequence[int] = (),
+        rows: Sequence[int] = (),
         dropout_keys: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         """Choose the adapters of the next forwards, one per block of rows.
@@ -88,6 +90,7 @@ class AdapterStack:
         Args:
             names: one adapter per block, ``None`` for the base model.
             lengths: tokens of each block before it was padded to the length of the stack; only dropout needs them.
+            rows: rows of each block before it was filled up to the size of the others; only dropout needs them.
             dropout_keys: one tuple of integers per block, for example (seed, epoch, batch). The adapter's dropout is a
                 pure function of it and of the layer, so that an adapter drops the same entries whether it is trained
                 alone or in a stack, before or after a resume. ``None`` switches dropout off.
@@ -100,7 +103,7 @@ class AdapterStack:
                 known = [*self.model.peft_config, *self._route.loaded]
                 raise KeyError(f"no adapter '{name}' in this stack; there are {', '.join(known) or 'none'}")
         self._route.names = tuple(names)
-        self._route.lengths = tuple(lengths)
+        self._route.lengths, self._route.rows = tuple(lengths), tuple(rows)
         self._route.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
 
     def load(self, name: str, layers: Mapping[str, LoRAFactors]) -> None:
@@ -184,7 +187,7 @@ def _blocks(route: _Route, ranks: tuple[int, ...], scales: tuple[float, ...], li
 
 
 def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:
-    """Inverted dropout per block, each from its own stream and over its own length."""
+    """Inverted dropout per block, each from its own stream and over its own rows and length."""
     assert route.dropout_keys is not None
     keep = torch.ones_like(x_MTK)
     rows = x_MTK.shape[0] // len(route.names)
@@ -192,7 +195,8 @@ def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:
         p = getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0.0
         if p:
             generator = torch.Generator(x_MTK.device).manual_seed(stream_seed(*key, layer.stack_index))
-            block = keep[i * rows : (i + 1) * rows, : route.lengths[i] if route.lengths else None]
+            own = route.rows[i] if route.rows else rows
+            block = keep[i * rows : i * rows + own, : route.lengths[i] if route.lengths else None]
             draw = torch.empty(block.shape, device=x_MTK.device).bernoulli_(1 - p, generator=generator)
             block.copy_(draw.div_(1 - p))
     return x_MTK * keep

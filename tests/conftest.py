@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread: the tensors are tiny, and the same number of threads gives the same bits everywhere.
@@ -14,11 +15,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datamodules import ReasoningGym
+from seedlora.base_model import cache_folder
 from seedlora.module import Replica, SeedLoRAModule
 
 torch.set_num_threads(1)
 
 EOS = "<eos>"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is written to the user's cache; the embedded model is there if it was converted before."""
+    folder, mine = tmp_path_factory.mktemp("cache"), cache_folder()
+    for model in mine.glob("*-bf16-*"):
+        (folder / model.name).symlink_to(model, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEEDLORA_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.prompts import render
 from seedlora.adapter import read_adapter
 from seedlora.cli import main
 from train import PARTS
@@ -60,6 +61,9 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
     assert config["ensemble"]["merge"] == "seedlora"
     assert config["model"]["base_model"] == tiny_llama
     assert len(read_adapter(folder / "fused").layers) == 14
+    prompts = [json.loads((folder / name / "prompt.json").read_text()) for name in ("seed_11", "fused")]
+    assert prompts[0] == prompts[1]
+    assert render(prompts[0], "1+1=") == "1+1=\n"
 
 
 def test_the_written_config_repeats_the_run(tiny_llama):
@@ -99,7 +103,7 @@ def test_a_users_own_data(tiny_llama):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = ["--data.prompt_field", "question", "--data.response_field", "answer", "--data.batch_size", "4"]
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "rows.jsonl", *fields]
-    assert main(PARTS, options) == 0
+    assert main(PARTS, [*options, "--data.pack_tokens", "1024"]) == 0
     assert next(iter(json.loads((only_run() / "results.json").read_text())["scores"].values()))["n"] == 10
 
 
@@ -118,13 +122,14 @@ def test_a_users_own_data(tiny_llama):
         (["--model.base_model", "./nowhere"], "Base model './nowhere' does not exist"),
         (["--model.target_modules", "[c_attn]"], "target_modules c_attn: base model"),
         (["--model.r", "0"], "model.r must be at least 1, got 0"),
+        (["--model.lora_plus_ratio", "0"], "model.lora_plus_ratio must be positive, got 0"),
         (["--model.r", "many"], 'Parser key "model.r"'),
         (["--data.task", "chain_sun"], "reasoning-gym has no task 'chain_sun'"),
         (["--data.num_train", "0"], "ReasoningGym needs num_train >= 1"),
         (["--data.num_train", "3"], "3 training rows do not fill one optimizer step of 4"),
-        (["--data.style", "fancy"], "Unknown prompt style 'fancy'; choose one of alpaca, plain"),
-        (["--data", "Nope"], "data modules are InstructionData, ReasoningGym"),
-        (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file"),
+        (["--data.style", "fancy"], "Unknown prompt style 'fancy'; choose one of alpaca, alpaca_split, chat"),
+        (["--data", "Nope"], "data modules are CodeFeedback, Commonsense170k, GSM8K, InstructionData, MetaMathQA"),
+        (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file or folder"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--resume"], "--resume found no unfinished run under runs"),
     ],
@@ -136,6 +141,16 @@ def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, optio
     assert error[0].startswith("train.py: error: ")
     assert message in error[0]
     assert not list(Path().glob("runs/*/seed_*"))
+
+
+def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
+    Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    from seedlora.cli import SeedLoRACLI
+
+    for options in (["--data", "InstructionData", "--data.path", "rows.jsonl"], ["--config", "run.yaml"]):
+        Path("run.yaml").write_text("data: {class_path: datamodules.InstructionData, init_args: {path: rows.jsonl}}")
+        given = SeedLoRACLI(PARTS, options).config.data.init_args
+        assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
 
 
 def test_an_empty_data_file(tiny_llama, capsys):
@@ -173,16 +188,6 @@ def test_help_and_print_config_in_a_fresh_process():
         )
         assert expected in done.stdout
         assert done.stdout.count("\n") < 150
-
-
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_runs(tiny_llama, config):
-    small = ["--model.base_model", tiny_llama, "--trainer.limit_train_batches", "2", "--data.num_test", "8"]
-    assert main(PARTS, ["--config", str(config), *small]) == 0
-
-
-def test_there_are_configs():
-    assert list((ROOT / "configs").glob("*.yaml"))
 
 
 def test_the_default_config_says_what_the_defaults_are(tmp_path):

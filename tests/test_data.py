@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from conftest import make_data, make_module
 
-from datamodules import InstructionData
-from datamodules.rows import Example, tokenise
+from datamodules.prompts import exchange, prompt_record
+from datamodules.rows import tokenise
 from datamodules.sampler import ReplicaSampler
 
 
@@ -26,8 +24,12 @@ def data(tokenizer):
     return module
 
 
+def tokens(conversations, tokenizer, *, style, max_length, **options):
+    return tokenise(conversations, tokenizer, record=prompt_record(style, tokenizer), max_length=max_length, **options)
+
+
 def test_the_response_and_the_end_token_are_supervised_and_nothing_else(tokenizer):
-    rows = tokenise([Example("1+1=", "2"), Example("ab", "cde")], tokenizer, style="plain", max_length=64)
+    rows = tokens([exchange("1+1=", "2"), exchange("ab", "cde")], tokenizer, style="plain", max_length=64)
     ids, labels = rows.padded([0, 1])
     eos = tokenizer.eos_token_id
     assert tokenizer.decode(ids[1]) == "ab\ncde<eos>"
@@ -36,12 +38,12 @@ def test_the_response_and_the_end_token_are_supervised_and_nothing_else(tokenize
     assert labels[0].tolist()[:5] == [-100] * 5
     # the end token of the model is id 0, and so is the padding: only the label tells them apart
     assert ids[0].tolist()[-1] == 0 == rows.padded([0])[0][0].tolist()[-1]
-    short = tokenise([Example("1", "2"), Example("123456", "7")], tokenizer, style="plain", max_length=64)
+    short = tokens([exchange("1", "2"), exchange("123456", "7")], tokenizer, style="plain", max_length=64)
     assert short.padded([0, 1])[1][0].tolist()[-5:] == [-100] * 5
 
 
 def test_alpaca_is_byte_exact(tokenizer):
-    rows = tokenise([Example("Say hi.", "hi")], tokenizer, style="alpaca", max_length=512)
+    rows = tokens([exchange("Say hi.", "hi")], tokenizer, style="alpaca", max_length=512)
     assert tokenizer.decode(rows.padded([0])[0][0]) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay hi.\n\n### Response:hi<eos>"
@@ -49,9 +51,9 @@ def test_alpaca_is_byte_exact(tokenizer):
 
 
 def test_long_rows_are_cut_and_counted_and_dropped_without_a_supervised_token(tokenizer):
-    examples = [Example("a", "b" * 20), Example("a" * 20, "b"), Example("a", "b")]
-    rows = tokenise(examples, tokenizer, style="plain", max_length=10)
-    assert (len(rows), rows.cut, rows.dropped) == (2, 1, 1)
+    examples = [exchange("a", "b" * 20), exchange("a" * 20, "b"), exchange("a", "b")]
+    rows = tokens(examples, tokenizer, style="plain", max_length=10)
+    assert (len(rows), rows.counts.cut, rows.counts.unsupervised) == (2, 1, 1)
     assert rows.lengths.tolist() == [10, 4]
 
 
@@ -105,46 +107,22 @@ def test_a_loader_goes_on_where_its_state_says(data):
 def test_splits_are_disjoint_by_question_and_the_same_every_time(tokenizer):
     options = {"num_train": 60, "num_val": 10, "num_test": 20, "task_options": {"max_terms": 2, "max_digits": 1}}
     one, two = (make_data(**options) for _ in range(2))
-    splits = one.examples()
-    assert splits == two.examples()
-    questions = [example.prompt for split in splits.values() for example in split]
+    splits = one.items
+    assert splits == two.items
+    questions = [item["question"] for split in splits.values() for item in split]
     assert len(questions) == len(set(questions)) == 90
-    assert make_data(**options, data_seed=2).examples()["test"] != splits["test"]
+    assert make_data(**options, data_seed=2).items["test"] != splits["test"]
 
 
 def test_too_few_questions_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="new questions in"):
-        make_data(num_train=5000, task_options={"max_terms": 2, "max_digits": 1}).examples()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2 has no text in field 'response'.*are prompt"),
-        (b'{"prompt": "a", "response": 3}\n', "line 1 has no text in field 'response'"),
-        (b'{"prompt": "a", \n', "line 1 is not JSON"),
-        (b"[1]\n", "line 1 is a list, not an object"),
-        (b"\xff\xfe\x00", "is not UTF-8"),
-    ],
-)
-def test_bad_files_name_file_and_line(tmp_path, content, message):
-    (tmp_path / "rows.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        InstructionData(str(tmp_path / "rows.jsonl")).examples()
-
-
-def test_a_file_is_split_independently_of_the_seeds(tmp_path):
-    rows = [{"prompt": str(i), "response": "x"} for i in range(100)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = InstructionData(str(tmp_path / "rows.jsonl"), val_fraction=0.1, test_fraction=0.2).examples()
-    assert {split: len(examples) for split, examples in splits.items()} == {"train": 70, "val": 10, "test": 20}
-    assert len({example.prompt for examples in splits.values() for example in examples}) == 100
+        make_data(num_train=5000, task_options={"max_terms": 2, "max_digits": 1}).read("train").__next__()
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
-        tokenise([Example("a", "b")], tokenizer, style="plain", max_length=8)
+        tokens([exchange("a", "b")], tokenizer, style="plain", max_length=8)
 
 
 def test_lengths_are_sorted_within_a_step(data):

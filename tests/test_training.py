@@ -47,7 +47,7 @@ def difference(a, b):
     )
 
 
-def plain_peft_run(base_model, seed, *, epochs, accumulate, clip):
+def plain_peft_run(base_model, seed, *, epochs, accumulate, clip, ratio=1.0):
     """One seed in plain PyTorch and PEFT, each row alone in its forward, nothing of ours but the order of the rows."""
     data = make_data()
     data.tokenizer = make_module(base_model).tokenizer
@@ -57,7 +57,9 @@ def plain_peft_run(base_model, seed, *, epochs, accumulate, clip):
     torch.manual_seed(seed)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=list(PROJECTIONS)))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in named if f"lora_{side}" in name]} for side in "AB"]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.0)
     sampler = data.train_dataloader().sampler
     sampler.batch_size, sampler.steps = 2 * accumulate, sampler.steps // accumulate
     total = epochs * sampler.steps
@@ -68,6 +70,7 @@ def plain_peft_run(base_model, seed, *, epochs, accumulate, clip):
                 epoch * sampler.steps + step, "cosine", warmup=-(-6 * total // 100), total=total
             )
             optimizer.param_groups[0]["lr"] = 2e-3 * scale
+            optimizer.param_groups[1]["lr"] = 2e-3 * scale * ratio
             losses, tokens = [], 0
             for row in micro.rows[0]:
                 ids, labels = data.rows["train"].padded([row])
@@ -90,10 +93,11 @@ def plain_peft_run(base_model, seed, *, epochs, accumulate, clip):
     }
 
 
-def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path):
-    stacked = fit(tiny_llama, tmp_path, SEEDS, epochs=2)
-    for seed in SEEDS:
-        expected = plain_peft_run(tiny_llama, seed, epochs=2, accumulate=2, clip=0.05)
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path, ratio):
+    stacked = fit(tiny_llama, tmp_path, SEEDS, epochs=2, module_options={"lora_plus_ratio": ratio})
+    for seed in SEEDS if ratio == 1 else SEEDS[:1]:
+        expected = plain_peft_run(tiny_llama, seed, epochs=2, accumulate=2, clip=0.05, ratio=ratio)
         assert set(stacked[seed]) == set(expected)
         for path, (a, b) in expected.items():
             ours = stacked[seed][path]

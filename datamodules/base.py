@@ -1,0 +1,208 @@
+"""The base of all data modules: rows of a task, tokenised once, as batches for a stack of replicas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from datamodules.cache import cached_rows
+from datamodules.prompts import Composed, Turn, check, check_style, compose, prompt_record
+from datamodules.rows import ON_LONG_ROW, PADDING, Chunk, Counts, EvalRows, ReplicaRows, TokenRows, chunks, no_rows
+from datamodules.sampler import ReplicaLoader, ReplicaSampler
+from datamodules.sources import Row
+
+SPLITS = ("train", "val", "test")
+
+
+class InstructionDataModule(pl.LightningDataModule, ABC):
+    """Rows of one task, for a stack of replicas.
+
+    Training batches are those of :class:`~datamodules.rows.ReplicaRows`, one block of rows per seed in :attr:`seeds`,
+    which whoever trains sets before the loader is asked for. Validation and test batches are those of
+    :class:`~datamodules.rows.EvalRows`.
+
+    Args:
+        batch_size: rows of one replica in one forward on one device. Times ``accumulate_grad_batches`` and devices it
+            is the batch of an optimizer step.
+        eval_batch_size: rows in one forward when scoring; each row is scored by every adapter at once.
+        max_length: tokens; what happens to longer rows is ``on_long_row``.
+        on_long_row: ``cut`` them to ``max_length``, or ``drop`` them.
+        pack_tokens: put rows one after the other into rows of at most so many tokens, without any seeing another: no
+            time is spent on padding. The rows of an optimizer step stay the same. Default: each row on its own, with
+            rows of like length together.
+        style: how a conversation is worded, one of :data:`~datamodules.prompts.STYLES`, or ``chat`` for the
+            tokenizer's own chat template.
+
+    Raises:
+        ValueError: for sizes below 1, an unknown style or choice, or packed rows shorter than ``max_length``.
+    """
+
+    #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
+    on_bad_row = "error"
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        max_length: int,
+        on_long_row: str,
+        pack_tokens: int | None,
+        style: str,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_length", max_length),
+        ):
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if on_long_row not in ON_LONG_ROW:
+            raise ValueError(f"Unknown data.on_long_row '{on_long_row}'; choose one of {', '.join(ON_LONG_ROW)}")
+        if pack_tokens is not None and pack_tokens < max_length:
+            raise ValueError(f"data.pack_tokens {pack_tokens} must hold a row of data.max_length {max_length} tokens")
+        check_style(style)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
+        self.seeds: tuple[int, ...] = (42,)
+        self.tokenizer: Any = None
+        #: The splits, once set up.
+        self.rows: dict[str, TokenRows] = {}
+        #: What became of the rows of each source.
+        self.counts: dict[str, Counts] = {}
+
+    @abstractmethod
+    def sources(self) -> Mapping[str, Any]:
+        """What the rows come from, by name: plain data that changes whenever the rows, or what is said in them, do."""
+
+    @abstractmethod
+    def read(self, source: str) -> Iterator[Row]:
+        """The rows of a source, in order."""
+
+    @abstractmethod
+    def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
+        """The conversation that a row holds; ValueError if it holds none."""
+
+    @abstractmethod
+    def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
+        """The tokenised sources as the splits ``train``, ``val`` and ``test``; the last two may be empty."""
+
+    def prompt_record(self) -> dict[str, Any]:
+        """How these rows are worded, as plain data: see :mod:`datamodules.prompts`."""
+        return prompt_record(self.style, self._tokenizer())
+
+    def prepare_data(self) -> None:
+        """Tokenise what is not on the disk yet."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 - all splits come from one place
+        """Tokenise all rows with :attr:`tokenizer`, or else that of the module in training; or read them from the disk.
+
+        Raises:
+            ValueError: if there is nothing to train on, or a row is bad and bad rows are not to be skipped.
+        """
+        if self.rows:
+            return
+        record = self.prompt_record()
+        same = [_fingerprint(self._tokenizer()), record, self.max_length, self.on_long_row, self.on_bad_row]
+        rows = {}
+        for name, source in self.sources().items():
+            rows[name] = cached_rows([source, *same], partial(self._tokenise, name, record))
+        splits = self.split(rows)
+        self.counts = {name: part.counts for name, part in rows.items()}
+        if not len(splits["train"]):
+            why = "; ".join(filter(None, (counts.sentence() for counts in self.counts.values())))
+            raise ValueError(f"{type(self).__name__} found no training rows" + (f": {why}" if why else ""))
+        self.rows = splits
+
+    def _tokenise(self, source: str, record: Mapping[str, Any]) -> Iterator[Chunk]:
+        """The rows of one source, tokenised; called once, and never again while they are on the disk."""
+        bad: list[str] = []
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"Tokenising {type(self).__name__} {source}".rstrip(), total=1.0)
+
+            def texts() -> Iterator[tuple[int, Composed]]:
+                for number, row in enumerate(self.read(source)):
+                    progress.update(task, completed=row.done)
+                    try:
+                        if row.error:
+                            raise ValueError(row.error)
+                        text = compose(record, check(self.turns(row.value)))
+                    except ValueError as error:
+                        bad.append(f"{row.where}: {error}")
+                        if self.on_bad_row == "error":
+                            raise ValueError(bad[0]) from None
+                    else:
+                        yield number, text
+
+            limit, on_long_row = self.max_length, self.on_long_row
+            yield from chunks(texts(), self._tokenizer(), record, max_length=limit, on_long_row=on_long_row)
+        if bad:
+            yield no_rows(Counts(read=len(bad), bad=len(bad), first_bad=bad[0]))
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            if self.trainer is None:
+                raise ValueError("the data module needs a tokenizer: set its attribute, or use it in a Trainer")
+            self.tokenizer = self.trainer.lightning_module.tokenizer
+        return self.tokenizer
+
+    def train_dataloader(self) -> ReplicaLoader:
+        """Micro-batches for the replicas of :attr:`seeds`."""
+        trainer = self.trainer
+        sampler = ReplicaSampler(
+            self.rows["train"],
+            seeds=self.seeds,
+            batch_size=self.batch_size,
+            pack_tokens=self.pack_tokens,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            epoch=trainer.current_epoch if trainer else 0,
+        )
+        return ReplicaLoader(ReplicaRows(self.rows["train"]), sampler=sampler, batch_size=None, collate_fn=_as_it_is)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation rows of this rank, sorted by length."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test rows of this rank, sorted by length."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader[Any]:
+        rows = self.rows[split]
+        order = np.argsort(rows.lengths, kind="stable")
+        if self.trainer:
+            # The same number of rows on every rank: where the model is sharded, a rank with a forward more would wait.
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+            order = np.append(order, np.full(-len(order) % ranks, PADDING))[rank::ranks]
+        size = self.eval_batch_size
+        batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        return DataLoader(EvalRows(rows), sampler=batches, batch_size=None, collate_fn=_as_it_is)
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """Changes with anything that decides how text becomes tokens."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    for passing in ("truncation", "padding"):
+        state.pop(passing, None)
+    text = json.dumps([state, str(tokenizer.eos_token)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,32 @@
+"""CodeFeedback: programming questions with answers, in one turn or in several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datamodules.prompts import Turn, exchange
+from datamodules.table import TableDataModule, messages, text
+
+
+class CodeFeedback(TableDataModule):
+    """Zheng et al., "OpenCodeInterpreter", arXiv 2402.14658 (Apache-2.0).
+
+    ``m-a-p/CodeFeedback-Filtered-Instruction``, about 156,000 rows of one turn, columns ``query`` and ``answer``; or
+    with ``multi_turn`` ``m-a-p/Code-Feedback``, about 68,000 chats in column ``messages``. They have no prompt of their
+    own; ours is ``alpaca``.
+
+    Args:
+        path: see :class:`~datamodules.table.TableDataModule`.
+        multi_turn: the chats instead of the single turns.
+        options: those of :class:`~datamodules.table.TableDataModule`.
+    """
+
+    def __init__(self, path: str | None = None, *, multi_turn: bool = False, **options: Any) -> None:
+        self.multi_turn = multi_turn
+        self.hub = "m-a-p/Code-Feedback" if multi_turn else "m-a-p/CodeFeedback-Filtered-Instruction"
+        super().__init__(path, **options)
+
+    def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
+        """Query and answer, or the messages."""
+        return messages(row) if self.multi_turn else exchange(text(row, "query"), text(row, "answer"))

@@ -1,0 +1,52 @@
+"""A user's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datamodules.prompts import Turn, exchange
+from datamodules.table import TableDataModule, messages, text
+
+
+class InstructionData(TableDataModule):
+    """A user's own rows, in one of three forms, told by their columns.
+
+    - a request and a response: ``{"prompt": ..., "response": ...}``, or other names by ``prompt_field`` and
+      ``response_field``
+    - Alpaca's columns: ``{"instruction": ..., "input": ..., "output": ...}``; ``input`` may be absent or empty
+    - a chat: ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}``
+
+    Args:
+        path: see :class:`~datamodules.table.TableDataModule`.
+        prompt_field: where the request is.
+        response_field: where the response is.
+        val_fraction: part of the rows set aside for validation.
+        test_fraction: part set aside for the test.
+        options: those of :class:`~datamodules.table.TableDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        prompt_field: str = "prompt",
+        response_field: str = "response",
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        **options: Any,
+    ) -> None:
+        self.fields = (prompt_field, response_field)
+        super().__init__(path, val_fraction=val_fraction, test_fraction=test_fraction, **options)
+
+    def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
+        """The conversation, by the columns that are there."""
+        prompt, response = self.fields
+        if prompt not in row and response not in row:
+            if "messages" in row:
+                return messages(row)
+            if "instruction" in row:
+                return exchange(
+                    text(row, "instruction"), text(row, "output"), text(row, "input") if row.get("input") else ""
+                )
+        return exchange(text(row, prompt), text(row, response))

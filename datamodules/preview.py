@@ -1,0 +1,163 @@
+"""``preview``: rows as the model will see them, how long they are, and what was left out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import datamodules
+from datamodules.base import InstructionDataModule
+from datamodules.rows import Counts
+
+_BAR = 30
+_SEEDS = (11, 42, 202)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What training on a data module will see.
+
+    Args:
+        data: its name.
+        style: its prompt style.
+        splits: rows of each split.
+        counts: per source, what became of its rows.
+        rows: the first training rows: pieces of text, each with whether it is supervised; end tokens are pieces.
+        tokens: of the training rows.
+        supervised: of these, scored.
+        lengths: shortest, median, 95th percentile and longest training row.
+        histogram: per bucket its first and last length and its rows.
+        padding: part of the tokens of a forward that is padding, for three seeds; ``None`` if the rows fill no batch.
+    """
+
+    data: str
+    style: str
+    splits: dict[str, int]
+    counts: dict[str, Counts]
+    rows: list[list[tuple[str, bool]]]
+    tokens: int
+    supervised: int
+    lengths: tuple[int, int, int, int]
+    histogram: list[tuple[int, int, int]]
+    padding: float | None
+
+
+def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
+    """The facts of a data module that has its tokenizer.
+
+    Raises:
+        ValueError: as :meth:`~datamodules.base.InstructionDataModule.setup`.
+    """
+    data.setup()
+    train = data.rows["train"]
+    shortest, median, high, longest = (int(np.percentile(train.lengths, p)) for p in (0, 50, 95, 100))
+    edges = np.unique(np.linspace(shortest, longest + 1, 11).astype(int))
+    heights, _ = np.histogram(train.lengths, edges)
+    data.seeds = _SEEDS
+    return Preview(
+        data=type(data).__name__,
+        style=data.style,
+        splits={split: len(part) for split, part in data.rows.items()},
+        counts=data.counts,
+        rows=[_pieces(data, row) for row in range(min(rows, len(train)))],
+        tokens=int(train.lengths.sum()),
+        supervised=int(train.num_items.sum()),
+        lengths=(shortest, median, high, longest),
+        histogram=[(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], heights, strict=False)],
+        padding=None if len(train) < data.batch_size else data.train_dataloader().sampler.padding(),
+    )
+
+
+def _pieces(data: InstructionDataModule, row: int) -> list[tuple[str, bool]]:
+    ids, supervised = data.rows["train"].row(row)
+    ends = ids == data.tokenizer.eos_token_id
+    changes = np.flatnonzero((np.diff(supervised) != 0) | ends[1:] | ends[:-1]) + 1
+    parts = zip(np.split(ids, changes), np.split(supervised, changes), strict=True)
+    return [(data.tokenizer.decode(part.tolist()), bool(said[0])) for part, said in parts]
+
+
+def shown(facts: Preview, *, eos: str) -> Group:
+    """The facts for a terminal: prompts dim, what is trained on bright, end tokens reversed."""
+    panels = []
+    for number, row in enumerate(facts.rows, start=1):
+        text = Text()
+        for piece, said in row:
+            text.append(piece, "dim" if not said else "bold reverse" if piece == eos else "bold green")
+        panels.append(Panel(text, title=f"training row {number}", title_align="left"))
+    table = Table(title=f"{facts.data}, style {facts.style}", title_justify="left", show_header=False)
+    shortest, median, high, longest = facts.lengths
+    table.add_row("rows", ", ".join(f"{rows:,} {split}" for split, rows in facts.splits.items()))
+    for name, counts in facts.counts.items():
+        found = f"{counts.read:,} rows; {counts.sentence() or 'all are used as they are'}"
+        table.add_row(f"source {name}".rstrip(), found)
+    share = facts.supervised / facts.tokens
+    table.add_row("tokens", f"{facts.tokens:,} for training, {share:.0%} of them supervised")
+    table.add_row("lengths", f"{shortest} to {longest}, median {median}, 95 % up to {high}")
+    if facts.padding is not None:
+        table.add_row("padding", f"{facts.padding:.1%} of the tokens of a forward of three seeds")
+    most = max(rows for _, _, rows in facts.histogram)
+    width = len(str(longest))
+    lines = []
+    for first, last, rows in facts.histogram:
+        bar = "█" * max(1, round(_BAR * rows / most)) if rows else ""
+        lines.append(f"{first:>{width}} to {last:>{width}} {bar:<{_BAR}} {rows:,}")
+    legend = Text.assemble(("prompt", "dim"), ", ", ("trained on", "bold green"), ", ", (eos, "bold reverse"))
+    return Group(*panels, legend, table, Text("tokens of a row\n" + "\n".join(lines)))
+
+
+def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], Any], default_model: str) -> int:
+    """``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
+
+    Args:
+        argv: the words after ``preview``.
+        load_tokenizer: gives the tokenizer of a model.
+        default_model: the model if none is named.
+
+    Returns:
+        0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
+    """
+    try:
+        parser = _parser(default_model)
+        options = parser.parse_args(list(argv))
+        data = parser.instantiate(options).data
+        data.tokenizer = load_tokenizer(options["model.base_model"])
+        facts = preview(data, rows=options.rows)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - stderr is this command's
+        return 2
+    if options.json:
+        print(json.dumps(asdict(facts), indent=2))  # noqa: T201 - what --json asks for
+    else:
+        Console().print(shown(facts, eos=data.tokenizer.eos_token))
+    return 0
+
+
+def _parser(default_model: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if unknown := re.search(r"Option '(.*?)' is not accepted", message):
+                message = f"unknown option --data.{unknown[1]}"
+            elif unknown := re.search(r"Expected a dot import path string: (\S+)", message):
+                kinds = [name for name, kind in vars(datamodules).items() if isinstance(kind, type)]
+                kinds.remove(InstructionDataModule.__name__)
+                message = f"unknown data module '{unknown[1]}'; choose one of {', '.join(sorted(kinds))}"
+            raise ValueError(f"{message} (see python -m seedlora preview --help)") from ex
+
+    parser = Parser(prog="python -m seedlora preview", description="Show rows as a model will see them.")
+    parser.add_subclass_arguments(InstructionDataModule, "data", help="as in train.py", required=True)
+    parser.add_argument("--model.base_model", type=str, default=default_model, help="whose tokenizer to use")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    return parser

@@ -1,0 +1,153 @@
+"""Data sets whose rows have named columns: on the hub, in a file, or in a folder that mirrors the hub."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.base import SPLITS, InstructionDataModule
+from datamodules.prompts import Turn
+from datamodules.rows import TokenRows
+from datamodules.sources import Row, Source
+
+ON_BAD_ROW = ("error", "skip")
+#: Options that do not decide what the rows say.
+_NOT_IN_THE_ROWS = {
+    *("path", "revision", "num_train", "val_fraction", "test_fraction", "split_seed", "on_bad_row"),
+    *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style"),
+}
+
+
+class TableDataModule(InstructionDataModule):
+    """The base of data sets with named columns. One of them is a subclass that says :attr:`hub` and :meth:`turns`.
+
+    The splits are drawn from the rows of the source with ``split_seed``, independently of the replicas' seeds, of the
+    tokenizer and of the options that leave rows out: first validation, then test, then training rows.
+
+    Args:
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder that mirrors the hub repository; nothing is
+            downloaded then. Default: the hub.
+        revision: branch, tag or commit of the hub repository.
+        num_train: training rows, drawn by ``split_seed``; default all.
+        val_fraction: part of the rows set aside for validation.
+        test_fraction: part set aside for the test.
+        split_seed: of the splits.
+        on_bad_row: ``error`` stops at a row that cannot be read, ``skip`` leaves it out and counts it.
+        batch_size: see :class:`~datamodules.base.InstructionDataModule`.
+        eval_batch_size: see there.
+        max_length: see there.
+        on_long_row: see there.
+        pack_tokens: see there.
+        style: see there; default: the data set's own.
+
+    Raises:
+        ValueError: for a path with nothing to read, or fractions that leave nothing to train on.
+    """
+
+    #: The repository on the hub, ``None`` if there is none.
+    hub: str | None = None
+    #: Its configuration.
+    subset: str | None = None
+    #: The style if none is asked for.
+    own_style = "alpaca"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        revision: str = "main",
+        num_train: int | None = None,
+        val_fraction: float = 0.005,
+        test_fraction: float = 0.0,
+        split_seed: int = 0,
+        on_bad_row: str = "error",
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        max_length: int = 512,
+        on_long_row: str = "cut",
+        pack_tokens: int | None = None,
+        style: str | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            on_long_row=on_long_row,
+            pack_tokens=pack_tokens,
+            style=style or self.own_style,
+        )
+        self.save_hyperparameters()
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must leave rows to train on"
+            )
+        if num_train is not None and num_train < 1:
+            raise ValueError(f"data.num_train must be at least 1, got {num_train}")
+        if on_bad_row not in ON_BAD_ROW:
+            raise ValueError(f"Unknown data.on_bad_row '{on_bad_row}'; choose one of {', '.join(ON_BAD_ROW)}")
+        self.on_bad_row, self.num_train = on_bad_row, num_train
+        self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        self.source = Source(Path(path).expanduser() if path else None, self.hub, self.subset, revision)
+
+    def sources(self) -> Mapping[str, Any]:
+        """One source; beside its content, the code and the options that make conversations of it."""
+        options = {key: value for key, value in self.hparams.items() if key not in _NOT_IN_THE_ROWS}
+        try:
+            code = inspect.getsource(type(self))
+        except (OSError, TypeError):  # typed at a prompt
+            code = repr(type(self))
+        return {"": [self.source.fingerprint(), code, options]}
+
+    def read(self, source: str) -> Iterator[Row]:  # noqa: ARG002 - there is one
+        """The rows of the source."""
+        return self.source.rows()
+
+    def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
+        """Draw the splits from the rows of the source, those left out included.
+
+        Raises:
+            ValueError: if there are fewer than ``num_train`` rows to train on.
+        """
+        (found,) = rows.values()
+        order = np.random.default_rng(self.split_seed).permutation(found.counts.read)
+        num_val, num_test = (int(len(order) * fraction) for fraction in self.fractions)
+        parts = np.split(order, [num_val, num_val + num_test])
+        kept = np.full(len(order), -1)
+        kept[found.numbers] = np.arange(len(found))
+        val, test, train = (kept[part][kept[part] >= 0] for part in parts)
+        if self.num_train is not None:
+            if len(train) < self.num_train:
+                raise ValueError(f"data.num_train asks for {self.num_train} rows, there are {len(train)} to train on")
+            train = train[: self.num_train]
+        chosen = {"train": train, "val": val, "test": test}
+        return {split: found.take(np.sort(chosen[split])) for split in SPLITS}
+
+
+def text(row: Mapping[str, Any], field: str) -> str:
+    """A column that must hold text.
+
+    Raises:
+        ValueError: naming the columns found.
+    """
+    if not isinstance(value := row.get(field), str):
+        found = ", ".join(sorted(map(str, row))) or "none"
+        problem = (
+            f"column '{field}' holds a {type(value).__name__}, not text" if field in row else f"no column '{field}'"
+        )
+        raise ValueError(f"{problem}; its columns are {found}")
+    return value
+
+
+def messages(row: Mapping[str, Any], field: str = "messages") -> Sequence[Turn]:
+    """A column that must hold a list of ``{"role": ..., "content": ...}``; raises as :func:`text`."""
+    if not isinstance(turns := row.get(field), list):
+        found = ", ".join(sorted(map(str, row))) or "none"
+        raise ValueError(f"no list in column '{field}'; its columns are {found}")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"turn {i + 1} in column '{field}' has no text as role and content")
+    return [Turn(turn["role"], turn["content"]) for turn in turns]
