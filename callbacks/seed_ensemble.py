@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, stack_adapters
 from seedlora.merge import MergeRule, bind, soup
-from seedlora.module import Replica, SeedLoRAModule
-from seedlora.plan import ReplicaBudget, replica_budget
+from seedlora.module import Replica, SeedLoRAModule, StoppedError
+from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import FUSED, SOUP
-from seedlora.strategies import check_batches
+from seedlora.strategies import check_batches, holds_whole_adapters
 
 VARY = ("both", "init", "order")
+KEEP = ("last", "best")
+ON_DIVERGENCE = ("stop", "exclude")
+AUTO = "auto"
 BASE, NO_MERGE = "base", "none"
 
 
@@ -36,8 +42,11 @@ class SeedEnsembleCallback(pl.Callback):
       trainer's epochs or steps is fixed.
     - *every validation*: the seeds trained so far are fused as they are, and the module scores seeds and fused adapter
       side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed.
+      With ``patience``, a seed whose own validation loss has not improved that many times in a row is stopped: its rows
+      are left out from then on, and the others go on; the fit ends when all are stopped.
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
-      weights; the one before it is removed once it is whole.
+      weights; the one before it is removed once it is whole. A SIGTERM, as a preempted job gets it, is answered by one
+      after the step at hand, and the run ends.
     - *train end*: each seed's PEFT folder is written, with the data module's prompt in ``prompt.json``, then the fused
       one, then the checkpoints are removed.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items.
@@ -55,7 +64,14 @@ class SeedEnsembleCallback(pl.Callback):
             costs what one seed would; ``full`` gives each seed all of it.
         vary: what a seed decides: ``both``, ``init`` (all see the first seed's data order) or ``order`` (all start from
             the first seed's weights and drop out what it does).
-        stack_size: seeds trained at once; default all.
+        stack_size: seeds trained at once; default all. ``auto`` takes as many as the memory estimate allows in 80 % of
+            the machine's memory.
+        keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
+            loss was ``best``. A seed keeps what it would alone, whenever the others stop.
+        patience: validations without a new best loss after which a seed is stopped; default never.
+        on_divergence: what happens when a seed's training loss is not finite: ``stop`` ends the run, its checkpoints
+            untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no other, and the rest are
+            fused.
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
@@ -73,7 +89,10 @@ class SeedEnsembleCallback(pl.Callback):
         dirpath: str | Path | None = None,
         budget: str = "equal",
         vary: str = "both",
-        stack_size: int | None = None,
+        stack_size: int | str | None = None,
+        keep: str = "last",
+        patience: int | None = None,
+        on_divergence: str = "stop",
         checkpoint_every_n_steps: int = 25,
         resume: bool = False,
     ) -> None:
@@ -86,8 +105,13 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError(f"ensemble.seeds must differ, but {repeated[0]} is given more than once")
         if vary not in VARY:
             raise ValueError(f"Unknown ensemble.vary '{vary}'; choose one of {', '.join(VARY)}")
-        if stack_size is not None and stack_size < 1:
-            raise ValueError(f"ensemble.stack_size must be at least 1, got {stack_size}")
+        if not (stack_size in (None, AUTO) or (isinstance(stack_size, int) and stack_size >= 1)):
+            raise ValueError(f"ensemble.stack_size must be at least 1, or '{AUTO}', got {stack_size!r}")
+        for name, value, allowed in (("keep", keep, KEEP), ("on_divergence", on_divergence, ON_DIVERGENCE)):
+            if value not in allowed:
+                raise ValueError(f"Unknown ensemble.{name} '{value}'; choose one of {', '.join(allowed)}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"ensemble.patience must be at least 1 validation, got {patience}")
         if checkpoint_every_n_steps < 1:
             raise ValueError(f"ensemble.checkpoint_every_n_steps must be at least 1, got {checkpoint_every_n_steps}")
         replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
@@ -99,11 +123,18 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError(f"{error} ('{NO_MERGE}' fuses nothing)") from None
         self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         self.budget, self.vary, self.stack_size = budget, vary, stack_size
+        self.keep, self.patience, self.on_divergence = keep, patience, on_divergence
         self.checkpoint_every_n_steps, self.resume = checkpoint_every_n_steps, resume
         self.results: Results | None = None
         self._opened = False
         self._stack: tuple[int, ...] = ()
         self._share = ReplicaBudget(None, None)
+        #: Of each seed in training: best validation loss, validations since, and the weights if they are kept.
+        self._best: dict[str, dict[str, Any]] = {}
+        self._restored: dict[str, Any] = {}
+        self._module: SeedLoRAModule | None = None
+        self._terminated = False
+        self._handler: Any = None
 
     @property
     def method_name(self) -> str:
@@ -122,14 +153,33 @@ class SeedEnsembleCallback(pl.Callback):
         return self.dirpath / FUSED
 
     @property
+    def trained(self) -> tuple[int, ...]:
+        """The seeds whose adapters are there."""
+        return tuple(seed for seed in self.seeds if (self.adapter_path(seed) / CONFIG_NAME).is_file())
+
+    @property
+    def excluded(self) -> dict[int, str]:
+        """The seeds that were left out, and why."""
+        file = self.dirpath / "excluded.json"
+        reasons = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return {seed: reasons[self._label(seed)] for seed in self.seeds if self._label(seed) in reasons}
+
+    @property
     def pending(self) -> tuple[int, ...]:
-        """The seeds that are not trained yet."""
-        return tuple(seed for seed in self.seeds if not (self.adapter_path(seed) / CONFIG_NAME).is_file())
+        """The seeds that are still to be trained."""
+        done = {*self.trained, *self.excluded}
+        return tuple(seed for seed in self.seeds if seed not in done)
 
     @property
     def next_stack(self) -> tuple[int, ...]:
         """The seeds that the next fit trains."""
+        assert not isinstance(self.stack_size, str), "choose_stack_size comes first"
         return self.pending[: self.stack_size]
+
+    def choose_stack_size(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
+        """Turn ``auto`` into a number, by the memory estimate of the data as it is set up."""
+        if self.stack_size == AUTO:
+            self.stack_size = fitting_stack(len(self.seeds), memory_of(module, data), device_memory(trainer))
 
     @property
     def metrics_path(self) -> Path:
@@ -168,15 +218,24 @@ class SeedEnsembleCallback(pl.Callback):
             )
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
+        if (self.keep == "best" or self.patience) and not holds_whole_adapters(trainer):
+            raise ValueError(
+                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
+                "parts; use ddp, or ensemble.keep last without patience"
+            )
         self._share = self.share(trainer)
+        self.choose_stack_size(trainer, module, data)
         self.open(trainer, module, data)
         self._stack = self.next_stack
         if not self._stack:
             raise ValueError(f"{self.dirpath}: all seeds are trained; call `fuse` to fuse them again")
         module.replicas = tuple(self._replica(seed) for seed in self._stack)
+        module.exclude_diverged = self.on_divergence == "exclude"
+        self._best, self._restored = {}, {}
         data.seeds = tuple(replica.order_seed for replica in module.replicas)
         module.total_steps = self.replica_steps(trainer, data)
-        module.scored = self._validated()
+        module.scored = self._validated(module)
+        self._module = module
 
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
         """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
@@ -222,21 +281,79 @@ class SeedEnsembleCallback(pl.Callback):
         check_batches(trainer, batches)
         return self.share(trainer).total_steps(-(-batches // trainer.accumulate_grad_batches))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put back who was stopped in the checkpoint, and listen for SIGTERM in Lightning's place.
+
+        Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken.
+
+        Raises:
+            ValueError: if best weights are asked for and nothing is validated.
+        """
+        module = _ours(pl_module)
+        if (self.keep == "best" or self.patience) and not sum(trainer.num_val_batches):
+            raise ValueError("ensemble.keep best and ensemble.patience need validation rows, and there are none")
+        module.idle |= set(self._restored.get("idle", ()))
+        module.diverged |= self._restored.get("diverged", {})
+        module.scored = self._validated(module)
+        self._terminated = False
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop when the replicas have had their steps; otherwise save a checkpoint when one is due."""
-        step = trainer.global_step
-        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        """Stop when the replicas have had their steps; otherwise save a checkpoint when one is due.
+
+        Raises:
+            StoppedError: after a SIGTERM, when the checkpoint is written.
+        """
+        module, step = _ours(pl_module), trainer.global_step
+        module.scored = self._validated(module)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
         if self._share.steps is not None and step >= self._share.steps:
             trainer.should_stop = True
-        elif between_steps and step % self.checkpoint_every_n_steps == 0 and not trainer.is_last_batch:
+        elif not trainer.is_last_batch and (terminated or step % self.checkpoint_every_n_steps == 0):
             self._save_checkpoint(trainer)
+            if terminated:
+                raise StoppedError(f"terminated by SIGTERM; step {step} is saved")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop when the replicas have had their epochs."""
         if self._share.epochs is not None and trainer.current_epoch + 1 >= self._share.epochs:
             trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember each seed's best weights, and stop the seeds that no longer improve."""
+        module = _ours(pl_module)
+        if not (self.keep == "best" or self.patience) or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        for replica in module.replicas:
+            if replica.name in module.idle:
+                continue
+            loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
+            best = self._best.get(replica.name)
+            if best is None or loss < best["loss"]:
+                weights = [p.detach().cpu().clone() for p in module.stack.parameters(replica.name)]
+                kept = weights if self.keep == "best" else []
+                self._best[replica.name] = {"loss": loss, "step": trainer.global_step, "stale": 0, "weights": kept}
+                continue
+            best["stale"] += 1
+            if self.patience and best["stale"] >= self.patience:
+                module.idle.add(replica.name)
+                self._take_best(module, replica.name)
+        if len(module.idle) == len(module.replicas):
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs of the seeds' validations."""
+        idle, diverged = (set(), {}) if self._module is None else (self._module.idle, self._module.diverged)
+        return {"best": self._best, "idle": sorted(idle), "diverged": diverged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations where they were."""
+        self._best, self._restored = state_dict["best"], state_dict
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fuse the seeds as they are now, beside those already finished."""
@@ -244,8 +361,8 @@ class SeedEnsembleCallback(pl.Callback):
         if FUSED not in module.scored or trainer.state.fn != "fit":
             return
         assert self.rule is not None
-        current = module.stack.factors([replica.name for replica in module.replicas])
-        finished = [seed for seed in self.seeds if seed not in self.pending and seed not in self._stack]
+        current = module.stack.factors([r.name for r in module.replicas if r.name not in module.diverged])
+        finished = [seed for seed in self.trained if seed not in self._stack]
         if finished:
             before = stack_adapters({self._label(seed): read_adapter(self.adapter_path(seed)) for seed in finished})
             current = {path: LoRAFactors.stack([before[path], current[path]]) for path in current}
@@ -259,19 +376,35 @@ class SeedEnsembleCallback(pl.Callback):
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         for replica, seed in zip(module.replicas, self._stack, strict=True):
+            if replica.name in module.diverged:
+                continue
+            if replica.name not in module.idle:
+                self._take_best(module, replica.name)
             layers = module.stack.stored(replica.name)
             if trainer.is_global_zero:
                 write_adapter(self.adapter_path(seed), layers, module.lora_config, files=files)
         if trainer.is_global_zero:
+            if module.diverged:
+                reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
+                before = {self._label(seed): reason for seed, reason in self.excluded.items()}
+                write_text(self.dirpath / "excluded.json", json.dumps({**before, **reasons}, indent=2) + "\n")
             self.fuse()
             shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)
         trainer.strategy.barrier()
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give SIGTERM back."""
+        self._listen_no_more()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give SIGTERM back."""
+        self._listen_no_more()
+
     def fuse(self) -> Path | None:
-        """Fuse the seeds' folders, if all are there and a method was asked for."""
-        if self.rule is None or self.pending:
+        """Fuse the seeds' folders, if all that were not excluded are there and a method was asked for."""
+        if self.rule is None or self.pending or not self.trained:
             return None
-        folders = [self.adapter_path(seed) for seed in self.seeds]
+        folders = [self.adapter_path(seed) for seed in self.trained]
         return fuse_folders(folders, self.fused_path, method=self.method, options=self.options)
 
     # Testing
@@ -279,7 +412,7 @@ class SeedEnsembleCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        seeds = {self._label(seed): read_adapter(self.adapter_path(seed)) for seed in self.seeds}
+        seeds = {self._label(seed): read_adapter(self.adapter_path(seed)) for seed in self.trained}
         scored = {label: adapter.layers for label, adapter in seeds.items()}
         if self.rule is not None and len(seeds) > 1:
             scored[SOUP] = fuse(stack_adapters(seeds), soup)
@@ -294,7 +427,7 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         labels = list(module.scored)
         correct = module.test_matrix().cpu().numpy()
-        seeds = [self._label(seed) for seed in self.seeds]
+        seeds = [self._label(seed) for seed in self.trained]
         self.results = results(correct, labels, seeds, metric="exact match, greedy")
         if trainer.is_global_zero:
             write_text(self.dirpath / "results.json", json.dumps(self.results.to_dict(), indent=2) + "\n")
@@ -313,9 +446,25 @@ class SeedEnsembleCallback(pl.Callback):
             order_seed=first if self.vary == "init" else seed,
         )
 
-    def _validated(self) -> dict[str, str | None]:
-        scored: dict[str, str | None] = {self._label(seed): self._label(seed) for seed in self._stack}
+    def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
+        names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
+        scored: dict[str, str | None] = {name: name for name in names}
         return scored if self.rule is None else {**scored, FUSED: FUSED}
+
+    def _take_best(self, module: SeedLoRAModule, name: str) -> None:
+        """Put a seed's best weights in the place of its last ones, if they are kept."""
+        weights = self._best.get(name, {}).get("weights") or ()
+        with torch.no_grad():
+            for parameter, best in zip(module.stack.parameters(name), weights, strict=False):
+                parameter.copy_(best)
+
+    def _terminate(self, signum: int, frame: Any) -> None:
+        self._terminated = True
+
+    def _listen_no_more(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
 
     def _settings(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> dict[str, Any]:
         """What decides a replica's training, as plain data; the seeds and the merge method may change."""
@@ -325,6 +474,8 @@ class SeedEnsembleCallback(pl.Callback):
             **{f"data.{key}": value for key, value in getattr(data, "hparams", {}).items()},
             "data": type(data).__name__,
             "ensemble.vary": self.vary,
+            "ensemble.keep": self.keep,
+            "ensemble.patience": self.patience,
             "first seed": self.seeds[0] if self.vary != "both" else None,
             "epochs per seed": share.epochs,
             "steps per seed": share.steps,

@@ -44,6 +44,10 @@ class Replica:
     order_seed: int
 
 
+class StoppedError(RuntimeError):
+    """A run that ends before its time, by its own decision. The message says why, in one sentence."""
+
+
 class SeedLoRAModule(pl.LightningModule):
     r"""A frozen causal language model and a stack of LoRA adapters, one per seed, trained at once.
 
@@ -113,6 +117,12 @@ class SeedLoRAModule(pl.LightningModule):
         self.dtype_base = DTYPES[dtype] or fast_dtype()
         #: The adapters of the stack; whoever runs an ensemble sets them before the module is set up.
         self.replicas: tuple[Replica, ...] = (Replica("seed_42", 42, 42),)
+        #: Names of replicas that train no more: their rows are left out of the forward.
+        self.idle: set[str] = set()
+        #: Whether a replica whose loss is not finite becomes idle; otherwise it ends the run.
+        self.exclude_diverged = False
+        #: Replicas whose loss was not finite, and the optimizer step in which it happened.
+        self.diverged: dict[str, int] = {}
         #: Optimizer steps of the run, for the schedule; ``None`` takes the trainer's estimate.
         self.total_steps: int | None = None
         #: What validation and test score: label to adapter; ``None`` is the base model.
@@ -198,6 +208,7 @@ class SeedLoRAModule(pl.LightningModule):
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._built = self.replicas
+        self.idle, self.diverged = set(), {}
 
     def configure_model(self) -> None:
         """Split the model over the ranks where the strategy leaves that to the module."""
@@ -258,28 +269,55 @@ class SeedLoRAModule(pl.LightningModule):
         )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The sum of the replicas' losses over one micro-batch (N, b, T), normalised over the optimizer step."""
-        n = len(self.replicas)
+        """The sum of the replicas' losses over one micro-batch (N, b, T), normalised over the optimizer step.
+
+        Rows of idle replicas are left out. A loss that is not finite is found before the backward pass, on all ranks
+        together: nothing of that replica then reaches the others.
+
+        Raises:
+            StoppedError: if the loss of a replica is not finite, and :attr:`exclude_diverged` is not set or none is left.
+        """
+        active = [i for i, replica in enumerate(self.replicas) if replica.name not in self.idle]
+        replicas, n = [self.replicas[i] for i in active], len(active)
         keys = None
         if self.hparams["lora_dropout"]:
             where = (self.current_epoch, batch_idx, self.global_rank)
-            keys = [(replica.init_seed, *where) for replica in self.replicas]
+            keys = [(replica.init_seed, *where) for replica in replicas]
         self.stack.route(
-            [replica.name for replica in self.replicas],
-            lengths=batch["lengths"],
-            rows=batch.get("rows", ()),
+            [replica.name for replica in replicas],
+            lengths=[batch["lengths"][i] for i in active],
+            rows=[batch["rows"][i] for i in active] if "rows" in batch else (),
             dropout_keys=keys,
         )
-        rows = [batch[key].flatten(0, 1) for key in ("input_ids", "labels", "position_ids") if key in batch]
-        losses, _, keep = self.token_losses(*rows)
+        tensors = [batch[key] for key in ("input_ids", "labels", "position_ids") if key in batch]
+        losses, _, keep = self.token_losses(*((t if n == len(t) else t[active]).flatten(0, 1) for t in tensors))
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
         # Shown: the mean over the micro-batch on all ranks.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
-        named = {f"train/loss_{r.name}": loss for r, loss in zip(self.replicas, shown[0] / shown[1], strict=True)}
+        if bad := [replica.name for replica, ok in zip(replicas, shown[0].isfinite().tolist(), strict=True) if not ok]:
+            self._leave_out(bad)
+            return self.training_step(batch, batch_idx)
+        named = {f"train/loss_{r.name}": loss for r, loss in zip(replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
         # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return (sums / batch["num_items"]).sum() * scale
+        total = (sums / batch["num_items"][active]).sum() * scale
+        if self.idle and self.trainer.world_size > 1:
+            # DDP waits for a gradient of every parameter.
+            idle = (parameter for name in sorted(self.idle) for parameter in self.stack.parameters(name))
+            total = total + torch.stack([(parameter.nan_to_num(0, 0, 0) * 0).sum() for parameter in idle]).sum()
+        return total
+
+    def _leave_out(self, names: Sequence[str]) -> None:
+        """Make replicas idle whose loss is not finite, or end the run."""
+        step = self.trainer.global_step
+        what = f"the training loss of {', '.join(names)} is not finite in step {step + 1}"
+        if not self.exclude_diverged:
+            raise StoppedError(f"{what}; lower model.learning_rate, or go on without it by on_divergence exclude")
+        self.diverged |= dict.fromkeys(names, step + 1)
+        self.idle |= set(names)
+        if len(self.idle) == len(self.replicas):
+            raise StoppedError(f"{what}, and no other replica is left; lower model.learning_rate")
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
         """Every adapter of :attr:`scored` on the same rows, in one pass over the base model.

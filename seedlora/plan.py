@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from rich.table import Table
 
 from seedlora.base_model import outline
@@ -91,13 +93,15 @@ def memory_estimate(
     hidden: int,
     intermediate: int,
     vocabulary: int,
+    checkpointing: bool = False,
 ) -> Memory:
     """Bytes that a training step needs, beside Python and its libraries.
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
     for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
     ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32;
-    and for each supervised token the logits in the model's dtype, in float32, and their gradient in both.
+    and for each supervised token the logits in the model's dtype, in float32, and their gradient in both. Gradient
+    checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a time.
 
     Args:
         base_parameters: of the frozen model.
@@ -109,8 +113,10 @@ def memory_estimate(
         hidden: size of a hidden state.
         intermediate: size inside the feed-forward block.
         vocabulary: size of it.
+        checkpointing: activations are recomputed in the backward pass.
     """
-    per_token = layers * (base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden)
+    layer = base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden
+    per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
     return Memory(
         base=base_parameters * base_bytes,
         adapters=8 * trainable,
@@ -208,11 +214,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
     model = outline(hparams["base_model"])
-    config, targets = model.config, hparams["target_modules"]
-    adapted = [shape for name, shape in model.linear.items() if name.rpartition(".")[2] in targets]
-    trainable = sum(hparams["r"] * (d + k) for d, k in adapted)
     stack = min(n, ensemble.stack_size or n)
-    tokens = stack * sampler.most_tokens
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -224,24 +226,56 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
-        trainable=trainable,
+        trainable=trainable_parameters(module),
         base_parameters=model.parameters,
-        memory=memory_estimate(
-            base_parameters=model.parameters,
-            base_bytes=module.dtype_base.itemsize,
-            trainable=stack * trainable,
-            tokens=tokens,
-            supervised=int(stack * data.batch_size * rows.num_items.mean()),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            vocabulary=config.vocab_size,
-        ),
+        memory=memory_of(module, data)(stack),
         model=hparams["base_model"],
         data=_rows(data),
         merge=ensemble.method_name,
         dtype=str(module.dtype_base).removeprefix("torch."),
     )
+
+
+def trainable_parameters(module: SeedLoRAModule) -> int:
+    """Parameters of one replica."""
+    linear, hparams = outline(module.hparams["base_model"]).linear, module.hparams
+    adapted = [shape for name, shape in linear.items() if name.rpartition(".")[2] in hparams["target_modules"]]
+    return int(sum(hparams["r"] * (d + k) for d, k in adapted))
+
+
+def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
+    """:func:`memory_estimate` of a step of this module on this data, by the seeds trained at once."""
+    model = outline(module.hparams["base_model"])
+    config, rows, sampler = model.config, data.rows["train"], data.train_dataloader().sampler
+
+    def estimate(stack: int) -> Memory:
+        return memory_estimate(
+            base_parameters=model.parameters,
+            base_bytes=module.dtype_base.itemsize,
+            trainable=stack * trainable_parameters(module),
+            tokens=stack * sampler.most_tokens,
+            supervised=int(stack * data.batch_size * rows.num_items.mean()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+            checkpointing=module.hparams["gradient_checkpointing"],
+        )
+
+    return estimate
+
+
+def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -> int:
+    """The most seeds, of those given and at least one, whose estimate is within 80 % of the memory."""
+    return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= 0.8 * available)])
+
+
+def device_memory(trainer: pl.Trainer) -> int:
+    """Bytes of the device that the trainer uses, free or not: the same at every start of a run."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _rows(data: Any) -> str:

@@ -202,6 +202,11 @@ def prepare(trainer: pl.Trainer) -> None:
     strategy.exclude_frozen_parameters = True
 
 
+def holds_whole_adapters(trainer: pl.Trainer) -> bool:
+    """Whether each rank's parameters are the adapters, so that writing to them changes what is trained."""
+    return not isinstance(trainer.strategy, DeepSpeedStrategy | FSDP2Strategy)
+
+
 def check_batches(trainer: pl.Trainer, batches: int) -> None:
     """Refuse an epoch whose last optimizer step has fewer micro-batches, where the strategy cannot count it.
 
@@ -320,7 +325,8 @@ def whole(parameter: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        full: Tensor = parameter.full_tensor()
+        return full.detach()
     return parameter.detach().clone()
 
 
