@@ -1,0 +1,247 @@
+"""Greedy generation by several adapters at once.
+
+Shape legend: ``N`` adapters, ``b`` prompts of each, ``M = N b`` rows (adapter after adapter), ``T`` tokens so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+STOPPED, LENGTH = "stop", "length"
+
+
+class Generation(NamedTuple):
+    """What a model said after a prompt: the text before the first stop, its tokens, and why it ended."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+class Generator(Protocol):
+    """Answers prompts greedily; in this process, or on a server."""
+
+    #: Most prompts of one adapter that should be handed over at once.
+    batch_size: int
+
+    def check(self, prompts: Sequence[str]) -> list[int]:
+        """The length of each prompt, in tokens or what stands for them; raises ``ValueError`` for one too long."""
+        ...
+
+    def __call__(
+        self,
+        prompts: dict[str, Sequence[str]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: Callable[[], object],
+    ) -> dict[str, list[Generation]]:
+        """For each adapter the answers to its prompts, of which all adapters have equally many."""
+        ...
+
+
+class StackGenerator:
+    """Generates with the adapters of one model, all of them in one forward.
+
+    Args:
+        model: a causal language model of transformers, the adapters' base.
+        tokenizer: of the model.
+        route: ``route(names)`` says whose rows the blocks of the next forwards are:
+            :meth:`seedlora.stacked.AdapterStack.route`, for example.
+        adapters: what each name given to the call is for ``route``.
+        batch_size: prompts of one adapter in one forward.
+
+    A row is padded on the left to the longest prompt of its batch. Rows that are finished leave the batch when a quarter
+    of it is: an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        route: Callable[[Sequence[str | None]], object],
+        adapters: dict[str, str | None],
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._route, self._adapters = route, adapters
+        self._context = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+        config = getattr(model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def check(self, prompts: Sequence[str]) -> list[int]:
+        """The tokens of each prompt.
+
+        Raises:
+            ValueError: if one leaves no room in the model's context.
+        """
+        lengths = [len(ids) for ids in self._encode(prompts)]
+        if lengths and max(lengths) >= self._context:
+            raise ValueError(f"a prompt has {max(lengths)} tokens, the model's context {self._context}")
+        return lengths
+
+    def __call__(
+        self,
+        prompts: dict[str, Sequence[str]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: Callable[[], object] = lambda: None,
+    ) -> dict[str, list[Generation]]:
+        """See :class:`Generator`."""
+        names = list(prompts)
+        rows = [ids for name in names for ids in self._encode(prompts[name])]
+        per_adapter = len(rows) // len(names)
+        assert all(len(prompts[name]) == per_adapter for name in names)
+        # A token is at least a byte, so a stop that was just completed is within this many.
+        window = max((len(stop.encode()) for stop in stops), default=0) + 1
+
+        def ended(row: int, said: list[int]) -> bool:
+            if said[-1] in self._ends:
+                return True
+            return bool(stops) and any(stop in self._decode(rows[row], said, last=window) for stop in stops)
+
+        limit = min(max_new_tokens, self._context - max(map(len, rows)))
+        self._route([self._adapters[name] for name in names])
+        with evaluating(self.model):
+            said = greedy(
+                self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=lambda _row: on_done()
+            )
+        found = []
+        for row, ids in zip(rows, said, strict=True):
+            text = self._decode(row, [i for i in ids if i not in self._ends])
+            cut = before_stop(text, stops)
+            finished = len(cut) < len(text) or (bool(ids) and ids[-1] in self._ends)
+            found.append(Generation(cut, len(ids), STOPPED if finished else LENGTH))
+        return {name: found[i * per_adapter : (i + 1) * per_adapter] for i, name in enumerate(names)}
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        encoded = self.tokenizer(list(prompts))["input_ids"] if prompts else []
+        # Some tokenizers end every text; the answer would then follow the end.
+        return [ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids for ids in encoded]
+
+    def _decode(self, prompt: list[int], said: list[int], *, last: int | None = None) -> str:
+        """The text of ``said`` as it follows the prompt: some tokenizers drop a space at the start of a text."""
+        new = said if last is None else said[-last:]
+        context = (prompt + said)[: len(prompt) + len(said) - len(new)][-4:]
+        decode = self.tokenizer.decode
+        before = decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole = decode([*context, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return whole[len(before) :]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    blocks: int,
+    max_new_tokens: int,
+    ended: Callable[[int, list[int]], bool],
+    on_done: Callable[[int], object] = lambda _row: None,
+) -> list[list[int]]:
+    """The most likely token after each row, again and again.
+
+    What a row says does not depend on the rows beside it, except where two tokens are as likely as each other up to the
+    rounding of the products.
+
+    Args:
+        model: called with ``input_ids``, ``attention_mask``, ``position_ids`` and a key-value cache.
+        rows: token ids of the prompts.
+        blocks: the batch is this many blocks of equally many rows, at any time.
+        max_new_tokens: at most so many are said.
+        ended: ``ended(row, said)`` after each token of a row: whether that was the last one.
+        on_done: called with the number of each row that has ended.
+
+    Returns:
+        The tokens said, the last one included.
+    """
+    from transformers import DynamicCache
+
+    assert rows and len(rows) % blocks == 0 and all(rows)
+    device = model.get_input_embeddings().weight.device
+    ids_MT, mask_MT = _left_padded(rows, device)
+    cache = DynamicCache(config=model.config)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    said: list[list[int]] = [[] for _ in rows]
+    active = list(range(len(rows)))  # the rows in the batch, in its order
+    alive = set(active)
+    for _ in range(max_new_tokens):
+        positions = (mask_MT.cumsum(1) - 1).clamp(min=0)[:, -ids_MT.shape[1] :]
+        logits = model(
+            input_ids=ids_MT,
+            attention_mask=mask_MT,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).logits
+        next_M = logits[:, -1].argmax(-1)
+        for row, token in zip(active, next_M.tolist(), strict=True):
+            if row in alive:
+                said[row].append(token)
+                if ended(row, said[row]):
+                    alive.discard(row)
+                    on_done(row)
+        if not alive:
+            break
+        if (kept := _compacted(active, alive, blocks)) is not None:
+            index = torch.tensor(kept, device=device)
+            cache.batch_select_indices(index)
+            next_M, mask_MT = next_M[index], mask_MT[index]
+            active = [active[i] for i in kept]
+        ids_MT = next_M[:, None]
+        mask_MT = torch.cat([mask_MT, mask_MT.new_ones(len(active), 1)], dim=1)
+    for row in alive:
+        on_done(row)
+    return said
+
+
+def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both of shape (M, T)."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = torch.tensor(row)
+        mask[i, length - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _compacted(active: Sequence[int], alive: set[int], blocks: int) -> list[int] | None:
+    """Places in the batch to keep, equally many of each block; ``None`` while that saves less than a quarter."""
+    size = len(active) // blocks
+    places = [range(i * size, (i + 1) * size) for i in range(blocks)]
+    needed = max(sum(active[place] in alive for place in block) for block in places)
+    if needed > 0.75 * size:
+        return None
+    kept = []
+    for block in places:
+        living_first = sorted(block, key=lambda place: active[place] not in alive)
+        kept += sorted(living_first[:needed])
+    return kept
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode; every module goes back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
