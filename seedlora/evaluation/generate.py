@@ -6,7 +6,7 @@ Shape legend: ``N`` adapters, ``b`` prompts of each, ``M = N b`` rows (adapter a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 STOPPED, LENGTH = "stop", "length"
+
+
+class Prompt(NamedTuple):
+    """A text to go on from, and whether the tokenizer puts its own tokens (a bos, for example) around it."""
+
+    text: str
+    add_special_tokens: bool = True
 
 
 class Generation(NamedTuple):
@@ -24,25 +31,29 @@ class Generation(NamedTuple):
     finish: str
 
 
+#: Called with an adapter's name, the place of the prompt among its prompts, and what it said.
+OnDone = Callable[[str, int, Generation], object]
+
+
 class Generator(Protocol):
     """Answers prompts greedily; in this process, or on a server."""
 
     #: Most prompts of one adapter that should be handed over at once.
     batch_size: int
 
-    def check(self, prompts: Sequence[str]) -> list[int]:
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """The length of each prompt, in tokens or what stands for them; raises ``ValueError`` for one too long."""
         ...
 
     def __call__(
         self,
-        prompts: dict[str, Sequence[str]],
+        prompts: Mapping[str, Sequence[Prompt]],
         *,
         max_new_tokens: int,
         stops: Sequence[str],
-        on_done: Callable[[], object],
-    ) -> dict[str, list[Generation]]:
-        """For each adapter the answers to its prompts, of which all adapters have equally many."""
+        on_done: OnDone,
+    ) -> None:
+        """Answer each adapter's prompts, of which all adapters have equally many; hand each answer to ``on_done``."""
         ...
 
 
@@ -67,7 +78,7 @@ class StackGenerator:
         tokenizer: Any,
         *,
         route: Callable[[Sequence[str | None]], object],
-        adapters: dict[str, str | None],
+        adapters: Mapping[str, str | None],
         batch_size: int = 16,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -77,28 +88,28 @@ class StackGenerator:
         ends = getattr(config, "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    def check(self, prompts: Sequence[str]) -> list[int]:
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """The tokens of each prompt.
 
         Raises:
             ValueError: if one leaves no room in the model's context.
         """
-        lengths = [len(ids) for ids in self._encode(prompts)]
-        if lengths and max(lengths) >= self._context:
-            raise ValueError(f"a prompt has {max(lengths)} tokens, the model's context {self._context}")
+        lengths = [len(self._encode(prompt)) for prompt in prompts]
+        if (longest := max(lengths, default=0)) >= self._context:
+            raise ValueError(f"a prompt has {longest} tokens, but the model's context only {self._context}")
         return lengths
 
     def __call__(
         self,
-        prompts: dict[str, Sequence[str]],
+        prompts: Mapping[str, Sequence[Prompt]],
         *,
         max_new_tokens: int,
         stops: Sequence[str],
-        on_done: Callable[[], object] = lambda: None,
-    ) -> dict[str, list[Generation]]:
+        on_done: OnDone,
+    ) -> None:
         """See :class:`Generator`."""
         names = list(prompts)
-        rows = [ids for name in names for ids in self._encode(prompts[name])]
+        rows = [self._encode(prompt) for name in names for prompt in prompts[name]]
         per_adapter = len(rows) // len(names)
         assert all(len(prompts[name]) == per_adapter for name in names)
         # A token is at least a byte, so a stop that was just completed is within this many.
@@ -109,24 +120,21 @@ class StackGenerator:
                 return True
             return bool(stops) and any(stop in self._decode(rows[row], said, last=window) for stop in stops)
 
+        def done(row: int, said: list[int]) -> None:
+            text = self._decode(rows[row], [token for token in said if token not in self._ends])
+            cut = before_stop(text, stops)
+            finish = STOPPED if said[-1] in self._ends or len(cut) < len(text) else LENGTH
+            on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
+
         limit = min(max_new_tokens, self._context - max(map(len, rows)))
         self._route([self._adapters[name] for name in names])
         with evaluating(self.model):
-            said = greedy(
-                self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=lambda _row: on_done()
-            )
-        found = []
-        for row, ids in zip(rows, said, strict=True):
-            text = self._decode(row, [i for i in ids if i not in self._ends])
-            cut = before_stop(text, stops)
-            finished = len(cut) < len(text) or (bool(ids) and ids[-1] in self._ends)
-            found.append(Generation(cut, len(ids), STOPPED if finished else LENGTH))
-        return {name: found[i * per_adapter : (i + 1) * per_adapter] for i, name in enumerate(names)}
+            greedy(self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=done)
 
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer(list(prompts))["input_ids"] if prompts else []
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
         # Some tokenizers end every text; the answer would then follow the end.
-        return [ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids for ids in encoded]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _decode(self, prompt: list[int], said: list[int], *, last: int | None = None) -> str:
         """The text of ``said`` as it follows the prompt: some tokenizers drop a space at the start of a text."""
@@ -151,7 +159,7 @@ def greedy(
     blocks: int,
     max_new_tokens: int,
     ended: Callable[[int, list[int]], bool],
-    on_done: Callable[[int], object] = lambda _row: None,
+    on_done: Callable[[int, list[int]], object] = lambda _row, _said: None,
 ) -> list[list[int]]:
     """The most likely token after each row, again and again.
 
@@ -164,7 +172,7 @@ def greedy(
         blocks: the batch is this many blocks of equally many rows, at any time.
         max_new_tokens: at most so many are said.
         ended: ``ended(row, said)`` after each token of a row: whether that was the last one.
-        on_done: called with the number of each row that has ended.
+        on_done: called with each row's number and tokens as soon as it is complete.
 
     Returns:
         The tokens said, the last one included.
@@ -195,7 +203,7 @@ def greedy(
                 said[row].append(token)
                 if ended(row, said[row]):
                     alive.discard(row)
-                    on_done(row)
+                    on_done(row, said[row])
         if not alive:
             break
         if (kept := _compacted(active, alive, blocks)) is not None:
@@ -205,8 +213,8 @@ def greedy(
             active = [active[i] for i in kept]
         ids_MT = next_M[:, None]
         mask_MT = torch.cat([mask_MT, mask_MT.new_ones(len(active), 1)], dim=1)
-    for row in alive:
-        on_done(row)
+    for row in sorted(alive):
+        on_done(row, said[row])
     return said
 
 
