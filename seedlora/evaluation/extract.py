@@ -99,7 +99,7 @@ def is_equiv(a: str | None, b: str | None) -> bool:
     ``0.5``. It is text all the same: ``0.25`` and ``1/4`` differ.
 
     References:
-        Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset", NeurIPS 2021, arXiv 2103.03874.
+        Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset", arXiv 2103.03874.
     """
     if a is None or b is None:
         return a is b
@@ -131,7 +131,7 @@ def _normalised(text: str) -> str | None:
 
 
 def _braced_fraction(match: re.Match[str]) -> str:
-    """``\frac12`` to ``\frac{1}{2}``, and ``\frac1{72}`` to ``\frac{1}{72}``."""
+    r"""``\frac12`` to ``\frac{1}{2}``, and ``\frac1{72}`` to ``\frac{1}{72}``."""
     numerator, following = match.groups()
     return rf"\frac{{{numerator}}}" + (following if following == "{" else f"{{{following}}}")
 
@@ -145,8 +145,8 @@ def first_label(text: str, labels: Collection[str]) -> Extraction:
 def python_solution(text: str, entry_point: str) -> str:
     """The part of generated text that defines ``entry_point``, by EvalPlus's rules.
 
-    The longest run of lines that is valid Python; of it all imports, and those classes, functions with a ``return``, and
-    assignments to a name that ``entry_point`` needs, directly or not, the first definition of each name. Decorated
+    The longest run of lines that is valid Python; of it all imports, and those classes, functions with a ``return``
+    and assignments to a name that ``entry_point`` needs, directly or not; the first definition of each name. Decorated
     functions are dropped, a quirk of the original.
     Text without any Python gives an empty solution.
     """
@@ -208,4 +208,3 @@ def _names(node: ast.stmt) -> Iterator[str]:
         for name in (getattr(inner, "id", None), getattr(inner, "attr", None), getattr(inner, "arg", None)):
             if isinstance(name, str):
                 yield name
-

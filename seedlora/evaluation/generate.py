@@ -68,8 +68,8 @@ class StackGenerator:
         adapters: what each name given to the call is for ``route``.
         batch_size: prompts of one adapter in one forward.
 
-    A row is padded on the left to the longest prompt of its batch. Rows that are finished leave the batch when a quarter
-    of it is: an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
+    A row is padded on the left to the longest prompt of its batch. Finished rows leave the batch when they are a
+    quarter of it; an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
     """
 
     def __init__(
@@ -179,7 +179,8 @@ def greedy(
     """
     from transformers import DynamicCache
 
-    assert rows and len(rows) % blocks == 0 and all(rows)
+    assert rows
+    assert len(rows) % blocks == 0
     device = model.get_input_embeddings().weight.device
     ids_MT, mask_MT = _left_padded(rows, device)
     cache = DynamicCache(config=model.config)

@@ -1,7 +1,7 @@
 """Scoring adapters on tasks: prompts, generation that can be interrupted, judgement.
 
-A folder holds the state: ``samples.jsonl``, one line per adapter and item, and ``settings.json``, what they were generated
-with. What is there is not generated again; what was generated otherwise is refused, never mixed.
+A folder holds the state: ``samples.jsonl``, one line per adapter and item, and ``settings.json``, what they were
+generated with. What is there is not generated again; what was generated otherwise is refused, never mixed.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def generate(
         on_start(run.name, wanted - sum(len(names) * len(places) for names, places in missing.items()), wanted)
         for names, places in missing.items():
             longest = [max(each) for each in zip(*(generator.lengths(prompts[name]) for name in names), strict=True)]
-            places = sorted(places, key=lambda i: -longest[i])  # noqa: B023, PLW2901 - used at once
-            _generate(samples, generator, run, prompts, names, places, on_done, on_smaller)
+            order = sorted(places, key=longest.__getitem__, reverse=True)
+            _generate(samples, generator, run, prompts, names, order, on_done, on_smaller)
 
 
 def _generate(
@@ -239,9 +239,7 @@ def judge(
     lines = [[samples.found[run.name, name, item.id] for name in names] for item in run.items]
     verdicts: list[list[Judgement]] | None = None
     if (judge_one := run.task.judge) is not None:
-        verdicts = [
-            [judge_one(line["text"], item) for line in row] for item, row in zip(run.items, lines, strict=True)
-        ]
+        verdicts = [[judge_one(line["text"], item) for line in row] for item, row in zip(run.items, lines, strict=True)]
     elif sandbox is not None:
         assert run.task.program is not None
         programs = [
@@ -266,7 +264,7 @@ def judge(
 
 
 def write_solutions(samples: Samples, names: Sequence[str], run: TaskRun) -> list[Path]:
-    """Write code to be scored elsewhere, one file per adapter with lines ``{"task_id", "solution"}``, as EvalPlus reads."""
+    """Write code to be scored elsewhere: a file per adapter, lines of ``{"task_id", "solution"}`` as EvalPlus reads."""
     written = []
     for name in names:
         path = samples.folder / "solutions" / f"{run.name}-{name.replace('/', '_')}.jsonl"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,8 +157,6 @@ def _bubblewrap() -> list[str]:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the whole session; what is left in a sandbox of its own ends with its first process."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

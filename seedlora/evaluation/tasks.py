@@ -212,7 +212,9 @@ _HUMANEVAL = Task(
     ),
     hub=("openai/openai_humaneval", (None,), "test"),
 )
-_MBPP = replace(_HUMANEVAL, item=_mbpp_item, packaged=None, hub=("google-research-datasets/mbpp", ("sanitized",), "test"))
+_MBPP = replace(
+    _HUMANEVAL, item=_mbpp_item, packaged=None, hub=("google-research-datasets/mbpp", ("sanitized",), "test")
+)
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
@@ -331,7 +333,7 @@ def _file_rows(name: str, data: bytes) -> Iterator[Mapping[str, Any]]:
     except (json.JSONDecodeError, gzip.BadGzipFile) as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
     if rows is None:
-        rows = (line for line in enumerate(text.splitlines(), start=1) if line[1].strip())
+        rows = (line for line in enumerate(text.split("\n"), start=1) if line[1].strip())
         rows = (_json_line(name, *line) for line in rows)
     elif isinstance(rows, dict):
         rows = [rows]  # one item per file, as MATH came first

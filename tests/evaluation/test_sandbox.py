@@ -97,9 +97,7 @@ def test_the_sandbox_keeps_the_host_out(program, tmp_path, monkeypatch):
 @needs_bubblewrap
 def test_many_programs_at_once_come_back_in_order():
     done = []
-    outcomes = _sandbox().run_all(
-        [f"assert {i} % 3" for i in range(6)], workers=2, on_done=lambda: done.append(1)
-    )
+    outcomes = _sandbox().run_all([f"assert {i} % 3" for i in range(6)], workers=2, on_done=lambda: done.append(1))
     assert [outcome.status == PASSED for outcome in outcomes] == [False, True, True, False, True, True]
     assert len(done) == 6
 
