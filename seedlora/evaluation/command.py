@@ -24,6 +24,8 @@ from seedlora.atomic import write_text
 from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generation, Generator, OnDone, Prompt, StackGenerator
+from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
+from seedlora.evaluation.harness import check_harness, harness_scores
 from seedlora.evaluation.run import (
     Candidate,
     Judged,
@@ -43,7 +45,7 @@ from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
 from seedlora.stacked import AdapterStack
 
-PROMPT_NAME, RESULTS_NAME, DEFAULT_STYLE = "prompt.json", "results.json", "alpaca"
+PROMPT_NAME, RESULTS_NAME, HARNESS_NAME, DEFAULT_STYLE = "prompt.json", "results.json", "lm_eval.json", "alpaca"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, help="instead of the protocol's; the results then say so")
     add("--execute-code", action="store_true", help="run generated code, inside bubblewrap, to score it")
     add("--without-sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
+    harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness, the extra seedlora[lm-eval]")
+    add = harness.add_argument
+    add("--lm-eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
+    add("--lm-eval-path", metavar="DIR", help="a folder with YAML files of tasks of your own")
     work = parser.add_argument_group("generation")
     add = work.add_argument
     add("--batch-size", type=int, default=16, help="items in one forward; each adapter answers all of them")
@@ -108,19 +114,27 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
     """
     if prompts is None:
         raise ValueError("evaluate needs prompt styles; start it by python -m seedlora evaluate")
-    names = [name for name in arguments["task"].split(",") if name]
-    if not names:
+    names, harness = (_words(arguments[key]) for key in ("task", "lm_eval"))
+    if not names and not harness:
         raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
+    if harness and arguments["endpoint"]:
+        raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
     if not arguments["adapter"] and not arguments["base_model"]:
         raise ValueError("give at least one --adapter, or a --base-model to score alone")
     console = Console(stderr=True) if arguments["json"] else Console()
     runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"])
+    harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
+    manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
     scored = _from_endpoint(arguments, prompts) if arguments["endpoint"] else _from_folders(arguments, prompts, console)
     against = arguments["against"]
     if against is not None and against not in (known := [c.name for c in scored.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
-    found = score(scored, runs, Path(arguments["out"]), console, sandbox=sandbox, against=against)
+    out, found = Path(arguments["out"]), {}
+    if runs:
+        found[PROTOCOL] = score(scored, runs, out, console, sandbox=sandbox, against=against)
+    if harness:
+        found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
     if arguments["json"]:
         print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
 
@@ -216,6 +230,48 @@ def score(
     told = ", ".join(f"{style} ({count})" if len(styles) > 1 else style for style, count in styles.items())
     console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
     return found
+
+
+def score_with_harness(
+    scored: Scored, tasks: Sequence[str], manager: Any, folder: Path, console: Console, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
+
+    Args:
+        scored: who is scored, with the model in this process.
+        tasks: names of tasks or groups of the harness.
+        manager: of :func:`seedlora.evaluation.harness.check_harness`.
+        folder: of the results.
+        console: for people.
+        limit: only so many documents of each task.
+    """
+    assert isinstance(scored.generator, StackGenerator)
+    names = [candidate.name for candidate in scored.candidates]
+    say = lambda name: console.print(f"lm-eval: {name}", highlight=False)  # noqa: E731
+    scores = harness_scores(scored.generator, names, tasks, manager, limit=limit, on_adapter=say)
+    plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
+    found = {"protocol": HARNESS_PROTOCOL, **scored.settings, "limit": limit, "scores": plain}
+    write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
+    limited = "" if limit is None else f", {limit} documents of each task"
+    table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
+    for header in ("task", "metric", *names):
+        table.add_column(header, justify="left" if header in ("task", "metric") else "right", overflow="fold")
+    # A group's own line says it all; its many parts are in the file.
+    first = scores[names[0]]
+    shown = [task for task in first if task in tasks] or list(first)
+    for task in shown:
+        for metric in first[task]:
+            cells = [scores[name][task][metric] for name in names]
+            errors = ["" if cell.stderr is None else f" ({cell.stderr:.3f})" for cell in cells]
+            table.add_row(task, metric, *(f"{c.value:.3f}{e}" for c, e in zip(cells, errors, strict=True)))
+    console.print()
+    console.print(table)
+    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", ",").split(",") if word]
 
 
 def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **settings: Any) -> Candidate:

@@ -127,9 +127,13 @@ class StackGenerator:
             on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
         limit = min(max_new_tokens, self._context - max(map(len, rows)))
-        self._route([self._adapters[name] for name in names])
+        self.route(names)
         with evaluating(self.model):
             greedy(self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=done)
+
+    def route(self, names: Sequence[str]) -> None:
+        """Send the next forwards through these adapters, a block of rows each."""
+        self._route([self._adapters[name] for name in names])
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]

@@ -123,7 +123,7 @@ def test_prompts_are_those_of_training(adapters, tmp_path, capsys):
 
 def test_json_is_json(adapters, capsys):
     assert run(adapters, "--json", "--limit", "2", "--against", "seed_1") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["paper"]
     assert set(found["tasks"]["gsm8k"]["differences"]) == {"seed_2", "fused"}
     assert found["tasks"]["gsm8k"]["differences"]["fused"]["seed_1"]["p_value_holm"] == 1.0
 
