@@ -291,6 +291,15 @@ def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **se
     )
 
 
+def adapter_sha256(folder: Path) -> str | None:
+    """Of an adapter's weights; ``None`` without a file of them."""
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 # Who answers
 
 
@@ -313,14 +322,6 @@ class _Named:
         if not isinstance(record, dict):
             raise ValueError(f"{file} holds a {type(record).__name__}, not the record of a prompt style")
         return record
-
-    @property
-    def sha256(self) -> str | None:
-        """Of its weights."""
-        if self.folder is None or not (file := self.folder / WEIGHTS_NAME).is_file():
-            return None
-        with file.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _named(words: Sequence[str], *, served: bool) -> list[_Named]:
@@ -369,7 +370,10 @@ def _candidates(
     agreed = {json.dumps(record, sort_keys=True) for record in records.values()}
     shared = next(iter(records.values())) if len(agreed) == 1 else None
     asked = [candidate(BASE, shared or fallback, prompts)] if base else []
-    return asked + [candidate(a.name, records[a.name] or fallback, prompts, weights_sha256=a.sha256) for a in adapters]
+    return asked + [
+        candidate(a.name, records[a.name] or fallback, prompts, weights_sha256=a.folder and adapter_sha256(a.folder))
+        for a in adapters
+    ]
 
 
 def _from_endpoint(arguments: Mapping[str, Any], prompts: Prompts) -> Scored:

@@ -33,7 +33,7 @@ target_delimiter: ""
 metric_list:
   - metric: acc
 """
-ROWS = [{"q": f"{i}", "choices": [f" {i}a", f" {i}b", " xyz"], "answer": i % 3} for i in range(12)]
+ROWS = [{"q": f"Row {i}:", "choices": [f" {i}a", f" {i}b", " xyz"], "answer": i % 3} for i in range(12)]
 
 
 @pytest.fixture
