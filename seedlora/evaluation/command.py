@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -132,7 +133,12 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
     out, found = Path(arguments["out"]), {}
     if runs:
-        found[PROTOCOL] = score(scored, runs, out, console, sandbox=sandbox, against=against)
+        try:
+            found[PROTOCOL] = score(scored, runs, out, console, sandbox=sandbox, against=against)
+        except KeyboardInterrupt:
+            raise OSError("interrupted; the answers so far are kept: the same command goes on from them") from None
+        if arguments["limit"] is not None:
+            console.print("all items: the same without --limit; these answers are kept", highlight=False)
     if harness:
         found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
     if arguments["json"]:
@@ -460,7 +466,8 @@ def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) ->
     modules = dict(model.named_modules())
     if missing := [path for path in paths if path not in modules]:
         raise AdapterError(f"the base model has no layer {missing[0]}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         # A placeholder of rank 1, never routed: it makes PEFT put its layers where ours go.
         wrapped = get_peft_model(model, LoraConfig(r=1, target_modules=paths), adapter_name="placeholder")
     try:
@@ -584,8 +591,8 @@ def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
     assert judged.correct is not None
     names = list(judged.names)
     seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
-    if against is None and not (len(seeds) > 1 and set(names) - set(seeds) - {BASE}) and len(names) > 1:
-        against = names[0]
+    if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
+        against, seeds = against or (names[0] if len(names) > 1 else None), []
     cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"
     return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
 
@@ -603,6 +610,9 @@ def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any
         "unfinished": judged.unfinished,
         "tokens": judged.tokens,
     }
+    if judged.by_value is not None:
+        by_name = zip(judged.names, judged.by_value.T, strict=True)
+        found["math_verify_scores"] = {name: asdict(wilson(column)) for name, column in by_name}
     groups = sorted(set(judged.groups) - {""})
     if judged.correct is not None and groups:
         columns = dict(zip(judged.names, judged.correct.T, strict=True))
@@ -638,9 +648,12 @@ def _show(console: Console, run: TaskRun, judged: Judged, table: Results | None,
     answers.add_column("adapter")
     for header in (f"cut at {run.max_new_tokens} tokens", "mean tokens", *columns):
         answers.add_column(header, justify="right")
-    for name in judged.names:
+    if judged.by_value is not None:
+        answers.add_column("score by math-verify", justify="right")
+    for i, name in enumerate(judged.names):
+        value = [] if judged.by_value is None else [f"{100 * judged.by_value[:, i].mean():.1f}"]
         counts = [judged.unfinished[name], round(judged.tokens[name] / len(run.items))]
-        answers.add_row(name, *map(str, counts + [judged.quirks[name].get(quirk, 0) for quirk in columns]))
+        answers.add_row(name, *map(str, counts + [judged.quirks[name].get(quirk, 0) for quirk in columns]), *value)
     console.print(answers)
 
 

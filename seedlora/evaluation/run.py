@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from seedlora.atomic import atomic_file, write_text
+from seedlora.evaluation import verify
 from seedlora.evaluation.extract import python_solution
 from seedlora.evaluation.generate import LENGTH, Generation, Generator, Prompt
 from seedlora.evaluation.sandbox import PASSED, Sandbox
@@ -205,7 +206,7 @@ class Judged:
         unfinished: by adapter, the answers that ended at ``max_new_tokens``.
         tokens: by adapter, tokens generated.
         groups: sub-domain of each item.
-        second: bool, shape (items, adapters): by another judge, named in ``second_name``.
+        by_value: bool, shape (items, adapters): what math-verify says, for tasks of formulas, where it is installed.
     """
 
     task: str
@@ -215,8 +216,7 @@ class Judged:
     unfinished: dict[str, int]
     tokens: dict[str, int]
     groups: tuple[str, ...]
-    second: np.ndarray | None = None
-    second_name: str = ""
+    by_value: np.ndarray | None = None
 
 
 def judge(
@@ -248,6 +248,11 @@ def judge(
         outcomes = sandbox.run_all(programs, on_done=on_done)
         flat = [Judgement(o.status == PASSED, None, () if o.status == PASSED else (o.status,)) for o in outcomes]
         verdicts = [flat[i : i + len(names)] for i in range(0, len(flat), len(names))]
+    by_value = None
+    if run.task.by_value and verdicts is not None and verify.available():
+        read = [(str(item.gold), v.read) for item, row in zip(run.items, verdicts, strict=True) for v in row]
+        right = iter(verify.verify_all([(gold, str(answer)) for gold, answer in read if answer is not None]))
+        by_value = np.array([answer is not None and next(right) for _, answer in read]).reshape(-1, len(names))
     quirks: dict[str, Counter[str]] = {name: Counter() for name in names}
     for row in verdicts or ():
         for name, verdict in zip(names, row, strict=True):
@@ -260,6 +265,7 @@ def judge(
         unfinished={name: sum(row[i]["finish"] == LENGTH for row in lines) for i, name in enumerate(names)},
         tokens={name: sum(row[i]["tokens"] for row in lines) for i, name in enumerate(names)},
         groups=tuple(item.group for item in run.items),
+        by_value=by_value,
     )
 
 

@@ -61,6 +61,7 @@ class Task:
         max_new_tokens: of an answer.
         judge: is this text right? For all tasks but those that run code.
         program: text and item to a Python program that ends without an error if the text is right.
+        by_value: answers are formulas, which math-verify can judge a second time.
         packaged: a wheel of the package index that holds the items.
         hub: repository, configurations (``None`` for its only one) and split on the hub.
     """
@@ -71,6 +72,7 @@ class Task:
     prefix: str = ""
     judge: Callable[[str, Item], Judgement] | None = None
     program: Callable[[str, Item], str] | None = None
+    by_value: bool = False
     packaged: PackagedFile | None = None
     hub: tuple[str, tuple[str | None, ...], str] | None = None
 
@@ -224,6 +226,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             item=_math_item,
             max_new_tokens=2048,
             judge=_math_judge,
+            by_value=True,
             packaged=None,
             hub=("EleutherAI/hendrycks_math", _MATH_SUBJECTS, "test"),
         ),
@@ -375,8 +378,3 @@ def _hub_rows(name: str, repo: str, configs: Sequence[str | None], split: str) -
                 f"task {name} could not be read from the hub ({repo}: {reason}); give --task-path {name}=FILE"
             ) from None
         yield from rows
-
-
-def code_solution(text: str, item: Item) -> str:
-    """What of a generated text is run, for tasks of code."""
-    return python_solution(text, item.gold["entry_point"])

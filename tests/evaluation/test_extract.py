@@ -219,3 +219,14 @@ def test_the_solution_is_what_the_entry_point_needs():
 )
 def test_solutions_of_odd_answers(text, solution):
     assert python_solution(text, "f") == solution
+
+
+def test_math_verify_compares_values():
+    from seedlora.evaluation import verify
+
+    if not verify.available():
+        pytest.skip("the extra seedlora[math-verify] is not installed")
+    pairs = [("0.25", "1/4"), (r"\frac{1}{2}", "2/4"), ("(1,2)", r"\left(1, 2\right)"), ("5", "6"), ("5", "five {")]
+    assert verify.verify_all(pairs, workers=1) == [True, True, True, False, False]
+    assert [is_equiv(*pair) for pair in pairs] == [False, False, True, False, False]
+    assert verify.verify_all([]) == []
