@@ -49,8 +49,9 @@ def main() -> None:
         stack = AdapterStack(model)
 
         def stacked(names=names, rows=rows, stack=stack, length=length) -> None:
-            stack.route(names)
-            greedy(base, rows * len(names), blocks=len(names), ended=lambda *_: False, **length)
+            with stack.frozen():
+                stack.route(names)
+                greedy(base, rows * len(names), blocks=len(names), ended=lambda *_: False, **length)
 
         def one_by_one(stacked=stacked) -> None:
             for name in names:

@@ -331,6 +331,7 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
         module.model.get_base_model(),
         module.tokenizer,
         route=module.stack.route,
+        frozen=module.stack.frozen,
         adapters=module.scored,
         batch_size=cli.config.evaluate_batch_size,
     )

@@ -441,13 +441,17 @@ def folder_generator(
     Raises:
         AdapterError: if a folder cannot be read or does not fit the model.
     """
+    if not folders:
+        return StackGenerator(model, tokenizer, route=lambda _: None, adapters={BASE: None}, batch_size=batch_size)
     try:
         layers = {name: read_adapter(folder).layers for name, folder in folders.items()}
-        route = stack_over(model, layers).route if layers else lambda _names: None
+        stack = stack_over(model, layers)
     except AdapterError as error:
         return OneAfterTheOther(model, tokenizer, folders, batch_size=batch_size, reason=str(error))
     adapters: dict[str, str | None] = {BASE: None, **{name: name for name in layers}}
-    return StackGenerator(model, tokenizer, route=route, adapters=adapters, batch_size=batch_size)
+    return StackGenerator(
+        model, tokenizer, route=stack.route, frozen=stack.frozen, adapters=adapters, batch_size=batch_size
+    )
 
 
 def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) -> AdapterStack:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,6 +65,7 @@ class StackGenerator:
         tokenizer: of the model.
         route: ``route(names)`` says whose rows the blocks of the next forwards are:
             :meth:`seedlora.stacked.AdapterStack.route`, for example.
+        frozen: a context in which no adapter changes: :meth:`seedlora.stacked.AdapterStack.frozen`.
         adapters: what each name given to the call is for ``route``.
         batch_size: prompts of one adapter in one forward.
 
@@ -78,11 +79,12 @@ class StackGenerator:
         tokenizer: Any,
         *,
         route: Callable[[Sequence[str | None]], object],
+        frozen: Callable[[], AbstractContextManager[object]] = nullcontext,
         adapters: Mapping[str, str | None],
         batch_size: int = 16,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self._route, self._adapters = route, adapters
+        self._route, self._frozen, self._adapters = route, frozen, adapters
         self._context = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
         config = getattr(model, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)
@@ -127,8 +129,8 @@ class StackGenerator:
             on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
         limit = min(max_new_tokens, self._context - max(map(len, rows)))
-        self.route(names)
-        with evaluating(self.model):
+        with evaluating(self.model), self._frozen():
+            self.route(names)
             greedy(self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=done)
 
     def route(self, names: Sequence[str]) -> None:

@@ -24,7 +24,10 @@ def module(tiny_llama):
 def stacked(module, *, batch_size=16):
     names = {"base": None, **{f"seed_{seed}": f"seed_{seed}" for seed in SEEDS}}
     base = module.model.get_base_model()
-    return StackGenerator(base, module.tokenizer, route=module.stack.route, adapters=names, batch_size=batch_size)
+    stack = module.stack
+    return StackGenerator(
+        base, module.tokenizer, route=stack.route, frozen=stack.frozen, adapters=names, batch_size=batch_size
+    )
 
 
 def texts(module, prompts, **options):
