@@ -25,7 +25,16 @@ from rich.console import Console
 
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file
-from seedlora.evaluation.command import Prompts, Scored, adapter_sha256, candidate, make_sandbox, score, task_runs
+from seedlora.evaluation.command import (
+    DEFAULT_STYLE,
+    Prompts,
+    Scored,
+    adapter_sha256,
+    candidate,
+    make_sandbox,
+    score,
+    task_runs,
+)
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
@@ -33,7 +42,7 @@ from seedlora.evaluation.tasks import TASKS
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import run_plan
 from seedlora.report import next_commands, results_table, verdict
-from seedlora.strategies import ProcessWatch, choose_strategy, lost_connection, prepare
+from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
 USAGE = """\
 Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
@@ -322,11 +331,16 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
         return
     module.setup("test")
+    if is_sharded(module.model) or not all(parameter.numel() for parameter in module.model.parameters()):
+        # This process has a part of the model only.
+        folder = f"--adapter {ensemble.fused_path}"
+        console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
+        return
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
     data = cli.datamodule
-    record = data.prompt_record() if hasattr(data, "prompt_record") else data.style
+    record = data.prompt_record() if hasattr(data, "prompt_record") else DEFAULT_STYLE
     generator = StackGenerator(
         module.model.get_base_model(),
         module.tokenizer,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
 from seedlora.atomic import write_text
 from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.evaluation.endpoint import EndpointGenerator
@@ -46,7 +46,7 @@ from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
 from seedlora.stacked import AdapterStack
 
-PROMPT_NAME, RESULTS_NAME, HARNESS_NAME, DEFAULT_STYLE = "prompt.json", "results.json", "lm_eval.json", "alpaca"
+RESULTS_NAME, HARNESS_NAME, DEFAULT_STYLE = "results.json", "lm_eval.json", "alpaca"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

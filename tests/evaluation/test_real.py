@@ -40,13 +40,14 @@ def test_smollm2_on_gsm8k(tmp_path, monkeypatch, capsys):
     Path("rows.jsonl").write_text("".join(json.dumps(word_problem(rng)) + "\n" for _ in range(320)))
     words = ["--data", "InstructionData", "--data.path", "rows.jsonl", "--data.test_fraction", "0.05"]
     words += ["--ensemble.seeds", "[1,2]", "--ensemble.dirpath", "run", "--trainer.max_epochs", "2"]
-    words += ["--evaluate", "gsm8k", "--evaluate_limit", "100"]
+    # Answers like those of training fit into 80 tokens; the protocol's 512 would only let the base model talk.
+    words += ["--evaluate", "gsm8k", "--evaluate_limit", "100", "--evaluate_max_new_tokens", "80"]
     assert main(PARTS, words) == 0
     print(capsys.readouterr().out)
     task = json.loads(Path("run/evaluation/results.json").read_text())["tasks"]["gsm8k"]
     assert {name: score["n"] for name, score in task["scores"].items()} == dict.fromkeys(task["scores"], 100)
     assert list(task["scores"]) == ["base", "seed_1", "seed_2", "soup", "fused"]
-    assert task["max_new_tokens"] == task["protocol_max_new_tokens"] == 512
+    assert (task["max_new_tokens"], task["protocol_max_new_tokens"]) == (80, 512)
     # What was learnt in training shows: the marker, and the end.
     silent = {name: counts.get("no 'The answer is: '", 0) for name, counts in task["quirks"].items()}
     assert silent["base"] > 80
