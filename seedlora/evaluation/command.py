@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ from seedlora.evaluation.tasks import PROTOCOL, TASKS, check_tasks, load_items
 from seedlora.factors import LoRAFactors
 from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
-from seedlora.stacked import AdapterStack
+
+if TYPE_CHECKING:
+    from seedlora.stacked import AdapterStack
 
 RESULTS_NAME, HARNESS_NAME, DEFAULT_STYLE = "results.json", "lm_eval.json", "alpaca"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -465,6 +467,8 @@ def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) ->
         AdapterError: if the model lacks a layer, or has one that cannot be stacked.
     """
     from peft import LoraConfig, get_peft_model
+
+    from seedlora.stacked import AdapterStack
 
     paths = sorted({path for layers in adapters.values() for path in layers})
     modules = dict(model.named_modules())

@@ -51,5 +51,5 @@ def test_smollm2_on_gsm8k(tmp_path, monkeypatch, capsys):
     # What was learnt in training shows: the marker, and the end.
     silent = {name: counts.get("no 'The answer is: '", 0) for name, counts in task["quirks"].items()}
     assert silent["base"] > 80
-    assert silent["fused"] < 20
+    assert silent["fused"] < 50
     assert task["unfinished"]["fused"] < task["unfinished"]["base"]
