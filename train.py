@@ -3,7 +3,7 @@
 import sys
 
 from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback
-from datamodules import InstructionDataModule
+from datamodules import InstructionDataModule, prompts
 from seedlora.cli import Parts, main
 
 PARTS = Parts(
@@ -12,6 +12,7 @@ PARTS = Parts(
     default_data="datamodules.ReasoningGym",
     progress=EnsembleProgressBar,
     logger=JSONLinesLogger,
+    prompts=prompts,
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""``python -m seedlora merge | inspect | compare | methods | preview``; the last joins library and data modules."""
+"""``python -m seedlora merge | inspect | compare | methods | evaluate | preview``; the last two join data modules."""
 
 import sys
 
+from seedlora.evaluation.command import Prompts
 from seedlora.shell import main
 
 
@@ -12,5 +13,14 @@ def _preview(argv: list[str]) -> int:
     return preview(argv, load_tokenizer=load_tokenizer, default_model=EMBEDDED)
 
 
+def _prompts() -> Prompts:
+    from datamodules import prompts
+
+    return prompts
+
+
 if __name__ == "__main__":
-    raise SystemExit(_preview(sys.argv[2:]) if sys.argv[1:2] == ["preview"] else main())
+    if sys.argv[1:2] == ["preview"]:
+        raise SystemExit(_preview(sys.argv[2:]))
+    # Importing the data modules costs a second, which the other commands need not wait.
+    raise SystemExit(main(prompts=_prompts() if sys.argv[1:2] == ["evaluate"] else None))

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,10 +25,24 @@ from rich.console import Console
 
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file
+from seedlora.evaluation.command import (
+    DEFAULT_STYLE,
+    Prompts,
+    Scored,
+    adapter_sha256,
+    candidate,
+    make_sandbox,
+    score,
+    task_runs,
+)
+from seedlora.evaluation.generate import StackGenerator
+from seedlora.evaluation.run import TaskRun
+from seedlora.evaluation.sandbox import Sandbox
+from seedlora.evaluation.tasks import TASKS
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import run_plan
 from seedlora.report import next_commands, results_table, verdict
-from seedlora.strategies import ProcessWatch, choose_strategy, lost_connection, prepare
+from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
 USAGE = """\
 Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
@@ -36,6 +51,8 @@ Train LoRA replicas of one task with different seeds as one stack, and fuse them
   python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
   python train.py --config configs/default.yaml --model.r 16
   python train.py --merge seedlora --resume            go on with the newest unfinished run
+  python train.py --evaluate gsm8k --evaluate_limit 100    then score all adapters on GSM8K
+  python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
 SHORT = {"--merge": "--ensemble.merge", "--resume": "--ensemble.resume"}
 #: What a run of train.py sets where Lightning's own default does not suit it.
@@ -63,6 +80,7 @@ class Parts:
         default_data: the one used when none is named.
         progress: makes the progress bar.
         logger: makes the metrics logger from its file; it can ``rewind(step)``.
+        prompts: the prompt styles, for ``--evaluate``.
     """
 
     ensemble: type[pl.Callback]
@@ -70,6 +88,7 @@ class Parts:
     default_data: str
     progress: Callable[[], pl.Callback]
     logger: Callable[[Path], Any]
+    prompts: Prompts
 
 
 class UsageError(ValueError):
@@ -138,6 +157,13 @@ class SeedLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ensemble."""
         parser.add_lightning_class_args(self.parts.ensemble, "ensemble")
+        scores = parser.add_argument_group("Scores by generation, after training")
+        scores.add_argument("--evaluate", type=str, default="", help=f"tasks, A,B: {', '.join(TASKS)}")
+        scores.add_argument("--evaluate_limit", type=int | None, default=None, help="only the first items of each")
+        scores.add_argument("--evaluate_task_path", type=dict[str, str], default={}, help="files of tasks, by task")
+        scores.add_argument("--evaluate_max_new_tokens", type=int | None, default=None, help="default: the protocol's")
+        scores.add_argument("--evaluate_batch_size", type=int, default=16, help="items in one forward")
+        scores.add_argument("--evaluate_execute_code", type=bool, default=False, help="run code, inside bubblewrap")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the run that ``--resume`` means."""
@@ -183,8 +209,13 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
+    words = list(sys.argv[1:] if argv is None else argv)
+    finished = words[:1] == ["test"]
     try:
-        cli = SeedLoRACLI(parts, _long_options(sys.argv[1:] if argv is None else argv))
+        cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
+        if finished and (pending := cli.ensemble.pending):
+            raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
+        runs, sandbox = _tasks(cli, console)
         _prepare(cli, console)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
@@ -193,9 +224,11 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     if cli.trainer.world_size > 1:
         watch.start()
     try:
-        _train(cli, console)
+        if not finished:
+            _train(cli, console)
         _test(cli, console)
         watch.finish()
+        _evaluate(cli, runs, sandbox, console)
     except (KeyboardInterrupt, SystemExit, OSError) as error:
         # Lightning ends the process itself when it is interrupted.
         _stopped(cli, _one_line(str(error)) if isinstance(error, OSError) else "interrupted")
@@ -277,6 +310,64 @@ def _concrete(kind: type) -> list[type]:
     children: list[type] = kind.__subclasses__()
     below = [found for child in children for found in _concrete(child)]
     return below if inspect.isabstract(kind) else [kind, *below]
+
+
+def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox | None]:
+    """The tasks that are scored after training, read before it."""
+    config = cli.config
+    if not (names := [name for name in config.evaluate.split(",") if name]):
+        return [], None
+    if config.evaluate_batch_size < 1:
+        raise UsageError(f"--evaluate_batch_size must be at least 1, got {config.evaluate_batch_size}")
+    paths = [f"{task}={path}" for task, path in config.evaluate_task_path.items()]
+    with console.status(f"Reading {', '.join(names)} ..."):
+        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens)
+        return runs, make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
+
+
+def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> None:
+    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory."""
+    module, ensemble, trainer = cli.model, cli.ensemble, cli.trainer
+    if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
+        return
+    module.setup("test")
+    if is_sharded(module.model) or not all(parameter.numel() for parameter in module.model.parameters()):
+        # This process has a part of the model only.
+        folder = f"--adapter {ensemble.fused_path}"
+        console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
+        return
+    # Lightning leaves the model on the CPU.
+    module.to(trainer.strategy.root_device)
+    ensemble.on_test_start(trainer, module)
+    data = cli.datamodule
+    record = data.prompt_record() if hasattr(data, "prompt_record") else DEFAULT_STYLE
+    generator = StackGenerator(
+        module.model.get_base_model(),
+        module.tokenizer,
+        route=module.stack.route,
+        frozen=module.stack.frozen,
+        adapters=module.scored,
+        batch_size=cli.config.evaluate_batch_size,
+    )
+    weights = {label: adapter_sha256(ensemble.dirpath / label) for label in module.scored}
+    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in module.scored]
+    dtype = str(module.dtype_base).removeprefix("torch.")
+    settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
+    scored = Scored(generator, candidates, settings)
+    score(scored, runs, ensemble.dirpath / "evaluation", console, sandbox=sandbox, method=ensemble.method_name)
+
+
+def _of_finished_run(argv: Sequence[str]) -> list[str]:
+    """The options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
+    joined = [word.partition("=")[2] for word in argv if word.startswith("--ensemble.dirpath=")]
+    apart = [value for word, value in pairwise(argv) if word == "--ensemble.dirpath"]
+    given = joined + apart
+    if not given:
+        raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
+    file = Path(given[-1]) / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
+    return ["--config", str(file), *argv, "--ensemble.resume=true"]
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands for adapters trained anywhere: ``merge``, ``inspect``, ``compare``, ``methods``.
+"""The commands for adapters trained anywhere: ``merge``, ``inspect``, ``compare``, ``methods``, ``evaluate``.
 
 Bad input ends in one sentence on stderr and exit code 2.
 """
@@ -29,6 +29,8 @@ from seedlora.diagnostics import (
     plot_distributions,
     plot_spectra,
 )
+from seedlora.evaluation.command import Prompts, evaluate
+from seedlora.evaluation.command import add_arguments as add_evaluate_arguments
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
 from seedlora.into_base import fuse_into_base
@@ -50,19 +52,23 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None) -> int:
     """Run one command.
 
     Args:
         argv: its words. Default: those of the process.
+        prompts: the prompt styles, for ``evaluate``.
 
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
     """
     try:
         arguments = vars(_parser().parse_args(argv))
-        command = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
-        command[arguments.pop("command")](arguments)
+        commands = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
+        if (name := arguments.pop("command")) == "evaluate":
+            evaluate(arguments, prompts)
+        else:
+            commands[name](arguments)
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
         print(f"error: {' '.join(reason.split())}", file=sys.stderr)  # noqa: T201 - stderr is this module's
@@ -94,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--method", default="seedlora", help="the merge that is shown beside them")
     compare.add_argument("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
     compare.add_argument("--json", action="store_true", help="print every layer as JSON")
+
+    add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
 
     methods = commands.add_parser("methods", help="the table of merge methods")
     methods.add_argument("--json", action="store_true", help="print it as JSON")

@@ -12,10 +12,11 @@ more products with ``R`` columns::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
+class _Joined(NamedTuple):
+    """The routed adapters of one layer side by side: A (R, K), B (D, R), the ranks and scalings of the blocks."""
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
 @dataclass
 class _Route:
     """Who computes what in the next forward; shared by all layers of one model."""
@@ -39,6 +49,7 @@ class _Route:
     dropout_keys: tuple[tuple[int, ...], ...] | None = None
     loaded: dict[str, dict[str, LoRAFactors]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    joined: dict[str, _Joined] | None = None
 
 
 class AdapterStack:
@@ -104,7 +115,20 @@ class AdapterStack:
                 raise KeyError(f"no adapter '{name}' in this stack; there are {', '.join(known) or 'none'}")
         self._route.names = tuple(names)
         self._route.lengths, self._route.rows = tuple(lengths), tuple(rows)
+        self._route.joined = None if self._route.joined is None else {}
         self._route.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, no adapter changes: a layer joins and casts its adapters once per route, not in every forward.
+
+        For generation, whose forwards are so small that this would cost as much as they do.
+        """
+        self._route.joined = {}
+        try:
+            yield
+        finally:
+            self._route.joined = None
 
     def load(self, name: str, layers: Mapping[str, LoRAFactors]) -> None:
         """Put an adapter beside the model's own, for evaluation: a fused one, for example.
@@ -148,19 +172,33 @@ def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) 
     x = x_MTK.reshape(-1, shape[-1])
     # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
     y = self.base_layer(x, *args, **kwargs)
-    parts = [_block(self, name) for name in route.names]
-    ranks = tuple(0 if part is None else part[0].shape[0] for part in parts)
+    a_RK, b_DR, ranks, scales = _joined(self, y)
     if not sum(ranks):
         return y.view(*shape[:-1], -1)
-    a_RK = torch.cat([part[0] for part in parts if part is not None]).to(y.dtype)
-    b_DR = torch.cat([part[1] for part in parts if part is not None], dim=1).to(y.dtype)
-    scales = tuple(0.0 if part is None else part[2] for part in parts)
     x = x.to(y.dtype)
     if route.dropout_keys is not None:
         x = _dropout(self, x.view(shape), route).view(x.shape)
     h = torch.mm(x, a_RK.t())
     h = (h.view(n, -1, sum(ranks)) * _blocks(route, ranks, scales, y)).view(h.shape)
     return y.addmm_(h, b_DR.t()).view(*shape[:-1], -1)
+
+
+def _joined(layer: LoraLayer, like: Tensor) -> _Joined:
+    """The adapters routed, in the dtype of ``like``; kept while the stack is frozen."""
+    route: _Route = layer.stack_route
+    if route.joined is not None and layer.stack_path in route.joined:
+        return route.joined[layer.stack_path]
+    parts = [_block(layer, name) for name in route.names]
+    found = [part for part in parts if part is not None] or [(like[:0, :0], like[:0, :0], 0.0)]
+    joined = _Joined(
+        torch.cat([a for a, _, _ in found]).to(like.dtype),
+        torch.cat([b for _, b, _ in found], dim=1).to(like.dtype),
+        tuple(0 if part is None else part[0].shape[0] for part in parts),
+        tuple(0.0 if part is None else part[2] for part in parts),
+    )
+    if route.joined is not None:
+        route.joined[layer.stack_path] = joined
+    return joined
 
 
 def _block(layer: LoraLayer, name: str | None) -> tuple[Tensor, Tensor, float] | None:

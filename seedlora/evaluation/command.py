@@ -1,0 +1,680 @@
+"""``python -m seedlora evaluate``, and the same for adapters that are still in memory after training."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.atomic import write_text
+from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
+from seedlora.evaluation.endpoint import EndpointGenerator
+from seedlora.evaluation.generate import Generation, Generator, OnDone, Prompt, StackGenerator
+from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
+from seedlora.evaluation.harness import check_harness, harness_scores
+from seedlora.evaluation.run import (
+    Candidate,
+    Judged,
+    Samples,
+    TaskRun,
+    generate,
+    judge,
+    open_samples,
+    run_settings,
+    write_solutions,
+)
+from seedlora.evaluation.sandbox import Sandbox
+from seedlora.evaluation.statistics import holm, wilson
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, check_tasks, load_items
+from seedlora.factors import LoRAFactors
+from seedlora.report.results import BASE, Results, results
+from seedlora.report.tables import results_table, verdict
+
+if TYPE_CHECKING:
+    from seedlora.stacked import AdapterStack
+
+RESULTS_NAME, HARNESS_NAME, DEFAULT_STYLE = "results.json", "lm_eval.json", "alpaca"
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Prompts(Protocol):
+    """How requests become prompts: ``datamodules.prompts`` is one, handed over by whoever starts the program."""
+
+    def render(self, style: str | Mapping[str, Any], turns: str) -> str:
+        """The text after which the model answers."""
+
+    def prompt_record(self, style: str, tokenizer: Any) -> dict[str, Any]:
+        """A style with all it takes from the tokenizer, as plain data."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="a PEFT folder or hub id; repeat it")
+    add("--task", default="", metavar="A,B", help=f"from {', '.join(TASKS)}")
+    add("--limit", type=int, help="only the first N items of each task")
+    add("--out", default="evaluation", help="folder of samples and results; what is there is not generated again")
+    add("--base-model", help="default: what the adapters name")
+    add("--with-base", action="store_true", help="score the base model too")
+    add("--against", metavar="NAME", help="compare all with this one; default: merged with mean seed, or the first")
+    add("--json", action="store_true", help="print the results as JSON")
+    data = parser.add_argument_group("tasks")
+    add = data.add_argument
+    add("--task-path", action="append", default=[], metavar="TASK=PATH", help="a file, a mirrored folder, or 'hub'")
+    add("--prompt-style", help=f"for adapters without a {PROMPT_NAME}; default: {DEFAULT_STYLE}")
+    add("--max-new-tokens", type=int, help="instead of the protocol's; the results then say so")
+    add("--execute-code", action="store_true", help="run generated code, inside bubblewrap, to score it")
+    add("--without-sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
+    harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness, the extra seedlora[lm-eval]")
+    add = harness.add_argument
+    add("--lm-eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
+    add("--lm-eval-path", metavar="DIR", help="a folder with YAML files of tasks of your own")
+    work = parser.add_argument_group("generation")
+    add = work.add_argument
+    add("--batch-size", type=int, default=16, help="items in one forward; each adapter answers all of them")
+    add("--dtype", choices=list(DTYPES), default="auto", help="of the base model")
+    add("--endpoint", metavar="URL", help="a completions server; the model's name there is the adapter's here")
+    add("--concurrency", type=int, default=16, help="requests at once")
+    add("--timeout", type=float, default=600.0, help="seconds for one request")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What :func:`score` scores, where the adapters are.
+
+    Args:
+        generator: answers for all candidates.
+        candidates: in the order of the tables.
+        settings: of the generation, guarded against a mixture.
+    """
+
+    generator: Generator
+    candidates: Sequence[Candidate]
+    settings: Mapping[str, Any]
+
+
+def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
+    """Run ``evaluate``.
+
+    Raises:
+        ValueError: for a request that cannot be carried out.
+        OSError: if data, model or server cannot be reached.
+    """
+    if prompts is None:
+        raise ValueError("evaluate needs prompt styles; start it by python -m seedlora evaluate")
+    names, harness = (_words(arguments[key]) for key in ("task", "lm_eval"))
+    if not names and not harness:
+        raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
+    if harness and arguments["endpoint"]:
+        raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
+    if not arguments["adapter"] and not arguments["base_model"]:
+        raise ValueError("give at least one --adapter, or a --base-model to score alone")
+    console = Console(stderr=True) if arguments["json"] else Console()
+    runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"])
+    harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
+    manager = check_harness(harness, harness_path) if harness else None
+    sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
+    scored = _from_endpoint(arguments, prompts) if arguments["endpoint"] else _from_folders(arguments, prompts, console)
+    against = arguments["against"]
+    if against is not None and against not in (known := [c.name for c in scored.candidates]):
+        raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
+    out, found = Path(arguments["out"]), {}
+    if runs:
+        try:
+            found[PROTOCOL] = score(scored, runs, out, console, sandbox=sandbox, against=against)
+        except KeyboardInterrupt:
+            raise OSError("interrupted; the answers so far are kept: the same command goes on from them") from None
+        if arguments["limit"] is not None:
+            console.print("all items: the same without --limit; these answers are kept", highlight=False)
+    if harness:
+        found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
+    if arguments["json"]:
+        print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
+
+
+def task_runs(
+    names: Sequence[str], paths: Sequence[str] = (), limit: int | None = None, max_new_tokens: int | None = None
+) -> list[TaskRun]:
+    """The tasks with their items.
+
+    Args:
+        names: of :data:`TASKS`.
+        paths: ``TASK=PATH`` each.
+        limit: only the first items.
+        max_new_tokens: instead of the protocol's.
+
+    Raises:
+        ValueError: for what is unknown or out of range; ``OSError`` as :func:`load_items`.
+    """
+    check_tasks(names)
+    for option, value in (("limit", limit), ("max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    where = {}
+    for pair in paths:
+        task, equals, path = pair.partition("=")
+        if not equals or task not in names:
+            raise ValueError(f"--task-path '{pair}' must be TASK=PATH for a task that is asked for: {', '.join(names)}")
+        where[task] = Path(path).expanduser()
+    return [
+        TaskRun(name, load_items(name, path=where.get(name), limit=limit), max_new_tokens or TASKS[name].max_new_tokens)
+        for name in names
+    ]
+
+
+def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sandbox | None:
+    """A sandbox if a task runs code and that is wanted; raises as :class:`Sandbox`."""
+    if trust and not execute:
+        raise ValueError("--without-sandbox changes how code is run; add --execute-code to run it at all")
+    if not execute or all(run.task.program is None for run in runs):
+        return None
+    return Sandbox(bubblewrap=not trust)
+
+
+def score(
+    scored: Scored,
+    runs: Sequence[TaskRun],
+    folder: Path,
+    console: Console,
+    *,
+    sandbox: Sandbox | None = None,
+    against: str | None = None,
+    method: str | None = None,
+) -> dict[str, Any]:
+    """Generate, judge, compare; print tables and write ``results.json``.
+
+    Args:
+        scored: who answers.
+        runs: what is asked.
+        folder: of samples and results.
+        console: for people.
+        sandbox: for tasks of code.
+        against: the name that all are compared with.
+        method: how the fused adapter was made, for the title.
+
+    Returns:
+        The results, as in the file.
+    """
+    names = [candidate.name for candidate in scored.candidates]
+    started = time.monotonic()
+    with open_samples(folder, run_settings(scored.candidates, runs, **scored.settings)) as samples:
+        with _progress(console) as progress:
+            new = _generate(samples, scored, runs, progress)
+            seconds = time.monotonic() - started
+            judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
+        tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
+        found = {
+            "protocol": PROTOCOL,
+            **scored.settings,
+            "prompt_styles": {candidate.name: _style(candidate) for candidate in scored.candidates},
+            "tasks": {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)},
+        }
+        _adjust([task["differences"] for task in found["tasks"].values()])
+        write_text(folder / RESULTS_NAME, json.dumps(found, indent=2) + "\n")
+        for run, verdicts, table in zip(runs, judged, tables, strict=True):
+            _show(console, run, verdicts, table, method)
+            if run.task.program is not None and table is None:
+                _say_unscored(console, run, write_solutions(samples, names, run))
+    if new:
+        tokens = sum(said.tokens for said in new)
+        rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"
+        console.print(f"generated now: {rate}", highlight=False)
+    styles = Counter(found["prompt_styles"].values())
+    told = ", ".join(f"{style} ({count})" if len(styles) > 1 else style for style, count in styles.items())
+    console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
+    return found
+
+
+def score_with_harness(
+    scored: Scored, tasks: Sequence[str], manager: Any, folder: Path, console: Console, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
+
+    Args:
+        scored: who is scored, with the model in this process.
+        tasks: names of tasks or groups of the harness.
+        manager: of :func:`seedlora.evaluation.harness.check_harness`.
+        folder: of the results.
+        console: for people.
+        limit: only so many documents of each task.
+    """
+    assert isinstance(scored.generator, StackGenerator)
+    names = [candidate.name for candidate in scored.candidates]
+    say = lambda name: console.print(f"lm-eval: {name}", highlight=False)  # noqa: E731
+    scores = harness_scores(scored.generator, names, tasks, manager, limit=limit, on_adapter=say)
+    plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
+    found = {"protocol": HARNESS_PROTOCOL, **scored.settings, "limit": limit, "scores": plain}
+    write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
+    limited = "" if limit is None else f", {limit} documents of each task"
+    table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
+    for header in ("task", "metric", *names):
+        table.add_column(header, justify="left" if header in ("task", "metric") else "right", overflow="fold")
+    # A group's own line says it all; its many parts are in the file.
+    first = scores[names[0]]
+    shown = [task for task in first if task in tasks] or list(first)
+    for task in shown:
+        for metric in first[task]:
+            cells = [scores[name][task][metric] for name in names]
+            errors = ["" if cell.stderr is None else f" ({cell.stderr:.3f})" for cell in cells]
+            table.add_row(task, metric, *(f"{c.value:.3f}{e}" for c, e in zip(cells, errors, strict=True)))
+    console.print()
+    console.print(table)
+    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", ",").split(",") if word]
+
+
+def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **settings: Any) -> Candidate:
+    """Someone who answers prompts of a style.
+
+    Args:
+        name: how results call it.
+        record: a style's record, or its name.
+        prompts: renders it.
+        settings: what else identifies it.
+    """
+    special = True if isinstance(record, str) else bool(record.get("add_special_tokens", True))
+    return Candidate(
+        name,
+        lambda request, prefix: Prompt(prompts.render(record, request) + prefix, special),
+        {"prompt": record if isinstance(record, str) else dict(record), **settings},
+    )
+
+
+def adapter_sha256(folder: Path) -> str | None:
+    """Of an adapter's weights; ``None`` without a file of them."""
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# Who answers
+
+
+@dataclass(frozen=True)
+class _Named:
+    """An adapter as the command line names it; without a folder if only a server has it."""
+
+    name: str
+    folder: Path | None
+
+    @property
+    def prompt(self) -> dict[str, Any] | None:
+        """What it was trained with, if its folder says."""
+        if self.folder is None or not (file := self.folder / PROMPT_NAME).is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{file} holds a {type(record).__name__}, not the record of a prompt style")
+        return record
+
+
+def _named(words: Sequence[str], *, served: bool) -> list[_Named]:
+    found: dict[str, _Named] = {}
+    for word in words:
+        name, equals, source = word.partition("=") if not Path(word).exists() else ("", "", word)
+        source = source if equals else word
+        if served and not equals and not Path(source).exists():
+            adapter = _Named(word, None)
+        else:
+            folder = locate(source)
+            adapter = _Named(name if equals else folder.resolve().name, folder)
+        if adapter.name in found or adapter.name == BASE:
+            why = "is the base model's own name" if adapter.name == BASE else "is given twice"
+            raise ValueError(f"adapter name '{adapter.name}' {why}; name adapters by --adapter NAME=DIR")
+        found[adapter.name] = adapter
+    return list(found.values())
+
+
+def _base_model(adapters: Sequence[_Named], given: str | None) -> str:
+    if given is not None:
+        return given
+    names = {}
+    for adapter in adapters:
+        if adapter.folder is not None:
+            file = adapter.folder / CONFIG_NAME
+            if not file.is_file():
+                raise AdapterError(f"{adapter.folder} is no PEFT adapter folder: it has no {CONFIG_NAME}")
+            names[json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""] = adapter.name
+    if len(names) != 1:
+        told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
+        raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base-model")
+    return next(iter(names))
+
+
+def _candidates(
+    adapters: Sequence[_Named], base: bool, style: str | None, prompts: Prompts, tokenizer: Callable[[], Any]
+) -> list[Candidate]:
+    """Everyone with the prompts of their training, or else of ``style``."""
+    fallback: str | dict[str, Any] = style or DEFAULT_STYLE
+    if fallback == "chat":
+        fallback = prompts.prompt_record(fallback, tokenizer())
+    prompts.render(fallback, "")
+    records = {adapter.name: adapter.prompt for adapter in adapters}
+    # The base model is asked as the adapters are, if they agree.
+    agreed = {json.dumps(record, sort_keys=True) for record in records.values()}
+    shared = next(iter(records.values())) if len(agreed) == 1 else None
+    asked = [candidate(BASE, shared or fallback, prompts)] if base else []
+    return asked + [
+        candidate(a.name, records[a.name] or fallback, prompts, weights_sha256=a.folder and adapter_sha256(a.folder))
+        for a in adapters
+    ]
+
+
+def _from_endpoint(arguments: Mapping[str, Any], prompts: Prompts) -> Scored:
+    adapters = _named(arguments["adapter"], served=True)
+    models = {adapter.name: adapter.name for adapter in adapters}
+    base = arguments["with_base"] or not adapters
+    if base:
+        models[BASE] = _base_model(adapters, arguments["base_model"])
+    candidates = _candidates(
+        adapters,
+        base,
+        arguments["prompt_style"],
+        prompts,
+        lambda: load_tokenizer(_base_model(adapters, arguments["base_model"])),
+    )
+    generator = EndpointGenerator(
+        arguments["endpoint"], models=models, concurrency=arguments["concurrency"], timeout=arguments["timeout"]
+    )
+    return Scored(generator, candidates, {"generator": "endpoint", "models": models})
+
+
+def _from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Console) -> Scored:
+    if arguments["batch_size"] < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments['batch_size']}")
+    adapters = _named(arguments["adapter"], served=False)
+    base_model = _base_model(adapters, arguments["base_model"])
+    dtype = DTYPES[arguments["dtype"]] or fast_dtype()
+    with console.status("Loading the base model and the adapters ..."):
+        tokenizer = load_tokenizer(base_model)
+        base = arguments["with_base"] or not adapters
+        candidates = _candidates(adapters, base, arguments["prompt_style"], prompts, lambda: tokenizer)
+        model = load_model(base_model, dtype=dtype)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        generator = folder_generator(
+            model, tokenizer, {a.name: a.folder for a in adapters if a.folder}, batch_size=arguments["batch_size"]
+        )
+    if isinstance(generator, OneAfterTheOther):
+        console.print(f"one adapter after the other, since they cannot be stacked: {generator.reason}", soft_wrap=True)
+    settings = {
+        "generator": "transformers",
+        "base_model": resolve(base_model),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return Scored(generator, candidates, settings)
+
+
+def folder_generator(
+    model: Any, tokenizer: Any, folders: Mapping[str, Path], *, batch_size: int = 16
+) -> StackGenerator:
+    """Generates with adapter folders over one loaded base model: stacked, or where that cannot be, one by one.
+
+    Args:
+        model: the base, from transformers; the adapters' layers are put into it.
+        tokenizer: of the model.
+        folders: PEFT folders by name; the name ``base`` is the model itself.
+        batch_size: prompts of one adapter in one forward.
+
+    Raises:
+        AdapterError: if a folder cannot be read or does not fit the model.
+    """
+    if not folders:
+        return StackGenerator(model, tokenizer, route=lambda _: None, adapters={BASE: None}, batch_size=batch_size)
+    try:
+        layers = {name: read_adapter(folder).layers for name, folder in folders.items()}
+        stack = stack_over(model, layers)
+    except AdapterError as error:
+        return OneAfterTheOther(model, tokenizer, folders, batch_size=batch_size, reason=str(error))
+    adapters: dict[str, str | None] = {BASE: None, **{name: name for name in layers}}
+    return StackGenerator(
+        model, tokenizer, route=stack.route, frozen=stack.frozen, adapters=adapters, batch_size=batch_size
+    )
+
+
+def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) -> AdapterStack:
+    """A stack of adapters, each with layers of its own, over a model that has none yet.
+
+    Args:
+        model: of transformers; PEFT's layers are put where an adapter has one.
+        adapters: per name one adapter (``N = 1``) per layer path.
+
+    Raises:
+        AdapterError: if the model lacks a layer, or has one that cannot be stacked.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from seedlora.stacked import AdapterStack
+
+    paths = sorted({path for layers in adapters.values() for path in layers})
+    modules = dict(model.named_modules())
+    if missing := [path for path in paths if path not in modules]:
+        raise AdapterError(f"the base model has no layer {missing[0]}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # A placeholder of rank 1, never routed: it makes PEFT put its layers where ours go.
+        wrapped = get_peft_model(model, LoraConfig(r=1, target_modules=paths), adapter_name="placeholder")
+    try:
+        stack = AdapterStack(wrapped)
+    except ValueError as error:
+        wrapped.unload()
+        raise AdapterError(str(error)) from None
+    for name, layers in adapters.items():
+        stack.load(name, layers)
+    return stack
+
+
+class OneAfterTheOther(StackGenerator):
+    """Generates with one adapter at a time through PEFT's own forward: for DoRA and whatever else PEFT loads.
+
+    Args:
+        model: the base, from transformers.
+        tokenizer: of the model.
+        folders: PEFT folders by name.
+        batch_size: prompts in one forward.
+        reason: why they are not stacked, for people.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, folders: Mapping[str, Path], *, batch_size: int, reason: str = ""
+    ) -> None:
+        from peft import PeftModel
+
+        self.reason, self._folders = reason, dict(folders)
+        wrapped: Any = None
+        for name, folder in folders.items():
+            try:
+                if wrapped is None:
+                    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                else:
+                    wrapped.load_adapter(str(folder), adapter_name=name)
+            except Exception as error:
+                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise AdapterError(f"{reason}; PEFT cannot load {folder} either: {cause}") from None
+
+        def route(names: Sequence[str | None]) -> None:
+            (name,) = names
+            if name is None:
+                wrapped.base_model.disable_adapter_layers()
+            else:
+                wrapped.base_model.enable_adapter_layers()
+                wrapped.set_adapter(name)
+
+        adapters: dict[str, str | None] = {BASE: None, **{name: name for name in folders}}
+        super().__init__(model, tokenizer, route=route, adapters=adapters, batch_size=batch_size)
+
+    def __call__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: OnDone,
+    ) -> None:
+        """See :class:`seedlora.evaluation.generate.Generator`."""
+        for name, asked in prompts.items():
+            super().__call__({name: asked}, max_new_tokens=max_new_tokens, stops=stops, on_done=on_done)
+
+
+# What people see
+
+
+class _Lines:
+    """A line now and then, where no bar can be seen."""
+
+    def __init__(self, console: Console, *, every: float = 60.0) -> None:
+        self.console, self.every, self.last = console, every, time.monotonic()
+
+    def show(self, progress: Progress, task: Any) -> None:
+        if self.console.is_terminal or time.monotonic() - self.last < self.every:
+            return
+        self.last = time.monotonic()
+        shown = progress.tasks[task]
+        left = "" if shown.time_remaining is None else f", about {shown.time_remaining / 60:.0f} min left"
+        self.console.print(f"{shown.description}: {shown.completed:.0f} of {shown.total:.0f}{left}", highlight=False)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+    )
+
+
+def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progress: Progress) -> list[Generation]:
+    new: list[Generation] = []
+    lines, bars = _Lines(progress.console), list[Any]()
+
+    def start(task: str, there: int, wanted: int) -> None:
+        bars.append(progress.add_task(task, total=wanted, completed=there))
+        if there:
+            progress.console.print(f"{task}: {there} of {wanted} answers are there already", highlight=False)
+
+    def done(said: Generation) -> None:
+        new.append(said)
+        progress.advance(bars[-1])
+        lines.show(progress, bars[-1])
+
+    def smaller(size: int) -> None:
+        progress.console.print(f"the memory is too small for this batch; going on with --batch-size {size}")
+
+    generate(samples, scored.generator, scored.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
+    return new
+
+
+def _judge(samples: Samples, names: Sequence[str], run: TaskRun, sandbox: Sandbox | None, progress: Progress) -> Judged:
+    if run.task.program is None or sandbox is None:
+        return judge(samples, names, run)
+    bar = progress.add_task(f"running {run.name}", total=len(names) * len(run.items))
+    return judge(samples, names, run, sandbox=sandbox, on_done=lambda: progress.advance(bar))
+
+
+def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
+    """Merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
+    assert judged.correct is not None
+    names = list(judged.names)
+    seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
+    if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
+        against, seeds = against or (names[0] if len(names) > 1 else None), []
+    cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"
+    return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
+
+
+def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any]:
+    """One task of ``results.json``."""
+    found: dict[str, Any] = {
+        "n": len(run.items),
+        **run.settings,
+        "protocol_max_new_tokens": run.task.max_new_tokens,
+        "scores": None,
+        "differences": {},
+        **({} if table is None else table.to_dict()),
+        "quirks": judged.quirks,
+        "unfinished": judged.unfinished,
+        "tokens": judged.tokens,
+    }
+    if judged.by_value is not None:
+        by_name = zip(judged.names, judged.by_value.T, strict=True)
+        found["math_verify_scores"] = {name: asdict(wilson(column)) for name, column in by_name}
+    groups = sorted(set(judged.groups) - {""})
+    if judged.correct is not None and groups:
+        columns = dict(zip(judged.names, judged.correct.T, strict=True))
+        rows = {group: np.array([g == group for g in judged.groups]) for group in groups}
+        found["groups"] = {
+            group: {name: asdict(wilson(column[where])) for name, column in columns.items()}
+            for group, where in rows.items()
+        }
+    return found
+
+
+def _adjust(differences: Sequence[dict[str, dict[str, Any]]]) -> None:
+    """Add McNemar's p-values adjusted over tasks, comparison by comparison."""
+    by_pair: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task in differences:
+        for label, references in task.items():
+            for reference, difference in references.items():
+                if difference["p_value"] is not None:
+                    by_pair.setdefault((label, reference), []).append(difference)
+    for found in by_pair.values():
+        for difference, p_value in zip(found, holm([d["p_value"] for d in found]), strict=True):
+            difference["p_value_holm"] = p_value
+
+
+def _show(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:
+    console.print()
+    if table is not None:
+        console.print(results_table(table, method=method, title=run.name))
+        if table.differences:
+            console.print(verdict(table), highlight=False)
+    columns = list(dict.fromkeys(quirk for counts in judged.quirks.values() for quirk in counts))
+    answers = Table(title=f"{run.name}: {len(run.items)} answers each", title_justify="left")
+    answers.add_column("adapter")
+    for header in (f"cut at {run.max_new_tokens} tokens", "mean tokens", *columns):
+        answers.add_column(header, justify="right")
+    if judged.by_value is not None:
+        answers.add_column("score by math-verify", justify="right")
+    for i, name in enumerate(judged.names):
+        value = [] if judged.by_value is None else [f"{100 * judged.by_value[:, i].mean():.1f}"]
+        counts = [judged.unfinished[name], round(judged.tokens[name] / len(run.items))]
+        answers.add_row(name, *map(str, counts + [judged.quirks[name].get(quirk, 0) for quirk in columns]), *value)
+    console.print(answers)
+
+
+def _say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
+    console.print(
+        f"{run.name} is not scored: that runs generated code. Add --execute-code to run it inside bubblewrap, or score "
+        "these files elsewhere, with EvalPlus for example:",
+        highlight=False,
+    )
+    for file in files:
+        console.print(f"  {file}", highlight=False, soft_wrap=True)
+
+
+def _style(candidate: Candidate) -> str:
+    record = candidate.settings["prompt"]
+    return f"{record}, by choice" if isinstance(record, str) else f"{record['style']}, of its training"

@@ -1,0 +1,135 @@
+"""Generation by a server that speaks OpenAI's completions protocol: vLLM, SGLang and others."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from seedlora.evaluation.generate import LENGTH, STOPPED, Generation, OnDone, Prompt, before_stop
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+KEY_VARIABLE = "SEEDLORA_ENDPOINT_KEY"
+
+
+class EndpointGenerator:
+    """Asks a server, which knows each adapter as a model of its own name.
+
+    Args:
+        url: of the server, with or without ``/v1``.
+        models: name of each adapter here to the model's name there.
+        concurrency: requests at once.
+        timeout: seconds for one request.
+        retries: of a request that failed for a reason that may pass: no connection, too many requests, a fault of the
+            server. The waits between them double, from half a second on.
+
+    A key, if the server wants one, is read from the environment variable ``SEEDLORA_ENDPOINT_KEY``.
+
+    Raises:
+        ValueError: if the server does not have one of the models.
+        OSError: if it does not answer.
+    """
+
+    def __init__(
+        self, url: str, *, models: Mapping[str, str], concurrency: int = 16, timeout: float = 600.0, retries: int = 5
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--endpoint '{url}' is no address of a server; one is http://localhost:8000")
+        if concurrency < 1 or timeout <= 0:
+            raise ValueError(f"--concurrency {concurrency} and --timeout {timeout} must be positive")
+        self.url, self.models = url.rstrip("/").removesuffix("/v1"), models
+        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.batch_size = 64 * concurrency
+        known = [str(model.get("id")) for model in self._ask("/v1/models").get("data", [])]
+        if missing := sorted(set(models.values()) - set(known)):
+            raise ValueError(
+                f"the server at {self.url} has no model '{missing[0]}'; it has {', '.join(known) or 'none'} (vLLM "
+                "takes adapters by --enable-lora --lora-modules NAME=FOLDER)"
+            )
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Characters: only the server can count tokens."""
+        return [len(prompt.text) for prompt in prompts]
+
+    def __call__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: OnDone,
+    ) -> None:
+        """See :class:`seedlora.evaluation.generate.Generator`; ``on_done`` is called in the caller's thread."""
+
+        def one(name: str, prompt: Prompt) -> Generation:
+            request: dict[str, Any] = {
+                "model": self.models[name],
+                "prompt": prompt.text,
+                "max_tokens": max_new_tokens,
+                "temperature": 0,
+            }
+            if stops:
+                request["stop"] = list(stops)
+            if not prompt.add_special_tokens:
+                request["add_special_tokens"] = False
+            answer = self._ask("/v1/completions", request)
+            try:
+                choice = answer["choices"][0]
+                text = before_stop(str(choice["text"]), stops)
+            except (KeyError, IndexError, TypeError):
+                raise OSError(f"the server at {self.url} answered without choices: {str(answer)[:200]}") from None
+            finish = LENGTH if choice.get("finish_reason") == "length" and text == choice["text"] else STOPPED
+            return Generation(text, int((answer.get("usage") or {}).get("completion_tokens") or 0), finish)
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = {
+                pool.submit(one, name, prompt): (name, i)
+                for name, asked in prompts.items()
+                for i, prompt in enumerate(asked)
+            }
+            try:
+                for future in as_completed(futures):
+                    on_done(*futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - checked in __init__
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+                    answer: dict[str, Any] = json.loads(response.read())
+                    return answer
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code}: {_message(error.read())}"
+                if error.code not in _AGAIN:
+                    raise OSError(f"the server at {self.url} refused {path} ({reason})") from None
+            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(0.5 * 2**attempt * (0.5 + random.random()))  # noqa: S311 - spreads the requests
+        raise OSError(f"the server at {self.url} does not answer {path} ({reason}; {self.retries + 1} attempts)")
+
+
+def _message(body: bytes) -> str:
+    """What the server says of an error, however it wraps it."""
+    text = body.decode("utf-8", errors="replace")
+    try:
+        found = json.loads(text)
+        found = found.get("error", found)
+        text = found.get("message", text) if isinstance(found, dict) else str(found)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:300]

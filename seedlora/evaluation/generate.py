@@ -1,0 +1,262 @@
+"""Greedy generation by several adapters at once.
+
+Shape legend: ``N`` adapters, ``b`` prompts of each, ``M = N b`` rows (adapter after adapter), ``T`` tokens so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+STOPPED, LENGTH = "stop", "length"
+
+
+class Prompt(NamedTuple):
+    """A text to go on from, and whether the tokenizer puts its own tokens (a bos, for example) around it."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class Generation(NamedTuple):
+    """What a model said after a prompt: the text before the first stop, its tokens, and why it ended."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+#: Called with an adapter's name, the place of the prompt among its prompts, and what it said.
+OnDone = Callable[[str, int, Generation], object]
+
+
+class Generator(Protocol):
+    """Answers prompts greedily; in this process, or on a server."""
+
+    #: Most prompts of one adapter that should be handed over at once.
+    batch_size: int
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The length of each prompt, in tokens or what stands for them; raises ``ValueError`` for one too long."""
+        ...
+
+    def __call__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: OnDone,
+    ) -> None:
+        """Answer each adapter's prompts, of which all adapters have equally many; hand each answer to ``on_done``."""
+        ...
+
+
+class StackGenerator:
+    """Generates with the adapters of one model, all of them in one forward.
+
+    Args:
+        model: a causal language model of transformers, the adapters' base.
+        tokenizer: of the model.
+        route: ``route(names)`` says whose rows the blocks of the next forwards are:
+            :meth:`seedlora.stacked.AdapterStack.route`, for example.
+        frozen: a context in which no adapter changes: :meth:`seedlora.stacked.AdapterStack.frozen`.
+        adapters: what each name given to the call is for ``route``.
+        batch_size: prompts of one adapter in one forward.
+
+    A row is padded on the left to the longest prompt of its batch. Finished rows leave the batch when they are a
+    quarter of it; an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        route: Callable[[Sequence[str | None]], object],
+        frozen: Callable[[], AbstractContextManager[object]] = nullcontext,
+        adapters: Mapping[str, str | None],
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._route, self._frozen, self._adapters = route, frozen, adapters
+        self._context = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+        config = getattr(model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The tokens of each prompt.
+
+        Raises:
+            ValueError: if one leaves no room in the model's context.
+        """
+        lengths = [len(self._encode(prompt)) for prompt in prompts]
+        if (longest := max(lengths, default=0)) >= self._context:
+            raise ValueError(f"a prompt has {longest} tokens, but the model's context only {self._context}")
+        return lengths
+
+    def __call__(
+        self,
+        prompts: Mapping[str, Sequence[Prompt]],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        on_done: OnDone,
+    ) -> None:
+        """See :class:`Generator`."""
+        names = list(prompts)
+        rows = [self._encode(prompt) for name in names for prompt in prompts[name]]
+        per_adapter = len(rows) // len(names)
+        assert all(len(prompts[name]) == per_adapter for name in names)
+        # A token is at least a byte, so a stop that was just completed is within this many.
+        window = max((len(stop.encode()) for stop in stops), default=0) + 1
+
+        def ended(row: int, said: list[int]) -> bool:
+            if said[-1] in self._ends:
+                return True
+            return bool(stops) and any(stop in self._decode(rows[row], said, last=window) for stop in stops)
+
+        def done(row: int, said: list[int]) -> None:
+            text = self._decode(rows[row], [token for token in said if token not in self._ends])
+            cut = before_stop(text, stops)
+            finish = STOPPED if said[-1] in self._ends or len(cut) < len(text) else LENGTH
+            on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
+
+        limit = min(max_new_tokens, self._context - max(map(len, rows)))
+        with evaluating(self.model), self._frozen():
+            self.route(names)
+            greedy(self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=done)
+
+    def route(self, names: Sequence[str]) -> None:
+        """Send the next forwards through these adapters, a block of rows each."""
+        self._route([self._adapters[name] for name in names])
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        # Some tokenizers end every text; the answer would then follow the end.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _decode(self, prompt: list[int], said: list[int], *, last: int | None = None) -> str:
+        """The text of ``said`` as it follows the prompt: some tokenizers drop a space at the start of a text."""
+        new = said if last is None else said[-last:]
+        context = (prompt + said)[: len(prompt) + len(said) - len(new)][-4:]
+        decode = self.tokenizer.decode
+        before = decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole = decode([*context, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return whole[len(before) :]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    blocks: int,
+    max_new_tokens: int,
+    ended: Callable[[int, list[int]], bool],
+    on_done: Callable[[int, list[int]], object] = lambda _row, _said: None,
+) -> list[list[int]]:
+    """The most likely token after each row, again and again.
+
+    What a row says does not depend on the rows beside it, except where two tokens are as likely as each other up to the
+    rounding of the products.
+
+    Args:
+        model: called with ``input_ids``, ``attention_mask``, ``position_ids`` and a key-value cache.
+        rows: token ids of the prompts.
+        blocks: the batch is this many blocks of equally many rows, at any time.
+        max_new_tokens: at most so many are said.
+        ended: ``ended(row, said)`` after each token of a row: whether that was the last one.
+        on_done: called with each row's number and tokens as soon as it is complete.
+
+    Returns:
+        The tokens said, the last one included.
+    """
+    from transformers import DynamicCache
+
+    assert rows
+    assert len(rows) % blocks == 0
+    device = model.get_input_embeddings().weight.device
+    ids_MT, mask_MT = _left_padded(rows, device)
+    cache = DynamicCache(config=model.config)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    said: list[list[int]] = [[] for _ in rows]
+    active = list(range(len(rows)))  # the rows in the batch, in its order
+    alive = set(active)
+    for _ in range(max_new_tokens):
+        positions = (mask_MT.cumsum(1) - 1).clamp(min=0)[:, -ids_MT.shape[1] :]
+        logits = model(
+            input_ids=ids_MT,
+            attention_mask=mask_MT,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).logits
+        next_M = logits[:, -1].argmax(-1)
+        for row, token in zip(active, next_M.tolist(), strict=True):
+            if row in alive:
+                said[row].append(token)
+                if ended(row, said[row]):
+                    alive.discard(row)
+                    on_done(row, said[row])
+        if not alive:
+            break
+        if (kept := _compacted(active, alive, blocks)) is not None:
+            index = torch.tensor(kept, device=device)
+            cache.batch_select_indices(index)
+            next_M, mask_MT = next_M[index], mask_MT[index]
+            active = [active[i] for i in kept]
+        ids_MT = next_M[:, None]
+        mask_MT = torch.cat([mask_MT, mask_MT.new_ones(len(active), 1)], dim=1)
+    for row in sorted(alive):
+        on_done(row, said[row])
+    return said
+
+
+def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both of shape (M, T)."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = torch.tensor(row)
+        mask[i, length - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _compacted(active: Sequence[int], alive: set[int], blocks: int) -> list[int] | None:
+    """Places in the batch to keep, equally many of each block; ``None`` while that saves less than a quarter."""
+    size = len(active) // blocks
+    places = [range(i * size, (i + 1) * size) for i in range(blocks)]
+    needed = max(sum(active[place] in alive for place in block) for block in places)
+    if needed > 0.75 * size:
+        return None
+    kept = []
+    for block in places:
+        living_first = sorted(block, key=lambda place: active[place] not in alive)
+        kept += sorted(living_first[:needed])
+    return kept
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode; every module goes back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,136 @@
+"""lm-evaluation-harness on a model in memory, protocol ``lm-eval``: its own tasks, prompts and scores.
+
+Nothing of the process is disturbed: the harness is told not to seed anything, the random states are put back anyway,
+the model's train mode returns, and the tokenizer it changes is a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seedlora.evaluation.generate import StackGenerator, evaluating
+
+PROTOCOL = "lm-eval"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one task: a value and its standard error, if the harness gives one."""
+
+    value: float
+    stderr: float | None
+
+
+#: Adapter to task to metric.
+Scores = dict[str, dict[str, dict[str, Measured]]]
+
+
+def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
+    """The harness's table of tasks, once for all adapters.
+
+    Args:
+        tasks: names of tasks or groups.
+        folder: with YAML files of tasks of your own. If it has all that are asked for, the harness's 10,000 files are
+            not read, which takes seconds.
+
+    Raises:
+        ValueError: if the harness is not installed, or has no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError("--lm-eval needs lm-evaluation-harness: pip install 'seedlora[lm-eval]'") from None
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--lm-eval-path {folder} is no folder")
+    for defaults in (False, True):
+        if defaults or folder is not None:
+            manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
+            missing = [task for task in tasks if not manager.match_tasks([task])]
+            if not missing:
+                return manager
+    raise ValueError(f"lm-evaluation-harness has no task '{missing[0]}'; lm-eval ls tasks lists them")
+
+
+def harness_scores(
+    generator: StackGenerator,
+    names: Sequence[str],
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    limit: int | None = None,
+    on_adapter: Callable[[str], object] = lambda _name: None,
+) -> Scores:
+    """Score adapters, one after the other, on tasks of the harness.
+
+    Args:
+        generator: holds model, tokenizer and adapters.
+        names: of the adapters.
+        tasks: names of tasks or groups.
+        manager: of :func:`check_harness`.
+        limit: only so many documents of each task.
+        on_adapter: called before each.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    found: Scores = {}
+    with _undisturbed(), evaluating(generator.model):
+        for name in names:
+            on_adapter(name)
+            generator.route([name])
+            model = HFLM(
+                pretrained=generator.model,
+                tokenizer=copy.deepcopy(generator.tokenizer),
+                batch_size=generator.batch_size,
+            )
+            answer = lm_eval.simple_evaluate(
+                model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+            found[name] = {task: _measured(entry) for task, entry in answer["results"].items()}
+    return found
+
+
+def _measured(entry: Mapping[str, Any]) -> dict[str, Measured]:
+    """``acc,none`` and ``acc_stderr,none`` to ``acc``."""
+    values = {}
+    for key, value in entry.items():
+        metric, _, filter_ = key.partition(",")
+        if filter_ and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = entry.get(f"{metric}_stderr,{filter_}")
+            label = metric if filter_ == "none" else f"{metric} ({filter_})"
+            values[label] = Measured(float(value), error if isinstance(error, int | float) else None)
+    return values
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random states as they were, and the harness silent about itself."""
+    logger = logging.getLogger("lm_eval")
+    level, python, arrays = logger.level, random.getstate(), np.random.get_state()
+    logger.setLevel(logging.ERROR)
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        logger.setLevel(level)

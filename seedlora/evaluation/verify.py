@@ -1,0 +1,43 @@
+"""A second, more lenient judge of MATH answers: math-verify, which compares values instead of texts."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+
+NAME = "math-verify"
+
+
+def available() -> bool:
+    """Whether the extra ``seedlora[math-verify]`` is installed."""
+    return find_spec("math_verify") is not None
+
+
+def verify_all(pairs: Sequence[tuple[str, str]], *, workers: int = 2) -> list[bool]:
+    """Whether each answer has the value of its gold answer.
+
+    Runs in processes of their own: math-verify limits its time by a signal, which only a main thread can take.
+
+    Args:
+        pairs: gold answer and answer, both without dollar signs.
+        workers: processes.
+    """
+    if not pairs:
+        return []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_equal, pairs, chunksize=16))
+
+
+def _equal(pair: tuple[str, str]) -> bool:
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        gold, answer = (parse(f"${text}$") for text in pair)
+        return bool(verify(gold, answer))
+    except Exception:
+        # sympy raises anything on text that is no formula; such an answer is wrong.
+        return False

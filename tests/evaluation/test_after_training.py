@@ -1,0 +1,93 @@
+"""``train.py --evaluate`` on the stack in memory, and ``train.py test`` on a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules import prompts
+from seedlora.cli import main
+from seedlora.shell import main as shell
+from train import PARTS
+
+SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
+    Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(tiny_llama, *options):
+    base = ["--model.base_model", tiny_llama, "--model.dtype", "float32", *SMALL, "--ensemble.dirpath", "run"]
+    return main(PARTS, [*base, *options])
+
+
+EVALUATE = ["--evaluate", "gsm8k", "--evaluate_limit", "4", "--evaluate_max_new_tokens", "6"]
+EVALUATE += ["--evaluate_task_path", '{"gsm8k": "gsm8k.jsonl"}']
+
+
+def answers(folder):
+    lines = [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
+    return {(s["adapter"], s["item"]): s["text"] for s in lines}
+
+
+def test_all_adapters_are_scored_after_training_as_they_are_from_their_folders(tiny_llama, capsys):
+    assert run(tiny_llama, *EVALUATE) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "gsm8k: protocol paper, but 6 new tokens, n = 4" in shown
+    assert "prompt style: plain" in shown
+    found = json.loads(Path("run/evaluation/results.json").read_text())["tasks"]["gsm8k"]
+    assert list(found["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]
+    assert set(found["differences"]["fused"]) == {"mean seed", "soup"}
+    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
+    words += [word for name in ("seed_11", "fused") for word in ("--adapter", f"run/{name}")]
+    assert shell([*words, "--dtype", "float32", "--prompt-style", "plain", "--with-base"], prompts=prompts) == 0
+    in_memory, from_folders = answers("run/evaluation"), answers("evaluation")
+    assert len(from_folders) == 12
+    assert {key: in_memory[key] for key in from_folders} == from_folders
+
+
+def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
+    assert run(tiny_llama) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/adapter_model.safetensors")}
+    first = json.loads(Path("run/results.json").read_text())
+    assert len(before) == 4
+    capsys.readouterr()
+    assert main(PARTS, ["test", "--ensemble.dirpath", "run", *EVALUATE]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads(Path("run/results.json").read_text()) == first
+    assert len(answers("run/evaluation")) == 24
+    assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
+    assert "24 of 24 answers are there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--evaluate", "gsm9k"], "Unknown task 'gsm9k'"),
+        (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
+        (["--evaluate", "boolq"], "needs its test file"),
+        (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
+        (["test"], "test needs the run to score"),
+        (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_training(tiny_llama, words, message, capsys):
+    given = words if words[0] == "test" else ["--model.base_model", tiny_llama, *SMALL, *words]
+    assert main(PARTS, given) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_an_unfinished_run_cannot_be_tested(tiny_llama, capsys):
+    import shutil
+
+    assert run(tiny_llama) == 0
+    shutil.rmtree("run/seed_42")
+    assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2
+    assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err

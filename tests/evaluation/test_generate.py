@@ -1,0 +1,134 @@
+"""Stacked generation against transformers' own, with PEFT's own forward, one adapter and one prompt at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import built
+
+from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, before_stop, evaluating, greedy
+
+SEEDS = (11, 42, 202)
+PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]
+
+
+@pytest.fixture(scope="module")
+def module(tiny_llama):
+    found = built(tiny_llama, *SEEDS)
+    # A random model repeats itself; an end token that is likely makes rows end at different times.
+    with torch.no_grad():
+        found.model.get_base_model().lm_head.weight[0] *= 3
+    return found
+
+
+def stacked(module, *, batch_size=16):
+    names = {"base": None, **{f"seed_{seed}": f"seed_{seed}" for seed in SEEDS}}
+    base = module.model.get_base_model()
+    stack = module.stack
+    return StackGenerator(
+        base, module.tokenizer, route=stack.route, frozen=stack.frozen, adapters=names, batch_size=batch_size
+    )
+
+
+def texts(module, prompts, **options):
+    found = {name: [None] * len(asked) for name, asked in prompts.items()}
+
+    def put(name, i, generation):
+        assert found[name][i] is None
+        found[name][i] = generation
+
+    stacked(module)(prompts, **options, on_done=put)
+    return found
+
+
+def tokens_of(module, names, rows, **options):
+    module.stack.route(names)
+    ended = lambda _row, said: said[-1] == 0  # noqa: E731
+    with evaluating(module.model):
+        return greedy(module.model.get_base_model(), rows, blocks=len(names), ended=ended, **options)
+
+
+def peft_tokens(module, name, row, max_new_tokens):
+    """transformers' generate with PEFT's forward."""
+    layers = module.stack.layers.values()
+    saved = [vars(layer).pop("forward") for layer in layers]
+    try:
+        with evaluating(module.model), torch.no_grad():
+            ids = torch.tensor([row])
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+            if name is None:
+                with module.model.disable_adapter():
+                    out = module.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            else:
+                module.model.set_adapter(name)
+                out = module.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            return out[0, len(row) :].tolist()
+    finally:
+        for layer, forward in zip(layers, saved, strict=True):
+            vars(layer)["forward"] = forward
+
+
+def test_tokens_equal_transformers_generate_with_peft(module):
+    names = [None, *(f"seed_{seed}" for seed in SEEDS)]
+    rows = [module.tokenizer(text)["input_ids"] for text in PROMPTS]
+    found = tokens_of(module, names, rows * len(names), max_new_tokens=40)
+    wanted = [peft_tokens(module, name, row, 40) for name in names for row in rows]
+    assert found == wanted
+    lengths = {len(said) for said in found}
+    assert len(lengths) > 3, "rows must end at different times, or leaving the batch is not tested"
+    assert len({tuple(said) for said in found}) > 10, "the adapters must differ"
+
+
+def test_what_a_row_says_does_not_depend_on_its_batch(module):
+    rows = [module.tokenizer(text)["input_ids"] for text in PROMPTS]
+    together = tokens_of(module, ["seed_11", "seed_42"], rows * 2, max_new_tokens=30)
+    for name, block in (("seed_11", together[:5]), ("seed_42", together[5:])):
+        for row, said in zip(rows, block, strict=True):
+            assert tokens_of(module, [name], [row], max_new_tokens=30) == [said]
+    reversed_ = tokens_of(module, ["seed_42", "seed_11"], rows[::-1] * 2, max_new_tokens=30)
+    assert reversed_ == together[:4:-1] + together[4::-1]
+
+
+def test_texts_by_adapter(module):
+    prompts = {"base": [Prompt(t) for t in PROMPTS[:3]], "seed_42": [Prompt(t) for t in PROMPTS[1:4]]}
+    found = texts(module, prompts, max_new_tokens=20, stops=())
+    for name, asked in prompts.items():
+        for prompt, generation in zip(asked, found[name], strict=True):
+            said = peft_tokens(module, None if name == "base" else name, module.tokenizer(prompt.text)["input_ids"], 20)
+            assert generation.text == module.tokenizer.decode(said, skip_special_tokens=True)
+            assert generation.tokens == len(said)
+            assert generation.finish == (STOPPED if said[-1] == 0 else LENGTH)
+
+
+def test_a_stop_ends_the_row_and_is_cut_off(module):
+    asked = {name: [Prompt(text) for text in PROMPTS] for name in ("base", "seed_11", "seed_42", "seed_202")}
+    free = texts(module, asked, max_new_tokens=20, stops=())
+    name, i = next((n, i) for n, said in free.items() for i, g in enumerate(said) if g.finish == LENGTH)
+    whole = free[name][i].text
+    found = texts(module, asked, max_new_tokens=20, stops=(whole[4:6],))[name][i]
+    assert found.text == whole[: whole.index(whole[4:6])]
+    assert found.finish == STOPPED
+    assert found.tokens < 20
+    assert before_stop("one two three", ["three", "two"]) == "one "
+    assert before_stop("one", ["two"]) == "one"
+
+
+def test_modes_return_and_the_random_state_is_untouched(module):
+    module.model.train()
+    module.model.get_base_model().lm_head.eval()
+    modes, state = [m.training for m in module.model.modules()], torch.get_rng_state()
+    texts(module, {"base": [Prompt("a")]}, max_new_tokens=2, stops=())
+    assert [m.training for m in module.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert any(modes)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_generating(module):
+    generate = stacked(module)
+    generate._context = 10
+    with pytest.raises(ValueError, match="a prompt has 40 tokens, but the model's context only 10"):
+        generate.lengths([Prompt("a"), Prompt("x" * 40)])
+    found = []
+    prompts = {"seed_11": [Prompt("x" * 7)]}
+    generate(prompts, max_new_tokens=20, stops=(), on_done=lambda name, i, generation: found.append(generation))
+    assert found[0].tokens <= 3

@@ -1,0 +1,100 @@
+"""lm-evaluation-harness on the model in memory, for real, on a task of our own from a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import built
+
+from datamodules import prompts
+from seedlora.adapter import write_adapter
+from seedlora.evaluation.generate import StackGenerator
+from seedlora.evaluation.harness import check_harness, harness_scores
+from seedlora.shell import main
+
+pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")
+
+TASK = """\
+task: our_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {file}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+ROWS = [{"q": f"Row {i}:", "choices": [f" {i}a", f" {i}b", " xyz"], "answer": i % 3} for i in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "tasks" / "ours.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    return tmp_path / "tasks"
+
+
+def by_hand(module, name):
+    """Share of rows whose right choice has the greatest likelihood, one choice at a time."""
+    right = 0
+    for row in ROWS:
+        scores = []
+        for choice in row["choices"]:
+            ids = torch.tensor([module.tokenizer(row["q"] + choice)["input_ids"]])
+            start = len(module.tokenizer(row["q"])["input_ids"])
+            module.stack.route([name])
+            with torch.no_grad():
+                logs = module.model(input_ids=ids).logits[0].log_softmax(-1)
+            scores.append(sum(logs[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])))
+        right += int(np.argmax(scores)) == row["answer"]
+    return right / len(ROWS)
+
+
+def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder):
+    module = built(tiny_llama, 1, 2)
+    names = {"base": None, "seed_1": "seed_1", "seed_2": "seed_2"}
+    base = module.model.get_base_model()
+    generator = StackGenerator(base, module.tokenizer, route=module.stack.route, adapters=names, batch_size=4)
+    wanted = {label: by_hand(module, name) for label, name in names.items()}
+    manager = check_harness(["our_choice"], folder)
+    module.model.train()
+    modes = [m.training for m in module.model.modules()]
+    padding = module.tokenizer.pad_token
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    found = harness_scores(generator, list(names), ["our_choice"], manager)
+    assert {name: scores["our_choice"]["acc"].value for name, scores in found.items()} == pytest.approx(wanted)
+    assert len(set(wanted.values())) > 1, "the adapters must differ"
+    assert found["base"]["our_choice"]["acc"].stderr > 0
+    assert [m.training for m in module.model.modules()] == modes
+    assert module.tokenizer.pad_token == padding
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = built(tiny_llama, 1)
+    write_adapter("one", module.stack.stored("seed_1"), module.lora_config)
+    words = ["evaluate", "--adapter", "one", "--with-base", "--lm-eval-path", str(folder), "--dtype", "float32"]
+    assert main([*words, "--lm-eval", "our_choice", "--limit", "6"], prompts=prompts) == 0
+    assert "protocol lm-eval, 6 documents of each task" in capsys.readouterr().out
+    found = json.loads(Path("evaluation/lm_eval.json").read_text())
+    assert (found["protocol"], list(found["scores"])) == ("lm-eval", ["base", "one"])
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_loaded(folder):
+    with pytest.raises(ValueError, match="is no folder"):
+        check_harness(["our_choice"], folder / "nowhere")
