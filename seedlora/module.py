@@ -275,7 +275,7 @@ class SeedLoRAModule(pl.LightningModule):
         together: nothing of that replica then reaches the others.
 
         Raises:
-            StoppedError: if the loss of a replica is not finite, and :attr:`exclude_diverged` is not set or none is left.
+            StoppedError: if a loss is not finite, and :attr:`exclude_diverged` is not set or no replica is left.
         """
         active = [i for i, replica in enumerate(self.replicas) if replica.name not in self.idle]
         replicas, n = [self.replicas[i] for i in active], len(active)
