@@ -320,7 +320,7 @@ def whole(parameter: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return parameter.full_tensor().detach()
     return parameter.detach().clone()
 
 
