@@ -19,7 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
-from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard
+from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -261,9 +261,7 @@ class SeedLoRAModule(pl.LightningModule):
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
         named = {f"train/loss_{r.name}": loss for r, loss in zip(self.replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
-        # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return (sums / batch["num_items"]).sum() * scale
+        return (sums / batch["num_items"]).sum() * step_scale(self.trainer)
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
         """Every adapter of :attr:`scored` on the same rows, in one pass over the base model.
