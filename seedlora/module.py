@@ -19,7 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.stacked import AdapterStack
-from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard
+from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -299,9 +299,7 @@ class SeedLoRAModule(pl.LightningModule):
             return self.training_step(batch, batch_idx)
         named = {f"train/loss_{r.name}": loss for r, loss in zip(replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
-        # Lightning divides by the micro-batches of a step, and DDP averages over ranks; num_items covers both already.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        total = (sums / batch["num_items"][active]).sum() * scale
+        total = (sums / batch["num_items"][active]).sum() * step_scale(self.trainer)
         if self.idle and self.trainer.world_size > 1:
             # DDP waits for a gradient of every parameter.
             idle = (parameter for name in sorted(self.idle) for parameter in self.stack.parameters(name))

@@ -207,6 +207,18 @@ def holds_whole_adapters(trainer: pl.Trainer) -> bool:
     return not isinstance(trainer.strategy, DeepSpeedStrategy | FSDP2Strategy)
 
 
+def step_scale(trainer: pl.Trainer) -> int:
+    """What multiplies a loss that is already normalised over the whole optimizer step, all micro-batches, all ranks.
+
+    The strategies average gradients over the ranks, and Lightning divides the loss by ``accumulate_grad_batches``.
+    DeepSpeed's engine divides by it once more; AdamW hides a wrong scale, except where its epsilon or the clip counts.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        accumulate *= accumulate
+    return accumulate * trainer.world_size
+
+
 def check_batches(trainer: pl.Trainer, batches: int) -> None:
     """Refuse an epoch whose last optimizer step has fewer micro-batches, where the strategy cannot count it.
 

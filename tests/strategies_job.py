@@ -32,7 +32,7 @@ STRATEGIES = {
 
 
 def run(base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: int) -> dict[str, object]:
-    """Two passes, accumulation, a clip that bites, a number of rows that two ranks do not share evenly."""
+    """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly."""
     callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2)
     module = make_module(base_model, gradient_checkpointing=True)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
@@ -42,7 +42,8 @@ def run(base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: i
             accelerator="cpu",
             max_epochs=1,
             accumulate_grad_batches=2,
-            gradient_clip_val=0.05,
+            # AdamW takes any scale of the gradient for the same: the first pass is clipped, the second is not.
+            gradient_clip_val=0.05 if len(callback.pending) == len(SEEDS) else None,
             callbacks=[callback],
             logger=False,
             enable_checkpointing=False,
