@@ -308,6 +308,8 @@ class SeedLoRAModule(pl.LightningModule):
 
     def _leave_out(self, names: Sequence[str]) -> None:
         """Make replicas idle whose loss is not finite, or end the run."""
+        # Zero times infinity: weights that are not finite spoil every row, and only their own replica is at fault.
+        names = [name for name in names if not self.stack.is_finite(name)] or names
         step = self.trainer.global_step
         what = f"the training loss of {', '.join(names)} is not finite in step {step + 1}"
         if not self.exclude_diverged:

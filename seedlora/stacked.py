@@ -154,6 +154,10 @@ class AdapterStack:
         weights = {path: (layer.lora_A[name].weight, layer.lora_B[name].weight) for path, layer in self.layers.items()}
         return {path: LoRAFactors(*(whole(w)[None] for w in pair)) for path, pair in weights.items()}
 
+    def is_finite(self, name: str) -> bool:
+        """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
+        return all(bool(whole(parameter).isfinite().all()) for parameter in self.parameters(name))
+
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer: A, then B."""
         return [module[name].weight for layer in self.layers.values() for module in (layer.lora_A, layer.lora_B)]

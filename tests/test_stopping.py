@@ -1,0 +1,220 @@
+"""Seeds that stop before the others: no longer improving, diverged, or told to by SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import make_data, make_module
+from safetensors.torch import load_file
+from test_callback import trainer
+
+from callbacks import SeedEnsembleCallback
+from seedlora.module import SeedLoRAModule, StoppedError
+from seedlora.plan import Memory, fitting_stack
+
+
+class Scripted(SeedLoRAModule):
+    """Validation losses as told, the last one again and again; keeps the weights that were there at each validation."""
+
+    losses: dict[str, list[float]]
+
+    def on_validation_start(self):
+        self.weights.append(
+            {r.name: [p.detach().clone() for p in self.stack.parameters(r.name)] for r in self.replicas}
+        )
+
+    def validation_step(self, batch, batch_idx):
+        for name, values in self.losses.items():
+            self.log(f"val/loss_{name}", values[min(len(self.weights), len(values)) - 1])
+
+
+def fit(base, ensemble, losses, **options):
+    module = Scripted(base, dtype="float32", r=4)
+    module.losses, module.weights = losses, []
+    run = trainer(ensemble, **{"max_epochs": 3, "val_check_interval": 0.25, "num_sanity_val_steps": 0, **options})
+    run.fit(module, datamodule=make_data())
+    return module, run
+
+
+def written(ensemble, seed):
+    return load_file(ensemble.adapter_path(seed) / "adapter_model.safetensors")
+
+
+def same(tensors, weights):
+    """Whether a file holds these weights, in whatever order."""
+    sums = [sorted(t.double().sum().item() for t in these) for these in (tensors.values(), weights)]
+    return sums[0] == sums[1]
+
+
+def test_each_seed_keeps_its_own_best_weights(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2, 3], budget="full", keep="best", dirpath=tmp_path / "x")
+    losses = {"seed_1": [3, 1, 2, 4], "seed_2": [4, 3, 2, 1], "seed_3": [1, 2, 3, float("nan")]}
+    module, _ = fit(tiny_llama, ensemble, losses, max_epochs=1)
+    assert len(module.weights) == 4
+    for seed, best in ((1, 1), (2, 3), (3, 0)):
+        assert same(written(ensemble, seed), module.weights[best][f"seed_{seed}"])
+        assert not same(written(ensemble, seed), module.weights[(best + 1) % 4][f"seed_{seed}"])
+
+
+def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(tiny_llama, tmp_path):
+    plain = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "plain")
+    fit(tiny_llama, plain, {}, max_epochs=1)
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", patience=1, dirpath=tmp_path / "x")
+    module, run = fit(tiny_llama, ensemble, {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}, max_epochs=1)
+    assert module.idle == {"seed_1"}
+    assert same(written(ensemble, 1), module.weights[1]["seed_1"])
+    assert all(map(torch.equal, module.weights[1]["seed_1"], module.weights[3]["seed_1"]))
+    assert run.global_step == 12
+    for key, value in written(plain, 2).items():
+        assert torch.allclose(written(ensemble, 2)[key], value, rtol=0, atol=1e-6)
+
+
+def test_the_fit_ends_when_all_seeds_are_stopped(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", patience=2, keep="best", dirpath=tmp_path / "x")
+    module, run = fit(tiny_llama, ensemble, {"seed_1": [1], "seed_2": [1]})
+    assert len(module.weights) == 3
+    assert run.global_step == 9
+    assert same(written(ensemble, 1), module.weights[0]["seed_1"])
+    assert ensemble.fused_path.is_dir()
+
+
+class Poison(pl.Callback):
+    """Makes one seed's weights infinite before a step."""
+
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            module.stack.parameters(self.name)[1].data.fill_(float("inf"))
+
+
+def test_a_diverged_seed_ends_the_run_by_name(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", checkpoint_every_n_steps=2, dirpath=tmp_path / "x")
+    run = trainer(ensemble, max_epochs=1)
+    run.callbacks.append(Poison("seed_2", 5))
+    with pytest.raises(StoppedError, match=r"the training loss of seed_2 is not finite in step 6; lower"):
+        run.fit(make_module(tiny_llama), datamodule=make_data())
+    assert ensemble.ckpt_step == 4
+
+
+def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp_path):
+    alone = SeedEnsembleCallback([1, 3], merge="soup", budget="full", dirpath=tmp_path / "alone")
+    trainer(alone, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
+    ensemble = SeedEnsembleCallback(
+        [1, 2, 3], merge="soup", budget="full", on_divergence="exclude", dirpath=tmp_path / "x"
+    )
+    run, module, data = trainer(ensemble, max_epochs=1), make_module(tiny_llama), make_data()
+    run.callbacks.append(Poison("seed_2", 5))
+    run.fit(module, datamodule=data)
+    assert ensemble.trained == (1, 3)
+    assert ensemble.excluded == {2: "training loss not finite in step 6"}
+    assert ensemble.pending == ()
+    assert "val/loss_seed_1" in run.callback_metrics
+    for path in (alone.fused_path, *map(alone.adapter_path, (1, 3))):
+        wanted = load_file(path / "adapter_model.safetensors")
+        found = load_file(ensemble.dirpath / path.name / "adapter_model.safetensors")
+        assert wanted.keys() == found.keys()
+        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+    run.test(module, datamodule=data, verbose=False)
+    assert set(ensemble.results.scores) == {"base", "seed_1", "seed_3", "soup"}
+
+
+def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1], budget="full", on_divergence="exclude", dirpath=tmp_path / "x")
+    run = trainer(ensemble, max_epochs=1)
+    run.callbacks.append(Poison("seed_1", 2))
+    with pytest.raises(StoppedError, match="no other replica is left"):
+        run.fit(make_module(tiny_llama), datamodule=make_data())
+
+
+class Terminate(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama, tmp_path):
+    options = {"max_epochs": 4, "accumulate_grad_batches": 4, "val_check_interval": 0.5}
+    whole = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "whole")
+    trainer(whole, **options).fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=make_data())
+    before = signal.getsignal(signal.SIGTERM)
+    ensemble = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "x")
+    run = trainer(ensemble, **options)
+    run.callbacks.append(Terminate())
+    with pytest.raises(StoppedError, match="terminated by SIGTERM; step 2 is saved"):
+        run.fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=make_data())
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert ensemble.ckpt_step == 2
+    again = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "x", resume=True)
+    trainer(again, **options).fit(
+        make_module(tiny_llama, lora_dropout=0.1),
+        datamodule=make_data(),
+        ckpt_path=ensemble.ckpt_path,
+        weights_only=True,
+    )
+    for name in ("seed_1", "seed_2", "fused"):
+        file = "adapter_model.safetensors"
+        assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+
+
+def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tmp_path):
+    first = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x")
+    trainer(first, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
+    times = {s: (first.adapter_path(s) / "adapter_model.safetensors").stat().st_mtime_ns for s in (1, 2)}
+    more = SeedEnsembleCallback([1, 2, 3], budget="full", dirpath=tmp_path / "x", resume=True)
+    run = trainer(more, max_epochs=1)
+    module = make_module(tiny_llama)
+    run.fit(module, datamodule=make_data())
+    assert [replica.name for replica in module.replicas] == ["seed_3"]
+    assert {s: (first.adapter_path(s) / "adapter_model.safetensors").stat().st_mtime_ns for s in (1, 2)} == times
+    record = json.loads((more.fused_path / "fusion.json").read_text())
+    assert [item["name"] for item in record["inputs"]] == ["seed_1", "seed_2", "seed_3"]
+    together = SeedEnsembleCallback([1, 2, 3], budget="full", dirpath=tmp_path / "all")
+    trainer(together, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
+    wanted, found = (load_file(c.fused_path / "adapter_model.safetensors") for c in (together, more))
+    assert all(torch.allclose(found[key], wanted[key], rtol=1e-4, atol=1e-6) for key in wanted)
+
+
+@pytest.mark.parametrize("n", [1, 16])
+def test_one_seed_and_sixteen(tiny_llama, tmp_path, n):
+    ensemble = SeedEnsembleCallback(range(n), budget="full", dirpath=tmp_path / "x")
+    run, module, data = trainer(ensemble, max_steps=2), make_module(tiny_llama), make_data()
+    run.fit(module, datamodule=data)
+    run.test(module, datamodule=data, verbose=False)
+    assert len(ensemble.trained) == n
+    assert ensemble.results.scores["fused"].n == 12
+
+
+def test_the_stack_that_fits():
+    def memory(n):
+        return Memory(base=10, adapters=n, optimizer=n, activations=8 * n)
+
+    assert fitting_stack(5, memory, 1000) == 5
+    assert fitting_stack(5, memory, 50) == 3
+    assert fitting_stack(5, memory, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": "first"}, "Unknown ensemble.keep 'first'; choose one of last, best"),
+        ({"on_divergence": "pray"}, "Unknown ensemble.on_divergence 'pray'; choose one of stop, exclude"),
+        ({"patience": 0}, "ensemble.patience must be at least 1 validation, got 0"),
+        ({"stack_size": "most"}, "ensemble.stack_size must be at least 1, or 'auto', got 'most'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SeedEnsembleCallback(**options)
+
+
+def test_best_weights_need_validation(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
+    with pytest.raises(ValueError, match="need validation rows"):
+        trainer(ensemble, limit_val_batches=0).fit(make_module(tiny_llama), datamodule=make_data())
