@@ -2,7 +2,7 @@
 
 import sys
 
-from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback
+from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from datamodules import InstructionDataModule, prompts
 from seedlora.cli import Parts, main
 
@@ -12,6 +12,7 @@ PARTS = Parts(
     default_data="datamodules.ReasoningGym",
     progress=EnsembleProgressBar,
     logger=JSONLinesLogger,
+    throughput=Throughput,
     prompts=prompts,
 )
 

@@ -20,12 +20,15 @@ class EnsembleProgressBar(RichProgressBar):
         self._lines = Console(soft_wrap=True)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Training and fused validation losses: the seeds' validation losses are in the log."""
+        """Training and fused validation losses, and the speed: the seeds' validation losses are in the log."""
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
-        short = {name.removeprefix("train/loss_"): value for name, value in shown.items()}
+        speed = shown.pop("speed/tokens_per_s", None)
+        short = {name.removeprefix("train/loss_").removeprefix("speed/"): value for name, value in shown.items()}
         if (fused := trainer.callback_metrics.get("val/loss_fused")) is not None:
             short["val fused"] = fused.item()
+        if speed is not None:
+            short["tok/s"] = round(float(speed))
         return short
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

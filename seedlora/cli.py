@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,8 +40,8 @@ from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS
-from seedlora.module import SeedLoRAModule
-from seedlora.plan import run_plan
+from seedlora.module import SeedLoRAModule, StoppedError
+from seedlora.plan import PeakMemory, run_plan
 from seedlora.report import next_commands, results_table, verdict
 from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
@@ -51,6 +52,7 @@ Train LoRA replicas of one task with different seeds as one stack, and fuse them
   python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
   python train.py --config configs/default.yaml --model.r 16
   python train.py --merge seedlora --resume            go on with the newest unfinished run
+  python train.py --merge seedlora --plan              what the run will take, measured on a few steps
   python train.py --evaluate gsm8k --evaluate_limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
@@ -80,6 +82,7 @@ class Parts:
         default_data: the one used when none is named.
         progress: makes the progress bar.
         logger: makes the metrics logger from its file; it can ``rewind(step)``.
+        throughput: makes the callback that logs the speed; it knows the ``seconds`` of a micro-batch.
         prompts: the prompt styles, for ``--evaluate``.
     """
 
@@ -88,6 +91,7 @@ class Parts:
     default_data: str
     progress: Callable[[], pl.Callback]
     logger: Callable[[Path], Any]
+    throughput: Callable[[], Any]
     prompts: Prompts
 
 
@@ -138,7 +142,7 @@ class SeedLoRACLI(LightningCLI):
     """LightningCLI with the ensemble as its own group of options."""
 
     def __init__(self, parts: Parts, args: Sequence[str]) -> None:
-        self.parts = parts
+        self.parts, self.throughput = parts, parts.throughput()
         super().__init__(
             SeedLoRAModule,
             parts.data,
@@ -148,7 +152,7 @@ class SeedLoRACLI(LightningCLI):
             args=["--data", parts.default_data, *args],
             parser_class=_Parser,
             save_config_callback=None,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress(), self.throughput]},
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -210,13 +214,14 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
     words = list(sys.argv[1:] if argv is None else argv)
-    finished = words[:1] == ["test"]
+    finished, planning = words[:1] == ["test"], "--plan" in words
+    words = [word for word in words if word != "--plan"]
     try:
         cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         runs, sandbox = _tasks(cli, console)
-        _prepare(cli, console)
+        _prepare(cli, console, planning=planning)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
@@ -224,14 +229,17 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
     if cli.trainer.world_size > 1:
         watch.start()
     try:
+        if planning:
+            _measure(cli, console)
+            return 0
         if not finished:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
         _evaluate(cli, runs, sandbox, console)
-    except (KeyboardInterrupt, SystemExit, OSError) as error:
+    except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
-        _stopped(cli, _one_line(str(error)) if isinstance(error, OSError) else "interrupted")
+        _stopped(cli, _one_line(str(error)) if isinstance(error, OSError | StoppedError) else "interrupted")
         return 1
     except RuntimeError as error:
         if not lost_connection(error):
@@ -249,7 +257,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
     print(f"train.py: stopped{rank}: {reason}; what was saved before is whole; {again}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _prepare(cli: SeedLoRACLI, console: Console) -> None:
+def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> None:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
     prepare(trainer)
@@ -260,12 +268,33 @@ def _prepare(cli: SeedLoRACLI, console: Console) -> None:
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
+    ensemble.choose_stack_size(trainer, module, data)
     plan = run_plan(trainer, module, data, ensemble)
-    ensemble.open(trainer, module, data)
-    if trainer.is_global_zero and not trainer.fast_dev_run:
+    if not planning:
+        ensemble.open(trainer, module, data)
+    if trainer.is_global_zero and not (planning or trainer.fast_dev_run):
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
     console.print(plan.table())
+
+
+def _measure(cli: SeedLoRACLI, console: Console, steps: int = 3) -> None:
+    """Train a few steps for their time and memory, without a trace; the first one warms up."""
+    ensemble, data = cli.ensemble, cli.datamodule
+    plan = run_plan(cli.trainer, cli.model, data, ensemble)
+    accumulate = cli.trainer.accumulate_grad_batches
+    trainer = cli.instantiate_trainer(fast_dev_run=(steps + 1) * accumulate)
+    trainer.limit_val_batches = 0
+    peak = PeakMemory(trainer.strategy.root_device)
+    trainer.fit(cli.model, datamodule=data)
+    seconds = cli.throughput.seconds * accumulate
+    total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    console.print(
+        f"Measured: {seconds:.3g} s a step of {min(len(plan.seeds), ensemble.stack_size or len(plan.seeds))} seeds, so "
+        f"about {total} (h:mm:ss) of training; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
+        f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
+        highlight=False,
+    )
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -263,6 +267,66 @@ def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
         )
 
     return estimate
+
+
+@dataclass(frozen=True)
+class Work:
+    """Weights that a token passes in training.
+
+    Args:
+        body: frozen, in the linear layers.
+        head: frozen, in front of the vocabulary.
+        adapter: trained, of one replica.
+    """
+
+    body: int
+    head: int
+    adapter: int
+
+    def operations(self, *, tokens: int, scored: int) -> int:
+        """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one."""
+        return tokens * (4 * self.body + 6 * self.adapter) + scored * 4 * self.head
+
+
+def work(module: Any) -> Work:
+    """What a token costs in this module."""
+    model = outline(module.hparams["base_model"])
+    head = model.config.vocab_size * model.config.hidden_size
+    body = sum(d * k for name, (d, k) in model.linear.items() if d != model.config.vocab_size)
+    return Work(body, head, trainable_parameters(module))
+
+
+class PeakMemory:
+    """The most memory that is held, beside what was held when this was made.
+
+    Args:
+        device: a CUDA device, whose allocations are counted, or the CPU: then this process's resident memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            with contextlib.suppress(OSError):  # Linux forgets the old peak
+                Path("/proc/self/clear_refs").write_text("5")
+            self._before = _process_memory("VmRSS")
+
+    @property
+    def bytes(self) -> int:
+        """Since this was made."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return _process_memory("VmHWM") - self._before
+
+
+def _process_memory(field: str) -> int:
+    """``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
 
 
 def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -> int:

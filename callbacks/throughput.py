@@ -1,0 +1,61 @@
+"""How fast a run trains, in its log and its progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from seedlora.plan import Work, work
+
+
+class Throughput(pl.Callback):
+    """Tokens per second over the last micro-batches, all seeds and ranks together, padding included.
+
+    On a GPU whose peak is known also the model FLOP utilisation. It counts what LoRA needs: 4 operations per frozen
+    weight and token, because frozen weights take no gradient, and 6 per adapter weight; the head only where a token is
+    scored; attention's own products and recomputation are not counted.
+
+    Args:
+        window: micro-batches of the moving average.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
+        self._work: Work | None = None
+        self._peak: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of one micro-batch."""
+        (first, *_), (last, *_) = self._marks[0], self._marks[-1]
+        return (last - first) / max(1, len(self._marks) - 1)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look up what the device can do."""
+        self._marks.clear()
+        self._work = work(pl_module)
+        self._peak = get_available_flops(trainer.strategy.root_device, pl_module.dtype_base)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew: the time of a validation is none of training's."""
+        self._marks.clear()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the speed, from the second micro-batch on."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        self._marks.append((time.perf_counter(), ids.numel(), int((labels >= 0).sum())))
+        if len(self._marks) < 2 or not self.seconds:
+            return
+        assert self._work is not None
+        elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
+        tokens, scored = sum(mark[1] for mark in marks), sum(mark[2] for mark in marks)
+        pl_module.log("speed/tokens_per_s", tokens * trainer.world_size / elapsed, prog_bar=True)
+        if self._peak:
+            done = self._work.operations(tokens=tokens, scored=scored)
+            pl_module.log("speed/mfu", done / elapsed / self._peak, prog_bar=True)
