@@ -274,9 +274,9 @@ class ProcessWatch:
     """Stops this process when another of the run is gone, wherever it waits for it.
 
     A process that waits in a collective may wait for the rest of the process group's timeout, half an hour by default;
-    Lightning's own observer ends the first process without a word. This one looks every half second: the first process
-    of a machine at those that Lightning's launcher started, the others at the process that started them. Processes of
-    another machine are not seen; there the connection or the timeout tells.
+    Lightning's own observer, every five seconds, ends the first process without a word. This one looks often enough to
+    be first: the first process of a machine at those that Lightning's launcher started, the others at the
+    process that started them. Processes of another machine are not seen; there the connection or the timeout tells.
 
     Args:
         trainer: whose launcher starts the processes.
@@ -297,7 +297,7 @@ class ProcessWatch:
 
     def _watch(self) -> None:
         while not (lost := self._lost()):
-            time.sleep(0.5)
+            time.sleep(0.02)
         self._on_lost(lost)
         for process in self._processes:
             process.kill()
