@@ -20,10 +20,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
+import train as speed  # benchmarks/train.py, which is beside this file
+from callbacks import SeedEnsembleCallback
 from seedlora.base_model import EMBEDDED, fast_dtype, outline
-from seedlora.plan import Memory, PeakMemory, memory_estimate, trainable_parameters
+from seedlora.module import SeedLoRAModule
+from seedlora.plan import Memory, PeakMemory, attention_scores, memory_estimate, trainable_parameters
 
 #: model, seeds, rows of each, tokens of a row, supervised tokens of a row, gradient checkpointing
 SETTINGS = (
@@ -34,7 +35,7 @@ SETTINGS = (
     ("llama6", 3, 2, 512, 512, False),
     ("wide4", 2, 4, 300, 50, False),
 )
-SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 32000)}
+SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960)}
 
 
 def model_folder(name: str, root: Path) -> str:
@@ -45,18 +46,15 @@ def model_folder(name: str, root: Path) -> str:
 
     hidden, ffn, layers, vocabulary = SHAPES[name]
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
-    config = LlamaConfig(vocabulary, hidden, ffn, num_hidden_layers=layers, **heads)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, **heads
+    )
     LlamaForCausalLM(config).to(fast_dtype()).save_pretrained(root / name)
     return str(root / name)
 
 
 def measure(model: str, seeds: int, batch: int, tokens: int, supervised: int, checkpointing: bool) -> dict[str, Any]:
     """Estimate and peak of three steps, in bytes."""
-    import train as speed
-
-    from callbacks import SeedEnsembleCallback
-    from seedlora.module import SeedLoRAModule
-
     module = SeedLoRAModule(model, r=8, lr_scheduler="constant", gradient_checkpointing=checkpointing)
     shape = outline(model)
     estimate = memory_estimate(
@@ -69,6 +67,7 @@ def measure(model: str, seeds: int, batch: int, tokens: int, supervised: int, ch
         hidden=shape.config.hidden_size,
         intermediate=shape.config.intermediate_size,
         vocabulary=shape.config.vocab_size,
+        scores=attention_scores(module, tokens),
         checkpointing=checkpointing,
     )
     speed.ROWS["here"] = (tokens, supervised)
@@ -115,9 +114,8 @@ def main() -> None:
             seeds, batch, tokens, supervised, checkpointing = rest
             what = f"{name}, {seeds} x {batch} rows of {tokens} tokens ({supervised} scored)"
             what += ", checkpointing" if checkpointing else ""
-            print(
-                f"{what:62} {total / 2**30:5.2f} GiB estimated, {measured / 2**30:5.2f} measured: {total / measured:.2f}"
-            )
+            sizes = f"{total / 2**30:5.2f} GiB estimated, {measured / 2**30:5.2f} measured"
+            print(f"{what:62} {sizes}: {total / measured:.2f}", flush=True)
             records.append({"setting": what, **found, "ratio": total / measured})
     if options.out:
         options.out.write_text(json.dumps(records, indent=2) + "\n")

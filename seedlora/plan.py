@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from rich.table import Table
 
-from seedlora.base_model import outline
+from seedlora.base_model import attention, outline
 
 if TYPE_CHECKING:
     from seedlora.module import SeedLoRAModule
@@ -97,15 +97,17 @@ def memory_estimate(
     hidden: int,
     intermediate: int,
     vocabulary: int,
+    scores: int = 0,
     checkpointing: bool = False,
 ) -> Memory:
     """Bytes that a training step needs, beside Python and its libraries.
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
     for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
-    ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32;
-    and for each supervised token the logits in the model's dtype, in float32, and their gradient in both. Gradient
-    checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a time.
+    ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32. An
+    attention that keeps its scores adds them in the model's dtype twice and in float32. For each supervised token the
+    logits and their gradient in the model's dtype, and three copies in float32. Gradient checkpointing keeps
+    ``base_bytes * hidden`` per token and layer, and recomputes one layer at a time.
 
     Args:
         base_parameters: of the frozen model.
@@ -117,15 +119,16 @@ def memory_estimate(
         hidden: size of a hidden state.
         intermediate: size inside the feed-forward block.
         vocabulary: size of it.
+        scores: of one token in one layer, heads times tokens of a row, if the attention keeps them.
         checkpointing: activations are recomputed in the backward pass.
     """
-    layer = base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden
+    layer = base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden + scores * (2 * base_bytes + 4)
     per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
     return Memory(
         base=base_parameters * base_bytes,
         adapters=8 * trainable,
         optimizer=8 * trainable,
-        activations=tokens * per_token + supervised * vocabulary * 2 * (base_bytes + 4),
+        activations=tokens * per_token + supervised * vocabulary * (2 * base_bytes + 12),
     )
 
 
@@ -251,6 +254,7 @@ def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
     """:func:`memory_estimate` of a step of this module on this data, by the seeds trained at once."""
     model = outline(module.hparams["base_model"])
     config, rows, sampler = model.config, data.rows["train"], data.train_dataloader().sampler
+    longest = int(rows.lengths.max())
 
     def estimate(stack: int) -> Memory:
         return memory_estimate(
@@ -263,10 +267,19 @@ def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             vocabulary=config.vocab_size,
+            scores=attention_scores(module, longest),
             checkpointing=module.hparams["gradient_checkpointing"],
         )
 
     return estimate
+
+
+def attention_scores(module: SeedLoRAModule, tokens: int) -> int:
+    """Scores that attention keeps of one token in one layer, for rows of so many tokens; 0 where none are kept."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if module.dtype_base != torch.bfloat16 or attention(device, tokens) != "eager":
+        return 0
+    return int(outline(module.hparams["base_model"]).config.num_attention_heads) * tokens
 
 
 @dataclass(frozen=True)
