@@ -31,9 +31,23 @@ STRATEGIES = {
 }
 
 
-def run(base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: int) -> dict[str, object]:
+class Poison(pl.Callback):
+    """Makes one seed's weights infinite before a step."""
+
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step and self.name in {replica.name for replica in module.replicas}:
+            module.stack.parameters(self.name)[1].data.fill_(float("inf"))
+
+
+def run(
+    base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: int, poison: tuple[Poison, ...] = ()
+) -> dict[str, object]:
     """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly."""
-    callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2)
+    exclude = "exclude" if poison else "stop"
+    callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude)
     module = make_module(base_model, gradient_checkpointing=True)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
     metrics = {}
@@ -44,7 +58,7 @@ def run(base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: i
             accumulate_grad_batches=2,
             # AdamW takes any scale of the gradient for the same: the first pass is clipped, the second is not.
             gradient_clip_val=0.05 if len(callback.pending) == len(SEEDS) else None,
-            callbacks=[callback],
+            callbacks=[callback, *poison],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -69,6 +83,8 @@ def main(base_model: str, folder: str) -> None:
         metrics = run(base_model, dirpath, batch_size=2, strategy=make, devices=2)
         # every rank has the same numbers; the last to write wins
         (dirpath / "metrics.json").write_text(json.dumps(metrics))
+    excluded = Path(folder) / "excluded"
+    run(base_model, excluded, batch_size=2, strategy=lambda: "ddp", devices=2, poison=(Poison("seed_42", 2),))
 
 
 if __name__ == "__main__":

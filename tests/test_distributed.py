@@ -64,6 +64,17 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     assert found["test/fused"][1] == 13
 
 
+def test_two_processes_exclude_a_diverged_seed_as_one_does(tiny_llama, two, tmp_path):
+    poison = (strategies_job.Poison("seed_42", 2),)
+    strategies_job.run(tiny_llama, tmp_path, batch_size=4, strategy=lambda: "auto", devices=1, poison=poison)
+    assert json.loads((two / "excluded" / "excluded.json").read_text()) == {
+        "seed_42": "training loss not finite in step 3"
+    }
+    assert not (two / "excluded" / "seed_42").exists()
+    for adapter in ("seed_11", "seed_202", "fused"):
+        assert difference(tmp_path / adapter, two / "excluded" / adapter) < 1e-5
+
+
 def test_the_words_of_the_command_line():
     for word, stage in (("deepspeed_stage_1", 1), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 3)):
         strategy = choose_strategy(word, accelerator="cpu")
@@ -171,6 +182,23 @@ def whole(tiny_llama, tmp_path_factory):
     dirpath = tmp_path_factory.mktemp("runs") / "ddp"
     finish(start(tiny_llama, dirpath, "--trainer.strategy", "ddp"))
     return dirpath
+
+
+def test_sigterm_saves_the_step_on_all_processes_and_resumes(tiny_llama, whole, tmp_path):
+    dirpath = tmp_path / "terminated"
+    options = ("--trainer.strategy", "ddp", "--ensemble.checkpoint_every_n_steps", "100")
+    first = start(tiny_llama, dirpath, *options)
+    while not (dirpath / "metrics.jsonl").is_file():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
+    for process in processes(first):
+        os.kill(process, signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 1
+    (step,) = set(re.findall(r"terminated by SIGTERM; step (\d+) is saved", output))
+    assert len(list(dirpath.glob(f"checkpoints/*/step={step}.ckpt"))) == 1
+    assert "Going on from" in finish(start(tiny_llama, dirpath, *options, "--resume"))
+    assert difference(whole / "fused", dirpath / "fused") < 1e-5
 
 
 KILLED = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_data, make_module
 from safetensors.torch import load_file
+from strategies_job import Poison
 from test_callback import trainer
 
 from callbacks import SeedEnsembleCallback
@@ -81,17 +82,6 @@ def test_the_fit_ends_when_all_seeds_are_stopped(tiny_llama, tmp_path):
     assert run.global_step == 9
     assert same(written(ensemble, 1), module.weights[0]["seed_1"])
     assert ensemble.fused_path.is_dir()
-
-
-class Poison(pl.Callback):
-    """Makes one seed's weights infinite before a step."""
-
-    def __init__(self, name, step):
-        self.name, self.step = name, step
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            module.stack.parameters(self.name)[1].data.fill_(float("inf"))
 
 
 def test_a_diverged_seed_ends_the_run_by_name(tiny_llama, tmp_path):
