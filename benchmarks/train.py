@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                                    # both models, micro-batches 1, 4, 16, short rows
     python benchmarks/train.py --tokens 512 --micro-batch 1 4     # long rows
-    python benchmarks/train.py --stack 1 2 4 8 --out stack.json   # how the cost of a step grows with the seeds
+    python benchmarks/train.py --stack 1 2 4 8 --plot stack.svg   # how the cost of a step grows with the seeds
 
 Same rows, tokens, ranks, optimizer and dtype for all, in one process, in turns, so that a busy machine is as busy for
 each; what is printed is the median over turns of the seconds for one step of all seeds, and ratios of the same turn.
@@ -286,6 +286,24 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
     return records
 
 
+def plot(records: list[dict[str, Any]], file: Path) -> None:
+    """Seconds of a step by the number of seeds, beside one seed with as many rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, record in enumerate(records):
+        seconds = record["seconds"]
+        label = f"{record['model']}, micro-batch {record['micro_batch']}"
+        n = [name for name in seconds if name.isdigit()]
+        axes.plot([int(x) for x in n], [seconds[x] for x in n], "o-", color=f"C{i}", label=f"{label}: seeds")
+        rows = [seconds[n[0]], *(value for name, value in seconds.items() if not name.isdigit())]
+        axes.plot([int(x) for x in n], rows, "x--", color=f"C{i}", label=f"{label}: one seed, as many rows")
+    axes.set(xlabel="seeds in the stack", ylabel="seconds of a step", ylim=(0, None))
+    axes.legend(fontsize="small")
+    figure.savefig(file)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,11 +314,14 @@ def main() -> None:
     parser.add_argument("--stack", nargs="+", type=int, help="numbers of seeds, instead of the comparison")
     parser.add_argument("--steps", type=int, default=4, help="timed steps in a turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="with --stack: a picture")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = {"smollm2": EMBEDDED, "llama6": small_llama(Path(folder) / "llama6")}
         records = (growth if options.stack else compare)(options, models)
+    if options.stack and options.plot:
+        plot(records, options.plot)
     if options.out:
         about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(fast_dtype()), "r": RANK}
         options.out.write_text(json.dumps({**about, "results": records}, indent=2) + "\n")

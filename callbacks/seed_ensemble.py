@@ -294,7 +294,6 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError("ensemble.keep best and ensemble.patience need validation rows, and there are none")
         module.idle |= set(self._restored.get("idle", ()))
         module.diverged |= self._restored.get("diverged", {})
-        module.scored = self._validated(module)
         self._terminated = False
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._terminate)
@@ -307,8 +306,7 @@ class SeedEnsembleCallback(pl.Callback):
         Raises:
             StoppedError: after a SIGTERM, when the checkpoint is written.
         """
-        module, step = _ours(pl_module), trainer.global_step
-        module.scored = self._validated(module)
+        step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
@@ -358,9 +356,11 @@ class SeedEnsembleCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fuse the seeds as they are now, beside those already finished."""
         module = _ours(pl_module)
-        if FUSED not in module.scored or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
             return
-        assert self.rule is not None
+        module.scored = self._validated(module)
+        if self.rule is None:
+            return
         current = module.stack.factors([r.name for r in module.replicas if r.name not in module.diverged])
         finished = [seed for seed in self.trained if seed not in self._stack]
         if finished:

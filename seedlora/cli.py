@@ -321,6 +321,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     ensemble = cli.ensemble
     if cli.trainer.fast_dev_run:
         return
+    for seed, reason in ensemble.excluded.items():
+        console.print(f"Seed {seed} was left out: {reason}.")
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
     else:
