@@ -1,4 +1,4 @@
-"""The commands for adapters trained anywhere, ``merge``, ``inspect``, ``compare``, ``evaluate``, and ``report`` for runs.
+"""The commands for adapters trained anywhere, ``merge``, ``inspect``, ``compare``, ``evaluate``; ``report`` for runs.
 
 Bad input ends in one sentence on stderr and exit code 2.
 """

@@ -17,10 +17,11 @@ from seedlora.report.results import BASE, FUSED, SOUP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
-_GREY = "#8a8a8a"
+_GREY, _PALE = "#8a8a8a", "#b9b9b9"
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
 _STYLE: dict[Any, Any] = {
@@ -43,11 +44,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def colours(seeds: Sequence[str]) -> dict[str, str]:
-    """The colour of each adapter: Okabe and Ito's for seeds, grey for soup and base, the ink for the fused one."""
+    """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
     return {
         **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(seeds)},
         SOUP: _GREY,
-        BASE: _GREY,
+        BASE: _PALE,
         FUSED: INK,
     }
 
@@ -102,6 +103,7 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
             width = 2.0 if label == FUSED else 1.2
             axes.plot(x, y, marker=marker, color=palette.get(label, _GREY), label=label, linewidth=width)
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.locator_params(axis="x", integer=True)
         _legend(axes)
 
     return _svg(name, draw)
@@ -126,7 +128,7 @@ def heat_map(name: str, layers: Sequence[Mapping[str, Any]], key: str, label: st
         axes.set_ylim(len(modules), 0)
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(False)
-        bar = axes.figure.colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
+        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
         bar.outline.set_visible(False)
 
     return _svg(name, draw, height=1.5 + 0.24 * len(modules))
@@ -184,8 +186,15 @@ def run_differences(name: str, runs: Sequence[Mapping[str, Any]]) -> str | None:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=min(len(labels), 5),
-                    handlelength=1.2, columnspacing=1.0)  # fmt: skip
+        _figure(axes).legend(
+            handles, labels, loc="outside upper center", ncols=min(len(labels), 5), handlelength=1.2, columnspacing=1.0
+        )
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 @contextmanager

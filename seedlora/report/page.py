@@ -168,7 +168,7 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
         )
         tables.append(
             Table(
-                ["adapter", "against", "difference", "p", "Holm", ""],
+                ["adapter", "against", "difference", "p", "Holm", "shown"],
                 [
                     [
                         row["adapter"],
@@ -176,7 +176,7 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
                         _interval(row),
                         _number(row["p_value"]),
                         _number(row["p_value_holm"]),
-                        "no difference shown" if not row["shown"] else "better" if row["value"] > 0 else "worse",
+                        "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
                     for row in test["comparisons"]
                 ],
@@ -222,7 +222,7 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
         return []
     seeds, several = found["trained"], len(found["trained"]) > 1
     merged = found["merged"]
-    cosines = [[seed, *map(_number, row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
+    cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
     ranks = weights["spectra"]["effective_rank"]
     samples = weights["distributions"]["samples"]
     header = ["module", "layers", "cosine", "gain", "effective rank", "fused"]
@@ -253,6 +253,8 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
                 "Means over the layers of each module type. The effective rank is the exponential of the entropy of "
                 "the singular values."
                 + (" The gain is the norm of the fused update over that of the seeds' mean." if merged else ""),
+                "Below, each adapter's effective rank in the layer in the middle, and the standard deviation of its "
+                "entries, drawn from all layers.",
             ],
             [
                 modules,
@@ -276,14 +278,14 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
 def _cost(found: Facts) -> Section:
     plan, seconds, rows = found["cost"], found["seconds"], []
     if plan is not None:
-        n = len(plan["seeds"])
         rows = [
             ["budget", plan["budget"]],
             ["steps of each seed", f"{plan['steps']:,}"],
             ["rows in a step of each seed", f"{plan['batch']:,}"],
             ["tokens of each seed", f"{plan['tokens']:,}"],
             ["of these scored", f"{plan['supervised']:,}"],
-            ["seeds, passes", f"{n}, {plan['passes']}"],
+            ["seeds", str(len(plan["seeds"]))],
+            ["passes", str(plan["passes"])],
             ["trainable parameters of each seed", f"{plan['trainable']:,}"],
             ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
         ]
