@@ -242,12 +242,14 @@ def _report(arguments: Mapping[str, Any]) -> None:
         return
     console = Console()
     for run, facts in zip(runs, found, strict=True):
-        console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False)
+        console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False, soft_wrap=True)
         for sentence in facts["missing"]:
-            console.print(f"  {sentence}", highlight=False, markup=False)
+            console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
     if several is not None:
         rows = runs_table(several["runs"])
-        table = Table(*rows.header)
+        table = Table()
+        for i, name in enumerate(rows.header):
+            table.add_column(name, justify="right" if i > 1 else "left")
         for row in rows.rows:
             table.add_row(*row)
         console.print(table)
