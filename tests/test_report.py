@@ -217,8 +217,8 @@ def test_an_interrupted_run_says_so(run):
     text = said(run)
     assert "The run is not finished: seed_42 is not trained; repeat its command with --resume" in text
     assert "No test set was scored" in text
-    assert "Nothing was scored against the seeds" not in text  # the validation losses of the seeds fused are there
-    assert "seed_11" in text
+    assert "**The run is not finished, so there is no verdict.**" in text
+    assert "| seed_11 |" in text
 
 
 def test_nothing_but_settings_is_a_report_too(run):

@@ -95,7 +95,8 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         *_left_out(found, excluded=excluded, config=config, record=record),
         *([] if broken is None else [f"The adapters cannot be read, so nothing is said about their weights: {broken}"]),
     ]
-    found["verdict"] = _verdict(found)
+    pending = set(seeds) - {*trained, *excluded}
+    found["verdict"] = "The run is not finished, so there is no verdict." if pending else _verdict(found)
     return found
 
 
