@@ -1,4 +1,4 @@
-"""``python -m seedlora merge | inspect | compare | methods | evaluate | preview``; the last two join data modules."""
+"""``python -m seedlora merge | inspect | compare | methods | report | evaluate | preview``; the last two join data."""
 
 import sys
 

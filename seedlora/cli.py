@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -41,8 +42,10 @@ from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS
 from seedlora.module import SeedLoRAModule, StoppedError
-from seedlora.plan import PeakMemory, run_plan
+from seedlora.plan import PeakMemory, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
+from seedlora.report.facts import COST_NAME
+from seedlora.report.page import write_report
 from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -237,6 +240,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         _test(cli, console)
         watch.finish()
         _evaluate(cli, runs, sandbox, console)
+        _report(cli, console)
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
         _stopped(cli, _one_line(str(error)) if isinstance(error, OSError | StoppedError) else "interrupted")
@@ -275,6 +279,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> None:
     if trainer.is_global_zero and not (planning or trainer.fast_dev_run):
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
+        write_cost(ensemble.dirpath / COST_NAME, plan)
     console.print(plan.table())
 
 
@@ -308,7 +313,8 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        with timed(ensemble.dirpath / COST_NAME) if trainer.is_global_zero else nullcontext():
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
     if first and cli.trainer.is_global_zero:
@@ -386,6 +392,21 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     scored = Scored(generator, candidates, settings)
     score(scored, runs, ensemble.dirpath / "evaluation", console, sandbox=sandbox, method=ensemble.method_name)
+
+
+def _report(cli: SeedLoRACLI, console: Console) -> None:
+    """Write the report; a fault in it must not cost the run, which is whole by now."""
+    run = cli.ensemble.dirpath
+    if cli.trainer.fast_dev_run or not cli.trainer.is_global_zero:
+        return
+    try:
+        with console.status("Writing the report ..."):
+            write_report(run)
+    except Exception as error:
+        reason = _one_line(f"{type(error).__name__}: {error}")
+        print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
+    else:
+        console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _of_finished_run(argv: Sequence[str]) -> list[str]:

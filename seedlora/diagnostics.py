@@ -162,14 +162,27 @@ def effective_rank(values: Float[Tensor, " Q"]) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
+def sampled_entries(
+    stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None
+) -> Float[Tensor, "N S"]:
+    """Entries of every update at the same random places, with replacement, in ``N*S*R`` multiplications.
+
+    Args:
+        stack: the adapters of one layer.
+        samples: how many.
+        generator: of the places. Default: a new one, seeded with 0.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    d, k = stack.shape
+    i, j = (torch.randint(size, (samples,), generator=generator).to(stack.A.device) for size in (d, k))
+    return torch.einsum("nsr,nrs->ns", stack.B[:, i].double(), stack.A[:, :, j].double())
+
+
 def sign_agreement(stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None) -> float:
     """Share of sampled entries on which two adapters have the same sign, mean over the pairs; 1 for one adapter."""
     if len(stack) == 1:
         return 1.0
-    generator = generator or torch.Generator().manual_seed(0)
-    d, k = stack.shape
-    i, j = (torch.randint(size, (samples,), generator=generator).to(stack.A.device) for size in (d, k))
-    signs_NS = torch.einsum("nsr,nrs->ns", stack.B[:, i].double(), stack.A[:, :, j].double()).sign()
+    signs_NS = sampled_entries(stack, samples=samples, generator=generator).sign()
     pairs = [(signs_NS[a] == signs_NS[b]).double().mean() for a in range(len(stack)) for b in range(a)]
     return float(torch.stack(pairs).mean())
 
@@ -235,7 +248,7 @@ def histogram(stack: LoRAFactors, *, bins: int = 101, spreads: float = 4.0) -> H
 
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart; black is the merged adapter's.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
 _AVERAGES = {"soup": "grey", "merged": "black"}
 
 
@@ -284,7 +297,7 @@ def plot_distributions(path: str, counted: Histogram, names: Sequence[str]) -> F
     for i, (name, row) in enumerate(zip(names, counted.counts, strict=True)):
         # The outermost bins also hold what lies beyond them, and would stand out as spikes.
         density = [count / (sum(row) * width) for count in row[1:-1]]
-        axes.stairs(density, counted.edges[1:-1], label=name, color=_AVERAGES.get(name, _COLOURS[i % len(_COLOURS)]))
+        axes.stairs(density, counted.edges[1:-1], label=name, color=_AVERAGES.get(name, COLOURS[i % len(COLOURS)]))
     axes.set(xlabel="entry of the update", ylabel="density", title=path)
     axes.legend(fontsize="small")
     return figure
@@ -295,7 +308,7 @@ def _figure() -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=_COLOURS)
+    axes.set_prop_cycle(color=COLOURS)
     return figure, axes
 
 

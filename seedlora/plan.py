@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from rich.table import Table
 
+from seedlora.atomic import write_text
 from seedlora.base_model import attention, outline
 
 if TYPE_CHECKING:
     from seedlora.module import SeedLoRAModule
 
 BUDGETS = ("equal", "full")
+#: Whose versions a run writes down.
+LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -241,6 +248,27 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         merge=ensemble.method_name,
         dtype=str(module.dtype_base).removeprefix("torch."),
     )
+
+
+def write_cost(file: Path, plan: RunPlan) -> None:
+    """Write down what a run is going to do and by which libraries; the time that an earlier part took is kept."""
+    versions = {name: version(name) for name in LIBRARIES}
+    seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else 0.0
+    cost = {"plan": asdict(plan), "versions": {"python": python_version(), **versions}, "seconds": seconds}
+    write_text(file, json.dumps(cost, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def timed(file: Path) -> Iterator[None]:
+    """Add the seconds that the block takes to those in a cost file, also when it is interrupted."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        if file.is_file():
+            cost = json.loads(file.read_text(encoding="utf-8"))
+            cost["seconds"] += time.monotonic() - started
+            write_text(file, json.dumps(cost, indent=2) + "\n")
 
 
 def trainable_parameters(module: SeedLoRAModule) -> int:

@@ -1,4 +1,4 @@
-"""The commands for adapters trained anywhere: ``merge``, ``inspect``, ``compare``, ``methods``, ``evaluate``.
+"""The commands for adapters trained anywhere, ``merge``, ``inspect``, ``compare``, ``evaluate``; ``report`` for runs.
 
 Bad input ends in one sentence on stderr and exit code 2.
 """
@@ -35,6 +35,7 @@ from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
 from seedlora.into_base import fuse_into_base
 from seedlora.merge import COMMON, METHODS, bind, soup
+from seedlora.report.page import runs_table, write_comparison, write_report
 from seedlora.report.tables import next_commands
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None) -
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
+        commands["report"] = _report
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts)
         else:
@@ -102,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print every layer as JSON")
 
     add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
+
+    report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
+    report.add_argument("runs", nargs="+", help="folders of runs of train.py")
+    report.add_argument("--out", default="comparison", help="folder of the comparison of several runs")
+    report.add_argument("--json", action="store_true", help="print what is in report.json")
 
     methods = commands.add_parser("methods", help="the table of merge methods")
     methods.add_argument("--json", action="store_true", help="print it as JSON")
@@ -216,6 +223,38 @@ def _methods(arguments: Mapping[str, Any]) -> None:
         table.add_row(name, method.formula, "\n".join(options), method.source)
     console.print(table)
     console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON.items()))
+
+
+def _report(arguments: Mapping[str, Any]) -> None:
+    runs = [Path(run) for run in arguments["runs"]]
+    if missing := [run for run in runs if not (run / "run.json").is_file()]:
+        raise ValueError(f"{missing[0]} holds no run: it has no run.json")
+    if repeated := [run for i, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:i]]]:
+        raise ValueError(f"{repeated[0]} is given twice")
+    found = []
+    with _progress() as progress:
+        for run in runs:
+            task = progress.add_task(run.name, total=None)
+            found.append(write_report(run, on_layer=lambda _path: progress.advance(task)))  # noqa: B023 - called now
+    several = write_comparison(found, arguments["out"]) if len(runs) > 1 else None
+    if arguments["json"]:
+        _print_json(several or found[0])
+        return
+    console = Console()
+    for run, facts in zip(runs, found, strict=True):
+        console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False, soft_wrap=True)
+        for sentence in facts["missing"]:
+            console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if several is not None:
+        rows = runs_table(several["runs"])
+        table = Table()
+        for i, name in enumerate(rows.header):
+            table.add_column(name, justify="right" if i > 1 else "left")
+        for row in rows.rows:
+            table.add_row(*row)
+        console.print(table)
+    for folder in [*runs, *([] if several is None else [Path(arguments["out"])])]:
+        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _plot(

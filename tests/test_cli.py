@@ -50,6 +50,7 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
     ):
         assert text in shown
     written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
+    written |= {"cost.json", "report.html", "report.md", "report.json"}
     assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
     results = json.loads((folder / "results.json").read_text())
     assert list(results["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]

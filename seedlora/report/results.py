@@ -23,6 +23,7 @@ class Results:
         mean_seed: mean score of the seeds; ``None`` without seeds.
         seed_spread: standard deviation of the seeds' scores (n - 1); ``None`` for one seed.
         differences: label to what it is compared with (``mean seed``, ``soup``) to the paired difference.
+        items: by label one digit for each item, 1 where it is right: all else can be computed from them.
     """
 
     metric: str
@@ -30,6 +31,7 @@ class Results:
     mean_seed: float | None
     seed_spread: float | None
     differences: dict[str, dict[str, Difference]]
+    items: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -70,4 +72,5 @@ def results(
         mean_seed=float(np.mean(seed_scores)) if seeds else None,
         seed_spread=float(np.std(seed_scores, ddof=1)) if len(seeds) > 1 else None,
         differences=differences,
+        items={label: "".join("01"[int(right)] for right in column) for label, column in columns.items()},
     )

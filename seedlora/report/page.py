@@ -1,0 +1,336 @@
+"""Facts and figures as a page: one list of sections, rendered as HTML that stands alone and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from seedlora.atomic import write_text
+from seedlora.report.facts import Facts, comparison, facts
+from seedlora.report.figures import INK, colours, figures, run_differences
+
+NAME = "report"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; the first column names the row, the others hold numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with what to look at."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; empty parts are left out."""
+
+    title: str
+    lines: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    items: Sequence[str] = ()
+    code: str | None = None
+
+
+def write_report(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: None) -> Facts:
+    """Write ``report.json``, ``report.md`` and ``report.html`` into a run's folder; the same run gives the same bytes.
+
+    Args:
+        run: the folder, of a finished or an unfinished run.
+        on_layer: called with each layer's path when it is done.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        ValueError: as :func:`seedlora.report.facts.facts`.
+    """
+    found = facts(run, on_layer=on_layer)
+    _write(Path(run), found, f"SeedLoRA run {found['run']}", found["verdict"], _sections(found))
+    return found
+
+
+def write_comparison(runs: Sequence[Facts], out: str | Path) -> Facts:
+    """The same three files about several runs side by side, from the facts of each."""
+    found = comparison(runs)
+    picture = run_differences("runs", found["runs"])
+    sections = [
+        Section("Verdicts", items=[f"{row['run']}: {row['verdict']}" for row in found["runs"]]),
+        Section(
+            "Scores",
+            ["The runs can be compared where their test sets are the same."],
+            [runs_table(found["runs"])],
+            [] if picture is None else [Picture(Markup(picture), "Fused adapter against mean seed, paired by item.")],  # noqa: S704 - drawn by us
+        ),
+        Section("What is missing", items=found["missing"]),
+    ]
+    title = f"{len(runs)} SeedLoRA runs"
+    _write(Path(out), found, title, ", ".join(row["run"] for row in found["runs"]), sections)
+    return found
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per run."""
+    return Table(
+        ["run", "method", "seeds", "n", "mean seed", "spread", "fused", "against mean seed", "cosine"],
+        [
+            [
+                row["run"],
+                row["method"] or "",
+                str(row["seeds"]),
+                _count(row["n"]),
+                _percent(row["mean_seed"]),
+                _percent(row["seed_spread"]),
+                _percent(row["fused"] and row["fused"]["value"]),
+                _interval(row["against_mean_seed"]),
+                _number(row["mean_cosine"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _write(folder: Path, found: Facts, title: str, verdict: str, sections: Sequence[Section]) -> None:
+    shown = [s for s in sections if s.lines or s.tables or s.pictures or s.items or s.code]
+    palette = {k: v.replace(INK, "currentColor") for k, v in colours(found.get("seeds", ())).items()}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("seedlora.report", "."),
+        autoescape=lambda name: name is not None and ".html" in name,  # noqa: S701 - Markdown has no use for entities
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    for kind in ("html", "md"):
+        text = environment.get_template(f"{NAME}.{kind}.j2").render(
+            title=title, verdict=verdict, sections=shown, colours=palette
+        )
+        write_text(folder / f"{NAME}.{kind}", text)
+    write_text(folder / f"{NAME}.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+
+def _sections(found: Facts) -> list[Section]:
+    drawn = {name: Markup(svg) for name, svg in figures(found).items()}  # noqa: S704 - drawn by us, text escaped
+    picture = lambda name, caption: [Picture(drawn[name], caption)] if name in drawn else []  # noqa: E731
+    return [
+        *(
+            _scores(found, test, picture(f"scores-{i}", "Score of each adapter with its interval."))
+            for i, test in enumerate(found["tests"])
+        ),
+        _training(found, picture),
+        *_weights(found, picture),
+        _cost(found),
+        Section("What is missing", items=found["missing"]),
+        *_reproduce(found),
+    ]
+
+
+def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
+    percent = found["confidence_percent"]
+    lines = [f"{test['metric']}, n = {test['n']:,}, intervals of {percent} % (Wilson), in percent."]
+    if test["mean_seed"] is not None:
+        spread = "" if test["seed_spread"] is None else f", spread between seeds {_percent(test['seed_spread'])}"
+        lines[0] += f" Mean seed {_percent(test['mean_seed'])}{spread}."
+    scores = Table(
+        ["adapter", "right", "score", "interval"],
+        [
+            [
+                row["adapter"],
+                f"{row['right']:,}",
+                _percent(row["value"]),
+                f"{_percent(row['low'])} to {_percent(row['high'])}",
+            ]
+            for row in test["scores"]
+        ],
+    )
+    tables = [scores]
+    if test["comparisons"]:
+        lines.append(
+            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test, Holm the "
+            "same adjusted for all tests of the table. The mean seed is not right or wrong on an item, so it has no "
+            f"such test. The best seed, {test['best_seed']}, was picked by this test set, which flatters it."
+        )
+        tables.append(
+            Table(
+                ["adapter", "against", "difference", "p", "Holm", "shown"],
+                [
+                    [
+                        row["adapter"],
+                        row["against"],
+                        _interval(row),
+                        _number(row["p_value"]),
+                        _number(row["p_value_holm"]),
+                        "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
+                    ]
+                    for row in test["comparisons"]
+                ],
+            )
+        )
+    if test["by_right_seeds"]:
+        labels = list(test["by_right_seeds"][0]["right"])
+        lines.append("The last table sorts the items by how many seeds get them right, and counts who else does.")
+        tables.append(
+            Table(
+                ["seeds right", "items", *(f"{label} right" for label in labels)],
+                [
+                    [str(row["right_seeds"]), f"{row['items']:,}", *(f"{row['right'][label]:,}" for label in labels)]
+                    for row in test["by_right_seeds"]
+                ],
+            )
+        )
+    return Section(f"Scores: {test['name']}", lines, tables, pictures)
+
+
+def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Section:
+    training = found["training"]
+    stretch = training["steps_per_point"]
+    averaged = "" if stretch == 1 else f" Each point is the mean of {stretch} steps."
+    validation = training["validation"]
+    rows = [
+        [label, str(curve[-1][0]), f"{curve[-1][1]:.4f}", f"{min(loss for _, loss in curve):.4f}"]
+        for label, curve in validation.items()
+    ]
+    return Section(
+        "Training",
+        tables=[Table(["adapter", "last step", "validation loss", "lowest"], rows)] if rows else [],
+        pictures=[
+            *picture("train", f"Training loss of each seed.{averaged}"),
+            *picture("validation", "Validation loss of each seed, and of the seeds fused as they were then."),
+        ],
+    )
+
+
+def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list[Section]:
+    weights = found["weights"]
+    if weights is None:
+        return []
+    seeds, several = found["trained"], len(found["trained"]) > 1
+    merged = found["merged"]
+    cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
+    ranks = weights["spectra"]["effective_rank"]
+    samples = weights["distributions"]["samples"]
+    header = ["module", "layers", "cosine", "gain", "effective rank", "fused"]
+    modules = Table(
+        header if merged else [name for name in header if name not in ("gain", "fused")],
+        [
+            [
+                row["module"],
+                str(row["layers"]),
+                _number(row["mean_cosine"]),
+                *([_number(row["applied_gain"])] if merged else []),
+                _number(row["effective_rank"]),
+                *([_number(row["merged_effective_rank"])] if merged else []),
+            ]
+            for row in weights["modules"]
+        ],
+    )
+    return [
+        Section(
+            "How alike the seeds are",
+            ["Cosines of the updates, each adapter taken as one vector; unrelated ones have zero."] if several else [],
+            [Table(["cosine", *seeds], cosines)] if several else [],
+            picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
+        ),
+        Section(
+            "Weights",
+            [
+                "Means over the layers of each module type. The effective rank is the exponential of the entropy of "
+                "the singular values."
+                + (" The gain is the norm of the fused update over that of the seeds' mean." if merged else ""),
+                "Below, each adapter's effective rank in the layer in the middle, and the standard deviation of its "
+                "entries, drawn from all layers.",
+            ],
+            [
+                modules,
+                Table(
+                    ["adapter", "effective rank", "standard deviation"],
+                    [
+                        [label, _number(ranks.get(label)), _number(std)]
+                        for label, std in weights["distributions"]["std"].items()
+                    ],
+                ),
+            ],
+            [
+                *picture("spectra", f"Singular values in {weights['spectra']['path']}, the layer in the middle."),
+                *picture("distributions", f"{samples:,} entries of each update, drawn from all layers."),
+                *picture("gains", "Gain of the fusion in every layer."),
+            ],
+        ),
+    ]
+
+
+def _cost(found: Facts) -> Section:
+    plan, seconds, rows = found["cost"], found["seconds"], []
+    if plan is not None:
+        rows = [
+            ["budget", plan["budget"]],
+            ["steps of each seed", f"{plan['steps']:,}"],
+            ["rows in a step of each seed", f"{plan['batch']:,}"],
+            ["tokens of each seed", f"{plan['tokens']:,}"],
+            ["of these scored", f"{plan['supervised']:,}"],
+            ["seeds", str(len(plan["seeds"]))],
+            ["passes", str(plan["passes"])],
+            ["trainable parameters of each seed", f"{plan['trainable']:,}"],
+            ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
+        ]
+    if seconds is not None:
+        rows.append(["training, wall time", f"{seconds:,.0f} s"])
+    return Section("Cost", tables=[Table(["what", "how much"], rows)] if rows else [])
+
+
+def _reproduce(found: Facts) -> list[Section]:
+    record = found["reproduce"]
+    option = ", ".join(f"{key}={value}" for key, value in record["options"].items())
+    lines = [] if found["method"] is None else [f"Merge method: {found['method']}{f' ({option})' if option else ''}."]
+    versions, hashes, settings = record["versions"], record["sha256"], record["settings"]
+    return [
+        Section("How to reproduce", lines, code=record["command"]),
+        Section(
+            "Versions and hashes",
+            tables=[
+                *([Table(["library", "version"], list(versions.items()), words=True)] if versions else []),
+                *([Table(["adapter", "sha256 of the weights"], list(hashes.items()), words=True)] if hashes else []),
+            ],
+        ),
+        Section(
+            "Settings",
+            tables=[Table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()], words=True)],
+        ),
+    ]
+
+
+# Numbers
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _interval(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"

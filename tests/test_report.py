@@ -1,0 +1,307 @@
+"""The report of a run: its numbers against independent ones, its bytes, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from seedlora import cli, shell
+from seedlora.fuse import read_adapters
+from seedlora.report.facts import POINTS, facts, test_facts
+from seedlora.report.figures import colours, figures
+from seedlora.report.page import write_report
+from tests.test_cli import SMALL
+from train import PARTS
+
+test_facts.__test__ = False  # a function of ours, not a test
+SEEDS = ["seed_11", "seed_42", "seed_202"]
+
+
+def train(folder: Path, base_model: str, *options: str) -> int:
+    base = ["--model.base_model", base_model, "--model.dtype", "float32", *SMALL]
+    return cli.main(PARTS, [*base, "--ensemble.dirpath", str(folder), *options])
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a_run"
+    assert train(folder, tiny_llama) == 0
+    # The tiny model gets nothing right: outcomes as a better one would have them.
+    results = json.loads((folder / "results.json").read_text())
+    results["items"] = items(120)
+    (folder / "results.json").write_text(json.dumps(results))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def run(stored, tmp_path):
+    """A copy to take things away from."""
+    return shutil.copytree(stored, tmp_path / "a_run")
+
+
+def items(n: int) -> dict[str, str]:
+    rng = np.random.default_rng(3)
+    easy = rng.random(n)
+    shares = {"base": 0.1, "seed_11": 0.5, "seed_42": 0.55, "seed_202": 0.45, "soup": 0.55, "fused": 0.75}
+    return {label: "".join("01"[int(e + 0.2 * rng.random() < share)] for e in easy) for label, share in shares.items()}
+
+
+def test_comparisons_against_scipy():
+    outcomes = items(300)
+    found = test_facts("t", {"items": outcomes, "metric": "m"}, SEEDS)
+    right = {label: np.array([int(digit) for digit in digits]) for label, digits in outcomes.items()}
+    for row in found["scores"]:
+        interval = stats.binomtest(int(right[row["adapter"]].sum()), 300).proportion_ci(method="wilson")
+        assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
+    best = max(SEEDS, key=lambda seed: right[seed].sum())
+    assert found["best_seed"] == best
+    references = {"mean seed": sum(right[s] for s in SEEDS) / 3, "best seed": right[best], "soup": right["soup"]}
+    assert [(row["adapter"], row["against"]) for row in found["comparisons"]] == [
+        ("soup", "mean seed"),
+        ("soup", "best seed"),
+        ("fused", "mean seed"),
+        ("fused", "best seed"),
+        ("fused", "soup"),
+    ]
+    wanted = []
+    for row in found["comparisons"]:
+        a, b = right[row["adapter"]], references[row["against"]]
+        interval = stats.bootstrap((a - b,), np.mean, method="percentile", rng=0).confidence_interval
+        assert row["value"] == pytest.approx((a - b).mean())
+        assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high), abs=0.006)
+        if row["against"] == "mean seed":
+            assert row["p_value"] is None
+            continue
+        table = [int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())]
+        assert row["p_value"] == pytest.approx(stats.binomtest(table[0], sum(table)).pvalue)
+        wanted.append(row["p_value"])
+    # Holm's rule for three tests, spelled out.
+    order = np.argsort(wanted)
+    first = min(1, 3 * wanted[order[0]])
+    second = max(first, min(1, 2 * wanted[order[1]]))
+    third = max(second, wanted[order[2]])
+    adjusted = [row["p_value_holm"] for row in found["comparisons"] if row["p_value"] is not None]
+    assert [adjusted[i] for i in order] == pytest.approx([first, second, third])
+    counts = sum(right[seed] for seed in SEEDS)
+    for row in found["by_right_seeds"]:
+        where = counts == row["right_seeds"]
+        assert (row["items"], row["right"]["fused"]) == (where.sum(), right["fused"][where].sum())
+
+
+def test_weights_against_the_dense_updates(stored):
+    found = json.loads((stored / "report.json").read_text())["weights"]
+    adapters = [adapter.layers for adapter in read_adapters([stored / name for name in (*SEEDS, "fused")]).values()]
+    paths = list(adapters[0])
+    dense = [{path: layers[path].dense()[0].double() for path in paths} for layers in adapters]
+    long = torch.stack([torch.cat([update[path].flatten() for path in paths]) for update in dense[:3]])
+    unit = long / long.norm(dim=1, keepdim=True)
+    assert np.array(found["cosines"]) == pytest.approx((unit @ unit.T).numpy(), abs=1e-5)
+    rows = {row["path"]: row for row in found["layers"]}
+    assert set(rows) == set(paths)
+    assert rows["model.layers.1.mlp.up_proj"]["layer"] == 1
+    for path in paths:
+        mean = (dense[0][path] + dense[1][path] + dense[2][path]) / 3
+        assert rows[path]["applied_gain"] == pytest.approx(float(dense[3][path].norm() / mean.norm()), rel=1e-4)
+    values = torch.linalg.svdvals(dense[1][found["spectra"]["path"]])[:8]
+    assert found["spectra"]["singular_values"]["seed_42"] == pytest.approx(values.tolist(), rel=1e-4)
+    drawn = found["distributions"]
+    assert list(drawn["density"]) == [*SEEDS, "soup", "fused"]
+    width = drawn["edges"][1] - drawn["edges"][0]
+    assert all(0.95 < sum(density) * width <= 1 + 1e-9 for density in drawn["density"].values())
+
+
+def test_the_same_run_gives_the_same_bytes(stored, run):
+    write_report(run)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (run / name).read_bytes() == (stored / name).read_bytes()
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.ids, self.links, self.inside = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("svg", "style", "pre"):
+            self.inside.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
+
+    def handle_data(self, data):
+        if not self.inside:
+            self.text.append(data)
+
+
+def numbers_of(value):
+    """All numbers below a JSON value, those within its strings apart."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        pairs = [numbers_of(item) for item in value]
+        return [n for numbers, _ in pairs for n in numbers], [s for _, strings in pairs for s in strings]
+    if isinstance(value, str):
+        return [], [value]
+    return ([], []) if value is None or isinstance(value, bool) else ([value], [])
+
+
+def test_every_number_is_in_report_json(stored):
+    numbers, strings = numbers_of(json.loads((stored / "report.json").read_text()))
+    forms = (".1f", ".3g", ".3f", ".4f", ",.0f")
+    known = {format(abs(n) * scale, form) for n in numbers for scale in (1, 100) for form in forms}
+    known |= {f"{n:,}" for n in numbers} | {str(n) for n in numbers}
+    pattern = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+    known |= {number for text in strings for number in pattern.findall(text)}
+    page = _Page()
+    page.feed((stored / "report.html").read_text())
+    for text in (" ".join(page.text), (stored / "report.md").read_text()):
+        found = [number.rstrip(",") for number in pattern.findall(text)]
+        assert len(found) > 100
+        assert [number for number in found if number not in known] == []
+
+
+def test_the_page_stands_alone_and_its_figures_share_colours(stored):
+    text = (stored / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    assert [link[:22] for link in page.links if link[0] != "#"] == ["data:image/png;base64,"] * 2
+    assert len(page.ids) == len(set(page.ids))
+    assert set(inside) <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
+    found = json.loads((stored / "report.json").read_text())
+    drawn = figures(found)
+    assert list(drawn) == ["scores-0", "train", "validation", "cosines", "spectra", "distributions", "gains"]
+    palette = colours(SEEDS)
+    assert len({palette[seed] for seed in SEEDS}) == 3
+    for name in ("scores-0", "train", "validation", "spectra", "distributions"):
+        assert all(palette[seed].lower() in drawn[name].lower() for seed in SEEDS)
+    assert all("currentColor" in svg and "<text" in svg for svg in drawn.values())
+
+
+def test_the_verdict_is_the_comparison_with_its_interval(stored):
+    found = json.loads((stored / "report.json").read_text())
+    row = next(r for r in found["tests"][0]["comparisons"] if (r["adapter"], r["against"]) == ("fused", "mean seed"))
+    assert found["verdict"].startswith("The fused adapter (seedlora): better than the mean seed, ")
+    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}, n = 120" in found["verdict"]
+    assert found["missing"] == []
+    assert found["seconds"] > 0
+    assert found["cost"]["steps"] == 4
+
+
+def said(run: Path) -> str:
+    write_report(run)
+    assert (run / "report.html").is_file()
+    return (run / "report.md").read_text()
+
+
+def test_an_interrupted_run_says_so(run):
+    for name in ("seed_42", "fused"):
+        shutil.rmtree(run / name)
+    (run / "results.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/lo')
+    text = said(run)
+    assert "The run is not finished: seed_42 is not trained; repeat its command with --resume" in text
+    assert "No test set was scored" in text
+    assert "**The run is not finished, so there is no verdict.**" in text
+    assert "| seed_11 |" in text
+
+
+def test_nothing_but_settings_is_a_report_too(run):
+    for path in run.iterdir():
+        if path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = said(run)
+    for sentence in ("no verdict", "No training losses", "There was no validation.", "no config.yaml", "No test set"):
+        assert sentence in text
+
+
+def test_seeds_left_out_and_adapters_that_cannot_be_read(run):
+    (run / "excluded.json").write_text('{"seed_42": "training loss not finite in step 3"}')
+    shutil.rmtree(run / "seed_42")
+    (run / "fused" / "adapter_model.safetensors").write_bytes(b"broken")
+    text = said(run)
+    assert "seed_42 was left out: training loss not finite in step 3." in text
+    assert "The adapters cannot be read" in text
+    assert "not finished" not in text
+
+
+def test_one_seed_without_validation_or_test(tiny_llama, tmp_path, capsys):
+    options = ["--ensemble.seeds", "[11]", "--merge", "none", "--data.num_val", "0", "--data.num_test", "0"]
+    assert train(tmp_path / "one", tiny_llama, *options) == 0
+    assert "report: " in capsys.readouterr().out
+    text = (tmp_path / "one" / "report.md").read_text()
+    for sentence in ("Only one seed was trained", "Nothing was fused.", "There was no validation.", "No test set"):
+        assert sentence in text
+
+
+def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsys, monkeypatch):
+    def fail(_run):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(cli, "write_report", fail)
+    assert train(tmp_path / "run", tiny_llama, "--merge", "soup", "--data.num_val", "0") == 0
+    assert "train.py: no report: RuntimeError: no ink; the run is whole" in capsys.readouterr().err
+    assert (tmp_path / "run" / "results.json").is_file()
+    # Plain soup is the fused adapter: one label for both.
+    found = facts(tmp_path / "run")
+    assert found["merged"] == "soup"
+    assert list(found["weights"]["distributions"]["density"]) == [*SEEDS, "soup"]
+    assert found["verdict"].startswith("Soup: no difference from the mean seed shown")
+
+
+def test_passes_and_long_curves(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["ensemble"]["seeds"] = [42, 11]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "metrics.jsonl").unlink()
+    for seed, loss in ((11, 2.0), (42, 3.0)):
+        lines = [{"step": i, f"train/loss_seed_{seed}": loss + i % 2} for i in range(2 * POINTS)]
+        lines.append({"step": 2 * POINTS - 1, "val/loss_fused": loss, f"val/loss_seed_{seed}": float("nan")})
+        (run / f"metrics-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = facts(run)["training"]
+    assert training["steps_per_point"] == 2
+    assert training["train"]["seed_42"] == [[2.0 * (i + 1), 3.5] for i in range(POINTS)]
+    # Seed 11 came last, and with it the fused adapter of all; what is not finite is no point.
+    assert training["validation"] == {"fused": [[2 * POINTS, 2.0]]}
+
+
+def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(run, tmp_path / "other|<run>")
+    for name in ("report.html", "report.md", "report.json"):
+        (run / name).unlink()
+    assert shell.main(["report", str(run), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert (run / "report.html").read_bytes() == (stored / "report.html").read_bytes()
+    assert "better than the mean seed" in " ".join(shown.split())
+    assert "report: comparison/report.html" in shown
+    found = json.loads(Path("comparison/report.json").read_text())
+    assert [row["run"] for row in found["runs"]] == ["a_run", "other|<run>"]
+    assert found["runs"][0]["against_mean_seed"]["n"] == 120
+    assert "other|&lt;run&gt;" in Path("comparison/report.html").read_text()
+    assert "other\\|<run>" in Path("comparison/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nowhere"], "nowhere holds no run: it has no run.json"), (["a_run", "./a_run"], "a_run is given twice")],
+)
+def test_what_cannot_be_reported(words, message, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shell.main(["report", *words]) == 2
+    assert message in capsys.readouterr().err
