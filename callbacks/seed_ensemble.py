@@ -393,8 +393,14 @@ class SeedEnsembleCallback(pl.Callback):
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give SIGTERM back."""
+        """Give SIGTERM back, and answer one that came too late for a checkpoint.
+
+        Raises:
+            StoppedError: if there was one; the adapters of this stack are written.
+        """
         self._listen_no_more()
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            raise StoppedError("terminated by SIGTERM at the end of training; the adapters are written")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give SIGTERM back."""

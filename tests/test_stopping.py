@@ -124,8 +124,11 @@ def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
 
 
 class Terminate(pl.Callback):
+    def __init__(self, batch=5):
+        self.batch = batch
+
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 5:
+        if batch_idx == self.batch:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -151,6 +154,16 @@ def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama
     for name in ("seed_1", "seed_2", "fused"):
         file = "adapter_model.safetensors"
         assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+
+
+def test_sigterm_in_the_last_step_is_answered_when_all_is_written(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x")
+    run = trainer(ensemble, max_epochs=1)
+    run.callbacks.append(Terminate(11))
+    with pytest.raises(StoppedError, match="at the end of training; the adapters are written"):
+        run.fit(make_module(tiny_llama), datamodule=make_data())
+    assert ensemble.pending == ()
+    assert ensemble.fused_path.is_dir()
 
 
 def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tmp_path):
