@@ -333,8 +333,8 @@ class SeedEnsembleCallback(pl.Callback):
             loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
             best = self._best.get(replica.name)
             if best is None or loss < best["loss"]:
-                weights = [p.detach().cpu().clone() for p in module.stack.parameters(replica.name)]
-                kept = weights if self.keep == "best" else []
+                parameters = module.stack.parameters(replica.name) if self.keep == "best" else []
+                kept = [parameter.detach().cpu().clone() for parameter in parameters]
                 self._best[replica.name] = {"loss": loss, "step": trainer.global_step, "stale": 0, "weights": kept}
                 continue
             best["stale"] += 1

@@ -42,7 +42,7 @@ from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS
 from seedlora.module import SeedLoRAModule, StoppedError
-from seedlora.plan import PeakMemory, run_plan, timed, write_cost
+from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
@@ -224,7 +224,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         runs, sandbox = _tasks(cli, console)
-        _prepare(cli, console, planning=planning)
+        plan = _prepare(cli, console, planning=planning)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
@@ -233,7 +233,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         watch.start()
     try:
         if planning:
-            _measure(cli, console)
+            _measure(cli, plan, console)
             return 0
         if not finished:
             _train(cli, console)
@@ -261,7 +261,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
     print(f"train.py: stopped{rank}: {reason}; what was saved before is whole; {again}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> None:
+def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
     prepare(trainer)
@@ -281,12 +281,12 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> None:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
         write_cost(ensemble.dirpath / COST_NAME, plan)
     console.print(plan.table())
+    return plan
 
 
-def _measure(cli: SeedLoRACLI, console: Console, steps: int = 3) -> None:
+def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) -> None:
     """Train a few steps for their time and memory, without a trace; the first one warms up."""
     ensemble, data = cli.ensemble, cli.datamodule
-    plan = run_plan(cli.trainer, cli.model, data, ensemble)
     accumulate = cli.trainer.accumulate_grad_batches
     trainer = cli.instantiate_trainer(fast_dev_run=(steps + 1) * accumulate)
     trainer.limit_val_batches = 0
