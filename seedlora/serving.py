@@ -5,7 +5,6 @@ Shape legend: ``D`` output features, ``K`` input features, ``R`` rank.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from seedlora.base_weights import shards
 from seedlora.factors import LoRAFactors
 
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
@@ -92,24 +92,6 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     except (SafetensorError, OSError, ValueError, KeyError):
         return None
     return found or None
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of its index.
-
-    Raises:
-        FileNotFoundError: if it has none.
-        ValueError: if its index is broken.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
-    return [single]
 
 
 def _template(path: str) -> str:
