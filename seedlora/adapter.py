@@ -305,7 +305,7 @@ def _start(weight: Tensor, init: str, r: int, scaling: float, *, fan_in_fan_out:
     d, k = weight.shape[::-1] if fan_in_fan_out else weight.shape
     with torch.device("meta"):
         layer = Conv1D(d, k) if fan_in_fan_out else torch.nn.Linear(k, d, bias=False)
-    layer.weight, layer.bias = torch.nn.Parameter(weight, requires_grad=False), None
+    layer.weight, layer.bias = torch.nn.Parameter(weight.clone(), requires_grad=False), None
     config = LoraConfig(
         r=r, lora_alpha=scaling * r, target_modules=["layer"], init_lora_weights=init, fan_in_fan_out=fan_in_fan_out
     )

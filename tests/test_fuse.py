@@ -132,7 +132,7 @@ def damage(folder, kind):
         ("nan", "holds NaN or infinity"),
         ("half missing", "has no .lora_B.weight beside it"),
         ("another base", "belongs to base model"),
-        ("dora", "DoRA is not plain LoRA"),
+        ("dora", "use_dora is set, but .* has no .lora_magnitude_vector"),
     ],
 )
 def test_broken_adapters_are_refused_before_anything_is_written(folders, tmp_path, kind, message):

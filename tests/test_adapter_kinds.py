@@ -1,0 +1,276 @@
+"""Adapters of every kind, trained and saved by PEFT: what we fuse them to, and what PEFT's own merge does.
+
+The right answer is independent of our reader: each adapter is merged alone into its base by PEFT, and the base's
+original weights are subtracted.
+"""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
+from seedlora.base_weights import BaseWeights
+from seedlora.fuse import RECORD_NAME, fuse_folders
+from seedlora.into_base import fuse_into_base
+from seedlora.shell import main
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAIN = {"r": 4, "lora_alpha": 10, "target_modules": SEVEN}
+KINDS = {
+    "lora": PLAIN,
+    "rslora": PLAIN | {"use_rslora": True},
+    "rank_pattern": PLAIN | {"rank_pattern": {"q_proj": 2, "up_proj": 6}},
+    "alpha_pattern": PLAIN | {"alpha_pattern": {"v_proj": 3}},
+    "dora": PLAIN | {"use_dora": True},
+    "dora, rslora": PLAIN | {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "dora, embeddings": PLAIN | {"use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "pissa": PLAIN | {"init_lora_weights": "pissa"},
+    "pissa, rslora": PLAIN | {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "olora": PLAIN | {"init_lora_weights": "olora"},
+    "dora, pissa": PLAIN | {"use_dora": True, "init_lora_weights": "pissa"},
+    "mica": PLAIN | {"init_lora_weights": "mica"},
+    "lora_bias": PLAIN | {"lora_bias": True},
+    "modules_to_save": PLAIN | {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "conv1d": {"r": 4, "lora_alpha": 10, "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True},
+}
+KINDS["conv1d, dora"] = KINDS["conv1d"] | {"use_dora": True}
+KINDS["conv1d, pissa"] = KINDS["conv1d"] | {"init_lora_weights": "pissa"}
+KINDS["conv1d, lora_bias"] = KINDS["conv1d"] | {"lora_bias": True}
+SEEDS = (1, 2, 3)
+
+
+def llama(*, bias=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        attention_bias=bias,
+        mlp_bias=bias,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def train(model, seed):
+    """Move everything that is trained by a random step from where it started."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_B" in name:
+            step = torch.randn(parameter.shape, generator=generator)
+            scale = 0.1 * parameter.data.abs() if "magnitude" in name else 0.1
+            parameter.data = parameter.data + scale * step
+
+
+class Made:
+    """Three adapters of one kind over one base: their folders, and what each adds to the base's weights."""
+
+    def __init__(self, root, kind):
+        self.kind, self.base = kind, root / "base"
+        make = gpt2 if kind.startswith("conv1d") else lambda: llama(bias=kind == "lora_bias")
+        make().save_pretrained(self.base)
+        before = {key: value.clone() for key, value in loaded(self.base).state_dict().items()}
+        self.before, self.folders, self.added = before, [], []
+        for seed in SEEDS:
+            model = get_peft_model(loaded(self.base), LoraConfig(**KINDS[kind], task_type="CAUSAL_LM"))
+            train(model, seed)
+            model.save_pretrained(root / str(seed))
+            self.folders.append(root / str(seed))
+            merged = model.merge_and_unload().state_dict()
+            self.added.append({key: merged[key] - before[key] for key in before})
+
+    @property
+    def mean(self):
+        return {key: sum(added[key] for added in self.added) / len(self.added) for key in self.before}
+
+    def changed(self, folder):
+        """What the model of a folder with an adapter, loaded by PEFT, has become."""
+        merged = PeftModel.from_pretrained(loaded(self.base), folder).merge_and_unload().state_dict()
+        return {key: merged[key] - self.before[key] for key in self.before}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return cache(lambda kind: Made(tmp_path_factory.mktemp("kind"), kind))
+
+
+def distance(found, wanted):
+    """Relative, over the whole model."""
+    difference = sum(float((found[key] - wanted[key]).double().square().sum()) for key in wanted)
+    return (difference / sum(float(value.double().square().sum()) for value in wanted.values())) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_to_the_mean_of_what_they_add(kind, made, tmp_path):
+    """As an adapter of a rank that holds it all, and in the base's weights."""
+    case = made(kind)
+    fuse_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 32, "svd": "exact"})
+    assert distance(case.changed(tmp_path / "out"), case.mean) < 2e-5
+    fuse_into_base(case.folders, case.base, tmp_path / "full", method="soup")
+    full = loaded(tmp_path / "full").state_dict()
+    assert distance({key: full[key] - case.before[key] for key in full}, case.mean) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_adapter_is_its_own_fusion(kind, made, tmp_path):
+    case = made(kind)
+    bytes_before = [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
+    fuse_into_base(case.folders[:1], case.base, tmp_path / "full", method="seedlora")
+    full = loaded(tmp_path / "full").state_dict()
+    assert distance({key: full[key] - case.before[key] for key in full}, case.added[0]) < 2e-5
+    assert bytes_before == [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["rslora", "rank_pattern", "pissa", "olora", "modules_to_save", "lora_bias"])
+def test_the_folder_loads_in_peft_with_equal_logits(kind, made, tmp_path):
+    case = made(kind)
+    fuse_folders(case.folders, tmp_path / "out", method="soup")
+    dense = loaded(case.base)
+    mean = case.mean
+    dense.load_state_dict({key: case.before[key] + mean[key] for key in mean})
+    rows = torch.arange(20).view(2, 10)
+    found = PeftModel.from_pretrained(loaded(case.base), tmp_path / "out")(input_ids=rows).logits
+    torch.testing.assert_close(found, dense(input_ids=rows).logits, atol=2e-5, rtol=1e-4)
+
+
+def paper_formula(updates):
+    """Equations 4 and 5 of SeedLoRA on dense updates (N, D, K), as printed."""
+    updates = updates.double()
+    average = updates.mean(0)
+    sigma = updates.flatten(1).std(1).mean()
+    return sigma * (average - average.mean()) / average.std() + updates.mean((1, 2)).mean()
+
+
+@pytest.mark.parametrize("kind", ["dora", "pissa", "conv1d, dora"])
+def test_seedlora_of_full_rank(kind, made, tmp_path):
+    case = made(kind)
+    fuse_into_base(case.folders, case.base, tmp_path / "full")
+    full = loaded(tmp_path / "full").state_dict()
+    for key in (key for key in full if case.added[0][key].any()):
+        wanted = paper_formula(torch.stack([added[key] for added in case.added]))
+        found = (full[key] - case.before[key]).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-5, key
+
+
+def test_dora_at_a_rank_says_its_error(made, tmp_path):
+    case = made("dora")
+    words = ["merge", *map(str, case.folders), "--method", "soup", "--rank", "5", "--svd", "exact"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    found, mean = case.changed(tmp_path / "out"), case.mean
+    assert record["kinds"] == ["DoRA"]
+    for path, error in record["compression"]["layers"].items():
+        wanted = mean[f"{path}.weight"]
+        best = torch.linalg.svdvals(wanted.double())[5:].norm() / wanted.double().norm()
+        assert error == pytest.approx(float(best), rel=1e-3)
+        assert float((found[f"{path}.weight"] - wanted).norm() / wanted.norm()) == pytest.approx(error, rel=1e-3)
+    assert "relative Frobenius error" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_default_rank_of_dora_is_that_of_lora(made, tmp_path):
+    case = made("dora")
+    fuse_folders(case.folders, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["r"] == 3 * 4 + 1
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "pissa, rslora"])
+def test_against_peft_s_own_conversion(kind, made, tmp_path):
+    """The factors of ``path_initial_model_for_weight_conversion``: rank 2r, the same update."""
+    case = made(kind)
+    if "rank_pattern" in KINDS[kind]:
+        pytest.skip("PEFT does not convert rsLoRA with a rank_pattern")
+    config = LoraConfig(**KINDS[kind], task_type="CAUSAL_LM")
+    model = get_peft_model(loaded(case.base), config)
+    initial = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = config.init_lora_weights
+    train(model, SEEDS[0])
+    assert any(not torch.equal(p, initial[name]) for name, p in model.named_parameters() if name in initial)
+    model.peft_config["default"].init_lora_weights = KINDS[kind]["init_lora_weights"]
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    wanted = read_adapter(tmp_path / "plain")
+    found = read_adapter(case.folders[0], base=BaseWeights(case.base))
+    assert found.layers.keys() == wanted.layers.keys()
+    for path, factors in wanted.layers.items():
+        assert found.layers[path].rank == factors.rank == 2 * 4
+        torch.testing.assert_close(found.layers[path].dense(), factors.dense(), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
+    case = made("modules_to_save")
+    options = {"weights": [1.0, 2.0, 3.0]}
+    fuse_folders(case.folders, tmp_path / "out", method="soup", options=options)
+    found = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    each = [load_file(folder / WEIGHTS_NAME) for folder in case.folders]
+    for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"):
+        wanted = (each[0][key] + 2 * each[1][key] + 3 * each[2][key]) / 6
+        torch.testing.assert_close(found[key], wanted)
+    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    assert record["averaged"] == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert "averaged" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(AdapterError, match="add up to more than 0"):
+        fuse_folders(case.folders, tmp_path / "no", method="soup", options={"weights": [1, 1, -2]})
+
+
+# What PEFT's add_weighted_adapter makes of the same adapters: docs/adapters.md has this table.
+
+RIGHT, WRONG = "right", "wrong, in silence"
+REFUSED = "Cannot add weighted adapters if they target the same module with modules_to_save"
+PEFT_RESULT = {
+    "lora": RIGHT,
+    "alpha_pattern": RIGHT,
+    "rank_pattern": RIGHT,
+    "mica": RIGHT,
+    "rslora": WRONG,
+    "dora": WRONG,
+    "lora_bias": WRONG,
+    "pissa": WRONG,
+    "olora": WRONG,
+    "modules_to_save": REFUSED,
+}
+
+
+def peft_mean(case, combination, folder):
+    """The mean by PEFT: all adapters in one model, a third of each; saved, loaded again, and merged into the base."""
+    names = ["first", "second", "third"]  # a "0" would be taken for a layer's number when the result is saved
+    model = PeftModel.from_pretrained(loaded(case.base), case.folders[0], adapter_name=names[0])
+    for name, other in zip(names[1:], case.folders[1:], strict=True):
+        model.load_adapter(other, adapter_name=name)
+    rank = {"svd_rank": 16} if combination == "svd" else {}
+    model.add_weighted_adapter(names, [1 / 3] * 3, "mean", combination_type=combination, **rank)
+    model.save_pretrained(folder, selected_adapters=["mean"])
+    return case.changed(folder / "mean")
+
+
+@pytest.mark.parametrize("combination", ["svd", "cat"])
+@pytest.mark.parametrize("kind", PEFT_RESULT)
+def test_what_peft_makes_of_them(kind, combination, made, tmp_path):
+    """Ours is right on each (above); a PEFT that changes for the better fails here, and the table is out of date."""
+    case = made(kind)
+    if PEFT_RESULT[kind] == REFUSED:
+        with pytest.raises(ValueError, match=REFUSED):
+            peft_mean(case, combination, tmp_path)
+        return
+    off = distance(peft_mean(case, combination, tmp_path), case.mean)
+    assert off < 1e-5 if PEFT_RESULT[kind] == RIGHT else off > 0.3
