@@ -17,6 +17,7 @@ import torch
 
 from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
+from seedlora.card import refresh_card
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, stack_adapters
 from seedlora.merge import MergeRule, bind, soup
@@ -437,6 +438,8 @@ class SeedEnsembleCallback(pl.Callback):
         self.results = results(correct, labels, seeds, metric="exact match, greedy")
         if trainer.is_global_zero:
             write_text(self.dirpath / "results.json", json.dumps(self.results.to_dict(), indent=2) + "\n")
+            if FUSED in self.results.scores:
+                refresh_card(self.fused_path)
 
     # Inside
 

@@ -321,6 +321,7 @@ def write_adapter(
     *,
     files: Mapping[str, str] | None = None,
     embeddings: Collection[str] = (),
+    magnitudes: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, Tensor] | None = None,
     modules: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -332,6 +333,7 @@ def write_adapter(
         config: PEFT's configuration of it.
         files: further text files of the folder, by name: a model card, for example.
         embeddings: the layer paths that are embeddings.
+        magnitudes: DoRA's, of shape (D,), by layer path.
         biases: what ``lora_bias`` of ``config`` adds to a layer's output, by path.
         modules: full weights of ``modules_to_save`` of ``config``, by key within the model.
 
@@ -348,7 +350,8 @@ def write_adapter(
                     f"not writing {path}: {name}{suffix} of shape {tuple(tensor.shape)} is empty, stacked or not finite"
                 )
             tensors[_PREFIX + name + suffix] = tensor[0].detach().cpu().contiguous()
-    more = {name + _BIAS: bias for name, bias in (biases or {}).items()} | dict(modules or {})
+    more = {name + _MAGNITUDE: m for name, m in (magnitudes or {}).items()} | dict(modules or {})
+    more |= {name + _BIAS: bias for name, bias in (biases or {}).items()}
     tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in more.items()}
     with atomic_folder(Path(path)) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -29,9 +29,10 @@ from seedlora.adapter import (
     write_adapter,
 )
 from seedlora.base_weights import BaseWeights
+from seedlora.card import CARD_NAME, model_card
 from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
-from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored
+from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored, gram
 from seedlora.serving import base_shapes, complete
 
 RECORD_NAME = "fusion.json"
@@ -325,7 +326,10 @@ def fuse_folders(
     record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
-    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, layers)}
+    if len(adapters) > 1 and (gains := _gains(stacks, fused)):
+        record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
+    card = model_card(record, max(factors.rank for factors in layers.values()), run=Path(out).parent)
+    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     if prompt := _common_prompt(sources):
         files[PROMPT_NAME] = prompt
     config = universal_config(
@@ -337,6 +341,15 @@ def fuse_folders(
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)
+
+
+def _gains(stacks: Mapping[str, Updates], fused: Mapping[str, LoRAFactors]) -> list[float]:
+    """The fused update's norm over that of the mean update, per layer; of layers whose updates are factors."""
+    gains = []
+    for path, stack in stacks.items():
+        if isinstance(stack, LoRAFactors) and (mean := float(gram(stack).mean())) > 0:
+            gains.append((float(gram(fused[path]).mean()) / mean) ** 0.5)
+    return gains
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
@@ -390,22 +403,3 @@ def fusion_record(
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _card(record: Mapping[str, Any], fused: Mapping[str, LoRAFactors]) -> str:
-    rank = next(iter(fused.values())).rank
-    lines = [f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `{RECORD_NAME}` lists method, options"]
-    lines[0] += " and inputs."
-    if "compression" in record:
-        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        lines.append(f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.")
-    text = "\n".join(lines)
-    return f"""---
-base_model: {record["base_model"]}
-library_name: peft
-tags: [lora, seedlora]
----
-# {len(record["inputs"])} LoRA adapters fused with `{record["method"]}`
-
-{text}
-"""

@@ -5,13 +5,12 @@ original weights are subtracted.
 """
 
 import json
-import shutil
 from functools import cache
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter

@@ -8,9 +8,7 @@ from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
 from seedlora.report.results import FUSED, SOUP, Results
-
-#: vLLM's --max-lora-rank takes one of these.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from seedlora.serving import VLLM_RANKS, vllm_rank
 
 
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
@@ -61,10 +59,10 @@ def verdict(results: Results) -> str:
 
 def next_commands(*, base_model: str, adapter: Path, rank: int) -> str:
     """How to load the adapter with PEFT, and how to serve it."""
-    fitting = [size for size in VLLM_RANKS if size >= rank]
+    limit = vllm_rank(rank)
     serve = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {fitting[0]} \\\n    --lora-modules fused={adapter}"
-        if fitting
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
+        if limit
         else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
     )
     return f"""# load it with PEFT
