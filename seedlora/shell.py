@@ -182,7 +182,10 @@ def _merge(arguments: Mapping[str, Any]) -> None:
         )
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        console.print(f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most")
+        exact = "" if arguments["into_base"] else "; --into-base MODEL adds the update to the weights as it is"
+        console.print(
+            f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True
+        )
     if missing := record.get("incomplete_groups"):
         console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
     if converted is not None:

@@ -5,12 +5,14 @@ original weights are subtracted.
 """
 
 import json
+import shutil
 from functools import cache
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
@@ -50,7 +52,7 @@ def llama(*, bias=False):
         vocab_size=32,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         tie_word_embeddings=False,
@@ -62,7 +64,7 @@ def llama(*, bias=False):
 
 def gpt2():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config)
 
 
@@ -230,6 +232,178 @@ def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     assert "averaged" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(AdapterError, match="add up to more than 0"):
         fuse_folders(case.folders, tmp_path / "no", method="soup", options={"weights": [1, 1, -2]})
+
+
+@pytest.mark.parametrize("kind", ["rslora", "modules_to_save", "lora_bias", "dora", "alpha_pattern"])
+def test_inspect_says_who_serves_it(kind, made, tmp_path, capsys):
+    case = made(kind)
+    assert main(["inspect", str(case.folders[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    name = {"rslora": "use_rslora", "dora": "DoRA"}.get(kind, kind)
+    assert any(reason.startswith(name) for reason in found["servable"]["vLLM"])
+    assert (found["servable"]["LoRAX"] == []) == (kind == "alpha_pattern")
+    assert main(["inspect", str(case.folders[0])]) == 0
+    assert "what stands in the way" in capsys.readouterr().out
+    assert main(["merge", str(case.folders[0]), "--method", "soup", "--rank", "8", "--out", str(tmp_path / "o")]) == 0
+    shown = capsys.readouterr().out
+    if kind in ("rslora", "dora", "alpha_pattern"):
+        assert "served by vLLM, SGLang, LoRAX, TGI, llama.cpp (vLLM: --max-lora-rank 8)" in shown
+    else:
+        assert f"not by vLLM, SGLang, LoRAX, TGI, llama.cpp ({kind}" in shown
+
+
+def test_compare_shows_dora_at_a_rank(made, capsys):
+    case = made("dora")
+    assert main(["compare", *map(str, case.folders)]) == 0
+    shown = capsys.readouterr().out
+    assert "DoRA's updates have full rank; shown is the best rank 64 of each" in " ".join(shown.split())
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of an adapter of some kind, and a function that edits its files."""
+
+    def edited(kind, tensors=None, **config):
+        folder = tmp_path / "copy"
+        shutil.copytree(made(kind).folders[1], folder)
+        if tensors is not None:
+            found = load_file(folder / WEIGHTS_NAME)
+            tensors(found)
+            save_file(found, folder / WEIGHTS_NAME)
+        file = folder / CONFIG_NAME
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        return folder
+
+    return edited
+
+
+MAGNITUDE = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(MAGNITUDE), "use_dora is set, but 'model.layers.0.mlp.up_proj' has no .lora_magnitude_vector"),
+        (lambda t: t.update({MAGNITUDE: t[MAGNITUDE][:-1].clone()}), r"has shape \(23,\), \(24,\) is needed"),
+        (lambda t: t.update({MAGNITUDE: t[MAGNITUDE] * float("inf")}), "holds NaN or infinity"),
+        (
+            lambda t: t.update({MAGNITUDE.replace("up_", "x_"): t[MAGNITUDE].clone()}),
+            "has .lora_magnitude_vector but no factors",
+        ),
+    ],
+)
+def test_broken_magnitudes(edit, message, copy, made, tmp_path):
+    with pytest.raises(AdapterError, match=message):
+        fuse_folders([copy("dora", edit)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def one_sentence(words, capsys):
+    assert main(words) == 2
+    found = capsys.readouterr()
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+    return found.err
+
+
+@pytest.mark.parametrize("kind", ["dora", "pissa"])
+def test_a_base_that_is_not_there(kind, copy, made, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    folder = copy(kind, base_model_name_or_path=str(tmp_path / "gone"))
+    said = one_sentence(["merge", str(folder), *out], capsys)
+    assert "its update depends on the base weights, which cannot be read" in said
+    assert "gone is no folder" in said
+    assert "--base MODEL" in said
+    assert main(["merge", str(folder), *out, "--base", str(made(kind).base), "--method", "soup"]) == 0
+    capsys.readouterr()
+    (tmp_path / "copy" / CONFIG_NAME).write_text(
+        json.dumps(json.loads((folder / CONFIG_NAME).read_text()) | {"base_model_name_or_path": None})
+    )
+    assert "names no base model, whose weights" in one_sentence(["inspect", str(folder)], capsys)
+
+
+@pytest.mark.parametrize("kind", ["dora", "pissa"])
+def test_another_base(kind, made, tmp_path, capsys):
+    config = LlamaConfig(**(llama().config.to_dict() | {"intermediate_size": 20}))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    words = ["merge", *map(str, made(kind).folders), "--out", str(tmp_path / "out"), "--base"]
+    capsys.readouterr()  # bars of the models' saving
+    assert "it is not the base model of this adapter" in one_sentence([*words, str(tmp_path / "other")], capsys)
+    assert "has no weight for the adapted layer" in one_sentence([*words, str(tmp_path / "gpt2")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kinds_are_not_mixed(made, tmp_path):
+    pair = [made("lora").folders[0], made("dora").folders[0]]
+    for folder in pair:  # the same base, as far as their names say
+        shutil.copytree(folder, tmp_path / folder.parent.name)
+    pair = [tmp_path / folder.parent.name for folder in pair]
+    for folder in pair:
+        file = folder / CONFIG_NAME
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": str(made("dora").base)}
+        file.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="is DoRA, of .* make plain LoRA of it first"):
+        fuse_folders(pair, tmp_path / "out")
+
+
+def test_biases_need_a_place_in_the_base(copy, made, tmp_path):
+    llama().save_pretrained(tmp_path / "without")
+    with pytest.raises(AdapterError, match="has no bias in the base model"):
+        fuse_into_base([copy("lora_bias")], tmp_path / "without", tmp_path / "out")
+
+
+def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
+    def longer(tensors):
+        key = "base_model.model.lm_head.weight"
+        tensors[key] = torch.cat([tensors[key], tensors[key][:1]])
+
+    with pytest.raises(AdapterError, match="was its vocabulary resized"):
+        fuse_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", ["nf4", "nested nf4", "int8"])
+def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    case = made("dora")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    options = {"load_in_8bit": True} if bits == "int8" else four | {"bnb_4bit_use_double_quant": bits != "nf4"}
+    quantised = AutoModelForCausalLM.from_pretrained(
+        case.base, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}, dtype=torch.float32
+    )
+    quantised.save_pretrained(tmp_path / "q")
+    assert "quantization_config" in json.loads((tmp_path / "q" / "config.json").read_text())
+    weights = BaseWeights(tmp_path / "q")
+    dense = {
+        f"{name}.weight": dequantize_module_weight(module).float()
+        for name, module in quantised.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+    words = ["merge", *map(str, case.folders), "--method", "soup", "--out", str(tmp_path / "o")]
+    assert main([*words, "--into-base", str(tmp_path / "q")]) == 0
+    assert "the base model was stored quantised by bitsandbytes; the result is dequantised" in capsys.readouterr().out
+    found = loaded(tmp_path / "o").state_dict()
+    for key, weight in dense.items():
+        path = key.removesuffix(".weight")
+        wanted = weight.double()
+        if any(path.endswith(name) for name in SEVEN):
+            updates = []
+            for adapter in (read_adapter(folder, base=weights) for folder in case.folders):
+                row = wanted + adapter.layers[path].dense()[0].double()
+                scale = adapter.magnitudes[path].double()[:, None] / row.norm(dim=1, keepdim=True)
+                updates.append(scale * row - wanted)
+            wanted = wanted + sum(updates) / 3
+        torch.testing.assert_close(found[key].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_other_quantisations_are_refused(made, tmp_path):
+    shutil.copytree(made("lora").base, tmp_path / "q")
+    file = tmp_path / "q" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="is quantised by gptq; only bitsandbytes can be undone"):
+        fuse_into_base(made("lora").folders, tmp_path / "q", tmp_path / "out")
 
 
 # What PEFT's add_weighted_adapter makes of the same adapters: docs/adapters.md has this table.
