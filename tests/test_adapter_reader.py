@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
 
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -313,9 +314,10 @@ FUZZ = settings(
 
 
 def only_adapter_errors(folder):
-    with contextlib.suppress(AdapterError):
-        adapter = read_adapter(folder)
-        assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
+    for base in (None, BaseWeights(folder / "nowhere")):
+        with contextlib.suppress(AdapterError):
+            adapter = read_adapter(folder, base=base)
+            assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
 
 
 @FUZZ
