@@ -22,10 +22,10 @@ from rich.table import Table
 
 from seedlora.atomic import write_text
 from seedlora.base_model import attention, outline
+from seedlora.head import chunk_rows
 
 if TYPE_CHECKING:
-    from seedlora.head import chunk_rows
-from seedlora.module import SeedLoRAModule
+    from seedlora.module import SeedLoRAModule
 
 BUDGETS = ("equal", "full")
 #: Whose versions a run writes down.
