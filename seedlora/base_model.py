@@ -118,11 +118,10 @@ def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or key.endswith("dropout_prob")):
             setattr(config, key, 0.0)
     with _hub_errors(base_model), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(base_model), config=config, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(resolve(base_model), config=config, dtype=dtype)
     model.config.use_cache = False
-    if dtype == torch.bfloat16:
+    # Families with an attention of their own (Gemma 2 caps its scores) keep it.
+    if dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
         model.base_model.register_forward_pre_hook(_choose_attention, with_kwargs=True)
     return model.requires_grad_(False)
 

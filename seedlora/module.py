@@ -6,7 +6,7 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens, ``S`` supervised
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import CatMetric
 
 from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
+from seedlora.head import head_losses, is_plain
 from seedlora.stacked import AdapterStack
 from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
 
@@ -129,6 +130,8 @@ class SeedLoRAModule(pl.LightningModule):
         self.scored: dict[str, str | None] = {}
         self.test_correct, self.test_items = CatMetric(), CatMetric()
         self._tokenizer: Any = None
+        #: Whether nothing follows the head; unknown until the first forward.
+        self._head_is_last: bool | None = None
         self._built: tuple[Replica, ...] = ()
 
     @property
@@ -228,17 +231,23 @@ class SeedLoRAModule(pl.LightningModule):
     ) -> Float[Tensor, "S V"]:
         """Logits at the positions kept, one after the other, from the adapters that the stack is routed to.
 
-        The head is the largest layer of a small model, so it only sees what is scored: a hook gathers the hidden
-        states in front of it, into one contiguous matrix, and every model family keeps its own code around the head.
-
         Args:
             input_ids: rows padded on the right.
             keep: bool, shape (M, T): whose next-token logits are wanted.
             position_ids: shape (M, T), for rows that hold several samples: they restart with each, and attention stays
                 within one. transformers makes its masks so when it is given positions and no mask.
         """
-        head = self.model.get_base_model().get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][keep], *args[1:]))
+        return self._forward(input_ids, position_ids, lambda hidden: hidden[keep])
+
+    def _forward(
+        self, input_ids: Tensor, position_ids: Tensor | None, before_head: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "S V"]:
+        """The model's logits, of the hidden states that ``before_head`` lets through.
+
+        The head is the largest layer of a small model, so it only sees what is scored: a hook gathers the hidden
+        states in front of it, into one contiguous matrix, and every model family keeps its own code around the head.
+        """
+        hook = self._head.register_forward_pre_hook(lambda _, args: (before_head(args[0]), *args[1:]))
         try:
             if position_ids is None:
                 return self.model(input_ids=input_ids).logits
@@ -246,27 +255,60 @@ class SeedLoRAModule(pl.LightningModule):
         finally:
             hook.remove()
 
+    @property
+    def _head(self) -> Any:
+        return self.model.get_base_model().get_output_embeddings()
+
     def token_losses(
-        self, input_ids: Int[Tensor, "M T"], labels: Int[Tensor, "M T"], position_ids: Tensor | None = None
+        self,
+        input_ids: Int[Tensor, "M T"],
+        labels: Int[Tensor, "M T"],
+        position_ids: Tensor | None = None,
+        *,
+        greedy: bool = True,
     ) -> tuple[Float[Tensor, "M T"], Tensor, Tensor]:
         """Score the labels.
 
         Returns:
             Per position the negative log-likelihood of its label (0 where there is none), whether the label is the
-            most likely token, and whether there is one; all of shape (M, T) and shifted by one: position ``t`` predicts
-            the label of ``t + 1``.
+            most likely token (all True unless ``greedy``), and whether there is one; all of shape (M, T) and shifted
+            by one: position ``t`` predicts the label of ``t + 1``.
         """
         targets = labels.roll(-1, dims=1)
         keep = targets != IGNORED
         keep[:, -1] = False
-        logits = self(input_ids, keep, position_ids)
-        losses = cross_entropy(logits.float(), targets[keep], reduction="none")
-        right = logits.argmax(-1) == targets[keep]
+        losses, right = self._kept_losses(input_ids, keep, targets[keep], position_ids, greedy=greedy)
+        no_right = torch.ones_like(keep)
         return (
             losses.new_zeros(keep.shape).masked_scatter(keep, losses),
-            torch.ones_like(keep).masked_scatter(keep, right),
+            no_right if right is None else no_right.masked_scatter(keep, right),
             keep,
         )
+
+    def _kept_losses(
+        self, input_ids: Tensor, keep: Tensor, targets: Tensor, position_ids: Tensor | None, *, greedy: bool
+    ) -> tuple[Float[Tensor, " S"], Tensor | None]:
+        """Losses at the positions kept, from chunks of logits where the model's logits are those of its head.
+
+        Some families scale or cap them afterwards. So the model runs with its head on one position, and what comes out
+        is compared with the head alone; from the first difference on, the family's own code sees all positions.
+        """
+        if self._head_is_last is not False and is_plain(self._head) and len(targets):
+            caught: list[Tensor] = []
+
+            def catch(hidden: Tensor) -> Tensor:
+                caught.append(hidden[keep])
+                return caught[0][:1].detach()
+
+            logits = self._forward(input_ids, position_ids, catch)
+            if self._head_is_last is None:
+                with torch.no_grad():
+                    self._head_is_last = torch.equal(logits.float(), self._head(caught[0][:1]).float())
+            if self._head_is_last:
+                return head_losses(caught[0], self._head, targets, greedy=greedy)
+        logits = self(input_ids, keep, position_ids)
+        losses = cross_entropy(logits.float(), targets, reduction="none")
+        return losses, logits.argmax(-1) == targets if greedy else None
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The sum of the replicas' losses over one micro-batch (N, b, T), normalised over the optimizer step.
@@ -290,7 +332,8 @@ class SeedLoRAModule(pl.LightningModule):
             dropout_keys=keys,
         )
         tensors = [batch[key] for key in ("input_ids", "labels", "position_ids") if key in batch]
-        losses, _, keep = self.token_losses(*((t if n == len(t) else t[active]).flatten(0, 1) for t in tensors))
+        rows = ((t if n == len(t) else t[active]).flatten(0, 1) for t in tensors)
+        losses, _, keep = self.token_losses(*rows, greedy=False)
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
         # Shown: the mean over the micro-batch on all ranks.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from seedlora.atomic import write_text
 from seedlora.base_model import attention, outline
+from seedlora.head import chunk_rows
 
 if TYPE_CHECKING:
     from seedlora.module import SeedLoRAModule
@@ -112,9 +113,10 @@ def memory_estimate(
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
     for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
     ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32. An
-    attention that keeps its scores adds them in the model's dtype twice and in float32. For each supervised token the
-    logits and their gradient in the model's dtype, and three copies in float32. Gradient checkpointing keeps
-    ``base_bytes * hidden`` per token and layer, and recomputes one layer at a time.
+    attention that keeps its scores adds them in the model's dtype twice and in float32. For each supervised token two
+    hidden states; for those of one chunk (:func:`seedlora.head.chunk_rows`) the logits in the model's dtype and twice
+    in float32. Gradient checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a
+    time. A model family that scales or caps its logits takes all of them at once, which is more.
 
     Args:
         base_parameters: of the frozen model.
@@ -135,7 +137,9 @@ def memory_estimate(
         base=base_parameters * base_bytes,
         adapters=8 * trainable,
         optimizer=8 * trainable,
-        activations=tokens * per_token + supervised * vocabulary * (2 * base_bytes + 12),
+        activations=tokens * per_token
+        + supervised * hidden * 2 * base_bytes
+        + min(supervised, chunk_rows(vocabulary)) * vocabulary * (base_bytes + 8),
     )
 
 

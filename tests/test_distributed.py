@@ -20,9 +20,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from seedlora.adapter import read_adapter
 from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from tests import training_process
+from tests.training_process import finish, wait_for_step
 
 
 def difference(a, b):
@@ -44,7 +43,7 @@ def two(tiny_llama, tmp_path_factory):
     """The folder with what two processes made under each strategy."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, strategies_job.__file__, tiny_llama, str(folder)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(training_process.ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -129,29 +128,12 @@ def test_deepspeed_needs_whole_steps():
 # Killed processes
 
 
-OPTIONS = [
-    *("--model.dtype", "float32", "--model.lora_dropout", "0.1", "--trainer.accelerator", "cpu"),
-    *("--data.num_train", "48", "--data.num_val", "5", "--data.num_test", "13", "--data.batch_size", "2"),
-    *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "6", "--trainer.devices", "2"),
-    *("--ensemble.checkpoint_every_n_steps", "1"),
-]
+ROWS = ("--data.num_train", "48", "--data.num_val", "5", "--data.num_test", "13")
+TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2")
 
 
 def start(base_model, dirpath, *options):
-    command = [sys.executable, str(ROOT / "train.py"), "--model.base_model", base_model, *OPTIONS, *options]
-    return subprocess.Popen(
-        [*command, "--ensemble.dirpath", str(dirpath)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return training_process.start(base_model, dirpath, *ROWS, *TWO, *options)
 
 
 def processes(first):
@@ -163,13 +145,7 @@ def processes(first):
 
 def kill_at(first, dirpath, step, rank):
     """SIGKILL one rank at a checkpoint; returns the output, once all processes have ended."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and first.poll() is None:
-        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob("checkpoints/*/step=*.ckpt")]
-        if steps and max(steps) >= step:
-            break
-        time.sleep(0.01)
-    assert first.poll() is None, first.communicate()[0]
+    wait_for_step(first, dirpath, step)
     os.kill(processes(first)[rank], signal.SIGKILL)
     # the pipe is closed when the last process that writes to it has ended
     output, _ = first.communicate(timeout=30)

@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-OPTIONS = [
-    *("--data.num_train", "48", "--data.num_val", "4", "--data.num_test", "4", "--data.batch_size", "2"),
-    *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "6", "--model.lora_dropout", "0.1"),
-    *("--ensemble.checkpoint_every_n_steps", "1", "--model.dtype", "float32"),
-]
+from tests import training_process
+from tests.training_process import finish, wait_for_step
+
+ROWS = ("--data.num_train", "48", "--data.num_val", "4", "--data.num_test", "4")
 
 
 def start(base_model, dirpath, *options):
-    command = [sys.executable, str(ROOT / "train.py"), "--model.base_model", base_model, *OPTIONS]
-    return subprocess.Popen(
-        [*command, "--ensemble.dirpath", str(dirpath), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return training_process.start(base_model, dirpath, *ROWS, *options)
 
 
 def kill_at(process, dirpath, step):
-    """SIGKILL as soon as the checkpoint of a step, or a later one, is there."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob("checkpoints/*/step=*.ckpt")]
-        if steps and max(steps) >= step:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return
-        time.sleep(0.002)
-    pytest.fail(f"the run ended before step {step}: {process.communicate()[0]}")
+    wait_for_step(process, dirpath, step)
+    process.kill()
+    process.wait()
 
 
 def adapters(dirpath):

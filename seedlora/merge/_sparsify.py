@@ -105,12 +105,19 @@ def trim(values: Float[Tensor, "N ..."], thresholds: Float[Tensor, " N"]) -> Flo
 
 
 def drop(values: Float[Tensor, "N ..."], p: float, generator: torch.Generator) -> Float[Tensor, "N ..."]:
-    r"""DARE: zero each entry with probability ``p``, multiply the others by :math:`1/(1-p)`."""
+    r"""DARE: zero each entry with probability ``p``, multiply the others by :math:`1/(1-p)`.
+
+    32 random bits decide on an entry: ``1 - p`` is rounded to a multiple of :math:`2^{-32}`, and the factor with it,
+    so that the expectation stays that of ``values``.
+    """
     if p == 0:
         return values
-    # a third of the time that bernoulli_ takes; a probability is met to 2**-24
-    keep = torch.rand(values.shape, generator=generator, device=generator.device).lt_(1 - p)
-    return keep.to(values).div_(1 - p).mul_(values)
+    kept = min(max(1, round((1 - p) * 2**32)), 2**32 - 1)
+    # Two entries to a draw: half the time of a number each, which was over half of the whole rule's.
+    draws = torch.empty(-(-values.numel() // 2), dtype=torch.int64, device=generator.device)
+    bits = draws.random_(-(2**63), None, generator=generator).view(torch.int32)[: values.numel()]
+    keep = bits.view(values.shape) < kept - 2**31
+    return keep.to(values).mul_(2**32 / kept).mul_(values)
 
 
 def drop_by_rank(

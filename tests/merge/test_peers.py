@@ -29,7 +29,7 @@ def test_dare_with_the_same_masks(name, p, monkeypatch):
     monkeypatch.setattr(torch, "bernoulli", lambda probabilities=None, **given: next(drawn))
     weights = MEAN if name == "dare_linear" else ONES
     wanted = getattr(merge_utils, name)(UPDATES, weights, density=1 - p)
-    assert relative(dense(METHODS[name].rule(STACK, p=p)), wanted) < 1e-12
+    assert relative(dense(METHODS[name].rule(STACK, p=p)), wanted) < 1e-8  # of 32 random bits
 
 
 def test_dare_drops_as_often_as_asked():
