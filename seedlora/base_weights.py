@@ -117,12 +117,14 @@ class BaseWeights:
             return _dequantized(
                 self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
             )
-        if (scale := key.removesuffix(".weight") + _INT8_SCALE) in self.files:
+        if (scale := key.removesuffix(".weight") + _INT8_SCALE) in self.statistics(key):
             return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
         return self.tensor(key)
 
     def statistics(self, key: str) -> list[str]:
         """The keys of the tensors with which a quantised weight is stored; empty for any other."""
+        if self.quantization is None:
+            return []
         layer = key.removesuffix(".weight")
         int8 = [name for name in (layer + _INT8_SCALE, f"{layer}.weight_format") if name in self.files]
         return [name for name in self.files if name.startswith(f"{key}.")] + int8
@@ -150,7 +152,7 @@ class BaseWeights:
         return self._dequantized[1]
 
     def _state_key(self, key: str) -> str | None:
-        return next((name for name in self.files if name.startswith(key + _NF4_STATE)), None)
+        return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
 
 
 def shards(folder: Path) -> list[Path]:

@@ -49,7 +49,8 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
         f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `fusion.json` has the inputs' checksums.",
     ]
     if kinds := record.get("kinds"):
-        lines += ["", f"The inputs are {', '.join(kinds)}; this is plain LoRA, relative to the original base model."]
+        result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
+        lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
         lines += [

@@ -186,6 +186,10 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
                 f"only {name if adapter.magnitudes else first_name} is DoRA, of {first_name} and {name}; make plain "
                 "LoRA of it first (python -m seedlora merge, with that one alone, --method soup --rank 64)"
             )
+        if bool(adapter.biases) != bool(first.biases):
+            raise AdapterError(
+                f"only {name if adapter.biases else first_name} has lora_bias, of {first_name} and {name}"
+            )
         if odd := sorted(set(adapter.modules) ^ set(first.modules)):
             holder = name if odd[0] in adapter.modules else first_name
             raise AdapterError(f"{first_name} and {name} save different modules: only {holder} has {odd[0]}")

@@ -165,7 +165,7 @@ def _merge(arguments: Mapping[str, Any]) -> None:
     what = "1 adapter" if len(sources) == 1 else f"{len(sources)} adapters"
     console.print(f"{what} fused with [bold]{method}[/bold] into {out}", soft_wrap=True)
     if kinds := record.get("kinds"):
-        console.print(f"the inputs are {', '.join(kinds)}")
+        console.print(f"kinds of the inputs: {', '.join(kinds)}")
     if averaged := record.get("averaged"):
         console.print(f"averaged, not fused by {method}: {', '.join(averaged)}", soft_wrap=True)
     if "dequantised" in record:
@@ -173,7 +173,8 @@ def _merge(arguments: Mapping[str, Any]) -> None:
     if arguments["into_base"] is None:
         config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
         console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
-        print(next_commands(base_model=record["base_model"], adapter=out, rank=config["r"]))  # noqa: T201 - to be copied
+        loads = next_commands(base_model=record["base_model"], adapter=out, rank=config["r"], serve=not served["vLLM"])
+        print(loads)  # noqa: T201 - to be copied
         console.print(_served_line(served, config["r"]), soft_wrap=True)
     if "inputs_compressed" in record:
         largest = record["inputs_compressed"]["relative_error_max"]

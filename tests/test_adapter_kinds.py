@@ -347,6 +347,15 @@ def test_kinds_are_not_mixed(made, tmp_path):
         fuse_folders(pair, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("lora_bias", "only .* has lora_bias"), ("modules_to_save", "only .* has lm_head")]
+)
+def test_what_only_one_of_them_has(kind, said, copy, made, tmp_path):
+    base = {"base_model_name_or_path": str(made(kind).base)}
+    with pytest.raises(AdapterError, match=said):
+        fuse_folders([made(kind).folders[0], copy("lora", **base)], tmp_path / "out")
+
+
 def test_biases_need_a_place_in_the_base(copy, made, tmp_path):
     llama().save_pretrained(tmp_path / "without")
     with pytest.raises(AdapterError, match="has no bias in the base model"):

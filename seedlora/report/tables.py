@@ -57,21 +57,21 @@ def verdict(results: Results) -> str:
     return "\n".join(sentences)
 
 
-def next_commands(*, base_model: str, adapter: Path, rank: int) -> str:
-    """How to load the adapter with PEFT, and how to serve it."""
-    limit = vllm_rank(rank)
-    serve = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
-        if limit
-        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
-    )
-    return f"""# load it with PEFT
+def next_commands(*, base_model: str, adapter: Path, rank: int, serve: bool = True) -> str:
+    """How to load the adapter with PEFT, and how to serve it if it can be."""
+    load = f"""# load it with PEFT
 python - <<'PY'
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
-PY
-# serve it with vLLM
-{serve}"""
+PY"""
+    if not serve:
+        return load
+    command = (
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
+        if (limit := vllm_rank(rank)) is not None
+        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
+    )
+    return f"{load}\n# serve it with vLLM\n{command}"
 
 
 def _interval(score: Score) -> str:
