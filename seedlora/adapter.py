@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,9 @@ def base_model_of(source: str | Path) -> str:
     return _read_config(locate(source), more=True).get("base_model_name_or_path") or ""
 
 
-def read_adapter(path: str | Path, *, base: BaseWeights | None = None) -> Adapter:
+def read_adapter(
+    path: str | Path, *, base: BaseWeights | None = None, on_layer: Callable[[str], object] | None = None
+) -> Adapter:
     """Read a PEFT LoRA folder and fold its scaling into ``B``.
 
     The scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA; a layer's rank and alpha may come from
@@ -138,6 +140,7 @@ def read_adapter(path: str | Path, *, base: BaseWeights | None = None) -> Adapte
         base: the base model, opened if it is needed. With it, adapters are read whose updates are more than factors:
             DoRA, PiSSA, OLoRA, ``lora_bias``, ``modules_to_save``. Without it these are refused, so that who only looks
             at ``layers`` misses nothing.
+        on_layer: called with the path of each layer whose start was computed again.
 
     Raises:
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, a rank is not
@@ -197,7 +200,11 @@ def read_adapter(path: str | Path, *, base: BaseWeights | None = None) -> Adapte
         for name in layers:
             _base_key(file, adapter, name, base)
     if base is not None and _init(config) in _REPEATED_INITS:
-        started = {name: _minus_start(file, config, adapter, name, base) for name in layers}
+        started = {}
+        for name in layers:
+            started[name] = _minus_start(file, config, adapter, name, base)
+            if on_layer is not None:
+                on_layer(name)
         return replace(adapter, layers=started)
     return adapter
 

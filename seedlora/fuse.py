@@ -216,12 +216,18 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
 
 
-def read_adapters(sources: Sequence[str | Path], *, base: BaseWeights | None = None) -> dict[str, Adapter]:
+def read_adapters(
+    sources: Sequence[str | Path],
+    *,
+    base: BaseWeights | None = None,
+    on_layer: Callable[[str], object] | None = None,
+) -> dict[str, Adapter]:
     """Read adapter folders or hub ids, by the name under which each was given.
 
     Args:
         sources: folders or hub ids.
         base: their base model, for adapters that are more than factors: as in :func:`seedlora.adapter.read_adapter`.
+        on_layer: likewise.
 
     Raises:
         AdapterError: if one cannot be read, or is given twice.
@@ -232,7 +238,7 @@ def read_adapters(sources: Sequence[str | Path], *, base: BaseWeights | None = N
         if path in paths:
             raise AdapterError(f"{source} was given twice (also as {paths[path]}); each adapter counts once")
         paths[path] = str(source)
-    return {name: read_adapter(path, base=base) for path, name in paths.items()}
+    return {name: read_adapter(path, base=base, on_layer=on_layer) for path, name in paths.items()}
 
 
 def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> BaseWeights:
@@ -303,14 +309,14 @@ def fuse_folders(
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
         base: the base model, for DoRA, PiSSA and OLoRA. Default: the one that the adapters name.
-        on_layer: called with each layer's path when it is done.
+        on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
         ValueError: for an unknown method or option; ``AdapterError`` for adapters that cannot be read or fused.
     """
     bound = bind(method, options)
     weights = base_of(sources, base)
-    adapters = read_adapters(sources, base=weights)
+    adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     hashes = hash_inputs(sources)
     stacks = stack_updates(adapters, weights)
     if dtype is not None:

@@ -70,7 +70,7 @@ def fuse_into_base(
     if out.exists() and out.resolve() == weights.folder.resolve():
         raise ValueError(f"the output {out} is the base model itself; give another folder")
     homes: Mapping[str, Path] = weights.files
-    adapters = read_adapters(sources, base=weights)
+    adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     stacks = stack_updates(adapters, weights)
     first = next(iter(adapters.values()))
     keys = {path: weights.key(path) for path in stacks}
