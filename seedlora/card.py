@@ -14,6 +14,7 @@ CARD_NAME = "README.md"
 #: What of a run's settings says how the seeds were trained, and under which name.
 _TRAINING = {
     "data": "data",
+    "data.task": "task",
     "data.path": "rows",
     "model.adapter": "adapter",
     "model.quantization": "quantization of the base in training",
@@ -68,8 +69,9 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
             f"The fused update is {gain['mean']:.3g} times as long as the mean of the inputs, "
             f"{gain['min']:.3g} to {gain['max']:.3g} over the layers.",
         ]
-    facts = {"base model": base, "inputs": ", ".join(inputs), "method": f"{record['method']} ({record['source']})"}
-    facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record["use"])}.items()}
+    method = [record["method"], *([f"({record['source']})"] if record.get("source") else [])]
+    facts = {"base model": base, "inputs": ", ".join(inputs), "method": " ".join(method)}
+    facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record.get("use", {}))}.items()}
     facts |= _training(run)
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
     lines += _scores(run, inputs, name)
@@ -92,7 +94,7 @@ def merge_command(record: Mapping[str, Any]) -> str:
     """The command that makes the adapter again, in the folder that holds its inputs."""
     words = ["python", "-m", "seedlora", "merge", *(entry["name"] for entry in record["inputs"])]
     words += ["--method", record["method"]]
-    for key, value in {**record["options"], **_said(record["use"])}.items():
+    for key, value in {**record["options"], **_said(record.get("use", {}))}.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         words += [f"--{key.replace('_', '-')}", text]
     return shlex.join([*words, "--out", "fused"])
