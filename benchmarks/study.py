@@ -6,7 +6,8 @@
 
 A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to fuse it; or,
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
-not done again; the adapters stay under ``--work`` (30 MB a cell).
+not done again; the adapters stay under ``--work`` (30 MB a cell). On one thread of a busy machine a cell of one epoch
+takes about 12 minutes and 1.8 GB of memory; ``--plan`` says what is left.
 
 - Gains, scales and p are chosen by the loss on the validation split. The test split is scored once, after that.
 - Loss: nats per supervised token, end token included. Match: greedy decoding gives the answer exactly, which needs no
@@ -26,6 +27,7 @@ import math
 import statistics
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,16 +37,19 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 from torch import Tensor
 
 from callbacks import EnsembleProgressBar, SeedEnsembleCallback
 from datamodules import ReasoningGym
 from seedlora.adapter import read_adapter
-from seedlora.atomic import write_text
+from seedlora.atomic import atomic_file, write_text
 from seedlora.base_model import EMBEDDED
-from seedlora.diagnostics import model_cosines
+from seedlora.diagnostics import COLOURS, model_cosines
 from seedlora.evaluation.statistics import paired_difference
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, stack_adapters
@@ -133,22 +138,20 @@ class Cell:
 def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
     """All cells, those that answer the main question first."""
 
-    def stacks(triples: Sequence[tuple[int, ...]], epochs: int) -> list[Cell]:
-        return [Cell(task, rate, seeds, epochs) for seeds in triples for rate in RATES for task in tasks]
+    def stacks(seeds: tuple[int, ...], epochs: int, *, joint: bool = False) -> list[Cell]:
+        named = (*tasks, JOINT) if joint else tasks
+        return [
+            Cell(task, rate, seeds, epochs) for rate in RATES for task in named if task != JOINT or rate == RATES[0]
+        ]
 
-    def across(triples: Sequence[tuple[int, ...]]) -> list[Cell]:
-        return [Cell(JOINT, RATES[0], seeds, EQUAL) for seeds in triples]
-
-    first, others = TRIPLES[:1], TRIPLES[1:]
+    first, *others = TRIPLES
     return [
-        *stacks(first, EQUAL),
-        *across(first),
+        *stacks(first, EQUAL, joint=True),
         *stacks(first, FULL),
-        *stacks(others, EQUAL),
-        *across(others),
+        *(cell for seeds in others for cell in stacks(seeds, EQUAL, joint=True)),
         *(Cell(task, RATES[0], FIVE, EQUAL) for task in tasks),
-        *(Cell(task, RATES[0], first[0], EQUAL, vary) for vary in ("init", "order") for task in tasks),
-        *stacks(others, FULL),
+        *(Cell(task, RATES[0], first, EQUAL, vary) for vary in ("init", "order") for task in tasks),
+        *(cell for seeds in others for cell in stacks(seeds, FULL)),
     ]
 
 
@@ -519,6 +522,295 @@ def plan(cells: Sequence[Cell], lines: Sequence[Line], console: Console) -> None
     console.print(f"left: about {left / 3600:.1f} h, as fast as so far", highlight=False)
 
 
+# The summary
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of Student's t; of one value the interval is unknown (NaN)."""
+    n, mean = len(values), statistics.mean(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method against a reference over several cells.
+
+    Args:
+        mean: of the differences.
+        low: end of the interval over clusters.
+        high: end of the interval over clusters.
+        clusters: how many.
+        cells: how many.
+        less: cells in which the interval over items is below 0.
+        more: cells in which it is above 0.
+    """
+
+    mean: float
+    low: float
+    high: float
+    clusters: int
+    cells: int
+    less: int
+    more: int
+
+
+def compare(lines: Sequence[Line], label: str, reference: str, metric: str) -> Compared | None:
+    """Pool one method's differences; a cluster is a task with a set of seeds. ``None`` where there are none."""
+    clusters: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+    less = more = 0
+    for line in lines:
+        if (found := line["test"].get(label, {}).get("vs", {}).get(reference)) is None:
+            continue
+        value, low, high = found[metric]
+        cell = cell_of(line)
+        clusters[cell.task, cell.seeds].append(value)
+        less, more = less + (high < 0), more + (low > 0)
+    if not clusters:
+        return None
+    interval = t_interval([statistics.mean(values) for values in clusters.values()])
+    return Compared(*interval, len(clusters), sum(map(len, clusters.values())), less, more)
+
+
+def against_one_seed(lines: Sequence[Line], label: str, metric: str) -> tuple[float, float, float, int] | None:
+    """A method on seeds of the equal budget, less the mean of the same seeds with all of the budget each.
+
+    Returns:
+        Mean, interval over clusters, and cells; ``None`` where there are none.
+    """
+    by_cell = {cell_of(line): line["test"] for line in lines}
+    clusters: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+    for cell, test in by_cell.items():
+        full = by_cell.get(Cell(cell.task, cell.rate, cell.seeds, FULL, cell.vary))
+        if cell.epochs == EQUAL and full is not None and label in test:
+            clusters[cell.task, cell.seeds].append(test[label][metric] - full[MEAN_SEED][metric])
+    if not clusters:
+        return None
+    means = [statistics.mean(values) for values in clusters.values()]
+    return *t_interval(means), sum(map(len, clusters.values()))
+
+
+def summary(lines: Sequence[Line], console: Console, folder: Path | None = None) -> None:
+    """Print all tables, and draw the figures into ``folder``."""
+    stacks = [line for line in lines if line["cell"]["task"] != JOINT]
+    triples = [line for line in stacks if len(line["cell"]["seeds"]) == 3]
+    plain = [line for line in triples if line["cell"]["vary"] == "both"]
+    _settings_table(stacks, console)
+    for epochs, name in ((EQUAL, "equal budget"), (FULL, "full budget")):
+        if some := [line for line in plain if line["cell"]["epochs"] == epochs]:
+            _methods_table(some, f"{name}, {epochs} epoch{'s' * (epochs > 1)} of each seed", console)
+    _by_cosine_table(plain, console)
+    _one_seed_table(plain, console)
+    _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
+    _vary_table(triples, console)
+    for line in lines:
+        if line["cell"]["task"] == JOINT:
+            _joint_table(line, console)
+    if folder is not None:
+        for name, figure in _figures(plain, stacks).items():
+            with atomic_file(folder / name) as file, rc_context({"svg.hashsalt": "seedlora"}):
+                figure.savefig(file, format="svg", metadata={"Date": None})
+            console.print(f"figure: {folder / name}", highlight=False, soft_wrap=True)
+
+
+def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+def _settings_table(stacks: Sequence[Line], console: Console) -> None:
+    rows = []
+    for line in stacks:
+        cell, test = cell_of(line), line["test"]
+        seeds = [test[f"seed_{seed}"] for seed in cell.seeds]
+        spread = {metric: statistics.stdev(seed[metric] for seed in seeds) for metric in METRICS}
+        loss, match = (test[MEAN_SEED][metric] for metric in METRICS)
+        seconds = line["seconds"]["train"] + line["seconds"]["score"]
+        losses = (f"{test[BASE]['loss']:.3f}", f"{loss:.3f} ± {spread['loss']:.3f}")
+        matches = f"{100 * match:.1f} ± {100 * spread['match']:.1f}"
+        rows.append((cell.name, str(line["n"]["test"]), f"{line['cosine']:.3f}", *losses, matches, str(seconds)))
+    headers = ("cell", "test items", "cosine", "base loss", "loss of a seed", "match of a seed, %", "seconds")
+    _table(console, "Cells", headers, rows, "mean seed ± spread between seeds; cosine of the updates, all pairs")
+
+
+def _methods_table(lines: Sequence[Line], title: str, console: Console) -> None:
+    labels = list(dict.fromkeys(label for line in lines for label in line["test"]))
+    rows = []
+    for label in labels:
+        found = {
+            (metric, reference): compare(lines, label, reference, metric)
+            for metric in METRICS
+            for reference in (MEAN_SEED, SOUP)
+        }
+        if any(found.values()):
+            against = found["loss", SOUP]
+            counts = "" if against is None else f"{against.less} / {against.more} of {against.cells}"
+            shown = [_interval(found[key], 1 if key[0] == "loss" else 100) for key in found]
+            rows.append((label, *shown[:2], counts, *shown[2:]))
+    first = compare(lines, SOUP, MEAN_SEED, "loss")
+    caption = (
+        f"less is better for loss, more for match; {len(lines)} cells in {first.clusters if first else 0} clusters, a "
+        "task with a set of seeds, and Student's t over them; lower / higher: the interval over items leaves 0 out"
+    )
+    headers = ("method", "loss - mean seed", "loss - soup", "lower / higher", "match - mean seed", "match - soup")
+    _table(console, f"Differences, {title}; loss in nats per token, match in points", headers, rows, caption)
+
+
+def _interval(found: Compared | None, factor: float) -> str:
+    return "" if found is None else _spread((found.mean, found.low, found.high), factor)
+
+
+def _spread(interval: Sequence[float], factor: float) -> str:
+    digits = 3 if factor == 1 else 1
+    mean, low, high = (f"{factor * value:+.{digits}f}" for value in interval[:3])
+    return mean if math.isnan(interval[1]) else f"{mean} ({low} to {high})"
+
+
+_SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "dare", "knots_ties", "two-stage", "seed x scale", "ensemble")
+
+
+def _by_cosine_table(lines: Sequence[Line], console: Console) -> None:
+    rows = []
+    for line in sorted(lines, key=lambda line: line["cosine"]):
+        cell, test = cell_of(line), line["test"]
+        values = {label: test[label]["vs"][SOUP]["loss"][0] for label in _SHOWN}
+        best = min(values.values())
+        cells = [f"{'*' if value == best else ''}{value:+.3f}" for value in values.values()]
+        rows.append((cell.name, f"{line['cosine']:.3f}", f"{-test[SOUP]['vs'][MEAN_SEED]['loss'][0]:+.3f}", *cells))
+    headers = ("cell", "cosine", "mean seed", *_SHOWN)
+    _table(console, "Loss less that of soup, by cosine", headers, rows, "less is better; * the least of the row")
+
+
+def _one_seed_table(lines: Sequence[Line], console: Console) -> None:
+    rows = []
+    for label in (MEAN_SEED, SOUP, "seedlora", "gain p", "soup x scale", "ensemble"):
+        found = {metric: against_one_seed(lines, label, metric) for metric in METRICS}
+        if (loss := found["loss"]) is not None and (match := found["match"]) is not None:
+            rows.append((label, _spread(loss, 1), _spread(match, 100), str(loss[3])))
+    title = f"Equal budget: three seeds of {EQUAL} epoch less one seed of {FULL} epochs"
+    _table(
+        console, title, ("method", "loss", "match, points", "cells"), rows, "the mean of the same seeds, trained longer"
+    )
+
+
+def _count_table(lines: Sequence[Line], console: Console) -> None:
+    rows = []
+    for line in lines:
+        cell, test = cell_of(line), line["test"]
+        n = len(cell.seeds)
+        for k in range(1, n + 1):
+            names = [MEAN_SEED] * 2 if k == 1 else [m if k == n else f"{m} of {k}" for m in ("soup", "seedlora")]
+            values = [f"{test[name]['loss']:.3f}, {100 * test[name]['match']:.1f}" for name in names]
+            rows.append((cell.name if k == 1 else "", str(k), *values))
+    headers = ("cell", "seeds", "soup", "seedlora")
+    _table(console, "Number of seeds: loss, match in %", headers, rows, "mean over subsets of the seeds")
+
+
+def _vary_table(lines: Sequence[Line], console: Console) -> None:
+    by_cell = {cell_of(line): line for line in lines}
+    rows = []
+    for cell in by_cell:
+        if cell.vary == "both":
+            continue
+        for vary in ("both", cell.vary):
+            if (line := by_cell.get(Cell(cell.task, cell.rate, cell.seeds, cell.epochs, vary))) is not None:
+                test = line["test"]
+                values = [_spread(test[label]["vs"][MEAN_SEED]["loss"], 1) for label in ("soup", "seedlora")]
+                name = Cell(cell.task, cell.rate, cell.seeds, cell.epochs, vary).name
+                rows.append((name, vary, f"{line['cosine']:.3f}", *values))
+    rows = list(dict.fromkeys(rows))
+    headers = ("cell", "varied", "cosine", "soup - mean seed", "seedlora - mean seed")
+    _table(console, "Init only, order only: loss", headers, rows, "intervals over items")
+
+
+def normalised(test: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> dict[str, dict[str, float]]:
+    """KnOTS' per-task view: match over that of the task's own adapter, and the share of its loss reduction kept.
+
+    Args:
+        test: by label and task ``loss`` and ``match``; ``base`` and ``only TASK`` are among the labels.
+        label: whose.
+
+    Returns:
+        Per task ``match`` (NaN where the own adapter has none) and ``kept``.
+    """
+    found = {}
+    for task, values in test[label].items():
+        own, base = test[f"only {task}"][task], test[BASE][task]
+        found[task] = {
+            "match": values["match"] / own["match"] if own["match"] else math.nan,
+            "kept": (base["loss"] - values["loss"]) / (base["loss"] - own["loss"]),
+        }
+    return found
+
+
+def _joint_table(line: Line, console: Console) -> None:
+    test, tasks = line["test"], list(line["n"])
+    rows = []
+    for label, values in test.items():
+        joint = [statistics.mean(values[task][metric] for task in tasks) for metric in METRICS]
+        per_task = normalised(test, label)
+        matches = [v["match"] for v in per_task.values() if not math.isnan(v["match"])]
+        scale = f" x {line['chosen'][label]:g}" if label in line["chosen"] else ""
+        shown = [f"{100 * v['kept']:.0f}, {100 * v['match']:.0f}" for v in per_task.values()]
+        kept = f"{100 * statistics.mean(v['kept'] for v in per_task.values()):.0f}"
+        match = f"{100 * statistics.mean(matches):.0f}" if matches else ""
+        rows.append((f"{label}{scale}", f"{joint[0]:.3f}", f"{100 * joint[1]:.1f}", *shown, kept, match))
+    seeds = ", ".join(f"{task} {value:.3f}" for task, value in line["cosine between seeds"].items())
+    caption = (
+        "loss and match over all tasks' items, equal weights; per task, % of its own adapter's: loss reduction, match; "
+        f"items: {', '.join(f'{task} {n}' for task, n in line['n'].items())}. Cosine between tasks "
+        f"{line['cosine between tasks']:.3f}, between seeds of one task: {seeds}"
+    )
+    headers = ("adapter", "loss", "match, %", *tasks, "mean kept", "mean match")
+    _table(console, f"One adapter for all tasks: {cell_of(line).name}", headers, rows, caption)
+
+
+def _figures(plain: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figure]:
+    """Methods against soup by cosine, and the number of seeds."""
+    figures = {}
+    if plain:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for colour, label in zip(
+            COLOURS, ("seedlora", "gain p", "ties", "knots_ties", "two-stage", MEAN_SEED), strict=False
+        ):
+            for epochs, marker in ((EQUAL, "o"), (FULL, "^")):
+                some = [line for line in plain if line["cell"]["epochs"] == epochs]
+                value = [line["test"][label]["loss"] - line["test"][SOUP]["loss"] for line in some]
+                name = label if epochs == EQUAL else None
+                axes.plot([line["cosine"] for line in some], value, marker, color=colour, label=name, alpha=0.8)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(xlabel="mean pairwise cosine of the seeds", ylabel="test loss less that of soup, nats per token")
+        axes.set_title("circles: 1 epoch of each seed, triangles: 3", fontsize="medium")
+        axes.legend(fontsize="small", ncols=2)
+        figures["by_cosine.svg"] = figure
+    if many := [line for line in stacks if len(line["cell"]["seeds"]) > 3]:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for colour, line in zip(COLOURS, many, strict=False):
+            n, test = len(line["cell"]["seeds"]), line["test"]
+            for method, style in (("soup", "-"), ("seedlora", "--")):
+                names = [MEAN_SEED, *(f"{method} of {k}" for k in range(2, n)), method]
+                value = [test[name]["loss"] - test[MEAN_SEED]["loss"] for name in names]
+                axes.plot(
+                    range(1, n + 1), value, style, marker=".", color=colour, label=f"{line['cell']['task']}, {method}"
+                )
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(xlabel="seeds fused", ylabel="test loss less that of a seed, nats per token", xticks=range(1, n + 1))
+        axes.legend(fontsize="small", ncols=2)
+        figures["seeds.svg"] = figure
+    return figures
+
+
 def main() -> int:
     """Plan, work or sum up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -532,6 +824,12 @@ def main() -> int:
     console, cells = Console(), design()
     if options.plan:
         plan(cells, read_lines(options.results), console)
+        return 0
+    if options.summary:
+        if not (lines := read_lines(options.results)):
+            console.print(f"error: {options.results} holds no cell yet; run the same without --summary")
+            return 2
+        summary(lines, console, options.results.parent)
         return 0
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

@@ -33,6 +33,7 @@ from seedlora.diagnostics import (
 )
 from seedlora.evaluation.command import Prompts, evaluate
 from seedlora.evaluation.command import add_arguments as add_evaluate_arguments
+from seedlora.evaluation.tasks import Generate
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, read_adapters, stack_updates
 from seedlora.gguf import convert, gguf_command
@@ -60,12 +61,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, generate: Generate | None = None) -> int:
     """Run one command.
 
     Args:
         argv: its words. Default: those of the process.
         prompts: the prompt styles, for ``evaluate``.
+        generate: makes the rows of generated tasks, for ``evaluate``.
 
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None) -
         commands = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}
         commands["report"] = _report
         if (name := arguments.pop("command")) == "evaluate":
-            evaluate(arguments, prompts)
+            evaluate(arguments, prompts, generate)
         else:
             commands[name](arguments)
     except (ValueError, OSError) as error:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,7 @@ from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generation, Generator, OnDone, Prompt, StackGenerator
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness, harness_scores
+from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.run import (
     Candidate,
     Judged,
@@ -40,7 +41,7 @@ from seedlora.evaluation.run import (
 )
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.statistics import holm, wilson
-from seedlora.evaluation.tasks import PROTOCOL, TASKS, check_tasks, load_items
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
 from seedlora.factors import LoRAFactors
 from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base-model", help="default: what the adapters name")
     add("--with-base", action="store_true", help="score the base model too")
     add("--against", metavar="NAME", help="compare all with this one; default: merged with mean seed, or the first")
+    add("--joint", action="store_true", help="also over all tasks together, and relative to adapters named like tasks")
     add("--json", action="store_true", help="print the results as JSON")
     data = parser.add_argument_group("tasks")
     add = data.add_argument
@@ -108,8 +110,13 @@ class Scored:
     settings: Mapping[str, Any]
 
 
-def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
+def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Generate | None = None) -> None:
     """Run ``evaluate``.
+
+    Args:
+        arguments: of :func:`add_arguments`.
+        prompts: how requests become prompts.
+        generate: makes the rows of generated tasks.
 
     Raises:
         ValueError: for a request that cannot be carried out.
@@ -125,7 +132,9 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
     if not arguments["adapter"] and not arguments["base_model"]:
         raise ValueError("give at least one --adapter, or a --base-model to score alone")
     console = Console(stderr=True) if arguments["json"] else Console()
-    runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"])
+    runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"], generate)
+    if arguments["joint"]:
+        runs = alike(runs)
     harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
     manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
@@ -136,7 +145,9 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
     out, found = Path(arguments["out"]), {}
     if runs:
         try:
-            found[PROTOCOL] = score(scored, runs, out, console, sandbox=sandbox, against=against)
+            found[PROTOCOL] = score(
+                scored, runs, out, console, sandbox=sandbox, against=against, together=arguments["joint"]
+            )
         except KeyboardInterrupt:
             raise OSError("interrupted; the answers so far are kept: the same command goes on from them") from None
         if arguments["limit"] is not None:
@@ -148,7 +159,11 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None) -> None:
 
 
 def task_runs(
-    names: Sequence[str], paths: Sequence[str] = (), limit: int | None = None, max_new_tokens: int | None = None
+    names: Sequence[str],
+    paths: Sequence[str] = (),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    generate: Generate | None = None,
 ) -> list[TaskRun]:
     """The tasks with their items.
 
@@ -157,6 +172,7 @@ def task_runs(
         paths: ``TASK=PATH`` each.
         limit: only the first items.
         max_new_tokens: instead of the protocol's.
+        generate: makes the rows of generated tasks.
 
     Raises:
         ValueError: for what is unknown or out of range; ``OSError`` as :func:`load_items`.
@@ -172,9 +188,35 @@ def task_runs(
             raise ValueError(f"--task-path '{pair}' must be TASK=PATH for a task that is asked for: {', '.join(names)}")
         where[task] = Path(path).expanduser()
     return [
-        TaskRun(name, load_items(name, path=where.get(name), limit=limit), max_new_tokens or TASKS[name].max_new_tokens)
+        TaskRun(
+            name,
+            load_items(name, path=where.get(name), limit=limit, generate=generate),
+            max_new_tokens or TASKS[name].max_new_tokens,
+        )
         for name in names
     ]
+
+
+def alike(runs: Sequence[TaskRun]) -> list[TaskRun]:
+    """Tasks such that nothing around a question says which of them it is from: the longest limit for all.
+
+    Raises:
+        ValueError: for a single task, one that runs code, or tasks whose answers begin or end differently.
+    """
+    if len(runs) < 2:
+        raise ValueError("--joint scores several tasks together; name at least two by --task A,B")
+    first, *others = runs
+    for run in runs:
+        if run.task.judge is None:
+            raise ValueError(f"--joint cannot take {run.name}: its answers are programs, which have to be run")
+    for run in others:
+        if (run.task.prefix, run.task.stops) != (first.task.prefix, first.task.stops):
+            raise ValueError(
+                f"--joint gives no hint which task an item is from, but answers of {first.name} and {run.name} begin "
+                "or end differently; score them apart"
+            )
+    longest = max(run.max_new_tokens for run in runs)
+    return [replace(run, max_new_tokens=longest) for run in runs]
 
 
 def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sandbox | None:
@@ -195,6 +237,7 @@ def score(
     sandbox: Sandbox | None = None,
     against: str | None = None,
     method: str | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Generate, judge, compare; print tables and write ``results.json``.
 
@@ -206,6 +249,7 @@ def score(
         sandbox: for tasks of code.
         against: the name that all are compared with.
         method: how the fused adapter was made, for the title.
+        together: score the tasks as one too, see :mod:`seedlora.evaluation.joint`.
 
     Returns:
         The results, as in the file.
@@ -225,11 +269,17 @@ def score(
             "tasks": {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)},
         }
         _adjust([task["differences"] for task in found["tasks"].values()])
+        union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
+        if union is not None:
+            found["joint"] = union.to_dict()
         write_text(folder / RESULTS_NAME, json.dumps(found, indent=2) + "\n")
         for run, verdicts, table in zip(runs, judged, tables, strict=True):
             _show(console, run, verdicts, table, method)
             if run.task.program is not None and table is None:
                 _say_unscored(console, run, write_solutions(samples, names, run))
+        if union is not None:
+            console.print()
+            console.print(joint_table(union))
     if new:
         tokens = sum(said.tokens for said in new)
         rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"

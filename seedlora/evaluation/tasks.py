@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from seedlora.evaluation.extract import (
     MATH_STOPS,
@@ -24,6 +24,10 @@ from seedlora.evaluation.extract import (
 from seedlora.packaged import PackagedFile
 
 PROTOCOL = "paper"
+#: What a run of train.py keeps its settings in.
+RUN_NAME = "run.json"
+#: Task and perhaps the folder of a run to the rows ``question`` and ``answer`` of the test split of its data.
+Generate: TypeAlias = Callable[[str, Path | None], Iterable[Mapping[str, Any]]]
 
 
 class Item(NamedTuple):
@@ -63,6 +67,7 @@ class Task:
         program: text and item to a Python program that ends without an error if the text is right.
         by_value: answers are formulas, which math-verify can judge a second time.
         packaged: a wheel of the package index that holds the items.
+        generated: the items come from a generator, which whoever starts the program hands over.
         hub: repository, configurations (``None`` for its only one) and split on the hub.
     """
 
@@ -74,6 +79,7 @@ class Task:
     program: Callable[[str, Item], str] | None = None
     by_value: bool = False
     packaged: PackagedFile | None = None
+    generated: bool = False
     hub: tuple[str, tuple[str | None, ...], str] | None = None
 
     @property
@@ -175,6 +181,20 @@ def _numbered(word: str, count: int) -> Task:
     return _commonsense(*(f"{word}{i + 1}" for i in range(count)))
 
 
+# Generated, by reasoning-gym: answered as in training, with the answer alone
+
+
+def _generated_item(number: int, row: Mapping[str, Any]) -> Item:
+    return Item(str(number), _field(row, "question"), str(row["answer"]))
+
+
+def _generated_judge(text: str, item: Item) -> Judgement:
+    answer = text.strip()
+    return Judgement(answer == item.gold, answer)
+
+
+_GENERATED = Task(_generated_item, stops=(), max_new_tokens=32, judge=_generated_judge, generated=True)
+
 _GSM8K = Task(
     _gsm8k_item,
     prefix=_STEP_BY_STEP,
@@ -242,6 +262,11 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "arc_challenge": _numbered("answer", 5),
         "arc_easy": _numbered("answer", 5),
         "openbookqa": _numbered("answer", 5),
+        "chain_sum": _GENERATED,
+        "leg_counting": _GENERATED,
+        "gsm_symbolic": _GENERATED,
+        "gcd": _GENERATED,
+        "fraction_simplification": _GENERATED,
     }
 )
 
@@ -255,21 +280,25 @@ def check_tasks(names: Sequence[str]) -> None:
             raise ValueError(f"task {name} is named twice")
 
 
-def load_items(name: str, *, path: Path | None = None, limit: int | None = None) -> list[Item]:
+def load_items(
+    name: str, *, path: Path | None = None, limit: int | None = None, generate: Generate | None = None
+) -> list[Item]:
     """The items of a task, in the order of its file.
 
     Args:
         name: of :data:`TASKS`.
         path: a file (jsonl, json, either with .gz, or parquet), or a folder that mirrors a hub repository, whose files
-            with ``test`` in their path are read, or ``hub``. Default: the packaged file, else the hub.
+            with ``test`` in their path are read, or ``hub``. Default: the packaged file, else the hub. For a generated
+            task also the folder of a run that was trained on it; default: the test split of the data module's options.
         limit: only so many of the first.
+        generate: makes the rows of generated tasks.
 
     Raises:
         ValueError: if there are no items, or a row cannot be used; the message names it.
         OSError: if they cannot be read or fetched.
     """
     task = TASKS[name]
-    rows = _rows(name, task, path)
+    rows = _rows(name, task, path, generate)
     items = []
     for number, row in enumerate(rows):
         if limit is not None and number >= limit:
@@ -298,7 +327,9 @@ def _field(row: Mapping[str, Any], *names: str) -> str:
     raise KeyError(" or ".join(f"'{name}'" for name in names))
 
 
-def _rows(name: str, task: Task, path: Path | None) -> Iterator[Mapping[str, Any]]:
+def _rows(name: str, task: Task, path: Path | None, generate: Generate | None) -> Iterator[Mapping[str, Any]]:
+    if task.generated and generate is not None and (path is None or (path / RUN_NAME).is_file()):
+        return iter(generate(name, path))
     if path is not None and str(path) != "hub":
         files = _data_files(path)
         return (row for file in files for row in _file_rows(str(file), file.read_bytes()))

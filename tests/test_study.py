@@ -1,0 +1,171 @@
+"""The study: cells on a tiny model, resume after a kill, and a summary of made-up lines against numbers by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import study
+from benchmarks.study import Cell, Setting
+
+TASKS = {
+    "chain_sum": {"num_train": 16, "num_val": 6, "num_test": 8},
+    "leg_counting": {"task_options": {"max_animals": 3}, "num_train": 16, "num_val": 6, "num_test": 8},
+}
+CELL = Cell("chain_sum", 1e-2, (1, 2), 1)
+
+
+@pytest.fixture
+def setting(tiny_llama, tmp_path):
+    return Setting(tmp_path / "work", tiny_llama, TASKS, Console(quiet=True))
+
+
+@pytest.fixture(autouse=True)
+def _one_row_at_a_time(monkeypatch):
+    monkeypatch.setattr(study, "AT_ONCE", 3)
+
+
+def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
+    """The loss of a seed, and of the ensemble, against a plain forward of PEFT with each seed's folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    line = json.loads(json.dumps(study.run_stack(CELL, setting)))
+    assert study.cell_of(line) == CELL
+    data = setting.data("chain_sum", setting.module(CELL))
+    by_seed = []
+    for seed in CELL.seeds:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, setting.work / CELL.name / f"seed_{seed}").eval()
+        losses = []
+        for i in range(8):
+            ids, labels = data.rows["test"].padded([i])
+            with torch.no_grad():
+                said = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            kept = labels[:, 1:] != -100
+            losses.append(-said.gather(2, ids[:, 1:, None])[..., 0][kept])
+        by_seed.append(torch.cat(losses).double())
+    expected = torch.stack(by_seed)
+    test = line["test"]
+    for seed, losses in zip(CELL.seeds, expected, strict=True):
+        assert test[f"seed_{seed}"]["loss"] == pytest.approx(float(losses.mean()), abs=2e-2)
+    ensemble = -(torch.exp(-expected).mean(0).log())
+    assert test["ensemble"]["loss"] == pytest.approx(float(ensemble.mean()), abs=2e-2)
+    assert test["mean seed"]["loss"] == pytest.approx(np.mean([test[f"seed_{s}"]["loss"] for s in (1, 2)]), abs=2e-5)
+    assert test["soup"]["vs"]["mean seed"]["loss"][0] == pytest.approx(
+        test["soup"]["loss"] - test["mean seed"]["loss"], abs=2e-5
+    )
+    chosen = line["chosen"]["gain p"]
+    assert line["val"][chosen] == min(v for k, v in line["val"].items() if k == "soup" or "seedlora_gain" in k)
+    assert not [label for label in test if "x its gain" in label or label.startswith("seed_1 x")]
+
+
+def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
+    results, cells = tmp_path / "results" / "cells.jsonl", [CELL, Cell("joint", 1e-2, (1, 2), 1)]
+    real = study.train
+
+    def killed(cell, *rest):
+        real(cell, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.session(cells, results, setting)
+    assert study.read_lines(results) == []
+    monkeypatch.setattr(study, "train", real)
+    adapter = setting.work / CELL.name / "seed_1" / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    assert study.session(cells, results, setting, most=1) == 1
+    assert adapter.stat().st_mtime_ns == before, "trained seeds are not trained again"
+    first = results.read_text()
+    assert study.session(cells, results, setting) == 1
+    assert results.read_text().startswith(first)
+    assert study.session(cells, results, setting) == 0
+    joint = study.read_lines(results)[1]
+    own = joint["test"]["only chain_sum"]["chain_sum"]
+    assert own == {key: study.read_lines(results)[0]["test"]["seed_1"][key] for key in ("loss", "match")}
+    assert study.seconds_of(replace(CELL, epochs=3), study.read_lines(results)) is not None
+
+
+def line(task, seeds, epochs, mean_seed, soup, seedlora, cosine):
+    """A made-up line; losses are given, matches are 1 - loss / 2."""
+    losses = {"base": 4.0, "mean seed": mean_seed, "soup": soup, "seedlora": seedlora}
+    losses |= {f"seed_{seed}": mean_seed + 0.1 * (i - 1) for i, seed in enumerate(seeds)}
+    losses |= dict.fromkeys(study._SHOWN, soup) | {"seedlora": seedlora}
+
+    def versus(label, reference):
+        d = losses[label] - losses[reference]
+        return {"loss": [d, d - 0.05, d + 0.05], "match": [-d / 2, -d / 2 - 0.1, -d / 2 + 0.1]}
+
+    test = {
+        label: {
+            "loss": loss,
+            "match": 1 - loss / 2,
+            "vs": {r: versus(label, r) for r in ("mean seed", "soup") if r != label and not label.startswith("seed_")},
+        }
+        for label, loss in losses.items()
+    }
+    cell = {"task": task, "rate": 2e-3, "seeds": list(seeds), "epochs": epochs, "vary": "both"}
+    seconds = {"train": 60, "score": 30}
+    return {"cell": cell, "n": {"test": 9}, "seconds": seconds, "cosine": cosine, "test": test}
+
+
+LINES = [
+    line("chain_sum", (1, 2, 3), 1, 1.0, 0.9, 1.2, 0.1),
+    line("chain_sum", (4, 5, 6), 1, 1.2, 1.0, 0.9, 0.3),
+    line("leg_counting", (1, 2, 3), 1, 0.8, 0.5, 0.5, 0.5),
+    line("chain_sum", (1, 2, 3), 3, 0.7, 0.6, 0.8, 0.2),
+]
+
+
+def test_pooled_differences_by_hand():
+    # Clusters: chain_sum with the first triple (two cells), with the second, leg_counting: means -.1, -.2, -.3.
+    found = study.compare(LINES, "soup", "mean seed", "loss")
+    assert found.mean == pytest.approx(-0.2)
+    half = 4.302653 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom
+    assert (found.low, found.high) == pytest.approx((-0.2 - half, -0.2 + half))
+    assert (found.clusters, found.cells, found.less, found.more) == (3, 4, 4, 0)
+    found = study.compare(LINES, "seedlora", "soup", "loss")
+    # .3 and .2 in the first cluster, -.1, 0: the interval over items leaves 0 out where the size is above .05
+    assert found.mean == pytest.approx((0.25 - 0.1 + 0) / 3)
+    assert (found.less, found.more) == (1, 2)
+    assert study.compare(LINES, "soup", "soup", "loss") is None
+    assert math.isnan(study.compare(LINES[:1], "soup", "mean seed", "match").low)
+
+
+def test_equal_budget_by_hand():
+    # only the first triple of chain_sum has both budgets: .9 of soup less .7 of the seeds with all epochs
+    mean, low, _, cells = study.against_one_seed(LINES, "soup", "loss")
+    assert (mean, cells) == (pytest.approx(0.2), 1)
+    assert math.isnan(low)
+
+
+def test_normalised_by_hand():
+    test = {
+        "base": {"a": {"loss": 4.0, "match": 0.0}, "b": {"loss": 3.0, "match": 0.0}},
+        "only a": {"a": {"loss": 2.0, "match": 0.5}, "b": {"loss": 3.5, "match": 0.0}},
+        "only b": {"a": {"loss": 5.0, "match": 0.0}, "b": {"loss": 2.0, "match": 0.0}},
+        "soup": {"a": {"loss": 3.0, "match": 0.2}, "b": {"loss": 2.5, "match": 0.1}},
+    }
+    found = study.normalised(test, "soup")
+    assert found["a"] == {"match": pytest.approx(0.4), "kept": pytest.approx(0.5)}
+    assert found["b"]["kept"] == pytest.approx(0.5)
+    assert math.isnan(found["b"]["match"])
+    assert study.normalised(test, "only b")["a"]["kept"] == pytest.approx(-0.5)
+
+
+def test_the_summary_prints_and_draws(tmp_path):
+    console = Console(record=True, width=200, quiet=False, file=(tmp_path / "out").open("w"))
+    study.summary(LINES, console, tmp_path)
+    shown = " ".join(console.export_text().split())
+    for text in ("-0.200 (-0.448 to +0.048)", "1 / 1 of 3", "chain_sum_lr0.002_1ep_1-2-3", "figure:"):
+        assert text in shown, text
+    first = (tmp_path / "by_cosine.svg").read_bytes()
+    study.summary(LINES, console, tmp_path)
+    assert (tmp_path / "by_cosine.svg").read_bytes() == first
