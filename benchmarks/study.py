@@ -282,6 +282,7 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
     setting.console.print(f"  trained in {trained - began:.0f} s; scoring the test split", highlight=False)
     adapters = {**seeds, BASE: dict, **more.adapters}
     scores = score_lazily(adapters, scorer(module, data, "test"), at_once=AT_ONCE)
+    scores |= {label: scores[same] for label, same in more.same.items()}
     scores["ensemble"] = ensemble_scores(module, data, "test", {label: made() for label, made in seeds.items()})
     found = {label: (per_token(s), s.correct.numpy().astype(float)) for label, s in scores.items()}
     for label, parts in {MEAN_SEED: list(seeds), **more.means}.items():
@@ -321,6 +322,7 @@ class _More:
 
     Args:
         adapters: by label.
+        same: labels of adapters that are there under another label.
         means: labels for the mean score of several, which are then dropped.
         chosen: what validation chose.
         val: validation losses.
@@ -328,6 +330,7 @@ class _More:
     """
 
     adapters: dict[str, Callable[[], Layers]]
+    same: dict[str, str] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
     val: dict[str, float] = field(default_factory=dict)
@@ -351,7 +354,11 @@ def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score:
     more = _More({}, val={name: _short(s.loss) for name, s in scores.items()})
     for family, names in families.items():
         more.chosen[family] = choose({name: scores[name] for name in names})
-        more.adapters[family] = tried[more.chosen[family]]
+        unchanged = more.chosen[family].removesuffix(" x 1")
+        if unchanged in (SOUP, *seeds):
+            more.same[family] = unchanged
+        else:
+            more.adapters[family] = tried[more.chosen[family]]
     more.means["seed x scale"] = [f"{name} x scale" for name in seeds]
     for label, (method, options) in RULES.items():
         setting.console.print(f"  fusing by {label}", highlight=False)
