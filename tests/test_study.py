@@ -26,8 +26,9 @@ def setting(tiny_llama, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _one_row_at_a_time(monkeypatch):
+def _small(monkeypatch):
     monkeypatch.setattr(study, "AT_ONCE", 3)
+    monkeypatch.setattr(study, "JOINT_SIZES", {})
 
 
 def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):

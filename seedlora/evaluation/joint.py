@@ -105,9 +105,9 @@ def joint_table(found: Joint) -> Table:
     """Both views for people, in percent."""
     n = sum(found.tasks.values())
     table = Table(title=f"joint: {len(found.tasks)} tasks, n = {n}, 95 % intervals", title_justify="left")
-    table.add_column("adapter")
+    table.add_column("adapter", overflow="fold")
     for header in ("all items", "interval", *found.tasks, "mean of own", "interval"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     for name, score in found.union.items():
         cells = [f"{100 * score.value:.1f}", f"{100 * score.low:.1f} to {100 * score.high:.1f}"]
         for task in found.tasks:
