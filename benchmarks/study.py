@@ -77,13 +77,13 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
     "leg_counting": {
         "task_options": {"max_animals": 4, "max_instances": 9},
         "num_train": 240,
-        "num_val": 40,
-        "num_test": 96,
+        "num_val": 32,
+        "num_test": 64,
     },
     "gsm_symbolic": {"num_train": 160, "num_val": 24, "num_test": 64},
 }
 #: Fewer items of each task where adapters of several are scored on all.
-JOINT_SIZES = {"num_val": 24, "num_test": 64}
+JOINT_SIZES = {"num_val": 16, "num_test": 48}
 JOINT = "joint"
 RATES = (2e-3, 5e-4)
 TRIPLES = ((11, 42, 202), (7, 19, 83), (101, 303, 505))
