@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seedlora.evaluation.command import Prompts
+from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.tasks import RUN_NAME
 from seedlora.shell import main
 

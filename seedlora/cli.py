@@ -27,16 +27,8 @@ from rich.console import Console
 
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file
-from seedlora.evaluation.command import (
-    DEFAULT_STYLE,
-    Prompts,
-    Scored,
-    adapter_sha256,
-    candidate,
-    make_sandbox,
-    score,
-    task_runs,
-)
+from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, adapter_sha256, candidate
+from seedlora.evaluation.command import make_sandbox, score, task_runs
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox

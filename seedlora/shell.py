@@ -31,8 +31,9 @@ from seedlora.diagnostics import (
     plot_distributions,
     plot_spectra,
 )
-from seedlora.evaluation.command import Prompts, evaluate
+from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.command import add_arguments as add_evaluate_arguments
+from seedlora.evaluation.command import evaluate
 from seedlora.evaluation.tasks import Generate
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, read_adapters, stack_updates
