@@ -274,14 +274,14 @@ def stack_of(ensemble: SeedEnsembleCallback) -> dict[str, LoRAFactors]:
 
 def run_stack(cell: Cell, setting: Setting) -> Line:
     """Train and score one stack of seeds; returns its line."""
-    began = time.monotonic()
+    began, fresh = time.monotonic(), not (setting.work / cell.name).exists()
     module = setting.module(cell)
     data = setting.data(cell.task, module)
     stacks = stack_of(train(cell, setting, module, data))
     trained = time.monotonic()
     seeds = {f"seed_{seed}": partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     more = _subsets(stacks) if len(seeds) > 3 else _all_rules(stacks, seeds, scorer(module, data, "val"), setting)
-    setting.console.print(f"  trained in {trained - began:.0f} s; scoring the test split", highlight=False)
+    setting.console.print("  scoring the test split", highlight=False)
     adapters = {**seeds, BASE: dict, **more.adapters}
     scores = score_lazily(adapters, scorer(module, data, "test"), at_once=AT_ONCE)
     scores |= {label: scores[same] for label, same in more.same.items()}
@@ -294,7 +294,8 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
         "cell": asdict(cell),
         "n": {split: len(rows) for split, rows in data.rows.items()},
         "tokens": int(data.rows["train"].lengths.sum()) * cell.epochs * len(seeds),
-        "seconds": {"train": round(trained - began), "score": round(time.monotonic() - trained)},
+        # Not known where an earlier session did some of it.
+        "seconds": {"train": round(trained - began) if fresh else None, "score": round(time.monotonic() - trained)},
         "cosine": pairwise(stacks),
         "rho": _short(np.mean([float(shrinkage(gram(f))) for f in stacks.values()])),
         "chosen": more.chosen,
@@ -466,6 +467,10 @@ def cell_of(line: Line) -> Cell:
     return Cell(**{**line["cell"], "seeds": tuple(line["cell"]["seeds"])})
 
 
+def _seconds(line: Line) -> str:
+    return "" if None in line["seconds"].values() else str(sum(line["seconds"].values()))
+
+
 def seconds_of(cell: Cell, lines: Sequence[Line]) -> float | None:
     """What a cell will take: the median of its like, by tokens of training where epochs or seeds differ."""
     like = [(cell_of(line), line["seconds"]) for line in lines if cell_of(line).task == cell.task]
@@ -473,7 +478,7 @@ def seconds_of(cell: Cell, lines: Sequence[Line]) -> float | None:
         found = [seconds["all"] for _, seconds in like]
     else:
         work = cell.epochs * len(cell.seeds)
-        found = [s["train"] * work / (c.epochs * len(c.seeds)) + s["score"] for c, s in like]
+        found = [s["train"] * work / (c.epochs * len(c.seeds)) + s["score"] for c, s in like if s["train"] is not None]
     return statistics.median(found) if found else None
 
 
@@ -522,7 +527,7 @@ def plan(cells: Sequence[Cell], lines: Sequence[Line], console: Console) -> None
     left = 0.0
     for cell in cells:
         if cell in done:
-            table.add_row(cell.name, str(sum(done[cell]["seconds"].values())), "done")
+            table.add_row(cell.name, _seconds(done[cell]), "done")
         else:
             expected = seconds_of(cell, lines)
             left += expected or 0
@@ -643,10 +648,9 @@ def _settings_table(stacks: Sequence[Line], console: Console) -> None:
         seeds = [test[f"seed_{seed}"] for seed in cell.seeds]
         spread = {metric: statistics.stdev(seed[metric] for seed in seeds) for metric in METRICS}
         loss, match = (test[MEAN_SEED][metric] for metric in METRICS)
-        seconds = line["seconds"]["train"] + line["seconds"]["score"]
         losses = (f"{test[BASE]['loss']:.3f}", f"{loss:.3f} ± {spread['loss']:.3f}")
         matches = f"{100 * match:.1f} ± {100 * spread['match']:.1f}"
-        rows.append((cell.name, str(line["n"]["test"]), f"{line['cosine']:.3f}", *losses, matches, str(seconds)))
+        rows.append((cell.name, str(line["n"]["test"]), f"{line['cosine']:.3f}", *losses, matches, _seconds(line)))
     headers = ("cell", "test items", "cosine", "base loss", "loss of a seed", "match of a seed, %", "seconds")
     _table(console, "Cells", headers, rows, "mean seed ± spread between seeds; cosine of the updates, all pairs")
 
