@@ -831,10 +831,14 @@ def main() -> int:
     parser.add_argument("--summary", action="store_true", help="print tables and write figures beside the results")
     parser.add_argument("--cells", type=int, metavar="N", help="do at most N cells")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no cell after M minutes")
+    parser.add_argument("--only", default="", metavar="WORD", help="cells with this in their name, joint for example")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of one line per cell")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the adapters")
     options = parser.parse_args()
-    console, cells = Console(), design()
+    console, cells = Console(), [cell for cell in design() if options.only in cell.name]
+    if not cells:
+        console.print(f"error: no cell has '{options.only}' in its name; --plan prints the names")
+        return 2
     if options.plan:
         plan(cells, read_lines(options.results), console)
         return 0
