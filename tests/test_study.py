@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,7 +90,7 @@ def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
     joint = study.read_lines(results)[1]
     own = joint["test"]["only chain_sum"]["chain_sum"]
     assert own == {key: study.read_lines(results)[0]["test"]["seed_1"][key] for key in ("loss", "match")}
-    assert study.seconds_of(replace(CELL, epochs=3), study.read_lines(results)) is not None
+    assert study.read_lines(results)[0]["seconds"]["train"] is None, "part of it was done in the session before"
 
 
 def line(task, seeds, epochs, mean_seed, soup, seedlora, cosine):
@@ -138,6 +137,12 @@ def test_pooled_differences_by_hand():
     assert (found.less, found.more) == (1, 2)
     assert study.compare(LINES, "soup", "soup", "loss") is None
     assert math.isnan(study.compare(LINES[:1], "soup", "mean seed", "match").low)
+
+
+def test_expected_seconds_by_hand():
+    # three times the epochs of the two cells of one epoch: 3 * 60 + 30, twice; the cell of three epochs took 90
+    assert study.seconds_of(Cell("chain_sum", 1e-3, (7, 8, 9), 3), LINES) == 210
+    assert study.seconds_of(Cell("gsm_symbolic", 1e-3, (7, 8, 9), 3), LINES) is None
 
 
 def test_equal_budget_by_hand():
