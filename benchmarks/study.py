@@ -398,13 +398,13 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
     tasks.
     """
     began = time.monotonic()
-    data, own, cosines = {}, {}, {}
+    data, own, by_task = {}, {}, {}
     for task in setting.tasks:
         part = Cell(task, cell.rate, cell.seeds, cell.epochs)
         module = setting.module(part)
-        seeds = stack_of(train(part, setting, module, setting.data(task, module)))
+        by_task[task] = stack_of(train(part, setting, module, setting.data(task, module)))
         data[task] = setting.data(task, module, **JOINT_SIZES)
-        own[task], cosines[task] = members(seeds, [0]), pairwise(seeds)
+        own[task] = members(by_task[task], [0])
     stacks = {path: LoRAFactors.stack([own[task][path] for task in own]) for path in next(iter(own.values()))}
     fused = {rule: fuse(stacks, bind(rule)) for rule in JOINT_RULES}
     made = {f"{rule} x {x:g}": partial(scaled, fused[rule], x) for rule in JOINT_RULES for x in JOINT_SCALES}
@@ -418,8 +418,7 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
         "cell": asdict(cell),
         "n": {task: len(rows.rows["test"]) for task, rows in data.items()},
         "seconds": {"all": round(time.monotonic() - began)},
-        "cosine between tasks": pairwise(stacks),
-        "cosine between seeds": cosines,
+        "cosine": cosines_of(by_task),
         "chosen": chosen,
         "compression": {
             rule: _short(statistics.mean(layers.compression.values()))
@@ -434,6 +433,16 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
             for label in adapters
         },
     }
+
+
+def cosines_of(by_task: Mapping[str, Layers]) -> dict[str, float]:
+    """Mean cosines of pairs of adapters by what they share: the task, the seed (so the initial A), or neither."""
+    stacks = list(by_task.values())
+    cosines = model_cosines({path: LoRAFactors.stack([part[path] for part in stacks]) for path in stacks[0]})
+    tasks, seeds = (f(torch.arange(len(cosines)), len(cosines) // len(stacks)) for f in (torch.div, torch.remainder))
+    same_task, same_seed = (part[:, None] == part for part in (tasks.floor(), seeds))
+    shared = {"task": same_task & ~same_seed, "seed": same_seed & ~same_task, "neither": ~same_task & ~same_seed}
+    return {name: _short(cosines[pairs].mean()) for name, pairs in shared.items()}
 
 
 def pairwise(stacks: Layers) -> float:
@@ -765,6 +774,10 @@ def normalised(test: Mapping[str, Mapping[str, Mapping[str, float]]], label: str
     return found
 
 
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.0f}"
+
+
 def _joint_table(line: Line, console: Console) -> None:
     test, tasks = line["test"], list(line["n"])
     rows = []
@@ -773,15 +786,15 @@ def _joint_table(line: Line, console: Console) -> None:
         per_task = normalised(test, label)
         matches = [v["match"] for v in per_task.values() if not math.isnan(v["match"])]
         scale = f" x {line['chosen'][label]:g}" if label in line["chosen"] else ""
-        shown = [f"{100 * v['kept']:.0f}, {100 * v['match']:.0f}" for v in per_task.values()]
+        shown = [f"{100 * v['kept']:.0f}, {_percent(v['match'])}" for v in per_task.values()]
         kept = f"{100 * statistics.mean(v['kept'] for v in per_task.values()):.0f}"
         match = f"{100 * statistics.mean(matches):.0f}" if matches else ""
         rows.append((f"{label}{scale}", f"{joint[0]:.3f}", f"{100 * joint[1]:.1f}", *shown, kept, match))
-    seeds = ", ".join(f"{task} {value:.3f}" for task, value in line["cosine between seeds"].items())
+    cosines = ", ".join(f"{shared} {value:.3f}" for shared, value in line["cosine"].items())
     caption = (
         "loss and match over all tasks' items, equal weights; per task, % of its own adapter's: loss reduction, match; "
-        f"items: {', '.join(f'{task} {n}' for task, n in line['n'].items())}. Cosine between tasks "
-        f"{line['cosine between tasks']:.3f}, between seeds of one task: {seeds}"
+        f"items: {', '.join(f'{task} {n}' for task, n in line['n'].items())}. Cosine of "
+        f"adapters that share {cosines}"
     )
     headers = ("adapter", "loss", "match, %", *tasks, "mean kept", "mean match")
     _table(console, f"One adapter for all tasks: {cell_of(line).name}", headers, rows, caption)

@@ -7,10 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from benchmarks import study
 from benchmarks.study import Cell, Setting
+from seedlora.factors import LoRAFactors
 
 TASKS = {
     "chain_sum": {"num_train": 16, "num_val": 6, "num_test": 8},
@@ -32,10 +36,6 @@ def _small(monkeypatch):
 
 def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
     """The loss of a seed, and of the ensemble, against a plain forward of PEFT with each seed's folder."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     line = json.loads(json.dumps(study.run_stack(CELL, setting)))
     assert study.cell_of(line) == CELL
     data = setting.data("chain_sum", setting.module(CELL))
@@ -164,6 +164,19 @@ def test_normalised_by_hand():
     assert found["b"]["kept"] == pytest.approx(0.5)
     assert math.isnan(found["b"]["match"])
     assert study.normalised(test, "only b")["a"]["kept"] == pytest.approx(-0.5)
+
+
+def test_cosines_by_what_is_shared_by_hand():
+    def vectors(*rows):
+        return {"layer": LoRAFactors(torch.tensor(rows)[:, None], torch.ones(len(rows), 1, 1))}
+
+    found = study.cosines_of({"a": vectors([1.0, 0.0], [0.0, 1.0]), "b": vectors([2.0, 0.0], [3.0, 3.0])})
+    half = math.sqrt(0.5)
+    assert found == {
+        "task": pytest.approx((0 + half) / 2, abs=1e-5),  # a0 a1, b0 b1
+        "seed": pytest.approx((1 + half) / 2, abs=1e-5),  # a0 b0, a1 b1
+        "neither": pytest.approx((half + 0) / 2, abs=1e-5),  # a0 b1, a1 b0
+    }
 
 
 def test_the_summary_prints_and_draws(tmp_path):
