@@ -77,7 +77,7 @@ class SeedLoRAModule(pl.LightningModule):
         lora_dropout: dropout on the input of the adapters; each replica has its own stream.
         target_modules: the linear layers to adapt: a list of name endings, a regular expression for the whole path, or
             ``all-linear`` for all but the head.
-        rank_pattern: other ranks by layer: an ending of its path or a regular expression for one, as in PEFT.
+        rank_pattern: other ranks by layer: ending of its path, or a regular expression for one, as in PEFT.
         alpha_pattern: other ``lora_alpha`` by layer, likewise.
         learning_rate: of AdamW, at the top of the schedule.
         lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
