@@ -3,13 +3,15 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --seeds 1 3 6        # how the peak grows with the seeds in the stack
 
-Prints estimate, measured peak beside what the process held before the model was loaded, and their ratio.
+Prints estimate, measured peak of the training steps beside what the process held before the model was loaded, and their
+ratio. glibc is told to give freed arrays back at once, so that what is measured is what is in use.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,20 +24,27 @@ import torch
 
 import train as speed  # benchmarks/train.py, which is beside this file
 from callbacks import SeedEnsembleCallback
-from seedlora.base_model import EMBEDDED, fast_dtype, outline
+from seedlora.base_model import EMBEDDED, fast_dtype
 from seedlora.module import SeedLoRAModule
-from seedlora.plan import Memory, PeakMemory, attention_scores, memory_estimate, trainable_parameters
+from seedlora.plan import Memory, PeakMemory, step_memory
 
-#: model, seeds, rows of each, tokens of a row, supervised tokens of a row, gradient checkpointing
-SETTINGS = (
-    ("smollm2", 3, 8, 29, 4, False),
-    ("smollm2", 1, 4, 256, 128, False),
-    ("smollm2", 1, 4, 512, 256, True),
-    ("llama6", 3, 4, 256, 64, False),
-    ("llama6", 3, 2, 512, 512, False),
-    ("wide4", 2, 4, 300, 50, False),
+#: model, seeds, rows of each, tokens of a row, supervised tokens of a row, gradient checkpointing, options
+SETTINGS: tuple[tuple[Any, ...], ...] = (
+    ("smollm2", 3, 8, 29, 4, False, {}),
+    ("smollm2", 1, 4, 256, 128, False, {}),
+    ("smollm2", 1, 4, 512, 256, True, {}),
+    ("llama6", 3, 4, 256, 64, False, {}),
+    ("llama6", 3, 2, 512, 512, False, {}),
+    ("wide4", 2, 4, 300, 50, False, {}),
+    # one small step with the weights in 16, 8 and 4 bits, and DoRA beside LoRA
+    ("smollm2", 3, 1, 29, 4, False, {}),
+    ("smollm2", 3, 1, 29, 4, False, {"quantization": "int8"}),
+    ("smollm2", 3, 1, 29, 4, False, {"quantization": "nf4"}),
+    ("wide6", 3, 1, 29, 4, False, {}),
+    ("wide6", 3, 1, 29, 4, False, {"quantization": "nf4"}),
+    ("smollm2", 1, 4, 256, 128, False, {"adapter": "dora"}),
 )
-SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960)}
+SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960), "wide6": (1536, 4096, 6, 40960)}
 
 
 def model_folder(name: str, root: Path) -> str:
@@ -53,22 +62,13 @@ def model_folder(name: str, root: Path) -> str:
     return str(root / name)
 
 
-def measure(model: str, seeds: int, batch: int, tokens: int, supervised: int, checkpointing: bool) -> dict[str, Any]:
+def measure(
+    model: str, seeds: int, batch: int, tokens: int, supervised: int, checkpointing: bool, options: dict[str, str]
+) -> dict[str, Any]:
     """Estimate and peak of three steps, in bytes."""
-    module = SeedLoRAModule(model, r=8, lr_scheduler="constant", gradient_checkpointing=checkpointing)
-    shape = outline(model)
-    estimate = memory_estimate(
-        base_parameters=shape.parameters,
-        base_bytes=module.dtype_base.itemsize,
-        trainable=seeds * trainable_parameters(module),
-        tokens=seeds * batch * tokens,
-        supervised=seeds * batch * supervised,
-        layers=shape.config.num_hidden_layers,
-        hidden=shape.config.hidden_size,
-        intermediate=shape.config.intermediate_size,
-        vocabulary=shape.config.vocab_size,
-        scores=attention_scores(module, tokens),
-        checkpointing=checkpointing,
+    module = SeedLoRAModule(model, r=8, lr_scheduler="constant", gradient_checkpointing=checkpointing, **options)
+    estimate = step_memory(
+        module, seeds, tokens=seeds * batch * tokens, supervised=seeds * batch * supervised, longest=tokens
     )
     speed.ROWS["here"] = (tokens, supervised)
     with tempfile.TemporaryDirectory() as folder, speed.quiet():
@@ -82,38 +82,52 @@ def measure(model: str, seeds: int, batch: int, tokens: int, supervised: int, ch
             enable_model_summary=False,
             enable_progress_bar=False,
             use_distributed_sampler=False,
-            callbacks=[ensemble],
+            callbacks=[ensemble, FromTheFirstStep()],
         )
         import peft  # noqa: F401 - what importing takes is not the run's
         import transformers  # noqa: F401
 
-        peak = PeakMemory(trainer.strategy.root_device)
+        trainer.peak = peak = PeakMemory(trainer.strategy.root_device)
         trainer.fit(module, datamodule=speed.StackedRows("here", batch, 3))
         measured = peak.bytes
     return {"estimate": asdict(estimate), "measured": measured}
+
+
+class FromTheFirstStep(pl.Callback):
+    """Forgets the peak of loading, when files are in memory that can be dropped at any time."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget."""
+        trainer.peak.forget()
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the settings: SmolLM2 with 12 rows in all")
+    parser.add_argument("--only", default="", help="settings whose line has this in it: nf4, 3 x 1")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(*json.loads(options.child))))
         return
-    settings = SETTINGS if not options.seeds else tuple(("smollm2", n, 12 // n, 128, 64, False) for n in options.seeds)
+    settings = (
+        SETTINGS if not options.seeds else tuple(("smollm2", n, 12 // n, 128, 64, False, {}) for n in options.seeds)
+    )
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for name, *rest in settings:
+            seeds, batch, tokens, supervised, checkpointing, choices = rest
+            what = f"{name}, {seeds} x {batch} rows of {tokens} tokens ({supervised} scored)"
+            what = ", ".join([what, *choices.values(), *(["checkpointing"] if checkpointing else [])])
+            if options.only not in what:
+                continue
             command = [sys.executable, __file__, "--child", json.dumps([model_folder(name, Path(folder)), *rest])]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             found = json.loads(output.strip().splitlines()[-1])
             total, measured = Memory(**found["estimate"]).total, found["measured"]
-            seeds, batch, tokens, supervised, checkpointing = rest
-            what = f"{name}, {seeds} x {batch} rows of {tokens} tokens ({supervised} scored)"
-            what += ", checkpointing" if checkpointing else ""
             sizes = f"{total / 2**30:5.2f} GiB estimated, {measured / 2**30:5.2f} measured"
             print(f"{what:62} {sizes}: {total / measured:.2f}", flush=True)
             records.append({"setting": what, **found, "ratio": total / measured})

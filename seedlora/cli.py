@@ -256,7 +256,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    prepare(trainer)
+    prepare(trainer, quantization=module.hparams["quantization"])
     ensemble.share(trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
@@ -332,6 +332,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())
         commands = next_commands(base_model=cli.model.base_path, adapter=ensemble.fused_path.resolve(), rank=rank)
         console.print("\n" + commands, highlight=False, markup=False)
+        if note := cli.model.base_note:
+            console.print(note, highlight=False, markup=False)
 
 
 def _concrete(kind: type) -> list[type]:
@@ -433,6 +435,8 @@ def _hush() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed sets its own level when it is imported, but keeps filters.
+    # PEFT imports bitsandbytes, which says what would make it faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable", "isinstance(treespec, LeafSpec)"):
         message = f"`{name}` is deprecated"

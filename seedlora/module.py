@@ -17,14 +17,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import CatMetric
 
-from seedlora.base_model import EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
+from seedlora.base_model import ALL_LINEAR, EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
+from seedlora.card import base_note
 from seedlora.head import head_losses, is_plain
-from seedlora.stacked import AdapterStack
+from seedlora.quantization import check_quantization
+from seedlora.stacked import PARTS, AdapterStack, Start
+from seedlora.starts import prepare_base
 from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 IGNORED = -100
@@ -63,13 +67,21 @@ class SeedLoRAModule(pl.LightningModule):
 
     Args:
         base_model: ``embedded`` (SmolLM2-135M-Instruct from the package index), a local folder, or a hub id.
+        adapter: ``lora``; ``rslora`` (scaled by ``lora_alpha / sqrt(r)``, arXiv 2312.03732); ``dora`` (a magnitude per
+            output, arXiv 2402.09353); ``pissa`` (starts at the largest singular vectors of the weights, saved as plain
+            LoRA of rank 2r on the original base, arXiv 2404.02948); ``loftq`` (starts at what quantisation loses, arXiv
+            2310.08659; it needs ``nf4``). LoRA+ goes with each.
+        quantization: of the frozen base model: ``none``, ``nf4`` (QLoRA, arXiv 2305.14314) or ``int8``.
         r: rank of each adapter.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: dropout on the input of the adapters; each replica has its own stream.
-        target_modules: name endings of the linear layers to adapt.
+        target_modules: the linear layers to adapt: a list of name endings, a regular expression for the whole path, or
+            ``all-linear`` for all but the head.
+        rank_pattern: other ranks by layer: ending of its path, or a regular expression for one, as in PEFT.
+        alpha_pattern: other ``lora_alpha`` by layer, likewise.
         learning_rate: of AdamW, at the top of the schedule.
         lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
-            2402.12354, who take 16).
+            2402.12354, who take 16). DoRA's magnitudes learn like A.
         weight_decay: of AdamW.
         lr_scheduler: ``cosine`` or ``linear`` (both to 0), or ``constant``, after the warm-up.
         warmup_ratio: part of the steps in which the rate grows linearly from near 0.
@@ -90,10 +102,14 @@ class SeedLoRAModule(pl.LightningModule):
         self,
         base_model: str = EMBEDDED,
         *,
+        adapter: str = "lora",
+        quantization: str = "none",
         r: int = 8,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
-        target_modules: Sequence[str] = PROJECTIONS,
+        target_modules: Sequence[str] | str = PROJECTIONS,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
         learning_rate: float = 2e-3,
         lora_plus_ratio: float = 1.0,
         weight_decay: float = 0.0,
@@ -111,9 +127,23 @@ class SeedLoRAModule(pl.LightningModule):
         _require(lora_plus_ratio > 0, f"model.lora_plus_ratio must be positive, got {lora_plus_ratio}")
         _require(0 <= warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {warmup_ratio}")
         _require(len(target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
-        for name, value, allowed in (("lr_scheduler", lr_scheduler, SCHEDULES), ("dtype", dtype, tuple(DTYPES))):
+        choices = {"adapter": (adapter, ADAPTERS), "lr_scheduler": (lr_scheduler, SCHEDULES), "dtype": (dtype, DTYPES)}
+        for name, (value, allowed) in choices.items():
             _require(value in allowed, f"Unknown model.{name} '{value}'; choose one of {', '.join(allowed)}")
-        target_modules = list(target_modules)
+        check_quantization(quantization)
+        _require(
+            adapter != "loftq" or quantization == "nf4",
+            f"model.adapter loftq starts at what nf4 loses; set model.quantization nf4, got {quantization}",
+        )
+        _require(
+            adapter != "pissa" or quantization != "int8",
+            "model.adapter pissa goes with model.quantization none or nf4, got int8",
+        )
+        rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+        for name, values in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+            low = {key: value for key, value in values.items() if value < 1}
+            _require(not low, f"model.{name} must be at least 1 everywhere, got {low}")
+        target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
         self.save_hyperparameters()
         self.dtype_base = DTYPES[dtype] or fast_dtype()
         #: The adapters of the stack; whoever runs an ensemble sets them before the module is set up.
@@ -133,6 +163,7 @@ class SeedLoRAModule(pl.LightningModule):
         #: Whether nothing follows the head; unknown until the first forward.
         self._head_is_last: bool | None = None
         self._built: tuple[Replica, ...] = ()
+        self._starts: dict[str, Start] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -147,18 +178,75 @@ class SeedLoRAModule(pl.LightningModule):
         return resolve(self.hparams["base_model"])
 
     @property
+    def starts_at_weights(self) -> bool:
+        """Whether the adapters start at factors of the base weights: the same ones for every seed."""
+        return self.hparams["adapter"] in ("pissa", "loftq")
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """The layers to adapt, with their shapes (D, K); raises as :func:`seedlora.base_model.outline`."""
+        return outline(self.hparams["base_model"]).matching(self.hparams["target_modules"])
+
+    @property
+    def precision_of_base(self) -> str:
+        """The dtype of the base weights, and what the linear layers are quantised to, for people."""
+        dtype, kind = str(self.dtype_base).removeprefix("torch."), self.hparams["quantization"]
+        return dtype if kind == "none" else f"{kind} and {dtype}"
+
+    @property
+    def adapter_words(self) -> str:
+        """What is trained, for people."""
+        hparams = self.hparams
+        words = f"{hparams['adapter']}, r {hparams['r']}, lora_alpha {hparams['lora_alpha']:g}"
+        if hparams["rank_pattern"] or hparams["alpha_pattern"]:
+            words += ", other ones by pattern"
+        if hparams["lora_plus_ratio"] != 1:
+            words += f", LoRA+ {hparams['lora_plus_ratio']:g}"
+        return f"{words}, on {len(self.targets)} layers"
+
+    @property
+    def base_note(self) -> str:
+        """What to know of the base model that the adapters belong to, for people."""
+        return base_note(self.hparams["adapter"], self.hparams["quantization"])
+
+    def rank(self, path: str) -> int:
+        """The rank of an adapted layer in training."""
+        from peft.utils.other import get_pattern_key
+
+        ranks = self.hparams["rank_pattern"]
+        return int(ranks.get(get_pattern_key(ranks, path), self.hparams["r"]))
+
+    @property
     def lora_config(self) -> Any:
-        """PEFT's configuration of each replica."""
+        """PEFT's configuration of each replica in training."""
         from peft import LoraConfig
 
+        hparams, names = self.hparams, self.hparams["target_modules"]
         return LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_path,
-            r=self.hparams["r"],
-            lora_alpha=self.hparams["lora_alpha"],
-            lora_dropout=self.hparams["lora_dropout"],
-            target_modules=self.hparams["target_modules"],
+            r=hparams["r"],
+            lora_alpha=hparams["lora_alpha"],
+            lora_dropout=hparams["lora_dropout"],
+            target_modules=sorted({p.rpartition(".")[2] for p in self.targets}) if names == ALL_LINEAR else names,
+            rank_pattern=hparams["rank_pattern"],
+            alpha_pattern=hparams["alpha_pattern"],
+            use_rslora=hparams["adapter"] == "rslora",
+            use_dora=hparams["adapter"] == "dora",
+            fan_in_fan_out=outline(hparams["base_model"]).transposed and hparams["quantization"] == "none",
         )
+
+    @property
+    def saved_config(self) -> Any:
+        """PEFT's configuration of a replica as it is saved: for the original base model, without quantisation."""
+        config = self.lora_config
+        config.fan_in_fan_out = outline(self.hparams["base_model"]).transposed
+        if self.hparams["adapter"] == "pissa":
+            # The start, with its sign turned, is beside what was trained.
+            config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+            config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+            config.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+        return config
 
     def check(self) -> None:
         """Everything that can be known without the weights: the model exists and has the layers to adapt.
@@ -167,12 +255,17 @@ class SeedLoRAModule(pl.LightningModule):
             ValueError: if it has not.
             OSError: if it cannot be read.
         """
-        kinds = {name.rpartition(".")[2] for name in outline(self.hparams["base_model"]).linear}
-        if missing := set(self.hparams["target_modules"]) - kinds:
-            raise ValueError(
-                f"model.target_modules {', '.join(sorted(missing))}: base model '{self.hparams['base_model']}' has no "
-                f"such linear layer; it has {', '.join(sorted(kinds))}"
-            )
+        from peft.utils.other import get_pattern_key
+
+        targets, hparams = self.targets, self.hparams
+        for name in ("rank_pattern", "alpha_pattern"):
+            used = {get_pattern_key(hparams[name], path) for path in targets}
+            if unused := [key for key in hparams[name] if key not in used]:
+                raise ValueError(f"model.{name}: '{unused[0]}' matches no adapted layer, e.g. {next(iter(targets))}")
+        for path, shape in targets.items():
+            if self.starts_at_weights and self.rank(path) > min(shape):
+                most = f"{hparams['adapter']} takes at most {min(shape)} directions of {path}"
+                raise ValueError(f"model.r {self.rank(path)}: {most}")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the base model, once, and create the adapters of :attr:`replicas` on it.
@@ -187,13 +280,18 @@ class SeedLoRAModule(pl.LightningModule):
                 "leave it at 32-true and set --model.dtype for the base model"
             )
         if self._trainer is not None:
-            prepare(self.trainer)
+            prepare(self.trainer, quantization=self.hparams["quantization"])
         if self._built == self.replicas and stage != "fit":
             return
         if self._built and not is_sharded(self.model):
             base = self.model.unload()
         else:
-            base = load_model(self.hparams["base_model"], dtype=self.dtype_base)
+            base, self._starts = prepare_base(
+                load_model(self.hparams["base_model"], dtype=self.dtype_base),
+                self.lora_config,
+                adapter=self.hparams["adapter"],
+                quantization=self.hparams["quantization"],
+            )
         from peft import get_peft_model
 
         with torch.random.fork_rng(devices=[]):
@@ -203,7 +301,7 @@ class SeedLoRAModule(pl.LightningModule):
                     self.model = get_peft_model(base, self.lora_config, adapter_name=replica.name)
                 else:
                     self.model.add_adapter(replica.name, self.lora_config)
-        self.stack = AdapterStack(self.model)
+        self.stack = AdapterStack(self.model, starts=self._starts)
         for replica in self.replicas:
             for parameter in self.stack.parameters(replica.name):
                 parameter.requires_grad_(True)
@@ -408,12 +506,16 @@ class SeedLoRAModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
-        parameters = [p for replica in self.replicas for p in self.stack.parameters(replica.name)]
         hparams = self.hparams
-        groups: list[dict[str, Any]] = [{"params": parameters}]
+
+        def parameters(*parts: str) -> list[torch.nn.Parameter]:
+            return [p for replica in self.replicas for p in self.stack.parameters(replica.name, parts)]
+
+        groups: list[dict[str, Any]] = [{"params": parameters(*PARTS)}]
         if hparams["lora_plus_ratio"] != 1:
             rate_of_b = hparams["learning_rate"] * hparams["lora_plus_ratio"]
-            groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": rate_of_b}]
+            others = [part for part in PARTS if part != "lora_B"]
+            groups = [{"params": parameters(*others)}, {"params": parameters("lora_B"), "lr": rate_of_b}]
         optimizer = torch.optim.AdamW(
             groups, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True
         )

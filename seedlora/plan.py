@@ -23,6 +23,7 @@ from rich.table import Table
 from seedlora.atomic import write_text
 from seedlora.base_model import attention, outline
 from seedlora.head import chunk_rows
+from seedlora.quantization import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from seedlora.module import SeedLoRAModule
@@ -107,6 +108,11 @@ def memory_estimate(
     vocabulary: int,
     scores: int = 0,
     checkpointing: bool = False,
+    quantized: int = 0,
+    quantized_bytes: float = 0,
+    largest: int = 0,
+    frozen: int = 0,
+    rescaled: int = 0,
 ) -> Memory:
     """Bytes that a training step needs, beside Python and its libraries.
 
@@ -117,6 +123,9 @@ def memory_estimate(
     hidden states; for those of one chunk (:func:`seedlora.head.chunk_rows`) the logits in the model's dtype and twice
     in float32. Gradient checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a
     time. A model family that scales or caps its logits takes all of them at once, which is more.
+
+    A quantised weight takes ``quantized_bytes``, and the largest layer is whole while it is multiplied. DoRA keeps the
+    outputs of its layers before they are rescaled.
 
     Args:
         base_parameters: of the frozen model.
@@ -130,12 +139,18 @@ def memory_estimate(
         vocabulary: size of it.
         scores: of one token in one layer, heads times tokens of a row, if the attention keeps them.
         checkpointing: activations are recomputed in the backward pass.
+        quantized: of the frozen model's parameters.
+        quantized_bytes: per weight of these.
+        largest: parameters of the largest quantised layer.
+        frozen: parameters of the factors at which adapters start.
+        rescaled: outputs of DoRA's layers, for one token, in all layers.
     """
     layer = base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden + scores * (2 * base_bytes + 4)
+    layer += base_bytes * rescaled // layers
     per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
     return Memory(
-        base=base_parameters * base_bytes,
-        adapters=8 * trainable,
+        base=int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes),
+        adapters=8 * trainable + 4 * frozen,
         optimizer=8 * trainable,
         activations=tokens * per_token
         + supervised * hidden * 2 * base_bytes
@@ -165,6 +180,7 @@ class RunPlan:
         data: its name, with validation and test rows.
         merge: the method.
         dtype: of the base weights.
+        adapter: what is trained, for people.
     """
 
     seeds: Sequence[int]
@@ -184,6 +200,7 @@ class RunPlan:
     data: str
     merge: str
     dtype: str
+    adapter: str
 
     def table(self) -> Table:
         """The plan as a table for the terminal."""
@@ -203,6 +220,7 @@ class RunPlan:
                 f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
+            "adapter": self.adapter,
             "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
             "memory": (
                 f"about {_gib(memory.total)}: base {_gib(memory.base)}, adapters {_gib(memory.adapters)}, "
@@ -250,7 +268,8 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         model=hparams["base_model"],
         data=_rows(data),
         merge=ensemble.method_name,
-        dtype=str(module.dtype_base).removeprefix("torch."),
+        dtype=module.precision_of_base,
+        adapter=module.adapter_words,
     )
 
 
@@ -277,33 +296,51 @@ def timed(file: Path) -> Iterator[None]:
 
 def trainable_parameters(module: SeedLoRAModule) -> int:
     """Parameters of one replica."""
-    linear, hparams = outline(module.hparams["base_model"]).linear, module.hparams
-    adapted = [shape for name, shape in linear.items() if name.rpartition(".")[2] in hparams["target_modules"]]
-    return int(sum(hparams["r"] * (d + k) for d, k in adapted))
+    magnitudes = module.hparams["adapter"] == "dora"
+    return sum(module.rank(path) * (d + k) + magnitudes * d for path, (d, k) in module.targets.items())
 
 
 def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
     """:func:`memory_estimate` of a step of this module on this data, by the seeds trained at once."""
-    model = outline(module.hparams["base_model"])
-    config, rows, sampler = model.config, data.rows["train"], data.train_dataloader().sampler
-    longest = int(rows.lengths.max())
+    rows, sampler = data.rows["train"], data.train_dataloader().sampler
+    longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
+    return lambda stack: step_memory(
+        module, stack, tokens=stack * sampler.most_tokens, supervised=int(stack * supervised), longest=longest
+    )
 
-    def estimate(stack: int) -> Memory:
-        return memory_estimate(
-            base_parameters=model.parameters,
-            base_bytes=module.dtype_base.itemsize,
-            trainable=stack * trainable_parameters(module),
-            tokens=stack * sampler.most_tokens,
-            supervised=int(stack * data.batch_size * rows.num_items.mean()),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            vocabulary=config.vocab_size,
-            scores=attention_scores(module, longest),
-            checkpointing=module.hparams["gradient_checkpointing"],
-        )
 
-    return estimate
+def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: int, longest: int) -> Memory:
+    """:func:`memory_estimate` of a step of this module.
+
+    Args:
+        module: the model to train.
+        stack: replicas trained at once.
+        tokens: of one forward, padding included.
+        supervised: of these, scored.
+        longest: tokens of the longest row.
+    """
+    hparams, model = module.hparams, outline(module.hparams["base_model"])
+    config, targets, trainable = model.config, module.targets, trainable_parameters(module)
+    per_weight = QUANTIZATIONS[hparams["quantization"]]
+    sizes = [d * k for d, k in model.linear.values()] if per_weight else []
+    return memory_estimate(
+        base_parameters=model.parameters,
+        base_bytes=module.dtype_base.itemsize,
+        trainable=stack * trainable,
+        tokens=tokens,
+        supervised=supervised,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+        scores=attention_scores(module, longest),
+        checkpointing=hparams["gradient_checkpointing"],
+        quantized=sum(sizes),
+        quantized_bytes=per_weight or 0,
+        largest=max(sizes, default=0),
+        frozen=trainable if module.starts_at_weights else 0,
+        rescaled=sum(d for d, _ in targets.values()) if hparams["adapter"] == "dora" else 0,
+    )
 
 
 def attention_scores(module: SeedLoRAModule, tokens: int) -> int:
@@ -350,13 +387,17 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
+        self.forget()
+        cuda = device.type == "cuda"
+        self._before = torch.cuda.memory_allocated(device) if cuda else _process_memory("VmRSS")
+
+    def forget(self) -> None:
+        """Start the peak anew from what is held now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             with contextlib.suppress(OSError):  # Linux forgets the old peak
                 Path("/proc/self/clear_refs").write_text("5")
-            self._before = _process_memory("VmRSS")
 
     @property
     def bytes(self) -> int:

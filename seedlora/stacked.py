@@ -8,6 +8,19 @@ more products with ``R`` columns::
 
     h = (x [A_1; ...; A_N]^T) * blocks        # blocks zeroes what belongs to another adapter, and scales
     y = base(x) + h [B_1 ... B_N]^T
+
+DoRA (Liu et al., arXiv 2402.09353) multiplies each output by ``m / ||W + s B A||``: the norms of the rows, without a
+gradient, as in its section 4.3 and in PEFT. They need no matrix of the shape of W::
+
+    ||W + s B A||^2 = ||W||^2 + 2 s diag(B (W A^T)^T) + s^2 diag(B (A A^T) B^T)
+
+``W A^T`` is the base layer on the rows of A, whatever it is quantised to, and ``||W||`` is computed once.
+
+PiSSA (Meng et al., arXiv 2404.02948) starts each adapter at the same factors ``A_0, B_0`` of W and trains it over
+``W - s B_0 A_0``. The base layer keeps W, and every replica has the frozen block ``-s B_0 A_0`` beside its own: so the
+base model is the original one bit for bit, and nothing has to be put back. Only where W is quantised does the base
+layer hold the residual, whose smaller entries are what PiSSA is for there; then the others, the base model among them,
+have ``+s B_0 A_0`` beside theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,13 +44,42 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
+#: What a PEFT layer holds of one adapter.
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+
+class Start(NamedTuple):
+    """The factors at which all replicas of a layer start: A (r, K) and B (D, r), without the scaling.
+
+    ``beside`` says whose rows have them as a frozen block too: ``own``, subtracted, those of the replicas, because the
+    base layer holds W; ``others``, added, all others, because it holds ``W - s B A``; or ``none``.
+    """
+
+    A: Tensor
+    B: Tensor
+    beside: str
+
+
+class _Block(NamedTuple):
+    """What one block of rows uses in one layer: A (r, K), B (D, r), the scaling, and DoRA's magnitudes (D)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+
 class _Joined(NamedTuple):
-    """The routed adapters of one layer side by side: A (R, K), B (D, R), the ranks and scalings of the blocks."""
+    """The routed adapters of one layer side by side: A (R, K), B (D, R), the ranks and scalings of the blocks.
+
+    ``gain``, of shape (N, 1, D), is DoRA's factor on the outputs, less 1: near 1 it would lose bits in bfloat16.
+    """
 
     A: Tensor
     B: Tensor
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    gain: Tensor | None
 
 
 @dataclass
@@ -47,7 +90,7 @@ class _Route:
     lengths: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     dropout_keys: tuple[tuple[int, ...], ...] | None = None
-    loaded: dict[str, dict[str, LoRAFactors]] = field(default_factory=dict)
+    loaded: dict[str, dict[str, _Block]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     joined: dict[str, _Joined] | None = None
 
@@ -62,13 +105,15 @@ class AdapterStack:
     The route stays until it is changed, also through a backward that recomputes the forward (gradient checkpointing).
 
     Args:
-        model: a PEFT model whose LoRA layers are linear, without DoRA or bias.
+        model: a PEFT model whose LoRA layers are linear, without bias; plain LoRA, rsLoRA or DoRA. DoRA's magnitudes
+            are set to the norms of the base weights, as PEFT sets them, in float32.
+        starts: factors at which the model's adapters start, by layer path, where the base weights give them.
 
     Raises:
         ValueError: if a layer of another kind carries an adapter.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, *, starts: Mapping[str, Start] | None = None) -> None:
         from peft.tuners.lora import LoraLayer
 
         self.model = model
@@ -79,14 +124,21 @@ class AdapterStack:
             if not isinstance(layer, LoraLayer):
                 continue
             path = name[prefix:]
-            if layer.lora_embedding_A or any(layer.use_dora.values()) or any(layer.lora_bias.values()):
+            if layer.lora_embedding_A or any(layer.lora_bias.values()):
                 raise ValueError(
-                    f"layer {path} carries an adapter that cannot be stacked: plain LoRA on linear layers is, "
-                    "DoRA, embeddings and lora_bias are not"
+                    f"layer {path} carries an adapter that cannot be stacked: LoRA and DoRA on linear layers are, "
+                    "embeddings and lora_bias are not"
                 )
             self.layers[path] = layer
             vars(layer).update(stack_path=path, stack_index=len(self.layers), stack_route=self._route)
+            vars(layer).update(stack_start=(starts or {}).get(path), stack_norms=None)
             vars(layer)["forward"] = MethodType(_stacked_forward, layer)
+            with torch.no_grad():
+                for adapter, start in product(layer.lora_A, filter(None, [layer.stack_start])):
+                    layer.lora_A[adapter].weight.copy_(start.A)
+                    layer.lora_B[adapter].weight.copy_(start.B)
+                for magnitude in layer.lora_magnitude_vector.values():
+                    magnitude.weight.data = _norms(layer).clone()
 
     def route(
         self,
@@ -130,7 +182,9 @@ class AdapterStack:
         finally:
             self._route.joined = None
 
-    def load(self, name: str, layers: Mapping[str, LoRAFactors]) -> None:
+    def load(
+        self, name: str, layers: Mapping[str, LoRAFactors], *, magnitudes: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Put an adapter beside the model's own, for evaluation: a fused one, for example.
 
         It replaces a loaded adapter of the same name, takes no part in training and is in no ``state_dict``.
@@ -138,34 +192,61 @@ class AdapterStack:
         Args:
             name: how :meth:`route` will call it.
             layers: one adapter (``N = 1``) per layer path; layers left out keep the base weights.
+            magnitudes: of shape (D,) for the layers that are DoRA's.
         """
-        self._route.loaded[name] = {
-            path: factors.to(self.layers[path].get_base_layer().weight.device) for path, factors in layers.items()
-        }
+        self._route.loaded[name] = {}
+        for path, factors in layers.items():
+            layer, magnitude = self.layers[path], (magnitudes or {}).get(path)
+            a, b = (factor[0].to(layer.get_base_layer().weight.device) for factor in (factors.A, factors.B))
+            if magnitude is not None:
+                magnitude = magnitude.to(_norms(layer)).to(a.device)
+            self._route.loaded[name][path] = _Block(a, b, 1.0, magnitude)
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
-        """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it."""
+        """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it.
+
+        They are relative to the original base weights, also those of PiSSA; of DoRA they are the part ``s B A`` alone.
+        """
+        stacks = {name: self.stored(name) for name in names}
         return {
-            path: LoRAFactors.stack([_factors(layer, name) for name in names]) for path, layer in self.layers.items()
+            path: LoRAFactors.stack(
+                [
+                    LoRAFactors(of[path].A.float(), of[path].B.float() * layer.scaling[name])
+                    for name, of in stacks.items()
+                ]
+            )
+            for path, layer in self.layers.items()
         }
 
     def stored(self, name: str) -> dict[str, LoRAFactors]:
-        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it."""
-        weights = {path: (layer.lora_A[name].weight, layer.lora_B[name].weight) for path, layer in self.layers.items()}
-        return {path: LoRAFactors(*(whole(w)[None] for w in pair)) for path, pair in weights.items()}
+        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it.
+
+        PiSSA's is ``[A; A_0]`` and ``[B, -B_0]``, of twice the rank, and belongs to the original base.
+        """
+        stored = {}
+        for path, layer in self.layers.items():
+            a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+            if (start := layer.stack_start) is not None and start.beside != "none":
+                a, b = torch.cat([a, start.A.to(a)]), torch.cat([b, -start.B.to(b)], dim=1)
+            stored[path] = LoRAFactors(a[None], b[None])
+        return stored
+
+    def magnitudes(self, name: str) -> dict[str, Tensor]:
+        """DoRA's magnitudes of one PEFT adapter, shape (D,) per layer, detached; empty for others. On all ranks."""
+        return {
+            path: whole(layer.lora_magnitude_vector[name].weight)
+            for path, layer in self.layers.items()
+            if name in layer.lora_magnitude_vector
+        }
 
     def is_finite(self, name: str) -> bool:
         """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
         return all(bool(whole(parameter).isfinite().all()) for parameter in self.parameters(name))
 
-    def parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters of one PEFT adapter, layer by layer: A, then B."""
-        return [module[name].weight for layer in self.layers.values() for module in (layer.lora_A, layer.lora_B)]
-
-
-def _factors(layer: LoraLayer, name: str) -> LoRAFactors:
-    a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
-    return LoRAFactors(a.float()[None], (b.float() * layer.scaling[name])[None])
+    def parameters(self, name: str, parts: Sequence[str] = PARTS) -> list[nn.Parameter]:
+        """The parameters of one PEFT adapter, layer by layer, in the order of the parts: those of :data:`PARTS`."""
+        layers = self.layers.values()
+        return [getattr(layer, part)[name].weight for layer in layers for part in parts if name in getattr(layer, part)]
 
 
 def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -176,7 +257,7 @@ def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) 
     x = x_MTK.reshape(-1, shape[-1])
     # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
     y = self.base_layer(x, *args, **kwargs)
-    a_RK, b_DR, ranks, scales = _joined(self, y)
+    a_RK, b_DR, ranks, scales, gain = _joined(self, y)
     if not sum(ranks):
         return y.view(*shape[:-1], -1)
     x = x.to(y.dtype)
@@ -184,7 +265,15 @@ def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) 
         x = _dropout(self, x.view(shape), route).view(x.shape)
     h = torch.mm(x, a_RK.t())
     h = (h.view(n, -1, sum(ranks)) * _blocks(route, ranks, scales, y)).view(h.shape)
-    return y.addmm_(h, b_DR.t()).view(*shape[:-1], -1)
+    y = y.addmm_(h, b_DR.t())
+    if gain is not None:
+        # As in PEFT, the product with W that DoRA scales is of the input after dropout.
+        dropped = route.dropout_keys is not None and any(_dropout_rate(self, name) for name in route.names)
+        adapted = self.base_layer(x, *args, **kwargs).addmm_(h, b_DR.t()) if dropped else y
+        if (bias := self.get_base_layer().bias) is not None:
+            adapted = adapted - bias
+        y = torch.addcmul(y.view(n, -1, y.shape[-1]), adapted.view(n, -1, y.shape[-1]), gain)
+    return y.view(*shape[:-1], -1)
 
 
 def _joined(layer: LoraLayer, like: Tensor) -> _Joined:
@@ -192,29 +281,89 @@ def _joined(layer: LoraLayer, like: Tensor) -> _Joined:
     route: _Route = layer.stack_route
     if route.joined is not None and layer.stack_path in route.joined:
         return route.joined[layer.stack_path]
+    _on(like.device, layer, "stack_start")
     parts = [_block(layer, name) for name in route.names]
-    found = [part for part in parts if part is not None] or [(like[:0, :0], like[:0, :0], 0.0)]
+    found = [part for part in parts if part is not None] or [_Block(like[:0, :0], like[:0, :0], 0.0)]
+    a_RK = torch.cat([part.A for part in found]).to(like.dtype)
     joined = _Joined(
-        torch.cat([a for a, _, _ in found]).to(like.dtype),
-        torch.cat([b for _, b, _ in found], dim=1).to(like.dtype),
-        tuple(0 if part is None else part[0].shape[0] for part in parts),
-        tuple(0.0 if part is None else part[2] for part in parts),
+        a_RK,
+        torch.cat([part.B for part in found], dim=1).to(like.dtype),
+        tuple(0 if part is None else part.A.shape[0] for part in parts),
+        tuple(0.0 if part is None else part.scale for part in parts),
+        _gain(layer, parts, a_RK),
     )
     if route.joined is not None:
         route.joined[layer.stack_path] = joined
     return joined
 
 
-def _block(layer: LoraLayer, name: str | None) -> tuple[Tensor, Tensor, float] | None:
-    """A of shape (r, K), B of shape (D, r) and the scaling that one block of rows uses in this layer."""
-    if name is None:
+def _block(layer: LoraLayer, name: str | None) -> _Block | None:
+    """What a block of rows that goes through this adapter uses in this layer."""
+    start: Start | None = layer.stack_start
+    route: _Route = layer.stack_route
+    if name is not None and name not in route.loaded and name in layer.lora_A:
+        scale = layer.scaling[name]
+        own = _Block(layer.lora_A[name].weight, layer.lora_B[name].weight, scale)
+        if name in layer.lora_magnitude_vector:
+            own = own._replace(magnitude=layer.lora_magnitude_vector[name].weight)
+        return _beside(own, start.A, -start.B) if start is not None and start.beside == "own" else own
+    other = route.loaded.get(name, {}).get(layer.stack_path) if name is not None else None
+    if start is None or start.beside != "others":
+        return other
+    scale = next(iter(layer.scaling.values()))
+    return _Block(start.A, start.B, scale) if other is None else _beside(other, start.A, start.B * scale)
+
+
+def _beside(block: _Block, a: Tensor, b: Tensor) -> _Block:
+    a, b = a.to(block.A), b.to(block.B)
+    return block._replace(A=torch.cat([block.A, a]), B=torch.cat([block.B, b], dim=1))
+
+
+@torch.no_grad()
+def _norms(layer: LoraLayer) -> Tensor:
+    """The norms of the base weight's rows, shape (D,), float32; computed once."""
+    if layer.stack_norms is None:
+        from peft.utils.integrations import dequantize_module_weight
+
+        base = layer.get_base_layer()
+        w_DK = dequantize_module_weight(base).detach().float()
+        vars(layer)["stack_norms"] = w_DK.norm(dim=0 if layer.fan_in_fan_out else 1)
+    return layer.stack_norms
+
+
+def _on(device: torch.device, layer: LoraLayer, name: str) -> Any:
+    """What the stack keeps for a layer, moved there once: a buffer would be, too, but DDP sends those every forward."""
+    kept = vars(layer)[name]
+    if isinstance(kept, Start) and kept.A.device != device:
+        vars(layer)[name] = kept._replace(A=kept.A.to(device), B=kept.B.to(device))
+    elif isinstance(kept, Tensor) and kept.device != device:
+        vars(layer)[name] = kept.to(device)
+    return vars(layer)[name]
+
+
+def _gain(layer: LoraLayer, parts: Sequence[_Block | None], a_RK: Tensor) -> Tensor | None:
+    """DoRA's factor ``m / ||W + s B A|| - 1`` of each block, shape (N, 1, D); None if no block has magnitudes."""
+    if not any(part is not None and part.magnitude is not None for part in parts):
         return None
-    if (loaded := layer.stack_route.loaded.get(name)) is not None:
-        factors = loaded.get(layer.stack_path)
-        return None if factors is None else (factors.A[0], factors.B[0], 1.0)
-    if name not in layer.lora_A:
-        return None
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    norms_D = _on(a_RK.device, layer, "stack_norms")
+    with torch.no_grad():
+        wa_RD = layer.base_layer(a_RK.detach())
+        bias = layer.get_base_layer().bias
+        wa_RD = (wa_RD if bias is None else wa_RD - bias).float()
+    gains, row = [], 0
+    for part in parts:
+        r = 0 if part is None else part.A.shape[0]
+        if part is None or part.magnitude is None:
+            gains.append(torch.zeros_like(norms_D))
+        else:
+            with torch.no_grad():
+                a, b, s = part.A.float(), part.B.float(), part.scale
+                cross, square = (b * wa_RD[row : row + r].t()).sum(1), ((b @ (a @ a.t())) * b).sum(1)
+                norm = (norms_D.square() + 2 * s * cross + s * s * square).clamp(min=0).sqrt()
+                norm[norm == 0] = 1  # such a row gives zero, whatever multiplies it
+            gains.append(part.magnitude / norm - 1)
+        row += r
+    return torch.stack(gains).unsqueeze(1).to(a_RK.dtype)
 
 
 def _blocks(route: _Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
@@ -234,11 +383,14 @@ def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:
     keep = torch.ones_like(x_MTK)
     rows = x_MTK.shape[0] // len(route.names)
     for i, (name, key) in enumerate(zip(route.names, route.dropout_keys, strict=True)):
-        p = getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0.0
-        if p:
+        if p := _dropout_rate(layer, name):
             generator = torch.Generator(x_MTK.device).manual_seed(stream_seed(*key, layer.stack_index))
             own = route.rows[i] if route.rows else rows
             block = keep[i * rows : i * rows + own, : route.lengths[i] if route.lengths else None]
             draw = torch.empty(block.shape, device=x_MTK.device).bernoulli_(1 - p, generator=generator)
             block.copy_(draw.div_(1 - p))
     return x_MTK * keep
+
+
+def _dropout_rate(layer: LoraLayer, name: str | None) -> float:
+    return getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0.0

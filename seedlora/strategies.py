@@ -165,10 +165,14 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
     return strategy
 
 
-def prepare(trainer: pl.Trainer) -> None:
+def prepare(trainer: pl.Trainer, *, quantization: str = "none") -> None:
     """Check that the trainer's strategy can train a stack, and set what it must leave to us.
 
     Called before the strategy sets up the model; a second call changes nothing.
+
+    Args:
+        trainer: whose strategy it is.
+        quantization: of the base model.
 
     Raises:
         ValueError: naming the option that cannot be right.
@@ -183,6 +187,11 @@ def prepare(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.precision {trainer.precision} under {type(strategy).__name__} would round the adapters to it; "
             "leave it at 32-true and set --model.dtype for the base model"
+        )
+    if quantization != "none" and splits_base(trainer):
+        raise ValueError(
+            f"model.quantization {quantization} and {type(strategy).__name__}, which splits the base model over the "
+            "processes, do not go together; use ddp or deepspeed_stage_2"
         )
     if not isinstance(strategy, DeepSpeedStrategy):
         return
@@ -200,6 +209,15 @@ def prepare(trainer: pl.Trainer) -> None:
     # The optimizer is torch's, on the CPU too.
     config["zero_force_ds_cpu_optimizer"] = False
     strategy.exclude_frozen_parameters = True
+
+
+def splits_base(trainer: pl.Trainer) -> bool:
+    """Whether each rank holds a part of the base model only: ZeRO-3 and FSDP2."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        assert isinstance(strategy.config, dict)
+        return strategy.config.get("zero_optimization", {}).get("stage") == 3
+    return isinstance(strategy, FSDP2Strategy)
 
 
 def holds_whole_adapters(trainer: pl.Trainer) -> bool:

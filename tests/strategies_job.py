@@ -31,6 +31,14 @@ STRATEGIES = {
 }
 
 
+KINDS = {
+    "dora": {"adapter": "dora"},
+    "qlora": {"quantization": "nf4"},
+    "int8": {"quantization": "int8"},
+    "pissa": {"adapter": "pissa"},
+}
+
+
 class Poison(pl.Callback):
     """Makes one seed's weights infinite before a step."""
 
@@ -43,12 +51,19 @@ class Poison(pl.Callback):
 
 
 def run(
-    base_model: str, dirpath: Path, *, batch_size: int, strategy, devices: int, poison: tuple[Poison, ...] = ()
+    base_model: str,
+    dirpath: Path,
+    *,
+    batch_size: int,
+    strategy,
+    devices: int,
+    poison: tuple[Poison, ...] = (),
+    **options: object,
 ) -> dict[str, object]:
     """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly."""
     exclude = "exclude" if poison else "stop"
     callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude)
-    module = make_module(base_model, gradient_checkpointing=True)
+    module = make_module(base_model, gradient_checkpointing=True, **options)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
     metrics = {}
     while callback.pending:
@@ -76,6 +91,13 @@ def run(
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
 
 
+def main_of_kinds(base_model: str, folder: str) -> None:
+    """The kinds of adapter under the strategies that do not split the base model."""
+    for kind, options in KINDS.items():
+        for name in ("ddp", "zero2"):
+            run(base_model, Path(folder) / kind / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **options)
+
+
 def main(base_model: str, folder: str) -> None:
     """Write each strategy's metrics beside its adapters."""
     for name, make in STRATEGIES.items():
@@ -88,4 +110,4 @@ def main(base_model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main_of_kinds(*sys.argv[1:3]) if "kinds" in sys.argv else main(*sys.argv[1:])

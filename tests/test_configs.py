@@ -26,7 +26,7 @@ ROW = {
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) > 20
+    assert len(CONFIGS) >= 30
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -61,5 +61,10 @@ def test_every_config_stands_alone(config):
     if config.stem != "default":
         assert "Paper:" in header
         step = written["trainer"]["accumulate_grad_batches"] * written["data"]["init_args"]["batch_size"]
-        assert step == (16 if "commonsense" in config.stem else 128)
-        assert ("lora_plus" in config.stem) == (written["model"]["lora_plus_ratio"] > 1)
+        assert step == (16 if "commonsense" in config.stem or "gsm8k" in config.stem else 128)
+        assert "ZeRO-2:   add --trainer.strategy deepspeed_stage_2" in header
+        model = written["model"]
+        assert ("lora_plus" in config.stem) == (model["lora_plus_ratio"] > 1)
+        kinds = {"dora": ("dora", "none"), "qlora": ("lora", "nf4"), "loftq": ("loftq", "nf4")}
+        expected = kinds.get(config.stem.rpartition("_")[2], ("lora", "none"))
+        assert (model["adapter"], model["quantization"]) == expected

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import strategies_job
 from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import load_file
 
 from seedlora.adapter import read_adapter
 from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
@@ -61,6 +62,31 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     for label in ("base", "seed_42", "soup", "fused"):
         assert found[f"test/{label}"] == metrics[f"test/{label}"]
     assert found["test/fused"][1] == 13
+
+
+@pytest.fixture(scope="module")
+def two_of_each_kind(tiny_llama, tmp_path_factory):
+    """The folder with what two processes made of each kind of adapter."""
+    folder = tmp_path_factory.mktemp("kinds")
+    command = [sys.executable, strategies_job.__file__, tiny_llama, str(folder), "kinds"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(training_process.ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", strategies_job.KINDS)
+def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, two_of_each_kind, tmp_path, kind):
+    options = strategies_job.KINDS[kind]
+    strategies_job.run(tiny_llama, tmp_path, batch_size=4, strategy=lambda: "auto", devices=1, **options)
+    for name in ("ddp", "zero2"):
+        for seed in ("seed_11", "seed_42", "seed_202"):
+            file = Path(seed) / "adapter_model.safetensors"
+            expected, found = load_file(tmp_path / file), load_file(two_of_each_kind / kind / name / file)
+            for key, tensor in expected.items():
+                assert ((found[key] - tensor).norm() / tensor.norm()).item() < 1e-5, (name, key)
+        assert (two_of_each_kind / kind / name / "fused" / "adapter_config.json").is_file()
 
 
 def test_two_processes_exclude_a_diverged_seed_as_one_does(tiny_llama, two, tmp_path):
