@@ -1,0 +1,141 @@
+"""Candidates, and the choice among them by a validation score."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from seedlora.factors import LoRAFactors
+from seedlora.fuse import fuse
+from seedlora.merge import bind
+from seedlora.selection import (
+    RowScores,
+    any_method,
+    choose,
+    described,
+    gain_family,
+    greedy_soup,
+    members,
+    scaled_soups,
+    score_rules,
+    seed_times_gain,
+    subsets,
+)
+
+ATTENTION, FFN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+
+
+def stacks(n: int = 3) -> dict[str, LoRAFactors]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    common = draw(1, 4, 7), draw(1, 5, 4)
+    return {
+        path: LoRAFactors(draw(n, 4, 7) + common[0], draw(n, 5, 4) + common[1]).to(torch.float64)
+        for path in (ATTENTION, FFN)
+    }
+
+
+def rows(loss: float, match: float = 0.0, n: int = 10) -> RowScores:
+    return RowScores(torch.full((n,), 2 * loss), torch.arange(n) < match * n, torch.full((n,), 2))
+
+
+def test_row_scores_are_per_token_and_per_row():
+    found = RowScores(torch.tensor([3.0, 1.0]), torch.tensor([True, False]), torch.tensor([1, 7]))
+    assert (found.loss, found.match) == (0.5, 0.5)
+
+
+def test_the_gain_family_is_the_dense_formula_on_its_layers():
+    stack = stacks()
+    found = gain_family(list(stack))
+    assert len(found) == 1 + 3 * 5
+    dense = {path: factors.dense() for path, factors in stack.items()}
+    mean = {path: delta.mean(0) for path, delta in dense.items()}
+    rho = {path: mean[path].norm() / delta.flatten(1).norm(dim=1).mean() for path, delta in dense.items()}
+    for name, attention, ffn in (
+        ("soup", 0, 0),
+        ("seedlora_gain p=0.75", 0.75, 0.75),
+        ("seedlora_gain p=1.25 on attention", 1.25, 0),
+        ("seedlora_gain p=0.25 on ffn", 0, 0.25),
+    ):
+        fused = fuse(stack, found[name])
+        for path, p in ((ATTENTION, attention), (FFN, ffn)):
+            expected = min(2.0, float(rho[path]) ** (-2 * p)) * mean[path]
+            assert torch.allclose(fused[path].dense()[0], expected), name
+
+
+def test_layers_of_one_kind_have_no_parts_to_try():
+    assert len(gain_family([FFN])) == 6
+    fuse({FFN: stacks()[FFN]}, gain_family([FFN])["seedlora_gain p=0.25"])
+
+
+def test_scaled_soups_and_all_candidates():
+    stack = stacks()
+    found = scaled_soups(3)
+    fused = fuse(stack, found["soup x 1.4"])
+    assert torch.allclose(fused[FFN].dense()[0], 1.4 * stack[FFN].dense().mean(0))
+    everything = any_method(list(stack), 3)
+    assert {*gain_family(list(stack)), *found, "seedlora", "knots_ties"} <= set(everything)
+    assert described(everything["soup x 1.2"]) == {"method": "task_arithmetic", "options": {"scale": 1.2 / 3}}
+    part = described(everything["seedlora_gain p=0.5 on ffn"])["options"]
+    assert part == {"p": 0.5, "layers": "ffn", "rest": "soup"}
+
+
+def test_one_seed_gets_the_length_that_the_fused_adapter_has_over_the_mean():
+    stack = stacks()
+    fused = fuse(stack, bind("seedlora"))
+    single = seed_times_gain(stack, fused, index=1)
+    for path, factors in stack.items():
+        dense = factors.dense()
+        gain = fused[path].dense().norm() / dense.mean(0).norm()
+        assert torch.allclose(single[path].dense()[0], gain * dense[1])
+    same = seed_times_gain(stack, fuse(stack, bind("soup")), index=0)
+    assert torch.allclose(same[FFN].dense()[0], stack[FFN].dense()[0])
+
+
+def test_subsets_are_all_while_they_are_few_and_always_the_same():
+    assert subsets(3) == [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+    many = subsets(12, most=10)
+    assert many == subsets(12, most=10)
+    assert [sum(len(s) == size for s in many) for size in (1, 2, 6, 11, 12)] == [10, 10, 10, 10, 1]
+    assert len(set(many)) == len(many)
+    kept = members(stacks(), (2, 0))[FFN]
+    assert torch.equal(kept.A, stacks()[FFN].A[[2, 0]])
+
+
+def test_the_choice():
+    scores = {"a": rows(1.0, 0.4), "b": rows(0.9, 0.3), "c": rows(0.9, 0.4), "d": rows(math.nan, 1.0)}
+    assert choose(scores) == "b"  # the first of equals
+    assert choose(scores, by="match") == "c"  # as many as a, at a lower loss
+    with pytest.raises(ValueError, match="Unknown ensemble.select_by 'lose'; choose one of loss, match"):
+        choose(scores, by="lose")
+    with pytest.raises(ValueError, match="none of d has a finite validation loss"):
+        choose({"d": scores["d"]})
+
+
+def test_candidates_are_scored_a_few_at_a_time():
+    stack, groups = stacks(), []
+
+    def score(adapters):
+        groups.append(len(adapters))
+        # The loss is the distance from 1.6 times the soup.
+        goal = 1.6 * stack[FFN].dense().mean(0)
+        return {name: rows(float((layers[FFN].dense()[0] - goal).norm())) for name, layers in adapters.items()}
+
+    scores = score_rules(stack, scaled_soups(3), score, at_once=3)
+    assert groups == [3, 3, 1]
+    assert choose(scores) == "soup x 1.6"
+
+
+def test_a_greedy_soup_leaves_out_who_harms():
+    stack = stacks()
+    goal = stack[FFN].dense()[[0, 2]].mean(0)
+
+    def score(adapters):
+        return {name: rows(float((layers[FFN].dense()[0] - goal).norm())) for name, layers in adapters.items()}
+
+    rule = greedy_soup(stack, score)
+    assert sorted(rule.options["members"]) == [0, 2]
+    assert torch.allclose(fuse(stack, rule)[FFN].dense()[0], goal)
+    assert described(rule)["method"] == "greedy_soup"
