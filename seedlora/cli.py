@@ -27,6 +27,7 @@ from rich.console import Console
 
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file
+from seedlora.comparison import ALL_CONTROLS
 from seedlora.evaluation.command import (
     DEFAULT_STYLE,
     Prompts,
@@ -54,12 +55,21 @@ Train LoRA replicas of one task with different seeds as one stack, and fuse them
   python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
   python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
   python train.py --config configs/default.yaml --model.r 16
+  python train.py --merge auto --compare ties,knots_ties   the method that is best on validation rows; others beside it
+  python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
   python train.py --merge seedlora --resume            go on with the newest unfinished run
   python train.py --merge seedlora --plan              what the run will take, measured on a few steps
   python train.py --evaluate gsm8k --evaluate_limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
-SHORT = {"--merge": "--ensemble.merge", "--resume": "--ensemble.resume"}
+SHORT = {
+    "--merge": "--ensemble.merge",
+    "--compare": "--ensemble.compare",
+    "--controls": "--ensemble.controls",
+    "--resume": "--ensemble.resume",
+}
+#: What the short options mean that are given without a value.
+BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -272,6 +282,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
+    ensemble.check_validation(trainer, data)
     ensemble.choose_stack_size(trainer, module, data)
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
@@ -303,23 +314,32 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:
-    """Train the seeds that are not trained yet, one stack after the other; the last one fuses all."""
+    """Train what is not trained yet: seeds, one stack after the other, the last one fuses all; then controls."""
     ensemble, first = cli.ensemble, True
-    while ensemble.pending:
-        trainer = cli.trainer if first else cli.instantiate_trainer()
+    if not ensemble.pending:
+        # Perhaps this is not the method, or the choice, that they were fused by.
+        first = False
+        if ensemble.rule is not None and cli.datamodule.rows["val"] and cli.trainer.limit_val_batches:
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        elif cli.trainer.is_global_zero:
+            ensemble.fuse()
+    while ensemble.pending or ensemble.pending_controls:
+        control, given = None, cli.config_init.trainer
+        if not ensemble.pending:
+            control, first = ensemble.pending_controls[0], False
+            console.print(f"Training the control {control}")
+        limits = ensemble.control_limits(max_epochs=given.max_epochs, max_steps=given.max_steps) if control else {}
+        trainer = cli.trainer if first else cli.instantiate_trainer(**limits)
         cli.trainer, first = trainer, False
         checkpoint = ensemble.ckpt_path
         if checkpoint is not None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
-        with timed(ensemble.dirpath / COST_NAME) if trainer.is_global_zero else nullcontext():
+        with timed(ensemble.dirpath / COST_NAME, control) if trainer.is_global_zero else nullcontext():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
-    if first and cli.trainer.is_global_zero:
-        # All seeds were there already, but perhaps not this method's fusion of them.
-        ensemble.fuse()
 
 
 def _test(cli: SeedLoRACLI, console: Console) -> None:
@@ -423,15 +443,15 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:
-    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``."""
+    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``, and so on."""
     long = []
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in SHORT:
             argument = SHORT[name] + equals + value
             following = argv[i + 1] if i + 1 < len(argv) else "--"
-            if name == "--resume" and not equals and following.startswith("-"):
-                argument += "=true"
+            if name in BARE and not equals and following.startswith("-"):
+                argument += f"={BARE[name]}"
         long.append(argument)
     return long
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse
-from seedlora.merge import METHODS, BoundRule, bind, gram, greedy_members, weighted_sum
+from seedlora.merge import COMMON, METHODS, BoundRule, bind, gram, greedy_members, weighted_sum
 
 #: One adapter: ``N = 1`` factors by layer path.
 Layers: TypeAlias = Mapping[str, LoRAFactors]
@@ -67,21 +67,25 @@ Score: TypeAlias = Callable[[Mapping[str, Layers]], Mapping[str, RowScores]]
 # Candidates
 
 
-def gain_family(paths: Sequence[str], *, powers: Sequence[float] = POWERS) -> dict[str, BoundRule]:
+def gain_family(
+    paths: Sequence[str], *, powers: Sequence[float] = POWERS, options: Mapping[str, Any] | None = None
+) -> dict[str, BoundRule]:
     """Soup, and :func:`seedlora.merge.seedlora_gain` with each power: on all layers, on attention or on FFN alone.
 
     Args:
         paths: of the layers; where all are of one kind, there are no parts of them to try.
         powers: to try.
+        options: of the rule, besides ``p``; if they name ``layers``, these alone are tried.
     """
-    found = {"soup": bind("soup")}
+    options = dict(options or {})
+    found = {"soup": bind("soup", {key: value for key, value in options.items() if key in COMMON})}
     for layers in ("all", "attention", "ffn"):
         use = {} if layers == "all" else {"layers": layers, "rest": "soup"}
-        if use and not 0 < sum(map(bind("soup", use).selects, paths)) < len(paths):
+        if use and ("layers" in options or not 0 < sum(map(bind("soup", use).selects, paths)) < len(paths)):
             continue
         for p in powers:
             name = f"seedlora_gain p={p:g}" + (f" on {layers}" if use else "")
-            found[name] = bind("seedlora_gain", {"p": p, **use})
+            found[name] = bind("seedlora_gain", {**options, "p": p, **use})
     return found
 
 
@@ -200,9 +204,12 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
         (found,) = score({"greedy_soup": layers}).values()
         return -found.loss if by == "loss" else found.match
 
-    chosen = greedy_members(lambda: stacks.items(), score=larger_is_better)
-    # The members are known now: a rule of one layer.
-    return bind(replace(METHODS["greedy_soup"], surveys={}), {"members": chosen})
+    return soup_of(greedy_members(lambda: stacks.items(), score=larger_is_better))
+
+
+def soup_of(chosen: Sequence[int]) -> BoundRule:
+    """The greedy soup as a rule of one layer, once its members are known."""
+    return bind(replace(METHODS["greedy_soup"], surveys={}), {"members": list(chosen)})
 
 
 def described(rule: BoundRule) -> dict[str, Any]:

@@ -143,6 +143,10 @@ class AdapterStack:
             path: factors.to(self.layers[path].get_base_layer().weight.device) for path, factors in layers.items()
         }
 
+    def unload(self, name: str) -> None:
+        """Forget an adapter that :meth:`load` put here."""
+        del self._route.loaded[name]
+
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
         """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it."""
         return {

@@ -11,6 +11,12 @@ import numpy as np
 from seedlora.evaluation import Difference, Score, paired_difference, wilson
 
 BASE, MEAN_SEED, SOUP, FUSED = "base", "mean seed", "soup", "fused"
+#: The controls: one seed as much longer as the fused adapter is; soup times what validation chose; the soup of the
+#: seeds that do not harm; the mean of the seeds' probabilities; one seed for the tokens of all; one of all their rank.
+SEED_GAIN, SOUP_SCALED, GREEDY = "one_seed_gain", "soup_scaled", "greedy_soup"
+LOGITS, SEED_EPOCHS, SEED_RANK = "logit_ensemble", "one_seed_epochs", "one_seed_rank"
+#: The file of a run that holds what the validation rows said when the seeds were fused.
+SELECTION_NAME = "selection.json"
 
 
 @dataclass(frozen=True)
