@@ -29,7 +29,7 @@ from seedlora.merge import BoundRule, MergeRule, soup
 from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
-from seedlora.report.results import FUSED, LOGITS, SEED_EPOCHS, SEED_RANK, SELECTION_NAME, SOUP
+from seedlora.report.results import FUSED, LOGITS, LONG_SEED, SELECTION_NAME, SOUP, WIDE_SEED
 from seedlora.selection import Score, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters
 
@@ -38,7 +38,7 @@ KEEP = ("last", "best")
 ON_DIVERGENCE = ("stop", "exclude")
 AUTO = "auto"
 #: In the order in which they are trained.
-TRAINED_CONTROLS = (SEED_EPOCHS, SEED_RANK)
+TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 BASE = "base"
 
 
@@ -249,7 +249,7 @@ class SeedEnsembleCallback(pl.Callback):
 
         With the equal budget the run's limits are what all seeds had together; with the full one they are a seed's.
         """
-        if self.pending_controls[:1] != (SEED_EPOCHS,) or self.budget == "equal":
+        if self.pending_controls[:1] != (LONG_SEED,) or self.budget == "equal":
             return {}
         limits = {"max_epochs": max_epochs, "max_steps": max_steps}
         return {name: len(self.seeds) * limit for name, limit in limits.items() if limit not in (None, -1)}
@@ -301,7 +301,7 @@ class SeedEnsembleCallback(pl.Callback):
         self.check_validation(trainer, data)
         self._control = self.pending_controls[0] if self.pending_controls else None
         self._share = self.share(trainer)
-        module.rank_factor = len(self.trained) if self._control == SEED_RANK else 1
+        module.rank_factor = len(self.trained) if self._control == WIDE_SEED else 1
         if self._control is None:
             self.choose_stack_size(trainer, module, data)
             self.open(trainer, module, data)
@@ -357,7 +357,7 @@ class SeedEnsembleCallback(pl.Callback):
         trains as long as all seeds together has its trainer for itself.
         """
         return replica_budget(
-            "full" if trainer.fast_dev_run or self._control == SEED_EPOCHS else self.budget,
+            "full" if trainer.fast_dev_run or self._control == LONG_SEED else self.budget,
             n=len(self.seeds),
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,
@@ -549,8 +549,10 @@ class SeedEnsembleCallback(pl.Callback):
         seeds = [self._label(seed) for seed in self.trained]
         correct = np.stack(list(columns.values()), axis=1)
         self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
+        domains = getattr(trainer.datamodule, "domains", None)
         if trainer.is_global_zero:
-            write_text(self.dirpath / "results.json", json.dumps(self.results.to_dict(), indent=2) + "\n")
+            stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
+            write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
 
     # Inside
 

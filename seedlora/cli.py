@@ -421,11 +421,15 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         return
     try:
         with console.status("Writing the report ..."):
-            write_report(run)
+            found = write_report(run)
     except Exception as error:
         reason = _one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
     else:
+        for sentence in found["advice"]["sentences"]:
+            console.print(sentence, highlight=False, markup=False)
+        if (better := found["advice"]["better"]) is not None:
+            console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from seedlora.evaluation import paired_difference
 from seedlora.fuse import fuse
 from seedlora.merge import BoundRule, MergeRule, bind
-from seedlora.report.results import FUSED, GREEDY, SEED_GAIN, SOUP, SOUP_SCALED
+from seedlora.report.results import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
 from seedlora.selection import (
     SCALES,
     Layers,
@@ -168,7 +168,7 @@ class Comparison:
         best_seed = choose({seed: found[seed] for seed in seeds}, by=by)
         rules = self.candidates(list(stacks), n)
         scores = score_rules(stacks, rules, score, at_once=self.at_once)
-        controls: dict[str, Any] = {SEED_GAIN: {"seed": best_seed}} if self.has_controls and n > 1 else {}
+        controls: dict[str, Any] = {GAIN_SEED: {"seed": best_seed}} if self.has_controls and n > 1 else {}
         if self._wants_greedy and n > 1:
             greedy = greedy_soup(stacks, score, by=by)
             controls[GREEDY] = {"members": list(greedy.options["members"])}
@@ -185,9 +185,9 @@ class Comparison:
             soups = scaled_soups(n)
             tuned = score_rules(stacks, soups, score, at_once=self.at_once)
             best = choose(tuned, by=by)
-            controls[SOUP_SCALED] = {**described(soups[best]), "candidates": _rows(soups, tuned)}
-            found[SOUP_SCALED] = tuned[best]
-            last[SEED_GAIN] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
+            controls[GAIN_SOUP] = {**described(soups[best]), "candidates": _rows(soups, tuned)}
+            found[GAIN_SOUP] = tuned[best]
+            last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
             last[GREEDY] = partial(fuse, stacks, soup_of(controls[GREEDY]["members"]))
         found |= lazily(last)
         first = found[seeds[0]]
@@ -243,11 +243,11 @@ class Comparison:
         """
         made: dict[str, Callable[[], Layers]] = {}
         tuned = record.get("controls", {})
-        if self.has_controls and SEED_GAIN in tuned and fused is not None:
-            made[SEED_GAIN] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(tuned[SEED_GAIN]["seed"]))
-        if self.has_controls and SOUP_SCALED in tuned:
-            control = tuned[SOUP_SCALED]
-            made[SOUP_SCALED] = partial(fuse, stacks, bind(control["method"], control["options"]))
+        if self.has_controls and GAIN_SEED in tuned and fused is not None:
+            made[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(tuned[GAIN_SEED]["seed"]))
+        if self.has_controls and GAIN_SOUP in tuned:
+            control = tuned[GAIN_SOUP]
+            made[GAIN_SOUP] = partial(fuse, stacks, bind(control["method"], control["options"]))
         if GREEDY in tuned and (self.has_controls or GREEDY in self.compare):
             made[GREEDY] = partial(fuse, stacks, soup_of(tuned[GREEDY]["members"]))
         for name, rule in self.compare.items():

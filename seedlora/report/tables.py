@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
-from seedlora.report.results import FUSED, SOUP, Results
+from seedlora.report.results import FUSED, MEANING, SOUP, Results
 
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -18,7 +18,7 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
     table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
-    table.add_column("adapter")
+    table.add_column("adapter", overflow="fold")
     references = list(dict.fromkeys(name for found in results.differences.values() for name in found))
     for header in ("score", "interval", *(f"vs {name}" for name in references)):
         table.add_column(header, justify="right", no_wrap=True)
@@ -35,7 +35,8 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     captions += [] if results.seed_spread is None else [f"spread between seeds {100 * results.seed_spread:.1f}"]
     captions = [", ".join(captions)] if captions else []
     captions += ["differences are paired, in points"] if references else []
-    table.caption = "; ".join(captions)
+    controls = [f"{label}: {meaning}" for label, meaning in MEANING.items() if label in results.scores]
+    table.caption = "\n".join(["; ".join(captions), *controls])
     table.caption_justify = "left"
     return table
 
