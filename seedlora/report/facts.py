@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from seedlora.adapter import CONFIG_NAME, AdapterError
-from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, sampled_entries
+from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, natural, sampled_entries
 from seedlora.evaluation import Difference, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, hash_inputs, read_adapters, stack_adapters
@@ -102,7 +102,10 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     broken = None
     try:
         if trained:
-            found["weights"] = _weights(run, trained, merged if record else None, on_layer)
+            stacks = stack_adapters(read_adapters([run / seed for seed in trained]))
+            fused = read_adapters([run / FUSED])[str(run / FUSED)].layers if record else {}
+            label = merged if record else None
+            found["weights"] = weight_facts(stacks, trained, merged=label, fused=fused, on_layer=on_layer)
             folders = [run / seed for seed in trained] + ([run / FUSED] if record else [])
             digests = hash_inputs(folders)
             found["reproduce"]["sha256"] = {Path(name).name: digest.result() for name, digest in digests.items()}
@@ -142,12 +145,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
     folders = {file.parent.name for file in run.glob(f"seed_*/{CONFIG_NAME}")}
-    return sorted({*folders, *excluded}, key=_natural)
-
-
-def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
+    return sorted({*folders, *excluded}, key=natural)
 
 
 # Scores
@@ -228,7 +226,7 @@ def _domains(kind: str, values: Sequence[str], items: Mapping[str, np.ndarray], 
     ``lead_by_chance`` is the mean lead then, ``p_value`` the share of deals (with the true one) that lead as far.
     """
     found, rng = [], np.random.default_rng(0)
-    for value in sorted(set(values), key=_natural):
+    for value in sorted(set(values), key=natural):
         where = np.array([other == value for other in values])
         row: Facts = {
             "domain": f"{kind} {value}",
@@ -339,11 +337,24 @@ def _averaged(curve: list[list[float]], stretch: int) -> list[list[float]]:
 # Weights
 
 
-def _weights(run: Path, seeds: Sequence[str], merged: str | None, on_layer: Callable[[str], object]) -> Facts:
-    """Cosines, spectra, distributions and gains of the adapters."""
-    stacks = stack_adapters(read_adapters([run / seed for seed in seeds]))
-    fused = {} if merged is None else read_adapters([run / FUSED])[str(run / FUSED)].layers
-    paths = sorted(stacks, key=_natural)
+def weight_facts(
+    stacks: Mapping[str, LoRAFactors],
+    seeds: Sequence[str],
+    *,
+    merged: str | None,
+    fused: Mapping[str, LoRAFactors],
+    on_layer: Callable[[str], object] = lambda _path: None,
+) -> Facts:
+    """Cosines, spectra, distributions and gains of adapters.
+
+    Args:
+        stacks: the adapters of every layer by path.
+        seeds: their labels.
+        merged: the label of what was made of them, if anything was; plain soup is drawn under its own name.
+        fused: that adapter.
+        on_layer: called with each layer's path when it is done.
+    """
+    paths = sorted(stacks, key=natural)
     layers, entries = [], []
     for i, path in enumerate(paths):
         layers.append(layer_facts(path, stacks[path], merged=fused.get(path), samples=SAMPLES))

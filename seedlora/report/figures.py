@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from seedlora.diagnostics import COLOURS
 from seedlora.report.results import BASE, FUSED, LONG_SEED, MEAN_SEED, SOUP, WIDE_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
 _GREY, _PALE = "#8a8a8a", "#b9b9b9"
@@ -87,13 +88,29 @@ def figures(facts: Mapping[str, Any]) -> dict[str, str]:
     if selection.get("subsets"):
         drawn["subsets"] = subset_losses("subsets", selection["subsets"], palette)
     if weights is not None:
-        if weights["cosines"]:
-            drawn["cosines"] = heat_map("cosines", weights["layers"], "mean_cosine", "mean pairwise cosine")
-        drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
-        drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
-        if len(facts["trained"]) > 1 and facts["merged"] is not None:
-            drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+        drawn |= weight_figures(weights, palette)
     return drawn
+
+
+def weight_figures(weights: Mapping[str, Any], palette: Mapping[str, str]) -> dict[str, str]:
+    """Cosines, spectra, distributions and gains of adapters, as SVG by name."""
+    drawn = {}
+    if weights["cosines"]:
+        drawn["cosines"] = heat_map("cosines", weights["layers"], "mean_cosine", "mean pairwise cosine")
+    drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
+    drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
+    if weights["cosines"] and any(row["applied_gain"] is not None for row in weights["layers"]):
+        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+    return drawn
+
+
+def standalone(svg: str) -> str:
+    """A figure that is a file of its own: black on white, in no page's colours."""
+    return (
+        svg.replace("currentColor", "#000000")
+        .replace("var(--line)", "#d9dce0")
+        .replace("<svg", '<svg style="background: white"', 1)
+    )
 
 
 def scores(name: str, test: Mapping[str, Any], palette: Mapping[str, str]) -> str:
