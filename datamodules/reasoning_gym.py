@@ -14,8 +14,8 @@ from datamodules.sources import Row
 
 # Item i of a reasoning-gym data set is drawn with seed + i, so two data sets overlap if their seeds are close.
 _SEED_STRIDE = 100_000_000
-#: A property with more values than these is no kind of item.
-_MOST_DOMAINS = 12
+#: A property with more values, or with fewer items of a value on average, is no kind of item.
+_MOST_DOMAINS, _LEAST_ITEMS = 12, 5
 _TWO_TERMS_OF_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
 
@@ -95,7 +95,9 @@ class ReasoningGym(InstructionDataModule):
         kinds = {}
         for key in items[0] if items else ():
             values = [item.get(key) for item in items]
-            if all(isinstance(value, int | str) for value in values) and 1 < len(set(values)) <= _MOST_DOMAINS:
+            if not all(isinstance(value, int | str) for value in values):
+                continue
+            if 1 < len(set(values)) <= min(_MOST_DOMAINS, len(values) // _LEAST_ITEMS):
                 kinds[key] = [str(value) for value in values]
         return kinds
 

@@ -205,10 +205,11 @@ def test_the_page_stands_alone_and_its_figures_share_colours(stored):
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
     found = json.loads((stored / "report.json").read_text())
     drawn = figures(found)
-    assert list(drawn) == ["scores-0", "train", "validation", "cosines", "spectra", "distributions", "gains"]
+    weights = ["cosines", "spectra", "distributions", "gains"]
+    assert list(drawn) == ["scores-0", "train", "validation", "loss-score", *weights]
     palette = colours(SEEDS)
     assert len({palette[seed] for seed in SEEDS}) == 3
-    for name in ("scores-0", "train", "validation", "spectra", "distributions"):
+    for name in ("scores-0", "train", "validation", "loss-score", "spectra", "distributions"):
         assert all(palette[seed].lower() in drawn[name].lower() for seed in SEEDS)
     assert all("currentColor" in svg and "<text" in svg for svg in drawn.values())
 
