@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -30,7 +30,7 @@ from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import FUSED, LOGITS, LONG_SEED, SELECTION_NAME, SOUP, WIDE_SEED
-from seedlora.selection import Score, score_lazily
+from seedlora.selection import Layers, Score, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters
 
 VARY = ("both", "init", "order")
@@ -554,6 +554,14 @@ class SeedEnsembleCallback(pl.Callback):
             stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
             write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
 
+    def beside(self) -> dict[str, Callable[[], Layers]]:
+        """What is compared beside base, seeds, soup, fused and trained controls, by label; made when it is called."""
+        adapters = self._read_seeds()
+        if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
+            return {}
+        fused = None if self.rule is None else read_adapter(self.fused_path).layers
+        return self.comparison.beside(stack_adapters(adapters), list(adapters), fused, self.selection or {})
+
     # Inside
 
     @staticmethod
@@ -610,11 +618,9 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, np.ndarray]:
         """Outcomes of the methods and controls that are not in the test's own pass."""
-        adapters, loader = self._read_seeds(), trainer.test_dataloaders
-        if len(adapters) == 1 or not (self.comparison.compare or self.comparison.has_controls):
+        beside, loader = self.beside(), trainer.test_dataloaders
+        if not beside:
             return {}
-        fused = read_adapter(self.fused_path).layers if self.rule is not None else None
-        beside = self.comparison.beside(stack_adapters(adapters), list(adapters), fused, self.selection or {})
         batches = list(loader)[: _limited(len(loader), trainer.limit_test_batches)]
         with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
             found = score_lazily(beside, score, at_once=AT_ONCE)

@@ -47,6 +47,7 @@ from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
+from seedlora.report.results import BASE
 from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -396,6 +397,10 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
+    for label, make in ensemble.beside().items():
+        module.stack.load(label, make())
+        module.scored[label] = label
+    mixtures, module.mixtures = module.mixtures, {}
     data = cli.datamodule
     record = data.prompt_record() if hasattr(data, "prompt_record") else DEFAULT_STYLE
     generator = StackGenerator(
@@ -404,10 +409,15 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
         route=module.stack.route,
         frozen=module.stack.frozen,
         adapters=module.scored,
+        mixtures=mixtures,
         batch_size=cli.config.evaluate_batch_size,
     )
-    weights = {label: adapter_sha256(ensemble.dirpath / label) for label in module.scored}
-    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in module.scored]
+    weights: dict[str, Any] = {
+        label: adapter_sha256(ensemble.dirpath / label) or (label != BASE and module.stack.loaded_sha256(label)) or None
+        for label in module.scored
+    }
+    weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
+    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     scored = Scored(generator, candidates, settings)

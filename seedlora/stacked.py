@@ -12,6 +12,7 @@ more products with ``R`` columns::
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,6 +147,15 @@ class AdapterStack:
     def unload(self, name: str) -> None:
         """Forget an adapter that :meth:`load` put here."""
         del self._route.loaded[name]
+
+    def loaded_sha256(self, name: str) -> str:
+        """Of the weights of an adapter that :meth:`load` put here."""
+        digest = hashlib.sha256()
+        for path, factors in sorted(self._route.loaded[name].items()):
+            digest.update(path.encode())
+            for tensor in (factors.A, factors.B):
+                digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
         """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it."""
