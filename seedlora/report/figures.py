@@ -149,15 +149,16 @@ def domains(name: str, test: Mapping[str, Any]) -> str:
     rows = test["domains"]
     labels = [row["adapter"] for row in test["scores"]]
     cells = [[100 * row["scores"][label] for row in rows] for label in labels]
+    low, high = min(map(min, cells)), max(map(max, cells))
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=0, vmax=100)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
         for i, line in enumerate(cells):
             for j, value in enumerate(line):
                 best = rows[j]["best_seed"] == labels[i]
                 text = f"[{value:.0f}]" if best else f"{value:.0f}"
-                colour = "white" if value < 55 else "black"
+                colour = "white" if value < low + 0.55 * (high - low) else "black"
                 axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks([j + 0.5 for j in range(len(rows))], [row["domain"] for row in rows], rotation=40, ha="right")
         axes.set_yticks([i + 0.5 for i in range(len(labels))], labels)
@@ -175,9 +176,13 @@ def against_score(
     """Score of each adapter over another number of it."""
 
     def draw(axes: Axes) -> None:
-        for row in rows:
+        places = [row[key] for row in rows if row[key] is not None]
+        width = max(places) - min(places)
+        for i, row in enumerate(rows):
             if row[key] is None:
                 continue
+            # Those at the same place stand side by side.
+            aside = 0.02 * width * sum(other[key] == row[key] for other in rows[:i])
             value = 100 * row["value"]
             spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
             colour = palette.get(row["adapter"], _GREY)
@@ -187,8 +192,11 @@ def against_score(
                 "markersize": 5,
                 "linestyle": "none",
             }
-            axes.errorbar([row[key]], [value], yerr=spread, capsize=3, label=row["adapter"], **style)
+            axes.errorbar([row[key] + aside], [value], yerr=spread, capsize=2, label=row["adapter"], **style)
         axes.set(xlabel=label, ylabel="right items (%)")
+        if key == "tokens":
+            axes.set_xlim(0, None)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.1)
         _legend(axes)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from seedlora.atomic import write_text
 from seedlora.report.facts import Facts, comparison, facts
 from seedlora.report.figures import INK, colours, figures, run_differences
-from seedlora.report.results import GAIN_SOUP, MEANING
+from seedlora.report.results import FUSED, GAIN_SOUP, MEANING
 
 NAME = "report"
 
@@ -276,7 +276,8 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
         ],
     )
     tables = [scores]
-    lines += [f"{label}: {meaning}." for label, meaning in MEANING.items() if label in scored]
+    if controls := [[label, meaning] for label, meaning in MEANING.items() if label in scored]:
+        tables.append(Table(["control", "what it is"], controls, words=True))
     if test["comparisons"]:
         lines.append(
             "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test, Holm the "
@@ -295,7 +296,8 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
                         _number(row["p_value_holm"]),
                         "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
-                    for row in test["comparisons"]
+                    # The fused adapter first; the others as they were scored.
+                    for row in sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED)
                 ],
             )
         )

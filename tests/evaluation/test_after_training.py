@@ -58,7 +58,7 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert run(tiny_llama) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/adapter_model.safetensors")}
     first = json.loads(Path("run/results.json").read_text())
-    assert len(before) == 4
+    assert len(before) == 5  # seeds, soup, fused
     capsys.readouterr()
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", *EVALUATE]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
