@@ -78,9 +78,8 @@ class SeedEnsembleCallback(pl.Callback):
         compare_options: keyword options of these, by method.
         controls: ``untrained`` scores, on the same test items, the best seed times the gain of the fused adapter, soup
             times the factor that is best on validation rows, the greedy soup, and the mean of the seeds' probabilities
-            (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and with
-            the rank of all of them for as many as one had; that is so many times the tokens of the seeds again:
-            ``1 + 1 / n``.
+            (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and once
+            more with the rank of all of them for as many as one had: ``n + 1`` times the tokens of a seed.
         select_by: what is best on validation rows: the lowest ``loss``, or the most exact matches (``match``).
         dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
         budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble
@@ -513,6 +512,9 @@ class SeedEnsembleCallback(pl.Callback):
             return None
         if rule is None and self.comparison.chooses:
             raise ValueError(f"{self.comparison.validated_for} chooses on validation rows: call Trainer.validate")
+        if rule is None:
+            # What validation said of an earlier choice is not said of this one.
+            (self.dirpath / SELECTION_NAME).unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
         if not self.comparison.is_soup and len(folders) > 1:
             fuse_folders(folders, self.dirpath / SOUP, method=SOUP)

@@ -5,6 +5,7 @@ Pure functions of adapters and of how they are scored; when they are called is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -76,7 +77,8 @@ class Comparison:
             raise ValueError(f"Unknown ensemble.controls '{controls}'; choose one of {', '.join(CONTROLS)}")
         if merge == AUTO and self.options:
             raise ValueError(f"Merge method '{AUTO}' chooses the options too; it takes none, got {self.options}")
-        self.chooses = merge in (AUTO, "greedy_soup") or (merge == GAIN and "p" not in self.options)
+        missing = {GAIN: "p", GREEDY: "score"}.get(merge) if isinstance(merge, str) else None
+        self.chooses = merge == AUTO or (missing is not None and missing not in self.options)
         #: The rule; where it is to be chosen, what stands for it until then.
         self.rule: BoundRule | None = None
         try:
@@ -88,6 +90,9 @@ class Comparison:
         except ValueError as error:
             raise ValueError(f"{error} ('{NO_MERGE}' fuses nothing, '{AUTO}' chooses)") from None
         self.compare = self._bound(compare, compare_options or {})
+        if self.rule is None and (self.has_controls or GREEDY in self.compare):
+            asked = "ensemble.controls" if self.has_controls else "ensemble.compare greedy_soup"
+            raise ValueError(f"{asked} is tuned where seeds are fused, and ensemble.merge '{NO_MERGE}' fuses nothing")
 
     def _bound(self, names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, BoundRule | None]:
         """The methods to compare; None is the greedy soup, whose members validation says. Soup is compared anyway."""
@@ -201,8 +206,14 @@ class Comparison:
             "chosen": None if chosen is None else {"name": chosen, **described(rule)},
             "candidates": _rows(rules, scores),
             "best_seed": best_seed,
-            "scores": {label: {"loss": row.loss, "match": row.match} for label, row in found.items()},
-            "against": {label: _loss_difference(found[FUSED], found[label]) for label in others},
+            "scores": {
+                label: {"loss": row.loss, "match": row.match} for label, row in found.items() if _is_finite(row)
+            },
+            "against": {
+                label: _loss_difference(found[FUSED], found[label])
+                for label in others
+                if _is_finite(found[FUSED]) and _is_finite(found[label])
+            },
             "controls": controls,
             "subsets": self._subsets(stacks, seeds, rule, found, score) if self.has_controls and n > 1 else [],
         }
@@ -220,7 +231,7 @@ class Comparison:
             for label, one in rules.items()
         }
         scores = score_lazily(made, score, at_once=self.at_once)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for chosen in subsets(len(seeds)):
             if len(chosen) == 1:
                 losses = dict.fromkeys(rules, found[seeds[chosen[0]]].loss)
@@ -229,7 +240,7 @@ class Comparison:
             else:
                 losses = {label: scores[f"{label} {chosen}"].loss for label in rules}
             rows.append({"seeds": [seeds[i] for i in chosen], "loss": losses})
-        return rows
+        return [row for row in rows if all(map(math.isfinite, row["loss"].values()))]
 
     def beside(
         self, stacks: Layers, seeds: Sequence[str], fused: Layers | None, record: Mapping[str, Any]
@@ -270,7 +281,13 @@ def _rows(rules: Mapping[str, BoundRule], scores: Mapping[str, RowScores]) -> li
     return [
         {"name": name, **described(rule), "loss": scores[name].loss, "match": scores[name].match}
         for name, rule in rules.items()
+        if _is_finite(scores[name])
     ]
+
+
+def _is_finite(row: RowScores) -> bool:
+    """Whether the loss is a number that can be compared, and written as JSON."""
+    return math.isfinite(row.loss)
 
 
 def _loss_difference(a: RowScores, b: RowScores) -> dict[str, Any]:

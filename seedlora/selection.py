@@ -23,6 +23,8 @@ from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse
 from seedlora.merge import COMMON, METHODS, BoundRule, bind, gram, greedy_members, weighted_sum
 
+#: Below any score: what a loss that is no number counts as.
+_WORST = -1e30
 #: One adapter: ``N = 1`` factors by layer path.
 Layers: TypeAlias = Mapping[str, LoRAFactors]
 
@@ -202,7 +204,9 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
 
     def larger_is_better(layers: Layers) -> float:
         (found,) = score({"greedy_soup": layers}).values()
-        return -found.loss if by == "loss" else found.match
+        if by == "match":
+            return found.match
+        return -found.loss if math.isfinite(found.loss) else _WORST
 
     return soup_of(greedy_members(lambda: stacks.items(), score=larger_is_better))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from seedlora.comparison import Comparison
 from seedlora.fuse import fuse, stack_adapters
 from seedlora.merge import bind, soup
 from seedlora.report.advice import advice
+from tests.test_selection import rows, stacks
 
 SEEDS = [1, 2, 3]
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
@@ -216,6 +218,8 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
         ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
         ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
         ({"compare": ["ties", "ties"]}, "names ties more than once"),
+        ({"merge": "none", "controls": "all"}, "ensemble.controls is tuned where seeds are fused"),
+        ({"merge": "none", "compare": ["greedy_soup"]}, "ensemble.compare greedy_soup is tuned where seeds are fused"),
         ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
         ({"select_by": "lose"}, "Unknown ensemble.select_by 'lose'"),
     ],
@@ -246,6 +250,27 @@ def test_what_is_given_is_not_chosen(tiny_llama, tmp_path):
     callback, *_ = fit(tmp_path / "x", tiny_llama, seeds=[1], merge="auto", controls="all")
     assert callback.selection["chosen"] is None
     assert list(callback.results.items) == ["base", "seed_1", "fused"]
+
+
+def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
+    stack = stacks()
+    bad = {path: factors.dense()[1] for path, factors in stack.items()}
+
+    def score(adapters):
+        alike = {
+            name: all(torch.allclose(layers[path].dense()[0], bad[path]) for path in layers)
+            for name, layers in adapters.items()
+        }
+        return {name: rows(math.nan if alike[name] else 1.0, 0.5) for name in adapters}
+
+    for merge in ("auto", "seedlora_gain", "greedy_soup", "seedlora"):
+        rule, found = Comparison(merge, controls="untrained").settle(stack, ["seed_1", "seed_2", "seed_3"], score)
+        json.dumps(found, allow_nan=False)
+        assert found["best_seed"] == "seed_1"
+        assert "seed_2" not in found["scores"]
+        assert found["controls"]["greedy_soup"]["members"][0] != 1
+        assert found["against"]["soup"]["value"] == 0
+        assert rule.name == (merge if merge == "seedlora" else "soup" if merge != "greedy_soup" else merge)
 
 
 def outcome(right: int, n: int = 100) -> np.ndarray:

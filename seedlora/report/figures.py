@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
 _GREY, _PALE = "#8a8a8a", "#b9b9b9"
+LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
 MARKERS = {FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"}
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
@@ -264,7 +265,8 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
             x, y = zip(*curve, strict=True)
             marker = "." if longest <= 30 else ""
             width = 2.0 if label == FUSED else 1.2
-            axes.plot(x, y, marker=marker, color=palette.get(label, _GREY), label=label, linewidth=width)
+            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": LINES.get(label, "-")}
+            axes.plot(x, y, marker=marker, label=label, linewidth=width, **style)
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.locator_params(axis="x", integer=True)
         _legend(axes)
