@@ -308,9 +308,10 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     trainer.fit(cli.model, datamodule=data)
     seconds = cli.throughput.seconds * accumulate
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    what = "training the seeds" if ensemble.trains_controls else "training"
     console.print(
         f"Measured: {seconds:.3g} s a step of {min(len(plan.seeds), ensemble.stack_size or len(plan.seeds))} seeds, so "
-        f"about {total} (h:mm:ss) of training{' the seeds' if ensemble.trains_controls else ''}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
+        f"about {total} (h:mm:ss) of {what}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
         f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
         highlight=False,
     )
