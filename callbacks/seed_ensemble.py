@@ -150,7 +150,6 @@ class SeedEnsembleCallback(pl.Callback):
             compare_options=compare_options,
             controls=controls,
             select_by=select_by,
-            at_once=AT_ONCE,
         )
         self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         self.budget, self.vary, self.stack_size = budget, vary, stack_size

@@ -11,6 +11,8 @@ from seedlora.report.results import FUSED, MEANING, SOUP, Results
 
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Rows up to which each score's interval fits beside the differences.
+SHORT_TABLE = 8
 
 
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
@@ -18,16 +20,19 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
     table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
-    table.add_column("adapter", overflow="fold")
+    longest = max(map(len, results.scores))
+    table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
+    # Many adapters have controls and methods among them, with longer names; the report has every interval.
+    spread = ["interval"] if len(results.scores) <= SHORT_TABLE else []
     references = list(dict.fromkeys(name for found in results.differences.values() for name in found))
-    for header in ("score", "interval", *(f"vs {name}" for name in references)):
+    for header in ("score", *spread, *(f"vs {name}" for name in references)):
         table.add_column(header, justify="right", no_wrap=True)
     for label, score in results.scores.items():
         differences = results.differences.get(label, {})
         table.add_row(
             label,
             f"{100 * score.value:.1f}",
-            _interval(score),
+            *(_interval(score) for _ in spread),
             *(_points(differences.get(name)) for name in references),
             style="bold" if label == FUSED else None,
         )
