@@ -28,7 +28,7 @@ from seedlora.adapter import WEIGHTS_NAME, universal_config, write_adapter
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, updates
 from seedlora.into_base import fuse_into_base
-from seedlora.merge import DenseUpdate, bind
+from seedlora.merge import DenseUpdates, bind
 
 #: hidden size, feed-forward size, key/value size, layers
 SHAPES = {"7b": (4096, 11008, 4096, 32), "70b": (8192, 28672, 1024, 80), "tiny": (256, 688, 256, 4)}
@@ -103,7 +103,7 @@ def dense_seedlora(stacks: dict[str, LoRAFactors]) -> None:
 def blockwise(stacks: dict[str, LoRAFactors], method: str) -> None:
     """Every block of the exact dense result, computed and let go."""
     for _, update in updates(stacks, bind(method)):
-        assert isinstance(update, DenseUpdate)
+        assert isinstance(update, DenseUpdates)
         for _ in update.blocks():
             pass
 

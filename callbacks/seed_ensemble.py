@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
+from seedlora.card import refresh_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, fuse_folders, stack_adapters
@@ -554,6 +555,8 @@ class SeedEnsembleCallback(pl.Callback):
         if trainer.is_global_zero:
             stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
             write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
+            if FUSED in self.results.scores:
+                refresh_card(self.fused_path)
 
     def beside(self) -> dict[str, Callable[[], Layers]]:
         """What is compared beside base, seeds, soup, fused and trained controls, by label; made when it is called."""

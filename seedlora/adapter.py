@@ -6,16 +6,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from seedlora.atomic import atomic_folder
+from seedlora.base_weights import BaseWeights
 from seedlora.factors import LoRAFactors
 from seedlora.hub import local_folder
 
@@ -29,18 +32,22 @@ _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _BASE_COPY = ".base_layer.weight"
+_MAGNITUDE, _BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-#: Configuration keys of adapters whose update is more than ``s * B @ A``, and what to do about each.
+#: Configuration keys of adapters that are more than factors: read where the caller can take what else they hold.
+_MORE_THAN_FACTORS = {
+    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; python -m seedlora merge fuses it, "
+    "and makes plain LoRA of a single one (--method soup --rank 64)",
+    "lora_bias": "lora_bias adds a vector that factors do not hold; python -m seedlora merge averages it",
+    "modules_to_save": "modules_to_save holds full weights besides the factors; python -m seedlora merge averages them",
+}
+#: Configuration keys of adapters that cannot be fused, and what to do about each.
 _REFUSED = {
-    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; merge each adapter into the "
-    "base model with PEFT (merge_and_unload), or train with use_dora: false",
-    "lora_bias": "lora_bias adds a vector that factors do not hold; train with lora_bias: false",
     "use_qalora": "QALoRA pools its inputs; train with use_qalora: false",
     "use_bdlora": "BD-LoRA has block-diagonal factors; train without use_bdlora",
     "arrow_config": "an arrow router is no single update; give its adapters one by one",
     "alora_invocation_tokens": "an activated LoRA applies to part of the text only; it cannot be fused",
-    "modules_to_save": "modules_to_save holds full weights besides the factors; train without it",
     "trainable_token_indices": "trainable_token_indices holds full rows besides the factors; train without it",
     "target_parameters": "target_parameters adapts parameters that are no layers; target modules instead",
     "layer_replication": "layer_replication changes the base model; it cannot be fused",
@@ -50,7 +57,10 @@ _REFUSED = {
     "velora_config": "VeLoRA adapters are not read; train plain LoRA",
 }
 #: Ways to initialise a LoRA that leave the base weights alone.
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
+#: Ways that take the start out of the base weights, and can be done again from these alone.
+_REPEATED_INITS = {"pissa", "olora"}
+_CONVERT = "PEFT's save_pretrained with path_initial_model_for_weight_conversion"
 
 
 class AdapterError(ValueError):
@@ -68,6 +78,12 @@ class Adapter:
         embeddings: the paths that are embeddings.
         fan_in_fan_out: the base stores its weights as ``(K, D)`` (``Conv1D`` of GPT-2); the factors are the same.
         copies: sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
+        magnitudes: DoRA's, by layer path, shape ``(D,)``. The update is then not ``B A`` alone:
+            :func:`seedlora.dora.dora_updates`.
+        biases: what ``lora_bias`` adds to a layer's output, by path, scaling included, shape ``(D,)``.
+        modules: full weights of ``modules_to_save``, by key within the model (``lm_head.weight``).
+        modules_to_save: the names under which the configuration has them.
+        kinds: what it is besides plain LoRA, for people: ``DoRA``, ``rsLoRA``, ``PiSSA``.
     """
 
     layers: dict[str, LoRAFactors]
@@ -75,6 +91,15 @@ class Adapter:
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
+    magnitudes: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
+    biases: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
+    modules: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    def flipped(self, path: str) -> bool:
+        """Whether the base stores this layer's weight as ``(K, D)``."""
+        return self.fan_in_fan_out or path in self.embeddings
 
 
 def locate(source: str | Path) -> Path:
@@ -89,20 +114,46 @@ def locate(source: str | Path) -> Path:
         raise AdapterError(str(error)) from None
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def base_model_of(source: str | Path) -> str:
+    """The base model that an adapter folder or hub id names, or an empty text.
+
+    Raises:
+        AdapterError: if its configuration cannot be read.
+    """
+    return _read_config(locate(source), more=True).get("base_model_name_or_path") or ""
+
+
+def read_adapter(
+    path: str | Path, *, base: BaseWeights | None = None, on_layer: Callable[[str], object] | None = None
+) -> Adapter:
     """Read a PEFT LoRA folder and fold its scaling into ``B``.
 
     The scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA; a layer's rank and alpha may come from
     ``rank_pattern`` and ``alpha_pattern``.
 
+    PiSSA and OLoRA take their start out of the base weights. Saved without conversion, their factors belong to the
+    changed weights; the start is then computed again by PEFT's own code, and the adapter comes out relative to the
+    original base at twice its rank, ``[B, -B_0] [A; A_0]``. That costs one SVD (PiSSA) or QR (OLoRA) of every weight.
+
+    Args:
+        path: the folder.
+        base: the base model, opened if it is needed. With it, adapters are read whose updates are more than factors:
+            DoRA, PiSSA, OLoRA, ``lora_bias``, ``modules_to_save``. Without it these are refused, so that who only looks
+            at ``layers`` misses nothing.
+        on_layer: called with the path of each layer whose start was computed again.
+
     Raises:
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, a rank is not
-            what the configuration says, or the adapter is not plain LoRA. Nothing else comes out.
+            what the configuration says, the base model is needed and cannot be read, or the adapter is of a kind that
+            cannot be fused. Nothing else comes out.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = _read_config(path, more=base is not None)
     tensors, copies = _read_tensors(path / WEIGHTS_NAME)
     file = path / WEIGHTS_NAME
+    modules = _take_modules(tensors, config)
+    magnitudes = _take(tensors, _MAGNITUDE) if config.get("use_dora") else {}
+    biases = _take(tensors, _BIAS) if config.get("lora_bias") else {}
     layers, embeddings = {}, set()
     for key in sorted(tensors):
         suffix = next((s for s in (_A, _B, _EMBEDDING_A, _EMBEDDING_B) if key.endswith(s)), None)
@@ -121,21 +172,153 @@ def read_adapter(path: str | Path) -> Adapter:
             raise AdapterError(
                 f"{file}: '{key}' has shape {tuple(a.shape)} and its B {tuple(b.shape)}; (r, K) and (D, r) are needed"
             )
-        b = _scaled(b, _scaling(path, config, name, a.shape[0]))
+        scaling = _scaling(path, config, name, a.shape[0])
+        b = _scaled(b, scaling)
         if b is not other and not _finite(b):
             raise AdapterError(f"{file}: '{name}' overflows {b.dtype} when its scaling is applied")
+        if name in biases:
+            biases[name] = _scaled(biases[name], scaling)
         layers[name] = LoRAFactors(a[None], b[None])
         if suffix == _EMBEDDING_A:
             embeddings.add(name)
     if not layers:
         raise AdapterError(f"{file} holds no LoRA factors")
-    return Adapter(
+    adapter = Adapter(
         layers,
         config.get("base_model_name_or_path") or "",
         frozenset(embeddings),
         bool(config.get("fan_in_fan_out")),
         copies,
+        magnitudes,
+        biases,
+        modules,
+        tuple(sorted(config.get("modules_to_save") or ())) if modules else (),
+        _kinds(config),
     )
+    _check_vectors(file, adapter, config)
+    if base is not None and config.get("use_dora"):
+        for name in layers:
+            _base_key(file, adapter, name, base)
+    if base is not None and _init(config) in _REPEATED_INITS:
+        started = {}
+        for name in layers:
+            started[name] = _minus_start(file, config, adapter, name, base)
+            if on_layer is not None:
+                on_layer(name)
+        return replace(adapter, layers=started)
+    return adapter
+
+
+def _take(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
+    """Take the tensors of one suffix out, by layer path."""
+    keys = [key for key in tensors if key.startswith(_PREFIX) and key.endswith(suffix)]
+    return {key.removeprefix(_PREFIX).removesuffix(suffix): tensors.pop(key) for key in keys}
+
+
+def _take_modules(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Take the full weights of ``modules_to_save`` out, by key within the model."""
+    names = [re.escape(name) for name in config.get("modules_to_save") or ()]
+    pattern = re.compile(rf"{re.escape(_PREFIX)}(?:.*\.)?(?:{'|'.join(names)})\.(?!.*lora_)")
+    keys = [key for key in tensors if names and pattern.match(key)]
+    return {key.removeprefix(_PREFIX): tensors.pop(key) for key in keys}
+
+
+def _kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    inits = {"pissa": "PiSSA", "olora": "OLoRA"}
+    flags = {
+        "rsLoRA": config.get("use_rslora"),
+        "DoRA": config.get("use_dora"),
+        inits.get(_init(config), ""): _init(config) in inits,
+        "rank_pattern": config.get("rank_pattern"),
+        "alpha_pattern": config.get("alpha_pattern"),
+        "lora_bias": config.get("lora_bias"),
+        "modules_to_save": config.get("modules_to_save"),
+    }
+    return tuple(name for name, there in flags.items() if there)
+
+
+def _init(config: Mapping[str, Any]) -> str:
+    """How its start was made, in lower case; empty for the plain way."""
+    init = config.get("init_lora_weights", True)
+    return init.lower() if isinstance(init, str) else ""
+
+
+def _check_vectors(file: Path, adapter: Adapter, config: Mapping[str, Any]) -> None:
+    """One magnitude and one bias per output feature, in every layer, where the configuration says so."""
+    wanted = {"use_dora": (adapter.magnitudes, _MAGNITUDE), "lora_bias": (adapter.biases, _BIAS)}
+    for key, (vectors, suffix) in wanted.items():
+        if not config.get(key):
+            continue
+        for name, factors in adapter.layers.items():
+            if suffix == _BIAS and name in adapter.embeddings:
+                continue
+            if name not in vectors:
+                raise AdapterError(f"{file}: {key} is set, but '{name}' has no {suffix}")
+            if vectors[name].shape != factors.shape[:1]:
+                raise AdapterError(
+                    f"{file}: '{name}{suffix}' has shape {tuple(vectors[name].shape)}, {factors.shape[:1]} is needed"
+                )
+        if odd := sorted(set(vectors) - set(adapter.layers)):
+            raise AdapterError(f"{file}: '{odd[0]}' has {suffix} but no factors")
+
+
+def _base_key(file: Path, adapter: Adapter, name: str, base: BaseWeights) -> str:
+    """The key of a layer's base weight, after checking that it is there and has the shape of the update."""
+    kind = ", ".join(adapter.kinds)
+    if not str(base.source):
+        raise AdapterError(
+            f"{file.parent} is {kind} and names no base model, whose weights are needed; give --base MODEL"
+        )
+    try:
+        key = base.key(name)
+    except (ValueError, OSError) as error:
+        raise AdapterError(
+            f"{file.parent} is {kind}: its update depends on the base weights, which cannot be read: {error} "
+            "(give another with --base MODEL)"
+        ) from None
+    shape = adapter.layers[name].shape
+    if (found := base.shape(key)) != (shape[::-1] if adapter.flipped(name) else shape):
+        raise AdapterError(
+            f"{file.parent}: the base model {base.source} has '{key}' of shape {found}, but the adapter's update of "
+            f"{name} has {shape}; it is not the base model of this adapter"
+        )
+    return key
+
+
+def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: str, base: BaseWeights) -> LoRAFactors:
+    """The factors with PiSSA's or OLoRA's start subtracted, which PEFT took out of the base weight."""
+    if name in adapter.embeddings:
+        raise AdapterError(
+            f"{file}: '{name}' is an embedding, for which PEFT has no init_lora_weights {_init(config)!r}"
+        )
+    factors = adapter.layers[name]
+    what = (
+        _base_key(file, adapter, name, base),
+        _init(config),
+        factors.rank,
+        _scaling(file.parent, config, name, factors.rank),
+    )
+    if what not in base.starts:
+        base.starts[what] = _start(base.weight(what[0]), *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+    a, b = (part.to(factors.dtype) for part in base.starts[what])
+    return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
+
+
+def _start(weight: Tensor, init: str, r: int, scaling: float, *, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
+    """``A_0`` and ``B_0``, scaling included, as PEFT's own layer makes them out of a weight."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    d, k = weight.shape[::-1] if fan_in_fan_out else weight.shape
+    with torch.device("meta"):
+        layer = Conv1D(d, k) if fan_in_fan_out else torch.nn.Linear(k, d, bias=False)
+    layer.weight, layer.bias = torch.nn.Parameter(weight.clone(), requires_grad=False), None
+    config = LoraConfig(
+        r=r, lora_alpha=scaling * r, target_modules=["layer"], init_lora_weights=init, fan_in_fan_out=fan_in_fan_out
+    )
+    module = inject_adapter_in_model(config, torch.nn.ModuleDict({"layer": layer}))["layer"]
+    a, b = (getattr(module, part)["default"].weight.data.float() for part in ("lora_A", "lora_B"))
+    return a, b * scaling
 
 
 def write_adapter(
@@ -145,6 +328,9 @@ def write_adapter(
     *,
     files: Mapping[str, str] | None = None,
     embeddings: Collection[str] = (),
+    magnitudes: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
+    modules: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a PEFT folder, whole or not at all.
 
@@ -154,6 +340,9 @@ def write_adapter(
         config: PEFT's configuration of it.
         files: further text files of the folder, by name: a model card, for example.
         embeddings: the layer paths that are embeddings.
+        magnitudes: DoRA's, of shape (D,), by layer path.
+        biases: what ``lora_bias`` of ``config`` adds to a layer's output, by path.
+        modules: full weights of ``modules_to_save`` of ``config``, by key within the model.
 
     Raises:
         AdapterError: if a factor is empty or not finite; nothing is written then.
@@ -168,6 +357,9 @@ def write_adapter(
                     f"not writing {path}: {name}{suffix} of shape {tuple(tensor.shape)} is empty, stacked or not finite"
                 )
             tensors[_PREFIX + name + suffix] = tensor[0].detach().cpu().contiguous()
+    more = {name + _MAGNITUDE: m for name, m in (magnitudes or {}).items()} | dict(modules or {})
+    more |= {name + _BIAS: bias for name, bias in (biases or {}).items()}
+    tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in more.items()}
     with atomic_folder(Path(path)) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
@@ -175,13 +367,24 @@ def write_adapter(
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def universal_config(layers: Mapping[str, LoRAFactors], *, base_model: str, fan_in_fan_out: bool = False) -> LoraConfig:
+def universal_config(
+    layers: Mapping[str, LoRAFactors],
+    *,
+    base_model: str,
+    fan_in_fan_out: bool = False,
+    lora_bias: bool = False,
+    modules_to_save: Collection[str] = (),
+) -> LoraConfig:
     """The configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing optional.
+
+    The last two are what no server loads; they are there for adapters that were trained with them.
 
     Args:
         layers: what it describes.
         base_model: name or path of the base model.
         fan_in_fan_out: as in :class:`Adapter`.
+        lora_bias: the layers carry biases.
+        modules_to_save: names of modules whose full weights are in the folder.
 
     Raises:
         AdapterError: if the layers differ in rank.
@@ -198,6 +401,8 @@ def universal_config(layers: Mapping[str, LoRAFactors], *, base_model: str, fan_
         lora_alpha=ranks[0],
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         fan_in_fan_out=fan_in_fan_out,
+        lora_bias=lora_bias,
+        modules_to_save=sorted(modules_to_save) or None,
         inference_mode=True,
     )
 
@@ -238,7 +443,8 @@ def _scaling(path: Path, config: Mapping[str, Any], name: str, rank: int) -> flo
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
+    """The configuration, checked; with ``more``, also of adapters that are more than factors."""
     file = path / CONFIG_NAME
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -249,15 +455,25 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{file}: peft_type is {kind!r}, only 'LORA' can be read")
-    for key, reason in _REFUSED.items():
+    for key, reason in (_REFUSED if more else _MORE_THAN_FACTORS | _REFUSED).items():
         if config.get(key):
             raise AdapterError(f"{file}: {key} is set; {reason}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.split("_")[0] not in _PLAIN_INITS:
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{file}: modules_to_save is {str(names)[:80]!r}, a list of names is needed")
+    init = _init(config)
+    if init == "loftq":
         raise AdapterError(
-            f"{file}: init_lora_weights is {init!r}, which changes the base weights; convert the adapter to one of the "
-            "original base first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{file}: init_lora_weights is 'loftq', which changes the base weights to those that it quantised; save "
+            "that base model, name it as base_model_name_or_path, and set init_lora_weights to true"
         )
+    if init and init.split("_")[0] not in _PLAIN_INITS and not (more and init in _REPEATED_INITS):
+        how = (
+            "python -m seedlora merge computes what was taken out of them again"
+            if init in _REPEATED_INITS
+            else f"what was taken out of them cannot be computed again: convert the adapter after training ({_CONVERT})"
+        )
+        raise AdapterError(f"{file}: init_lora_weights is {init!r}, which changes the base weights; {how}")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{file}: bias is {config['bias']!r}; only 'none' can be fused")
     if not isinstance(config.get("base_model_name_or_path"), str | None):

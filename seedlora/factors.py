@@ -53,6 +53,16 @@ class LoRAFactors:
         """``(D, K)``, the shape of one update."""
         return self.B.shape[1], self.A.shape[2]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ``B``."""
+        return self.B.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of ``B``."""
+        return self.B.device
+
     def dense(self) -> Float[Tensor, "N D K"]:
         """Materialise the updates. Costs ``N*D*K`` entries: for tests and small layers."""
         return self.B @ self.A

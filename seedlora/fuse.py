@@ -9,25 +9,30 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seedlora.adapter import (
     PROMPT_NAME,
     WEIGHTS_NAME,
     Adapter,
     AdapterError,
+    base_model_of,
     locate,
     read_adapter,
     universal_config,
     write_adapter,
 )
+from seedlora.base_weights import BaseWeights
+from seedlora.card import CARD_NAME, model_card
+from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
-from seedlora.merge import BoundRule, MergeRule, Update, bind
+from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored, gram
 from seedlora.serving import base_shapes, complete
 
 RECORD_NAME = "fusion.json"
@@ -38,22 +43,36 @@ class Fused(dict[str, LoRAFactors]):
 
     Attributes:
         compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
+        inputs: the same of updates of full rank that were compressed before the rule, because it works on factors: the
+            largest of a layer's adapters.
     """
 
-    def __init__(self, layers: Mapping[str, LoRAFactors], compression: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LoRAFactors],
+        compression: Mapping[str, float],
+        inputs: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(layers)
         self.compression = dict(compression)
+        self.inputs = dict(inputs or {})
 
 
 def updates(
-    stacks: Mapping[str, LoRAFactors], rule: MergeRule | BoundRule, *, order: Iterable[str] | None = None
-) -> Iterator[tuple[str, Update]]:
+    stacks: Mapping[str, Updates],
+    rule: MergeRule | BoundRule,
+    *,
+    order: Iterable[str] | None = None,
+    inputs: dict[str, float] | None = None,
+) -> Iterator[tuple[str, Updates]]:
     """Walk the layers of a model and apply a rule to each: a rule that looks at all layers first does so here.
 
     Args:
         stacks: the adapters of every layer by path.
-        rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it.
+        rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it. One that needs factors gets updates
+            of full rank compressed, each to the rule's ``rank``, by default ``N*R``.
         order: paths in the order in which they are wanted. Default: that of ``stacks``.
+        inputs: filled with the error of what was compressed for the rule, by path.
 
     Raises:
         ValueError: if the rule's ``layers`` selects none.
@@ -62,13 +81,25 @@ def updates(
     chosen = [path for path in stacks if bound.selects(path)]
     if stacks and not chosen:
         raise ValueError(f"layers={bound.use.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}")
-    facts = bound.survey(lambda: ((path, stacks[path]) for path in chosen)) if chosen else {}
+    made: dict[str, LoRAFactors] = {}
+
+    def taken(path: str) -> Updates:
+        stack = stacks[path]
+        if isinstance(stack, LoRAFactors) or bound.method.dense:
+            return stack
+        if path not in made:
+            made[path], error = factored(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
+            if inputs is not None:
+                inputs[path] = error
+        return made[path]
+
+    facts = bound.survey(lambda: ((path, taken(path)) for path in chosen)) if chosen else {}
     for path in order if order is not None else stacks:
-        yield path, bound.update(path, stacks[path], facts) if bound.selects(path) else bound.left_out(stacks[path])
+        yield path, bound.update(path, taken(path), facts) if bound.selects(path) else bound.left_out(stacks[path])
 
 
 def fuse(
-    stacks: Mapping[str, LoRAFactors],
+    stacks: Mapping[str, Updates],
     rule: MergeRule | BoundRule,
     *,
     on_layer: Callable[[str], object] | None = None,
@@ -78,12 +109,15 @@ def fuse(
     Args:
         stacks: the adapters of every layer by path.
         rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it. Dense results are compressed to its
-            ``rank``, by default ``N*R``; the result says with which error.
+            ``rank``, by default ``N*R`` (one more where the rule adds a constant); the result says with which error.
         on_layer: called with each layer's path when it is done.
     """
     bound = bind(rule)
-    fused, compression = {}, {}
-    for path, update in updates(stacks, bound):
+    dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
+    if dense and bound.use.rank is None and not bound.method.dense:
+        bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))
+    fused, compression, inputs = {}, {}, dict[str, float]()
+    for path, update in updates(stacks, bound, inputs=inputs):
         compressed = bound.finish(path, update)
         fused[path] = compressed.factors
         if compressed.factors is not update:
@@ -91,18 +125,50 @@ def fuse(
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression)
+    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs)
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
-    """Stack adapters layer by layer, after checking that they belong together.
+    """Stack the factors of adapters layer by layer, after checking that they belong together.
 
     Args:
         adapters: by name, for the messages.
 
     Raises:
-        AdapterError: if there is none, or two of them differ in base model, layers or shapes; the message names both.
+        AdapterError: if there is none, two of them differ in base model, layers or shapes (the message names both), or
+            their updates are not their factors: see :func:`stack_updates`.
     """
+    if dora := [name for name, adapter in adapters.items() if adapter.magnitudes]:
+        raise AdapterError(f"{dora[0]} is DoRA, whose update is not B @ A alone; it needs the base weights")
+    return _stacked(adapters)
+
+
+def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> dict[str, Updates]:
+    """As :func:`stack_adapters`, also for DoRA: the updates in row blocks, as they act on the base weights.
+
+    Args:
+        adapters: by name, for the messages.
+        base: their base model; read only for DoRA, and block by block when the updates are.
+
+    Raises:
+        AdapterError: as :func:`stack_adapters`, and if some adapters are DoRA and others are not.
+        ValueError: if the base model cannot be read or lacks a layer.
+    """
+    stacks = _stacked(adapters)
+    members = list(adapters.values())
+    if not members[0].magnitudes:
+        return dict(stacks)
+    return {
+        path: dora_updates(
+            stack,
+            torch.stack([member.magnitudes[path] for member in members]),
+            base.rows(path, flipped=members[0].flipped(path)),
+        )
+        for path, stack in stacks.items()
+    }
+
+
+def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     if not adapters:
         raise AdapterError("no adapter was given; fusing needs at least one")
     (first_name, first), *others = adapters.items()
@@ -115,6 +181,22 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
             raise AdapterError(
                 f"fan_in_fan_out is {first.fan_in_fan_out} in {first_name} and {adapter.fan_in_fan_out} in {name}"
             )
+        if bool(adapter.magnitudes) != bool(first.magnitudes):
+            raise AdapterError(
+                f"only {name if adapter.magnitudes else first_name} is DoRA, of {first_name} and {name}; make plain "
+                "LoRA of it first (python -m seedlora merge, with that one alone, --method soup --rank 64)"
+            )
+        if bool(adapter.biases) != bool(first.biases):
+            raise AdapterError(
+                f"only {name if adapter.biases else first_name} has lora_bias, of {first_name} and {name}"
+            )
+        if odd := sorted(set(adapter.modules) ^ set(first.modules)):
+            holder = name if odd[0] in adapter.modules else first_name
+            raise AdapterError(f"{first_name} and {name} save different modules: only {holder} has {odd[0]}")
+        for key, tensor in adapter.modules.items():
+            if tensor.shape != first.modules[key].shape:
+                shapes = tuple(first.modules[key].shape), tuple(tensor.shape)
+                raise AdapterError(f"{key} has shape {shapes[0]} in {first_name} and {shapes[1]} in {name}")
         for path in sorted(set(adapter.copies) & set(first.copies)):
             if adapter.copies[path] != first.copies[path]:
                 raise AdapterError(
@@ -134,8 +216,18 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
 
 
-def read_adapters(sources: Sequence[str | Path]) -> dict[str, Adapter]:
+def read_adapters(
+    sources: Sequence[str | Path],
+    *,
+    base: BaseWeights | None = None,
+    on_layer: Callable[[str], object] | None = None,
+) -> dict[str, Adapter]:
     """Read adapter folders or hub ids, by the name under which each was given.
+
+    Args:
+        sources: folders or hub ids.
+        base: their base model, for adapters that are more than factors: as in :func:`seedlora.adapter.read_adapter`.
+        on_layer: likewise.
 
     Raises:
         AdapterError: if one cannot be read, or is given twice.
@@ -146,7 +238,48 @@ def read_adapters(sources: Sequence[str | Path]) -> dict[str, Adapter]:
         if path in paths:
             raise AdapterError(f"{source} was given twice (also as {paths[path]}); each adapter counts once")
         paths[path] = str(source)
-    return {name: read_adapter(path) for path, name in paths.items()}
+    return {name: read_adapter(path, base=base, on_layer=on_layer) for path, name in paths.items()}
+
+
+def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> BaseWeights:
+    """The base model that is given, or else the one that the first adapter names; opened when it is needed."""
+    if base is None:
+        base = base_model_of(sources[0]) if sources else ""
+    return BaseWeights(base)
+
+
+def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """What adapters are besides plain LoRA, and what of them was averaged whatever the rule; for ``fusion.json``."""
+    kinds = sorted({kind for adapter in adapters.values() for kind in adapter.kinds})
+    first = next(iter(adapters.values()))
+    averaged = [*(["lora_bias"] if first.biases else []), *sorted(first.modules)]
+    return ({"kinds": kinds} if kinds else {}) | ({"averaged": averaged} if averaged else {})
+
+
+def average(adapters: Mapping[str, Adapter], bound: BoundRule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Biases and full modules of the adapters, averaged, whatever the rule: they have no factors to apply it to.
+
+    With the rule's ``weights``, biases are summed as it sums updates (``w_n / N``), and full weights are averaged with
+    the same weights brought to a sum of 1.
+
+    Raises:
+        AdapterError: if there are full weights and the rule's weights add up to 0 or less.
+    """
+    members = list(adapters.values())
+    given = bound.options.get("weights")
+    w = torch.as_tensor([1.0] * len(members) if given is None else given, dtype=torch.float64)
+    if len(w) != len(members):
+        raise AdapterError(f"weights must be {len(members)} numbers, one per adapter, got {w.tolist()}")
+    if members[0].modules and not w.sum() > 0:
+        raise AdapterError(f"modules_to_save are averaged, so weights must add up to more than 0, got {w.tolist()}")
+
+    def mean(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+        total = sum(float(x) * t.float() for x, t in zip(weights, tensors, strict=True))
+        assert isinstance(total, Tensor)
+        return total.to(tensors[0].dtype)
+
+    biases = {path: mean([m.biases[path] for m in members], w / len(w)) for path in members[0].biases}
+    return biases, {key: mean([m.modules[key] for m in members], w / w.sum()) for key in members[0].modules}
 
 
 def fuse_folders(
@@ -156,6 +289,7 @@ def fuse_folders(
     method: str | MergeRule = "seedlora",
     options: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
     on_layer: Callable[[str], object] | None = None,
 ) -> Path:
     """Fuse PEFT adapter folders into one that PEFT, vLLM, SGLang and others load.
@@ -164,38 +298,68 @@ def fuse_folders(
     module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
     and the error of what had to be compressed. A ``prompt.json`` that all inputs share goes with it.
 
+    DoRA's updates have full rank: they are fused in row blocks, no layer is ever held whole unless its compression
+    holds it, and the result is compressed to ``rank`` (by default about ``N*R``). Full weights of ``modules_to_save``
+    and the vectors of ``lora_bias`` are averaged.
+
     Args:
         sources: adapter folders or hub ids, of one base model.
         out: the folder to write, whole or not at all; an older one is replaced.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
-        on_layer: called with each layer's path when it is done.
+        base: the base model, for DoRA, PiSSA and OLoRA. Default: the one that the adapters name.
+        on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
         ValueError: for an unknown method or option; ``AdapterError`` for adapters that cannot be read or fused.
     """
     bound = bind(method, options)
-    adapters = read_adapters(sources)
+    weights = base_of(sources, base)
+    adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     hashes = hash_inputs(sources)
-    stacks = stack_adapters(adapters)
+    stacks = stack_updates(adapters, weights)
     if dtype is not None:
-        stacks = {path: stack.to(torch.promote_types(dtype, torch.float32)) for path, stack in stacks.items()}
+        compute = torch.promote_types(dtype, torch.float32)
+        stacks = {path: stack.to(compute) for path, stack in stacks.items()}
+    biases, modules = average(adapters, bound)
     fused = fuse(stacks, bound, on_layer=on_layer)
     first = next(iter(adapters.values()))
     shapes = base_shapes(first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     layers, unknown = complete(fused, shapes)
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
+        biases = {path: bias.to(dtype) for path, bias in biases.items()}
+    if biases:  # a layer that was added for the servers' sake needs one like the others
+        biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
     record = fusion_record(bound, fused, hashes, base_model=first.base_model)
+    record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
-    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", "README.md": _card(record, layers)}
+    if len(adapters) > 1 and (gains := _gains(stacks, fused)):
+        record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
+    card = model_card(record, max(factors.rank for factors in layers.values()), run=Path(out).parent)
+    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     if prompt := _common_prompt(sources):
         files[PROMPT_NAME] = prompt
-    config = universal_config(layers, base_model=first.base_model, fan_in_fan_out=first.fan_in_fan_out)
-    write_adapter(out, layers, config, files=files, embeddings=first.embeddings)
+    config = universal_config(
+        layers,
+        base_model=first.base_model,
+        fan_in_fan_out=first.fan_in_fan_out,
+        lora_bias=bool(biases),
+        modules_to_save=first.modules_to_save,
+    )
+    write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)
+
+
+def _gains(stacks: Mapping[str, Updates], fused: Mapping[str, LoRAFactors]) -> list[float]:
+    """The fused update's norm over that of the mean update, per layer; of layers whose updates are factors."""
+    gains = []
+    for path, stack in stacks.items():
+        if isinstance(stack, LoRAFactors) and (mean := float(gram(stack).mean())) > 0:
+            gains.append((float(gram(fused[path]).mean()) / mean) ** 0.5)
+    return gains
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
@@ -241,28 +405,11 @@ def fusion_record(
             "relative_error_max": max(errors),
             "layers": fused.compression,
         }
+    if fused is not None and fused.inputs:
+        record["inputs_compressed"] = {"relative_error_max": max(fused.inputs.values()), "layers": fused.inputs}
     return record
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _card(record: Mapping[str, Any], fused: Mapping[str, LoRAFactors]) -> str:
-    rank = next(iter(fused.values())).rank
-    lines = [f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `{RECORD_NAME}` lists method, options"]
-    lines[0] += " and inputs."
-    if "compression" in record:
-        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        lines.append(f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.")
-    text = "\n".join(lines)
-    return f"""---
-base_model: {record["base_model"]}
-library_name: peft
-tags: [lora, seedlora]
----
-# {len(record["inputs"])} LoRA adapters fused with `{record["method"]}`
-
-{text}
-"""

@@ -12,22 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.adapter import AdapterError
+from seedlora.adapter import Adapter, AdapterError
 from seedlora.atomic import atomic_folder
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, Fused, fusion_record, hash_inputs, read_adapters, stack_adapters, updates
-from seedlora.hub import local_folder
-from seedlora.merge import DenseUpdate, MergeRule, Update, bind
-from seedlora.serving import shards
+from seedlora.base_weights import MODEL_FILES, BaseWeights
+from seedlora.fuse import (
+    RECORD_NAME,
+    Fused,
+    average,
+    describe_inputs,
+    fusion_record,
+    hash_inputs,
+    read_adapters,
+    stack_updates,
+    updates,
+)
+from seedlora.merge import DenseUpdates, MergeRule, Updates, bind
 
 #: Rows of a factored update that are multiplied out at a time.
 _ROWS = 1024
-#: What a model folder holds besides weights; other files are left behind.
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
 def fuse_into_base(
@@ -41,8 +47,10 @@ def fuse_into_base(
 ) -> Path:
     """Fuse adapters and write the base model with the result added to its weights.
 
-    Holds the adapters, one shard of the base and one layer's update at a time. Dense results are added as they are,
-    without compression, unless a ``rank`` is asked for. Sums are taken in float32 and stored in the base's dtype.
+    Holds the adapters, one shard of the base and one layer's update at a time. Dense results, DoRA's among them, are
+    added as they are, without compression, unless a ``rank`` is asked for. Sums are taken in float32 and stored in the
+    base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
+    weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it.
 
     Args:
         sources: adapter folders or hub ids, of one base model.
@@ -53,26 +61,28 @@ def fuse_into_base(
         on_layer: called with each layer's path when it is done.
 
     Raises:
-        ValueError: for an unknown method or option, a base that is quantised or lacks a layer; ``AdapterError`` for
-            adapters that cannot be read or fused. Nothing is written then.
+        ValueError: for an unknown method or option, a base that cannot be dequantised or lacks a layer;
+            ``AdapterError`` for adapters that cannot be read or fused. Nothing is written then.
         OSError: if a file cannot be read or written.
     """
     bound = bind(method, options)
-    base, out = local_folder(base, "model folder", ("*.safetensors", *_COPIED)), Path(out)
-    if out.exists() and out.resolve() == base.resolve():
+    weights, out = BaseWeights(base), Path(out)
+    if out.exists() and out.resolve() == weights.folder.resolve():
         raise ValueError(f"the output {out} is the base model itself; give another folder")
-    files = _checked_base(base)
-    adapters = read_adapters(sources)
-    stacks = stack_adapters(adapters)
+    homes: Mapping[str, Path] = weights.files
+    adapters = read_adapters(sources, base=weights, on_layer=on_layer)
+    stacks = stack_updates(adapters, weights)
     first = next(iter(adapters.values()))
-    keys = {file: _keys(file) for file in files}
-    homes = _homes(stacks, keys)
-    _check_shapes(stacks, homes, first.embeddings, transposed=first.fan_in_fan_out)
-    order = sorted(stacks, key=lambda path: files.index(homes[path][0]))
-    compression: dict[str, float] = {}
+    keys = {path: weights.key(path) for path in stacks}
+    _check_shapes(first, keys, weights)
+    biases, modules = average(adapters, bound)
+    bias_keys, module_keys = _places(first, keys, weights)
+    files = list(dict.fromkeys(homes.values()))
+    order = sorted(stacks, key=lambda path: files.index(homes[keys[path]]))
+    compression, inputs = dict[str, float](), dict[str, float]()
 
-    def finished() -> Iterator[tuple[str, Update]]:
-        for path, update in updates(stacks, bound, order=order):
+    def finished() -> Iterator[tuple[str, Updates]]:
+        for path, update in updates(stacks, bound, order=order, inputs=inputs):
             if bound.use.rank is None:
                 yield path, update
             else:
@@ -80,86 +90,86 @@ def fuse_into_base(
                 compression[path] = compressed.error
                 yield path, compressed.factors
 
+    statistics = {name for key in homes if key.endswith(".weight") for name in weights.statistics(key)}
     with atomic_folder(out) as folder:
         walk = finished()
         pending = next(walk, None)
         for file in files:
             with safe_open(file, framework="pt") as handle:
-                tensors = {key: handle.get_tensor(key) for key in keys[file]}
                 metadata = handle.metadata()
-            while pending is not None and homes[pending[0]][0] == file:
+            here = [key for key, home in homes.items() if home == file and key not in statistics]
+            tensors = {key: weights.weight(key) for key in here}
+            while pending is not None and homes[keys[pending[0]]] == file:
                 path, update = pending
-                key = homes[path][1]
-                flipped = path in first.embeddings or first.fan_in_fan_out
-                tensors[key] = _added(tensors[key], update, flipped=flipped)
+                tensors[keys[path]] = _added(tensors[keys[path]], update, flipped=first.flipped(path))
                 if on_layer is not None:
                     on_layer(path)
                 pending = next(walk, None)
+            for path, key in bias_keys.items():
+                if key in tensors:
+                    tensors[key] = (tensors[key].float() + biases[path].float()).to(tensors[key].dtype)
+            for name, key in module_keys.items():
+                if key in tensors:
+                    tensors[key] = modules[name].to(tensors[key].dtype)
             save_file(tensors, folder / file.name, metadata=metadata)
             del tensors
-        for pattern in _COPIED:
-            for extra in base.glob(pattern):
+        for pattern in MODEL_FILES:
+            for extra in weights.folder.glob(pattern):
                 shutil.copy(extra, folder / extra.name)
-        record = fusion_record(bound, Fused({}, compression), hash_inputs(sources), base_model=first.base_model)
-        record["into_base"] = base.name
+        fused = Fused({}, compression, inputs)
+        record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model)
+        record |= describe_inputs(adapters)
+        record["into_base"] = weights.folder.name
+        if weights.quantization is not None:
+            record["dequantised"] = weights.quantization
+            _forget_quantization(folder, statistics)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return out
 
 
-def _checked_base(base: Path) -> list[Path]:
-    files = shards(base)
-    config = base / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):
-        raise ValueError(f"base model {base} is quantised; dequantise it first, or keep the adapter apart")
-    return files
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def _homes(stacks: Mapping[str, LoRAFactors], keys: Mapping[Path, Sequence[str]]) -> dict[str, tuple[Path, str]]:
-    """Shard and key of every layer's weight. A checkpoint may lack the first parts of a path, or have more of them."""
-    file_of = {key: file for file, names in keys.items() for key in names}
-    homes = {}
-    for path in stacks:
-        parts = f"{path}.weight".split(".")
-        key = next((k for i in range(len(parts) - 2) if (k := ".".join(parts[i:])) in file_of), None)
-        if key is None and f"{path}.weight" in file_of:
-            key = f"{path}.weight"
-        if key is None:
-            longer = [k for k in file_of if k.endswith(f".{path}.weight")]
-            if len(longer) != 1:
-                raise AdapterError(
-                    f"the base model has {'no' if not longer else 'more than one'} weight for the adapted layer {path} "
-                    "(a tied head has no weight of its own: untie it, or keep the adapter apart)"
-                )
-            key = longer[0]
-        homes[path] = (file_of[key], key)
-    return homes
-
-
-def _check_shapes(
-    stacks: Mapping[str, LoRAFactors],
-    homes: Mapping[str, tuple[Path, str]],
-    embeddings: frozenset[str],
-    *,
-    transposed: bool,
-) -> None:
-    for path, stack in stacks.items():
-        file, key = homes[path]
-        with safe_open(file, framework="pt") as handle:
-            found = tuple(handle.get_slice(key).get_shape())
-        wanted = stack.shape[::-1] if path in embeddings or transposed else stack.shape
+def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> None:
+    for path, key in keys.items():
+        found, shape = weights.shape(key), adapter.layers[path].shape
+        wanted = shape[::-1] if adapter.flipped(path) else shape
         if found != wanted:
-            raise AdapterError(f"{file.name}: '{key}' has shape {found}, the adapters' update has {wanted}")
+            raise AdapterError(
+                f"{weights.files[key].name}: '{key}' has shape {found}, the adapters' update has {wanted}"
+            )
 
 
-def _added(weight: Tensor, update: Update, *, flipped: bool) -> Tensor:
+def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> tuple[dict[str, str], dict[str, str]]:
+    """Where averaged biases and full weights go: their keys in the base, by layer path and by key of the adapter."""
+    biases = {path: keys[path].removesuffix("weight") + "bias" for path in adapter.biases}
+    if missing := [path for path, key in biases.items() if key not in weights.files]:
+        raise AdapterError(
+            f"lora_bias adds a vector to {missing[0]}, which has no bias in the base model {weights.source}; leave "
+            "--into-base out to keep it in an adapter"
+        )
+    modules = {}
+    for name, tensor in adapter.modules.items():
+        key = weights.key(name.removesuffix(".weight")) if name.endswith(".weight") else name
+        if key not in weights.files or weights.shape(key) != tuple(tensor.shape):
+            raise AdapterError(
+                f"modules_to_save holds {name} of shape {tuple(tensor.shape)}, which the base model {weights.source} "
+                f"{'has in another shape' if key in weights.files else 'lacks'}: was its vocabulary resized?"
+            )
+        modules[name] = key
+    return biases, modules
+
+
+def _forget_quantization(folder: Path, statistics: set[str]) -> None:
+    """Take what describes the quantised weights out of a copied model folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (index := folder / "model.safetensors.index.json").is_file():
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries["weight_map"] = {key: file for key, file in entries["weight_map"].items() if key not in statistics}
+        entries.pop("metadata", None)  # sizes of the quantised files
+        index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _added(weight: Tensor, update: Updates, *, flipped: bool) -> Tensor:
     """The weight plus the update, block by block in float32 or higher, in the weight's dtype."""
     result, start = weight.clone(), 0
     rows = result.T if flipped else result
@@ -170,9 +180,9 @@ def _added(weight: Tensor, update: Update, *, flipped: bool) -> Tensor:
     return result
 
 
-def _blocks(update: Update) -> Iterator[Tensor]:
-    if isinstance(update, DenseUpdate):
-        yield from update.blocks()
+def _blocks(update: Updates) -> Iterator[Tensor]:
+    if isinstance(update, DenseUpdates):
+        yield from (block[0] for block in update.blocks())
         return
     compute = torch.promote_types(update.B.dtype, torch.float32)
     a = update.A[0].to(compute)

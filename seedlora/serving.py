@@ -1,4 +1,4 @@
-"""What servers want besides a correct adapter: every targeted module in every layer, and groups that are whole.
+"""What servers want besides a correct adapter: one shape, every targeted module in every layer, whole groups.
 
 Shape legend: ``D`` output features, ``K`` input features, ``R`` rank.
 """
@@ -8,18 +8,26 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from seedlora.base_weights import shards
 from seedlora.factors import LoRAFactors
 
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: Modules of a group that have one shape in every architecture.
 _SAME_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+#: The servers about which rules are known.
+SERVERS = ("vLLM", "SGLang", "LoRAX", "TGI", "llama.cpp")
+#: vLLM's --max-lora-rank takes one of these.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -94,24 +102,6 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     return found or None
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of its index.
-
-    Raises:
-        FileNotFoundError: if it has none.
-        ValueError: if its index is broken.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
-    return [single]
-
-
 def _template(path: str) -> str:
     """``model.layers.{}.mlp.up_proj``."""
     return _NUMBER.sub("{}", path)
@@ -132,3 +122,119 @@ def _shape_of_partner(template: str, by_template: Mapping[str, LoRAFactors]) -> 
     stem, dot, leaf = template.rpartition(".")
     same = next((names for names in _SAME_SHAPE if leaf in names), {leaf})
     return next((by_template[t].shape for name in (leaf, *same) if (t := stem + dot + name) in by_template), None)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What servers look at in an adapter folder: its configuration, and the shapes of its tensors."""
+
+    config: Mapping[str, Any]
+    ranks: frozenset[int]
+    keys: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def said(self, key: str) -> bool:
+        return bool(self.config.get(key))
+
+
+#: What a server does with an adapter that is not of the universal shape: which servers, and the sentence if it is so.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
+    (SERVERS, lambda a: "DoRA: its update depends on the base weights" if a.said("use_dora") else None),
+    (SERVERS, lambda a: "bias: its base biases were trained" if a.config.get("bias", "none") != "none" else None),
+    (SERVERS, lambda a: "lora_bias: a vector beside the factors" if a.said("lora_bias") else None),
+    (SERVERS, lambda a: "modules_to_save: full weights beside the factors" if a.said("modules_to_save") else None),
+    (SERVERS, lambda a: "use_rslora: the scaling is not lora_alpha / r" if a.said("use_rslora") else None),
+    (SERVERS, lambda a: f"layers of ranks {_listed(a.ranks)}: one rank is needed" if len(a.ranks) > 1 else None),
+    (SERVERS, lambda a: None if a.keys else "no tensor is named base_model.model.<path>.lora_A.weight"),
+    (
+        SERVERS,
+        lambda a: None if isinstance(a.config.get("target_modules"), list) else "target_modules is no list of names",
+    ),
+    (
+        ("vLLM", "SGLang", "llama.cpp"),
+        lambda a: "alpha_pattern: ignored in silence (vLLM, SGLang: older ones)" if a.said("alpha_pattern") else None,
+    ),
+    (("vLLM", "SGLang"), lambda a: "rank_pattern: older ones ignore it in silence" if a.said("rank_pattern") else None),
+    (
+        ("vLLM",),
+        lambda a: (
+            f"init_lora_weights {a.config['init_lora_weights']!r}: refused"
+            if str(a.config.get("init_lora_weights", True)).split("_")[0].lower()
+            in ("pissa", "loftq", "olora", "corda")
+            else None
+        ),
+    ),
+    (
+        ("vLLM",),
+        lambda a: (
+            f"rank {max(a.ranks)} is over --max-lora-rank {VLLM_RANKS[-1]}"
+            if a.ranks and max(a.ranks) > VLLM_RANKS[-1]
+            else None
+        ),
+    ),
+    (("SGLang",), lambda a: _absent(a, grouped=True)),
+    (("LoRAX", "TGI"), lambda a: _absent(a, grouped=False)),
+)
+
+
+def servable(folder: str | Path) -> dict[str, list[str]]:
+    """What each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter whole.
+
+    The rules were read in the sources of vLLM 0.32, SGLang 0.5.23, LoRAX, TGI and llama.cpp's converter; what no rule
+    is known about is not told. Reads the configuration and the header of the weights.
+
+    Args:
+        folder: a PEFT adapter folder.
+
+    Returns:
+        Sentences by server, in the order of :data:`SERVERS`.
+
+    Raises:
+        ValueError: if it is no such folder, or a file is broken.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is no PEFT adapter folder that can be read: {error}") from None
+    layers = {}
+    for key, shape in shapes.items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+        if found and len(shape) == 2 and len(b := shapes.get(key.replace(".lora_A.", ".lora_B."), ())) == 2:
+            with torch.device("meta"):
+                layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
+    missing: tuple[str, ...] = ()
+    if layers:
+        base = str(config.get("base_model_name_or_path") or "")
+        known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+        full, unknown = complete(layers, known)
+        missing = tuple(sorted({*full, *unknown} - set(layers)))
+    ranks = frozenset(factors.rank for factors in layers.values())
+    adapter = _Shape(config, ranks, tuple(layers), missing)
+    told: dict[str, list[str]] = {server: [] for server in SERVERS}
+    for servers, rule in _RULES:
+        if (sentence := rule(adapter)) is not None:
+            for server in servers:
+                told[server].append(sentence)
+    return told
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The ``--max-lora-rank`` that vLLM needs for an adapter of a rank; None if there is none."""
+    return next((size for size in VLLM_RANKS if size >= rank), None)
+
+
+def _absent(adapter: _Shape, *, grouped: bool) -> str | None:
+    """The sentence about modules that a server misses: of a group that it fuses, or of a type that others have."""
+    templates = {_template(path) for path in adapter.keys}
+    if grouped:
+        paths = [path for path in adapter.missing if len(_partners(_template(path))) > 1]
+        return f"{paths[0]} is missing ({len(paths)} in all): its group is dropped or refused" if paths else None
+    paths = [path for path in adapter.missing if _template(path) in templates]
+    return f"{paths[0]} is missing ({len(paths)} in all): its module type is dropped in every layer" if paths else None
+
+
+def _listed(ranks: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from seedlora.adapter import locate
 from seedlora.atomic import write_text
 from seedlora.diagnostics import (
     LayerFacts,
@@ -30,18 +32,23 @@ from seedlora.diagnostics import (
 from seedlora.evaluation.command import Prompts, evaluate
 from seedlora.evaluation.command import add_arguments as add_evaluate_arguments
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, fuse, fuse_folders, read_adapters, stack_adapters
+from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, read_adapters, stack_updates
+from seedlora.gguf import convert, gguf_command
 from seedlora.into_base import fuse_into_base
-from seedlora.merge import COMMON, METHODS, bind
+from seedlora.merge import COMMON, METHODS, Updates, bind, factored
 from seedlora.report.facts import weight_facts
 from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.page import runs_table, write_comparison, write_report
 from seedlora.report.results import FUSED
 from seedlora.report.tables import next_commands
+from seedlora.serving import servable, vllm_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Options that only Python can give: functions and generators.
 _PYTHON_ONLY = {"generator", "score"}
+_BASE_HELP = "the base model, for DoRA, PiSSA and OLoRA; default: the one that the adapters name"
+#: The rank at which updates of full rank are shown.
+_SHOWN_RANK = 64
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="the folder to write")
     merge.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: that of the adapters")
     merge.add_argument("--into-base", metavar="MODEL", help="add the result to this model folder's weights instead")
+    merge.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
+    merge.add_argument(
+        "--gguf", metavar="LLAMA_CPP", help="also convert the result with llama.cpp's script, found there"
+    )
     merge.add_argument("--json", action="store_true", help="print the record as JSON")
     options = merge.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
     for name in sorted(_option_names()):
@@ -96,11 +107,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect_ = commands.add_parser("inspect", help="ranks, norms and spectra of one adapter")
     inspect_.add_argument("adapter", help="a PEFT adapter folder or hub id")
+    inspect_.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     inspect_.add_argument("--json", action="store_true", help="print every layer as JSON")
 
     compare = commands.add_parser("compare", help="cosines, gains and spectra of several adapters")
     compare.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
     compare.add_argument("--method", default="seedlora", help="the merge that is shown beside them")
+    compare.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     compare.add_argument("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
     compare.add_argument("--json", action="store_true", help="print every layer as JSON")
 
@@ -128,44 +141,86 @@ def _merge(arguments: Mapping[str, Any]) -> None:
     }
     method, sources, out = arguments["method"], arguments["adapters"], Path(arguments["out"])
     bind(method, options)
+    if arguments["into_base"] is not None:
+        for name, reason in (("dtype", "weights keep the dtype of the base model"), ("gguf", "it converts an adapter")):
+            if arguments[name] is not None:
+                raise ValueError(f"--{name} is not used with --into-base: {reason}")
+        if arguments["base"] not in (None, arguments["into_base"]):
+            raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
     with _progress() as progress:
         task = progress.add_task(f"{method}", total=None)
         on_layer = lambda _path: progress.advance(task)  # noqa: E731
         if arguments["into_base"] is not None:
-            if arguments["dtype"] is not None:
-                raise ValueError("--dtype is not used with --into-base: weights keep the dtype of the base model")
             fuse_into_base(sources, arguments["into_base"], out, method=method, options=options, on_layer=on_layer)
         else:
             dtype = DTYPES.get(arguments["dtype"] or "")
-            fuse_folders(sources, out, method=method, options=options, dtype=dtype, on_layer=on_layer)
+            base = arguments["base"]
+            fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
     record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+    converted = None if arguments["gguf"] is None else convert(out, record["base_model"], Path(arguments["gguf"]))
+    served = {} if arguments["into_base"] is not None else servable(out)
     if arguments["json"]:
-        _print_json(record | {"out": str(out)})
+        _print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
     console = Console()
-    console.print(f"{len(sources)} adapters fused with [bold]{method}[/bold] into {out}")
+    what = "1 adapter" if len(sources) == 1 else f"{len(sources)} adapters"
+    console.print(f"{what} fused with [bold]{method}[/bold] into {out}", soft_wrap=True)
+    if kinds := record.get("kinds"):
+        console.print(f"kinds of the inputs: {', '.join(kinds)}")
+    if averaged := record.get("averaged"):
+        console.print(f"averaged, not fused by {method}: {', '.join(averaged)}", soft_wrap=True)
+    if "dequantised" in record:
+        console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
     if arguments["into_base"] is None:
         config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
         console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
-        print(next_commands(base_model=record["base_model"], adapter=out, rank=config["r"]))  # noqa: T201 - to be copied
+        loads = next_commands(base_model=record["base_model"], adapter=out, rank=config["r"], serve=not served["vLLM"])
+        print(loads)  # noqa: T201 - to be copied
+        console.print(_served_line(served, config["r"]), soft_wrap=True)
+    if "inputs_compressed" in record:
+        largest = record["inputs_compressed"]["relative_error_max"]
+        console.print(
+            f"{method} works on factors: each input was compressed first, relative error {largest:.3g} at most"
+        )
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        console.print(f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most")
+        exact = "" if arguments["into_base"] else "; --into-base MODEL adds the update to the weights as it is"
+        console.print(
+            f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True
+        )
     if missing := record.get("incomplete_groups"):
         console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
+    if converted is not None:
+        console.print(f"converted: {converted}", soft_wrap=True)
+    elif arguments["gguf"] is not None:
+        console.print(f"no convert_lora_to_gguf.py in {arguments['gguf']}; where llama.cpp is, run:", soft_wrap=True)
+        print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
 
 
 def _inspect(arguments: Mapping[str, Any]) -> None:
-    ((name, adapter),) = read_adapters([arguments["adapter"]]).items()
-    layers = _facts(adapter.layers)
+    base = base_of([arguments["adapter"]], arguments["base"])
+    adapters = read_adapters([arguments["adapter"]], base=base)
+    ((name, adapter),) = adapters.items()
+    stacks, error = _shown_factors(stack_updates(adapters, base))
+    layers = _facts(stacks)
+    served = servable(locate(name))
     ranks = sorted({factors.rank for factors in adapter.layers.values()})
     if arguments["json"]:
         _print_json(
-            {"adapter": name, "base_model": adapter.base_model, "ranks": ranks, "layers": [asdict(f) for f in layers]}
+            {
+                "adapter": name,
+                "base_model": adapter.base_model,
+                "ranks": ranks,
+                "kinds": adapter.kinds,
+                "servable": served,
+            }
+            | {"layers": [asdict(f) for f in layers]}
         )
         return
     console = Console()
-    console.print(f"{name}: {len(layers)} layers, rank {', '.join(map(str, ranks))}, base model {adapter.base_model}")
+    kind = f"{', '.join(adapter.kinds)}, " if adapter.kinds else ""
+    rank = f"rank {', '.join(map(str, ranks))}"
+    console.print(f"{name}: {kind}{len(layers)} layers, {rank}, base model {adapter.base_model}", soft_wrap=True)
     table = _table("module", "layers", "norm", "std", "largest s", "effective rank")
     for row in module_facts(layers):
         updates = [layer.updates[0] for layer in layers if layer.module == row.module]
@@ -173,11 +228,25 @@ def _inspect(arguments: Mapping[str, Any]) -> None:
         largest = sum((u.singular_values or (0.0,))[0] for u in updates) / len(updates)
         table.add_row(row.module, str(row.layers), *_numbers(row.norm, std, largest, row.effective_rank))
     console.print(table)
+    _say_shown(console, error)
+    if adapter.modules or adapter.biases:
+        held = [*(["lora_bias"] if adapter.biases else []), *sorted(adapter.modules)]
+        console.print(f"besides its updates it holds {', '.join(held)}", soft_wrap=True)
+    table = Table("server", "serves it", "what stands in the way")
+    for server, reasons in served.items():
+        rank_option = f" (--max-lora-rank {vllm_rank(max(ranks))})" if server == "vLLM" else ""
+        table.add_row(server, "no" if reasons else f"yes{rank_option}", "\n".join(reasons))
+    console.print(table)
+    if any(served.values()):
+        console.print(
+            "python -m seedlora merge of this adapter alone, --method soup, brings what it can into one shape"
+        )
 
 
 def _compare(arguments: Mapping[str, Any]) -> None:
-    adapters = read_adapters(arguments["adapters"])
-    stacks = stack_adapters(adapters)
+    base = base_of(arguments["adapters"], arguments["base"])
+    adapters = read_adapters(arguments["adapters"], base=base)
+    stacks, error = _shown_factors(stack_updates(adapters, base))
     names = list(adapters)
     merged = fuse(stacks, bind(arguments["method"]))
     layers = _facts(stacks, merged)
@@ -201,6 +270,7 @@ def _compare(arguments: Mapping[str, Any]) -> None:
     console.print(table)
     samples = f"{layers[0].samples} sampled entries per layer"
     console.print(f"merged: with {arguments['method']}; sign: share of equal signs, on {samples}; rank: effective")
+    _say_shown(console, error)
     for file in drawn:
         console.print(f"drawn: {file}")
 
@@ -277,6 +347,37 @@ def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] 
             layer_facts(path, stacks[path], merged=None if merged is None else merged[path])
             for path in progress.track(paths, description="layers")
         ]
+
+
+def _shown_factors(stacks: Mapping[str, Updates]) -> tuple[dict[str, LoRAFactors], float | None]:
+    """The updates as factors; those of full rank at their best approximation, and the largest error of one."""
+    shown, worst = {}, None
+    with _progress() as progress:
+        for path, stack in progress.track(stacks.items(), description="reading"):
+            if isinstance(stack, LoRAFactors):
+                shown[path] = stack
+                continue
+            shown[path], error = factored(stack, min(_SHOWN_RANK, *stack.shape))
+            worst = max(error, worst or 0.0)
+    return shown, worst
+
+
+def _say_shown(console: Console, error: float | None) -> None:
+    if error is not None:
+        sentence = f"DoRA's updates have full rank; shown is the best rank {_SHOWN_RANK} of each, relative error"
+        console.print(f"{sentence} {error:.3g} at most")
+
+
+def _served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
+    """Which servers load the adapter, and why others do not."""
+    good = [server for server, reasons in served.items() if not reasons]
+    limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
+    parts = [f"served by {', '.join(good)}{limit}"] if good else []
+    bad: dict[str, list[str]] = {}
+    for server, reasons in served.items():
+        if reasons:
+            bad.setdefault("; ".join(reasons), []).append(server)
+    return "; ".join([*parts, *(f"not by {', '.join(servers)} ({reason})" for reason, servers in bad.items())])
 
 
 def _progress() -> Progress:

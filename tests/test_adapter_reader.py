@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
 
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -180,13 +181,14 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora is set.*merge each adapter into the"),
-        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights; convert"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"use_dora": True}, "use_dora is set; DoRA is not plain LoRA.*python -m seedlora merge fuses it"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights; python -m seedlora merge computes"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights; .*convert the adapter after training"),
+        ({"init_lora_weights": "corda"}, "'corda', which changes the base weights; .*convert"),
         ({"init_lora_weights": "loftq"}, "'loftq', which changes the base weights"),
         ({"lora_bias": True}, "lora_bias adds a vector"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set; modules_to_save holds full weights"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"lora_alpha": "16"}, "lora_alpha is '16', a number is needed"),
@@ -312,9 +314,10 @@ FUZZ = settings(
 
 
 def only_adapter_errors(folder):
-    with contextlib.suppress(AdapterError):
-        adapter = read_adapter(folder)
-        assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
+    for base in (None, BaseWeights(folder / "nowhere")):
+        with contextlib.suppress(AdapterError):
+            adapter = read_adapter(folder, base=base)
+            assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
 
 
 @FUZZ

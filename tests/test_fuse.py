@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from seedlora.adapter import AdapterError, read_adapter, write_adapter
+from seedlora.card import refresh_card
 from seedlora.fuse import fuse, fuse_folders, stack_adapters
 from seedlora.merge import bind, seedlora
 
@@ -132,7 +133,7 @@ def damage(folder, kind):
         ("nan", "holds NaN or infinity"),
         ("half missing", "has no .lora_B.weight beside it"),
         ("another base", "belongs to base model"),
-        ("dora", "DoRA is not plain LoRA"),
+        ("dora", "use_dora is set, but .* has no .lora_magnitude_vector"),
     ],
 )
 def test_broken_adapters_are_refused_before_anything_is_written(folders, tmp_path, kind, message):
@@ -141,3 +142,38 @@ def test_broken_adapters_are_refused_before_anything_is_written(folders, tmp_pat
         fuse_folders(folders, tmp_path / "fused")
     assert "seed_42" in str(caught.value)
     assert not (tmp_path / "fused").exists()
+
+
+def test_the_card_tells_training_gains_and_scores(folders, tmp_path):
+    run = {"data": "ReasoningGym", "model.r": 4, "epochs per seed": 1, "model.base_model": "not told twice"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    score = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 12}
+    labels = ("base", "seed_11", "seed_42", "seed_202", "soup", "fused", "another")
+    found = {"metric": "exact match", "scores": dict.fromkeys(labels, score)}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    fuse_folders(folders, tmp_path / "fused", method="seedlora_gain", options={"p": 1.0, "cap": 3.0, "rank": 9})
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert "| data | ReasoningGym |" in card
+    assert "| epochs per seed | 1 |" in card
+    assert "| seed_42 | 25.0 | 10.0 to 50.0 |" in card
+    assert "another" not in card
+    assert "**this adapter**" not in card  # it was not scored yet
+    command = "python -m seedlora merge seed_11 seed_42 seed_202 --method seedlora_gain --p 1.0 --cap 3.0 --rank 9"
+    assert f"{command} --out fused" in card
+    refresh_card(tmp_path / "fused")
+    again = (tmp_path / "fused" / "README.md").read_text()
+    assert again.replace("| **this adapter** | 25.0 | 10.0 to 50.0 |\n", "") == card
+
+
+def test_the_gain_in_the_card(folders, tmp_path):
+    fuse_folders(folders, tmp_path / "fused", method="seedlora", options={"mean_shift": False})
+    record = json.loads((tmp_path / "fused" / "fusion.json").read_text())
+    gains = []
+    for path, factors in read_adapter(tmp_path / "fused").layers.items():
+        mean = dense_updates(folders, path).mean(0)
+        gains.append(float(factors.dense()[0].double().norm() / mean.norm()))
+    assert record["gain"] == pytest.approx(
+        {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}, rel=1e-5
+    )
+    fuse_folders(folders, tmp_path / "soup", method="soup")
+    assert json.loads((tmp_path / "soup" / "fusion.json").read_text())["gain"]["max"] == pytest.approx(1)

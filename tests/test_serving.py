@@ -1,10 +1,15 @@
 """Zeros where servers want a module that nobody trained."""
 
-import torch
-from safetensors.torch import save_file
+import json
 
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from seedlora.adapter import universal_config, write_adapter
 from seedlora.factors import LoRAFactors
-from seedlora.serving import base_shapes, complete
+from seedlora.serving import SERVERS, base_shapes, complete, servable
 
 
 def layer(d, k, r=2):
@@ -58,3 +63,70 @@ def test_a_base_with_other_names_tells_nothing(tmp_path):
     save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     layers = {"m.layers.0.mlp.up_proj": layer(12, 8)}
     assert set(complete(layers, base_shapes(tmp_path))[0]) == set(complete(layers)[0])
+
+
+def folder(path, layers=None, **changes):
+    """An adapter of the universal shape, with changes to its configuration."""
+    if layers is None:
+        names = ["q_proj", "k_proj", "v_proj"]
+        layers = {f"m.layers.{i}.attn.{name}": layer(8, 8) for i in (0, 1) for name in names}
+    write_adapter(path, layers, LoraConfig(**(universal_config(layers, base_model="").to_dict() | changes)))
+    return path
+
+
+def test_the_universal_shape_is_served_by_all(tmp_path):
+    assert servable(folder(tmp_path / "a")) == {server: [] for server in SERVERS}
+
+
+ALL = set(SERVERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "servers", "said"),
+    [
+        ({"use_dora": True}, ALL, "DoRA"),
+        ({"bias": "all"}, ALL, "bias"),
+        ({"lora_bias": True}, ALL, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, ALL, "modules_to_save"),
+        ({"use_rslora": True}, ALL, "use_rslora"),
+        ({"target_modules": ".*_proj"}, ALL, "target_modules"),
+        ({"rank_pattern": {"q_proj": 2}}, {"vLLM", "SGLang"}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, {"vLLM", "SGLang", "llama.cpp"}, "alpha_pattern"),
+        ({"init_lora_weights": "pissa_niter_4"}, {"vLLM"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, {"vLLM"}, "init_lora_weights"),
+        ({"init_lora_weights": "gaussian"}, set(), ""),
+    ],
+)
+def test_what_stands_in_the_way(changes, servers, said, tmp_path):
+    found = servable(folder(tmp_path / "a", **changes))
+    assert {server for server, reasons in found.items() if reasons} == servers
+    assert all(reason.startswith(said) for reasons in found.values() for reason in reasons)
+
+
+def test_ranks_and_missing_modules(tmp_path):
+    names = [f"m.layers.{i}.attn.{name}" for i in (0, 1) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    big = servable(folder(tmp_path / "big", {name: layer(8, 8, 513) for name in names}))
+    assert {server for server, reasons in big.items() if reasons} == {"vLLM"}
+    assert "rank 513 is over --max-lora-rank 512" in big["vLLM"]
+    gap = servable(folder(tmp_path / "gap", {name: layer(8, 8) for name in names if name != names[3]}))
+    assert {server for server, reasons in gap.items() if reasons} == {"LoRAX", "TGI"}
+    assert gap["TGI"][0].startswith("m.layers.0.attn.o_proj is missing (1 in all)")
+    group = servable(folder(tmp_path / "group", {name: layer(8, 8) for name in names if "v_proj" not in name}))
+    assert {server for server, reasons in group.items() if reasons} == {"SGLang"}
+    assert "m.layers.0.attn.v_proj is missing (2 in all)" in group["SGLang"][0]
+
+
+def test_ranks_that_differ_and_keys_of_another_name(tmp_path):
+    path = folder(tmp_path / "a")
+    tensors = load_file(path / "adapter_model.safetensors")
+    key = "base_model.model.m.layers.0.attn.q_proj.lora_{}.weight"
+    other = tensors | {key.format("A"): torch.ones(3, 8), key.format("B"): torch.ones(8, 3)}
+    save_file(other, path / "adapter_model.safetensors")
+    assert all("ranks 2, 3" in reasons[0] for reasons in servable(path).values())
+    save_file(
+        {key.removeprefix("base_model.model."): t for key, t in tensors.items()}, path / "adapter_model.safetensors"
+    )
+    assert all("no tensor is named base_model.model" in reasons[0] for reasons in servable(path).values())
+    (path / "adapter_config.json").write_text(json.dumps({})[:1])
+    with pytest.raises(ValueError, match="is no PEFT adapter folder"):
+        servable(path)

@@ -1,21 +1,23 @@
 """Merge rules: pure functions of :class:`~seedlora.factors.LoRAFactors`, one paper per file."""
 
 from seedlora.merge._blocks import Compressed as Compressed
-from seedlora.merge._blocks import DenseUpdate as DenseUpdate
 from seedlora.merge._blocks import compress as compress
-from seedlora.merge._blocks import dense_update as dense_update
-from seedlora.merge._blocks import row_blocks as row_blocks
+from seedlora.merge._blocks import factored as factored
 from seedlora.merge._bound import COMMON as COMMON
 from seedlora.merge._bound import LAYER_SETS as LAYER_SETS
 from seedlora.merge._bound import BoundRule as BoundRule
 from seedlora.merge._bound import MergeRule as MergeRule
 from seedlora.merge._bound import Method as Method
-from seedlora.merge._bound import Update as Update
 from seedlora.merge._bound import Use as Use
 from seedlora.merge._core_space import core_ties as core_ties
 from seedlora.merge._dare import dare_linear as dare_linear
 from seedlora.merge._dare import dare_ties as dare_ties
 from seedlora.merge._della import della as della
+from seedlora.merge._dense import DenseUpdates as DenseUpdates
+from seedlora.merge._dense import Updates as Updates
+from seedlora.merge._dense import block_rows as block_rows
+from seedlora.merge._dense import dense_update as dense_update
+from seedlora.merge._dense import row_blocks as row_blocks
 from seedlora.merge._iso import iso_c as iso_c
 from seedlora.merge._karcher import karcher as karcher
 from seedlora.merge._knots import knots_dare_ties as knots_dare_ties

@@ -1,85 +1,26 @@
-"""Updates of full rank, known by row blocks, and their compression to a rank.
+"""The compression of updates to a rank.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``P`` rows of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import DenseUpdates, Updates
 from seedlora.merge._lowrank import checked_choice, factor_grams, in_span, thin_svd
 
-#: Entries of all adapters in one block: 4 MiB in float32. The bits of a seeded rule depend on it.
-BLOCK_ENTRIES = 2**20
 #: A compression holds the whole update up to this many entries (512 MiB in float32), and recomputes blocks above.
 HELD_ENTRIES = 2**27
 #: Up to this many entries an exact SVD is the default.
 EXACT_ENTRIES = 2**18
-#: Turns one block of rows of all adapters into the rows of the merged update.
-BlockMerge: TypeAlias = Callable[[Float[Tensor, "N P K"]], Float[Tensor, "P K"]]
 SVD_KINDS = ("auto", "exact", "randomized")
-
-
-@dataclass(frozen=True, eq=False)
-class DenseUpdate:
-    """One update of full rank that is computed block by block, each time it is read.
-
-    Args:
-        shape: ``(D, K)``.
-        rank: what it is compressed to unless the caller says otherwise: ``N*R`` of the stack it came from.
-        dtype: of the adapters it came from, and of the factors it is compressed to.
-        device: where its blocks are.
-        blocks: the rows in order, in blocks of shape ``(P, K)``, in float32 or float64; the same bits at every call.
-    """
-
-    shape: tuple[int, int]
-    rank: int
-    dtype: torch.dtype
-    device: torch.device
-    blocks: Callable[[], Iterator[Float[Tensor, "P K"]]]
-
-    def dense(self) -> Float[Tensor, "D K"]:
-        """Materialise it. Costs ``D*K`` entries."""
-        return torch.cat(list(self.blocks()))
-
-
-def row_blocks(stack: LoRAFactors, step: int = 1) -> Iterator[Float[Tensor, "N P K"]]:
-    """The updates themselves, all adapters together, a block of rows at a time; in float32 or higher.
-
-    The partition depends on ``N`` and ``K`` alone, so that every pass over a layer sees the same bits.
-
-    Args:
-        stack: the adapters.
-        step: give every ``step``-th column only.
-    """
-    compute = torch.promote_types(torch.promote_types(stack.A.dtype, stack.B.dtype), torch.float32)
-    a, d = stack.A[:, :, ::step].to(compute).contiguous(), stack.shape[0]
-    rows = max(1, BLOCK_ENTRIES // (len(stack) * a.shape[2]))
-    for start in range(0, d, rows):
-        yield stack.B[:, start : start + rows].to(compute) @ a
-
-
-def dense_update(stack: LoRAFactors, combine: Callable[[], BlockMerge]) -> DenseUpdate:
-    """The update whose rows are ``combine()(rows of all adapters)``.
-
-    Args:
-        stack: the adapters.
-        combine: called once per pass, so that a random rule can start its stream again.
-    """
-
-    def blocks() -> Iterator[Float[Tensor, "P K"]]:
-        merge = combine()
-        for block_NPK in row_blocks(stack):
-            yield merge(block_NPK)
-
-    return DenseUpdate(stack.shape, len(stack) * stack.rank, stack.B.dtype, stack.B.device, blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +37,7 @@ class Compressed:
 
 
 def compress(
-    update: LoRAFactors | DenseUpdate,
+    update: Updates,
     rank: int,
     *,
     match_norm: bool = False,
@@ -111,7 +52,7 @@ def compress(
     is that of the result at hand, not a bound, accurate to about 1e-7.
 
     Args:
-        update: one adapter, or a dense update.
+        update: of one adapter.
         rank: of the result, at most; less only if the update has less.
         match_norm: scale the result to the norm that the update had; truncation shortens it.
         svd: ``auto``, ``exact`` or ``randomized``; for dense updates.
@@ -139,6 +80,21 @@ def compress(
     return Compressed(LoRAFactors(a, b), error)
 
 
+def factored(stack: DenseUpdates, rank: int, *, seed: int = 0) -> tuple[LoRAFactors, float]:
+    """Each update on its own at its best approximation of a rank, and the largest relative Frobenius error of them.
+
+    Args:
+        stack: the adapters of one layer.
+        rank: of each.
+        seed: of the randomised SVD.
+
+    Raises:
+        ValueError: if ``rank`` is not a positive integer.
+    """
+    parts = [compress(stack.one(n), rank, generator=torch.Generator().manual_seed(seed)) for n in range(len(stack))]
+    return LoRAFactors.stack([part.factors for part in parts]), max(part.error for part in parts)
+
+
 def _gain_and_error(
     square: Float[Tensor, ""], s: Float[Tensor, " Q"], *, match_norm: bool
 ) -> tuple[Float[Tensor, ""], float]:
@@ -154,18 +110,18 @@ def _gain_and_error(
 
 
 def _dense_svd(
-    update: DenseUpdate, rank: int, svd: str, generator: torch.Generator | None
+    update: DenseUpdates, rank: int, svd: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared norm, and ``U``, ``s``, ``Vh`` of a dense update up to ``rank``."""
     d, k = update.shape
     if svd == "exact" or (svd == "auto" and (d * k <= EXACT_ENTRIES or rank + _EXTRA >= min(d, k))):
-        dense = update.dense()
+        dense = update.dense()[0]
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)
         return dense.square().sum(dtype=torch.float64), u[:, :rank], s[:rank], vh[:rank]
-    held = [update.dense()] if d * k <= HELD_ENTRIES else None
+    held = [update.dense()[0]] if d * k <= HELD_ENTRIES else None
 
     def passes() -> Iterator[Tensor]:
-        return iter(held) if held is not None else update.blocks()
+        return iter(held) if held is not None else (block[0] for block in update.blocks())
 
     generator = generator or torch.Generator().manual_seed(0)
     width = min(rank + _EXTRA, d, k)

@@ -12,16 +12,15 @@ from typing import Any, TypeAlias
 import torch
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import SVD_KINDS, Compressed, DenseUpdate, compress
+from seedlora.merge._blocks import SVD_KINDS, Compressed, compress
+from seedlora.merge._dense import Updates
 from seedlora.merge._lowrank import checked_choice
 from seedlora.merge._soup import soup
-from seedlora.merge._walk import Walk
+from seedlora.merge._walk import AnyWalk
 from seedlora.streams import stream_seed
 
 #: What every merge rule is to its caller: the stack of one layer in, one adapter out.
 MergeRule: TypeAlias = Callable[[LoRAFactors], LoRAFactors]
-#: What a rule may give: one adapter, exactly, or a dense update.
-Update: TypeAlias = LoRAFactors | DenseUpdate
 
 #: Names for sets of layers; any other value of ``layers`` is a regular expression, searched for in the layer's path.
 LAYER_SETS: Mapping[str, str] = {
@@ -45,13 +44,16 @@ class Method:
         surveys: for a rule that depends on the whole model: which keyword of ``rule`` holds which fact about it. A
             survey takes a :data:`Walk` first, then keyword options of its own or of the rule.
         match_norm: whether its result keeps its norm when it is compressed, unless the caller says otherwise.
+        dense: whether the rule takes :class:`~seedlora.merge.DenseUpdates` as well. To one that does not, updates of
+            full rank are given at their best approximation of a rank.
     """
 
-    rule: Callable[..., Update]
+    rule: Callable[..., Updates]
     formula: str
     source: str
     surveys: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     match_norm: bool = False
+    dense: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -137,14 +139,14 @@ class BoundRule:
         """Whether the method is applied to this layer."""
         return re.search(LAYER_SETS.get(self.use.layers, self.use.layers), path) is not None
 
-    def survey(self, walk: Walk) -> dict[str, Any]:
+    def survey(self, walk: AnyWalk) -> dict[str, Any]:
         """What the rule must know about the whole model, by keyword."""
         return {
             keyword: survey(walk, **{key: self.options[key] for key in _keywords(survey)[0] if key in self.options})
             for keyword, survey in self.method.surveys.items()
         }
 
-    def update(self, path: str, stack: LoRAFactors, facts: Mapping[str, Any]) -> Update:
+    def update(self, path: str, stack: Updates, facts: Mapping[str, Any]) -> Updates:
         """The merged update of one selected layer, as the rule gives it."""
         rule = self.method.rule
         named, takes_all = _keywords(rule)
@@ -153,19 +155,21 @@ class BoundRule:
             options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
         return rule(stack, **options, **facts)
 
-    def left_out(self, stack: LoRAFactors) -> LoRAFactors:
+    def left_out(self, stack: Updates) -> Updates:
         """What a layer gets that the method is not applied to."""
         if self.use.rest == "soup":
-            return soup(stack)
-        (d, k), a, b = stack.shape, stack.A, stack.B
-        return LoRAFactors(a.new_zeros(1, 1, k), b.new_zeros(1, d, 1))
+            average: Callable[[Any], Updates] = soup
+            return average(stack)
+        (d, k), dtype, device = stack.shape, stack.dtype, stack.device
+        zeros = (torch.zeros(1, *shape, dtype=dtype, device=device) for shape in ((1, k), (d, 1)))
+        return LoRAFactors(*zeros)
 
-    def finish(self, path: str, update: Update) -> Compressed:
+    def finish(self, path: str, update: Updates) -> Compressed:
         """The update as factors: as they are, unless they are dense or of a higher rank than ``use.rank``.
 
         Args:
             path: of the layer; a randomised compression draws from its stream.
-            update: what the rule gave.
+            update: what the rule gave, one.
         """
         rank = self.use.rank or update.rank
         if isinstance(update, LoRAFactors) and update.rank <= rank:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import BlockMerge, DenseUpdate, dense_update
 from seedlora.merge._consensus import sign_consensus
+from seedlora.merge._dense import BlockMerge, DenseUpdates, Updates, dense_update
 from seedlora.merge._lowrank import checked_range
 from seedlora.merge._sparsify import drop, stream
 
 
-def dare_linear(stack: LoRAFactors, *, p: float = 0.5, generator: torch.Generator | None = None) -> DenseUpdate:
+def dare_linear(stack: Updates, *, p: float = 0.5, generator: torch.Generator | None = None) -> DenseUpdates:
     r"""Drop each entry of each update with probability ``p``, rescale the others, average.
 
     .. math:: \Delta = \frac1N \sum_n \frac{m_n \odot \Delta_n}{1 - p}, \qquad m_n \sim \mathrm{Bernoulli}(1 - p)
@@ -43,8 +42,8 @@ def dare_linear(stack: LoRAFactors, *, p: float = 0.5, generator: torch.Generato
 
 
 def dare_ties(
-    stack: LoRAFactors, *, p: float = 0.5, scale: float = 1.0, generator: torch.Generator | None = None
-) -> DenseUpdate:
+    stack: Updates, *, p: float = 0.5, scale: float = 1.0, generator: torch.Generator | None = None
+) -> DenseUpdates:
     r"""Drop and rescale as :func:`dare_linear`, then elect signs and average what agrees, as TIES without its trim.
 
     Cost: one pass over row blocks of ``N*P*K`` entries; the result is dense.

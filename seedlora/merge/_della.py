@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import BlockMerge, DenseUpdate, dense_update
 from seedlora.merge._consensus import sign_consensus
+from seedlora.merge._dense import BlockMerge, DenseUpdates, Updates, dense_update
 from seedlora.merge._lowrank import checked_range
 from seedlora.merge._sparsify import drop_by_rank, stream
 
 
 def della(
-    stack: LoRAFactors,
+    stack: Updates,
     *,
     density: float = 0.5,
     epsilon: float = 0.15,
     scale: float = 1.0,
     generator: torch.Generator | None = None,
-) -> DenseUpdate:
+) -> DenseUpdates:
     r"""Keep entries with a probability that grows with their rank in the row, elect signs, average what agrees.
 
     .. math:: q_j = density - \epsilon + 2\epsilon \frac{j}{K-1}, \qquad

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates
 from seedlora.merge._lowrank import gram, weighted_sum
 
 
-def karcher(stack: LoRAFactors, *, max_iter: int = 10, tol: float = 1e-5) -> LoRAFactors:
+def karcher(stack: AnyUpdates, *, max_iter: int = 10, tol: float = 1e-5) -> AnyUpdates:
     r"""The spherical mean of the updates' directions, as long as the updates are on average.
 
     .. math:: u \leftarrow \exp_u \Big( \frac1N \sum_n \log_u \frac{\Delta_n}{\|\Delta_n\|} \Big), \qquad

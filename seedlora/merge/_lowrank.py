@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates, DenseUpdates, Updates, dense_update
 
 #: Directions whose share of a Gram matrix is below this (1e-7 squared) are noise of its float64 entries.
 _TINY = 1e-14
@@ -51,14 +52,16 @@ def once_per_stack(function: Callable[[LoRAFactors], T]) -> Callable[[LoRAFactor
     return remembering
 
 
-def gram(stack: LoRAFactors) -> Float[Tensor, "N N"]:
+def gram(stack: Updates) -> Float[Tensor, "N N"]:
     r"""Frobenius inner products of all pairs of updates, in float64.
 
     .. math:: G_{ij} = \langle \Delta_i, \Delta_j \rangle = \sum (B_i^\top B_j) \odot (A_i A_j^\top)
 
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates.
-    Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers.
+    Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers; one pass over dense updates.
     """
+    if isinstance(stack, DenseUpdates):
+        return gram_and_means(stack)[0]
     return _inner(factor_grams(stack), len(stack))
 
 
@@ -67,8 +70,17 @@ def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor
     return _grams(stack.A.double(), stack.B.double())
 
 
-def gram_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
-    """:func:`gram` and :func:`means` from one float64 copy of the factors."""
+def gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    """:func:`gram` and :func:`means` from one float64 copy of the factors, or one pass over dense updates."""
+    if isinstance(stack, DenseUpdates):
+        n = len(stack)
+        inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+        total = torch.zeros(n, dtype=torch.float64, device=stack.device)
+        for block in stack.blocks():
+            rows = block.flatten(1).double()
+            inner.addmm_(rows, rows.T)
+            total += rows.sum(1)
+        return inner, total / (stack.shape[0] * stack.shape[1])
     a, b = stack.A.double(), stack.B.double()
     return _inner(_grams(a, b), len(stack)), _means(a, b)
 
@@ -130,8 +142,8 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
 
 
 def weighted_sum(
-    stack: LoRAFactors, weights: Float[Tensor, " N"], *, constant: float | Float[Tensor, ""] | None = None
-) -> LoRAFactors:
+    stack: AnyUpdates, weights: Float[Tensor, " N"], *, constant: float | Float[Tensor, ""] | None = None
+) -> AnyUpdates:
     r"""The sum :math:`\sum_n w_n B_n A_n`, exactly, as one adapter of rank ``N*R``: concatenated factors.
 
     Args:
@@ -140,8 +152,12 @@ def weighted_sum(
         constant: a number to add to all ``D*K`` entries; it takes one more rank, a row of ones in ``A``.
 
     Returns:
-        One adapter (``N = 1``), in the dtypes of ``stack``.
+        One adapter (``N = 1``), in the dtypes of ``stack``; dense, if ``stack`` is.
     """
+    if isinstance(stack, DenseUpdates):
+        shift = 0.0 if constant is None else float(constant)
+        merge = lambda block: torch.tensordot(weights.to(block), block, 1) + shift  # noqa: E731
+        return dense_update(stack, lambda: merge, rank=len(stack) * stack.rank + (constant is not None))
     (n, r), (d, k) = (len(stack), stack.rank), stack.shape
     extra = 0 if constant is None else 1
     a, b = stack.A.new_empty(1, n * r + extra, k), stack.B.new_empty(1, d, n * r + extra)
@@ -293,15 +309,15 @@ def side_by_side(gram_MM: Float[Tensor, "M M"], r: int) -> Float[Tensor, "M M"]:
     return torch.block_diag(*(lengths[:, :, None] * vectors * values.clamp_min(0).sqrt()[:, None]))
 
 
-def checked_weights(stack: LoRAFactors, weights: Float[Tensor, " N"] | list[float] | None) -> Float[Tensor, " N"]:
+def checked_weights(stack: Updates, weights: Float[Tensor, " N"] | list[float] | None) -> Float[Tensor, " N"]:
     """The caller's weights as a float64 tensor, or ones.
 
     Raises:
         ValueError: if there is not exactly one finite weight per adapter.
     """
     if weights is None:
-        return torch.ones(len(stack), dtype=torch.float64, device=stack.A.device)
-    tensor = torch.as_tensor(weights, dtype=torch.float64, device=stack.A.device)
+        return torch.ones(len(stack), dtype=torch.float64, device=stack.device)
+    tensor = torch.as_tensor(weights, dtype=torch.float64, device=stack.device)
     if tensor.shape != (len(stack),) or not bool(tensor.isfinite().all()):
         raise ValueError(f"weights must be {len(stack)} finite numbers, one per adapter, got {tensor.tolist()}")
     return tensor

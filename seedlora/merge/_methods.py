@@ -30,10 +30,18 @@ from seedlora.merge._tsv import tsv_m
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "seedlora": Method(
-            seedlora, "mean update, rescaled to the seeds' mean and spread", "SeedLoRA, eq. 4-5", match_norm=True
+            seedlora,
+            "mean update, rescaled to the seeds' mean and spread",
+            "SeedLoRA, eq. 4-5",
+            match_norm=True,
+            dense=True,
         ),
         "seedlora_gain": Method(
-            seedlora_gain, "mean update times min(rho^-2p, cap)", "this project, after SeedLoRA eq. 5", match_norm=True
+            seedlora_gain,
+            "mean update times min(rho^-2p, cap)",
+            "this project, after SeedLoRA eq. 5",
+            match_norm=True,
+            dense=True,
         ),
         "seedlora_subspace": Method(
             seedlora_subspace,
@@ -41,7 +49,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "SeedLoRA, ICML 2025, two-stage (second-hand)",
             match_norm=True,
         ),
-        "soup": Method(soup, "mean of the updates", "Wortsman et al., arXiv 2203.05482"),
+        "soup": Method(soup, "mean of the updates", "Wortsman et al., arXiv 2203.05482", dense=True),
         "greedy_soup": Method(
             greedy_soup,
             "soup of the adapters that do not lower a validation score, best first",
@@ -49,29 +57,37 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             surveys={"members": greedy_members},
         ),
         "task_arithmetic": Method(
-            task_arithmetic, "sum of the updates times scale", "Ilharco et al., arXiv 2212.04089"
+            task_arithmetic, "sum of the updates times scale", "Ilharco et al., arXiv 2212.04089", dense=True
         ),
         "ties": Method(
             ties,
             "trim, elect a sign per entry, mean of the entries that agree",
             "Yadav et al., arXiv 2306.01708",
             surveys={"thresholds": ties_thresholds},
+            dense=True,
         ),
-        "dare_linear": Method(dare_linear, "drop at random, rescale, mean", "Yu et al., arXiv 2311.03099"),
+        "dare_linear": Method(dare_linear, "drop at random, rescale, mean", "Yu et al., arXiv 2311.03099", dense=True),
         "dare_ties": Method(
-            dare_ties, "drop at random, rescale, then TIES without trim", "Yu et al., arXiv 2311.03099"
+            dare_ties, "drop at random, rescale, then TIES without trim", "Yu et al., arXiv 2311.03099", dense=True
         ),
         "della": Method(
-            della, "drop at random by rank in the row, rescale, then TIES without trim", "Deep et al., arXiv 2406.11617"
+            della,
+            "drop at random by rank in the row, rescale, then TIES without trim",
+            "Deep et al., arXiv 2406.11617",
+            dense=True,
         ),
         "model_stock": Method(
-            model_stock, "mean update times Nc / (1 + (N-1)c), c the mean cosine", "Jang et al., arXiv 2403.19522"
+            model_stock,
+            "mean update times Nc / (1 + (N-1)c), c the mean cosine",
+            "Jang et al., arXiv 2403.19522",
+            dense=True,
         ),
-        "karcher": Method(karcher, "spherical mean of the directions times the mean norm", "Karcher, 1977"),
+        "karcher": Method(karcher, "spherical mean of the directions times the mean norm", "Karcher, 1977", dense=True),
         "sce": Method(
             sce,
             "entries of largest variance, adapters weighted by energy, minority signs erased",
             "Wan et al., arXiv 2408.07990",
+            dense=True,
         ),
         "tsv_m": Method(tsv_m, "singular vectors side by side, made orthogonal", "Gargiulo et al., arXiv 2412.00081"),
         "iso_c": Method(iso_c, "SVD of the sum with all values equal", "Marczak et al., arXiv 2502.04959"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates
 from seedlora.merge._lowrank import gram, mean_cosine, weighted_sum
 
 
-def model_stock(stack: LoRAFactors) -> LoRAFactors:
+def model_stock(stack: AnyUpdates) -> AnyUpdates:
     r"""Shrink the average towards the base model by as much as the updates disagree.
 
     .. math:: \Delta = t \bar\Delta, \qquad t = \frac{N c}{1 + (N-1) c}

@@ -5,14 +5,13 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import DenseUpdate, dense_update, row_blocks
 from seedlora.merge._consensus import disjoint_mean, elect_sign
+from seedlora.merge._dense import DenseUpdates, Updates, dense_update, row_blocks
 from seedlora.merge._lowrank import checked_range, gram
 from seedlora.merge._sparsify import magnitude_thresholds
 
 
-def sce(stack: LoRAFactors, *, select_topk: float = 1.0) -> DenseUpdate:
+def sce(stack: Updates, *, select_topk: float = 1.0) -> DenseUpdates:
     r"""Select the entries on which adapters differ most, weigh adapters by their energy there, erase minority signs.
 
     .. math:: S = \mathrm{top}_{k}(\mathrm{var}_n \Delta_n), \quad

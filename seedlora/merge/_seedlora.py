@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates
 from seedlora.merge._lowrank import checked_range, checked_weights, gram, gram_and_means, shrinkage, weighted_sum
 
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
@@ -14,8 +14,8 @@ _CANCELLED = 1e-7
 
 
 def seedlora(
-    stack: LoRAFactors, *, weights: Float[Tensor, " N"] | list[float] | None = None, mean_shift: bool = True
-) -> LoRAFactors:
+    stack: AnyUpdates, *, weights: Float[Tensor, " N"] | list[float] | None = None, mean_shift: bool = True
+) -> AnyUpdates:
     r"""Average the updates, then restore the mean and the spread that a single update has.
 
     .. math::
@@ -60,7 +60,7 @@ def seedlora(
     return weighted_sum(stack, w * gain, constant=mu.mean() - gain * mu_average if mean_shift else None)
 
 
-def seedlora_gain(stack: LoRAFactors, *, p: float = 0.5, cap: float = 2.0) -> LoRAFactors:
+def seedlora_gain(stack: AnyUpdates, *, p: float = 0.5, cap: float = 2.0) -> AnyUpdates:
     r"""Average the updates, and scale the average by a chosen power of what averaging took from its length.
 
     .. math:: \Delta = \min(\rho^{-2p}, \mathrm{cap}) \, \bar\Delta, \qquad

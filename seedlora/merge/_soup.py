@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates
 from seedlora.merge._lowrank import checked_weights, weighted_sum
 from seedlora.merge._walk import Walk
 
 
-def soup(stack: LoRAFactors, *, weights: Float[Tensor, " N"] | list[float] | None = None) -> LoRAFactors:
+def soup(stack: AnyUpdates, *, weights: Float[Tensor, " N"] | list[float] | None = None) -> AnyUpdates:
     r"""Average the updates of ``N`` adapters, exactly, as one adapter of rank ``N*R``.
 
     .. math:: \bar\Delta = \frac{1}{N} \sum_n w_n B_n A_n

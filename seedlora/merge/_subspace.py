@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import BlockMerge, DenseUpdate, dense_update, row_blocks
 from seedlora.merge._consensus import majority_mean, sign_consensus
+from seedlora.merge._dense import BlockMerge, DenseUpdates, dense_update, row_blocks
 from seedlora.merge._lowrank import checked_choice, checked_range, factor_grams, in_span, thin_svd
 from seedlora.merge._sparsify import drop, magnitude_thresholds, stream, trim
 
@@ -28,7 +28,7 @@ def seedlora_subspace(
     z_density: float = 1.0,
     p: float = 0.5,
     generator: torch.Generator | None = None,
-) -> DenseUpdate:
+) -> DenseUpdates:
     r"""Settle entries that are large in some adapter by majority, and merge all others within a common subspace.
 
     Stage 1, per entry j, with one threshold :math:`\sigma` for the layer: if some adapters have

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import AnyUpdates
 from seedlora.merge._lowrank import weighted_sum
 
 
-def task_arithmetic(stack: LoRAFactors, *, scale: float | None = None) -> LoRAFactors:
+def task_arithmetic(stack: AnyUpdates, *, scale: float | None = None) -> AnyUpdates:
     r"""Add the updates, scaled by one number: :math:`\Delta = \lambda \sum_n \Delta_n`.
 
     Costs one copy of the factors.

@@ -5,24 +5,23 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from seedlora.factors import LoRAFactors
-from seedlora.merge._blocks import DenseUpdate, dense_update, row_blocks
 from seedlora.merge._consensus import sign_consensus
+from seedlora.merge._dense import DenseUpdates, Updates, dense_update, row_blocks
 from seedlora.merge._lowrank import checked_choice, checked_range
 from seedlora.merge._sparsify import magnitude_thresholds, trim
-from seedlora.merge._walk import Walk
+from seedlora.merge._walk import AnyWalk
 
 #: Whether a threshold is taken over one layer, or over all layers together.
 SCOPES = ("layer", "model")
 
 
 def ties(
-    stack: LoRAFactors,
+    stack: Updates,
     *,
     density: float = 0.2,
     scale: float = 1.0,
     thresholds: Float[Tensor, " N"] | None = None,
-) -> DenseUpdate:
+) -> DenseUpdates:
     r"""Keep each adapter's largest entries, elect a sign per entry, average the entries that have it.
 
     .. math:: \hat\tau_n = \mathrm{trim}_{density}(\Delta_n), \quad
@@ -53,7 +52,7 @@ def ties(
     return dense_update(stack, lambda: lambda block_NPK: sign_consensus(trim(block_NPK, limits)) * scale)
 
 
-def ties_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "layer") -> Float[Tensor, " N"] | None:
+def ties_thresholds(walk: AnyWalk, *, density: float = 0.2, scope: str = "layer") -> Float[Tensor, " N"] | None:
     """The thresholds of :func:`ties` over all layers together, or none: each layer then takes its own.
 
     Args:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from seedlora.factors import LoRAFactors
+from seedlora.merge._dense import Updates
 
 #: Gives path and stack of every layer that a rule is applied to, from the start at each call. Only
 #: :func:`seedlora.fuse.fuse` makes one over a model, so layers are walked in one place.
 Walk: TypeAlias = Callable[[], Iterable[tuple[str, LoRAFactors]]]
+#: The same for a rule that takes updates of full rank as well.
+AnyWalk: TypeAlias = Callable[[], Iterable[tuple[str, Updates]]]

@@ -8,9 +8,8 @@ from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
 from seedlora.report.results import FUSED, MEANING, SOUP, Results
+from seedlora.serving import VLLM_RANKS, vllm_rank
 
-#: vLLM's --max-lora-rank takes one of these.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Rows up to which each score's interval fits beside the differences.
 SHORT_TABLE = 8
 
@@ -65,21 +64,21 @@ def verdict(results: Results) -> str:
     return "\n".join(sentences)
 
 
-def next_commands(*, base_model: str, adapter: Path, rank: int) -> str:
-    """How to load the adapter with PEFT, and how to serve it."""
-    fitting = [size for size in VLLM_RANKS if size >= rank]
-    serve = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {fitting[0]} \\\n    --lora-modules fused={adapter}"
-        if fitting
-        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
-    )
-    return f"""# load it with PEFT
+def next_commands(*, base_model: str, adapter: Path, rank: int, serve: bool = True) -> str:
+    """How to load the adapter with PEFT, and how to serve it if it can be."""
+    load = f"""# load it with PEFT
 python - <<'PY'
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
-PY
-# serve it with vLLM
-{serve}"""
+PY"""
+    if not serve:
+        return load
+    command = (
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
+        if (limit := vllm_rank(rank)) is not None
+        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
+    )
+    return f"{load}\n# serve it with vLLM\n{command}"
 
 
 def _interval(score: Score) -> str:

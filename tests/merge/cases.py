@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge import DenseUpdate, Update
+from seedlora.merge import Updates
 from seedlora.merge._sparsify import drop, drop_by_rank, stream
 from tests import reference as ref
 
@@ -24,9 +24,9 @@ def make_stack(n=3, r=2, d=7, k=9, *, alpha=5.0, seed=0, dtype=torch.float64) ->
     return LoRAFactors(a.to(dtype), (b * (alpha / r)).to(dtype))
 
 
-def dense(update: Update) -> Tensor:
+def dense(update: Updates) -> Tensor:
     """The merged update as one float64 matrix."""
-    return (update.dense() if isinstance(update, DenseUpdate) else update.to(torch.float64).dense()[0]).double()
+    return (update.to(torch.float64) if isinstance(update, LoRAFactors) else update).dense()[0].double()
 
 
 def dense_list(stack: LoRAFactors) -> list[Tensor]:

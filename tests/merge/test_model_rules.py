@@ -7,7 +7,7 @@ import torch
 
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, updates
-from seedlora.merge import METHODS, DenseUpdate, Method, _blocks, bind, compress, dense_update, soup
+from seedlora.merge import METHODS, DenseUpdates, Method, _blocks, _dense, bind, compress, dense_update, soup
 from tests import reference as ref
 from tests.merge.cases import dense, dense_list, make_stack, relative
 
@@ -161,9 +161,9 @@ def test_row_blocks_change_nothing(name, monkeypatch):
     stack = make_stack(n=3, d=31, k=9)
     options = {"select_topk": 0.5} if name == "sce" else {}
     whole = METHODS[name].rule(stack, **options).dense()
-    monkeypatch.setattr(_blocks, "BLOCK_ENTRIES", 3 * 9 * 4)
+    monkeypatch.setattr(_dense, "BLOCK_ENTRIES", 3 * 9 * 4)
     update = METHODS[name].rule(stack, **options)
-    assert [len(block) for block in update.blocks()] == [4] * 7 + [3]
+    assert [block.shape[1] for block in update.blocks()] == [4] * 7 + [3]
     if name in ("dare_ties", "della"):  # other bits, but the same ones at every pass
         assert torch.equal(update.dense(), update.dense())
     else:
@@ -173,7 +173,7 @@ def test_row_blocks_change_nothing(name, monkeypatch):
 def a_dense_update(d=40, k=30):
     matrix = torch.randn(d, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     stack = LoRAFactors(torch.ones(1, 2, k), torch.ones(1, d, 2))
-    return matrix, DenseUpdate((d, k), 2, torch.float64, stack.B.device, lambda: iter(matrix.split(7)))
+    return matrix, DenseUpdates((d, k), 2, torch.float64, stack.B.device, lambda: iter(matrix[None].split(7, 1)))
 
 
 @pytest.mark.parametrize("match_norm", [False, True])

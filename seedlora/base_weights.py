@@ -1,0 +1,185 @@
+"""The weights of a base model's folder, by layer path, read in row blocks.
+
+Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seedlora.hub import local_folder
+
+#: What a model folder holds besides weights; other files are left behind.
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_INT8_SCALE = ".SCB"
+#: Ends the name of the tensor in which bitsandbytes describes a 4-bit weight.
+_NF4_STATE = ".quant_state.bitsandbytes__"
+
+
+class BaseWeights:
+    """A base model as adapters see it: one weight per layer path. Nothing is opened before something is asked for.
+
+    Weights that bitsandbytes stored in 4 or 8 bits are dequantised, a layer at a time.
+
+    Args:
+        source: a folder with safetensors files, or a hub id.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = source
+        #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
+        self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
+        self._handles: dict[Path, Any] = {}
+        self._dequantized: tuple[str, Tensor] | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is.
+
+        Raises:
+            ValueError: if there is no such folder or hub repository.
+        """
+        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES))
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of every tensor, by key.
+
+        Raises:
+            ValueError: if a file is broken, or the weights are quantised in a way that cannot be undone here.
+            FileNotFoundError: if there are no safetensors files.
+        """
+        found = {}
+        for file in shards(self.folder):
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+            found.update(dict.fromkeys(self._handles[file].keys(), file))
+        if self.quantization not in (None, "bitsandbytes"):
+            raise ValueError(
+                f"base model {self.source} is quantised by {self.quantization}; only bitsandbytes can be undone: give "
+                "the model that it was made of, or keep the adapter apart"
+            )
+        return found
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
+        config = self.folder / "config.json"
+        entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+        return str(entry.get("quant_method", "an unknown method")) if entry else None
+
+    def key(self, path: str) -> str:
+        """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.
+
+        Raises:
+            ValueError: if there is none, or more than one could be meant.
+        """
+        parts = f"{path}.weight".split(".")
+        for start in range(max(1, len(parts) - 2)):
+            if (key := ".".join(parts[start:])) in self.files:
+                return key
+        longer = [key for key in self.files if key.endswith(f".{path}.weight")]
+        if len(longer) == 1:
+            return longer[0]
+        raise ValueError(
+            f"the base model {self.source} has {'more than one' if longer else 'no'} weight for the adapted layer "
+            f"{path} (a tied head has no weight of its own: untie it, or keep the adapter apart)"
+        )
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
+        if (state := self._state_key(key)) is not None:
+            return tuple(json.loads(bytes(self.tensor(state).tolist()))["shape"])
+        return tuple(self._handles[self.files[key]].get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self._handles[self.files[key]].get_tensor(key)
+
+    def weight(self, key: str) -> Tensor:
+        """A whole weight, dequantised if it has to be: to float32 from int8, from 4 bits to what it was made of.
+
+        Raises:
+            ValueError: if bitsandbytes is needed and not installed.
+        """
+        if (state := self._state_key(key)) is not None:
+            prefix = f"{key}."
+            return _dequantized(
+                self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
+            )
+        if (scale := key.removesuffix(".weight") + _INT8_SCALE) in self.statistics(key):
+            return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
+        return self.tensor(key)
+
+    def statistics(self, key: str) -> list[str]:
+        """The keys of the tensors with which a quantised weight is stored; empty for any other."""
+        if self.quantization is None:
+            return []
+        layer = key.removesuffix(".weight")
+        int8 = [name for name in (layer + _INT8_SCALE, f"{layer}.weight_format") if name in self.files]
+        return [name for name in self.files if name.startswith(f"{key}.")] + int8
+
+    def rows(self, path: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """A function that reads rows ``start`` to ``stop`` of a layer's weight, laid out ``(D, K)``.
+
+        Args:
+            path: of the layer.
+            flipped: the weight is stored as ``(K, D)``: ``Conv1D`` of GPT-2, and embeddings.
+        """
+        key = self.key(path)
+        quantised = bool(self.statistics(key))
+
+        def read(start: int, stop: int) -> Float[Tensor, "P K"]:
+            part = self._last_dequantized(key) if quantised else self._handles[self.files[key]].get_slice(key)
+            return part[:, start:stop].T if flipped else part[start:stop]
+
+        return read
+
+    def _last_dequantized(self, key: str) -> Tensor:
+        """The weight; one is kept, because it is read row by row."""
+        if self._dequantized is None or self._dequantized[0] != key:
+            self._dequantized = (key, self.weight(key))
+        return self._dequantized[1]
+
+    def _state_key(self, key: str) -> str | None:
+        return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of its index.
+
+    Raises:
+        FileNotFoundError: if it has none.
+        ValueError: if its index is broken.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+    return [single]
+
+
+def _dequantized(packed: Tensor, statistics: Mapping[str, Any], state: str) -> Tensor:
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ValueError(
+            f"{state} is a 4-bit weight of bitsandbytes, which is not installed: pip install bitsandbytes, or give the "
+            "model that it was made of"
+        ) from None
+    quantized = functional.QuantState.from_dict(dict(statistics), device=packed.device)
+    return functional.dequantize_4bit(packed, quantized)

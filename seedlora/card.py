@@ -1,0 +1,146 @@
+"""The model card of a fused adapter: ``README.md`` in its folder, made of the records beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seedlora.atomic import write_text
+
+CARD_NAME = "README.md"
+#: What of a run's settings says how the seeds were trained, and under which name.
+_TRAINING = {
+    "data": "data",
+    "data.task": "task",
+    "data.path": "rows",
+    "model.adapter": "adapter",
+    "model.quantization": "quantization of the base in training",
+    "model.r": "rank of a seed",
+    "model.lora_alpha": "lora_alpha of a seed",
+    "model.learning_rate": "learning rate",
+    "model.lora_plus_ratio": "LoRA+ ratio",
+    "epochs per seed": "epochs per seed",
+    "steps per seed": "steps per seed",
+}
+
+
+def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | None = None) -> str:
+    """The card's text.
+
+    Args:
+        record: what ``fusion.json`` says.
+        rank: of the adapter.
+        run: the folder around it. What its ``run.json`` says about the training, and its ``results.json`` about the
+            scores, is told if they are there.
+        name: the label under which the adapter itself was scored; without it only its inputs' scores are told.
+    """
+    inputs = [entry["name"] for entry in record["inputs"]]
+    base = record["base_model"]
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "library_name: peft",
+        "tags: [lora, seedlora]",
+        "---",
+        f"# {len(inputs)} LoRA adapters fused with `{record['method']}`",
+        "",
+        f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `fusion.json` has the inputs' checksums.",
+    ]
+    if kinds := record.get("kinds"):
+        result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
+        lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
+    if "compression" in record:
+        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
+        lines += [
+            "",
+            f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.",
+        ]
+    if "inputs_compressed" in record:
+        largest = record["inputs_compressed"]["relative_error_max"]
+        lines += ["", f"The method works on factors, so each input was compressed first: error {largest:.3g} at most."]
+    if averaged := record.get("averaged"):
+        lines += ["", f"Not fused by the method but averaged: {', '.join(f'`{key}`' for key in averaged)}."]
+    if gain := record.get("gain"):
+        lines += [
+            "",
+            f"The fused update is {gain['mean']:.3g} times as long as the mean of the inputs, "
+            f"{gain['min']:.3g} to {gain['max']:.3g} over the layers.",
+        ]
+    method = [record["method"], *([f"({record['source']})"] if record.get("source") else [])]
+    facts = {"base model": base, "inputs": ", ".join(inputs), "method": " ".join(method)}
+    facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record.get("use", {}))}.items()}
+    facts |= _training(run)
+    lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+    lines += _scores(run, inputs, name)
+    lines += ["", "Made by", "", "```sh", merge_command(record), "```", ""]
+    return "\n".join(lines)
+
+
+def refresh_card(folder: Path) -> None:
+    """Write the card of a fused adapter again, now that it is scored.
+
+    Raises:
+        OSError: if its records cannot be read or the card cannot be written.
+    """
+    record = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    write_text(folder / CARD_NAME, model_card(record, config["r"], run=folder.parent, name=folder.name))
+
+
+def merge_command(record: Mapping[str, Any]) -> str:
+    """The command that makes the adapter again, in the folder that holds its inputs."""
+    words = ["python", "-m", "seedlora", "merge", *(entry["name"] for entry in record["inputs"])]
+    words += ["--method", record["method"]]
+    for key, value in {**record["options"], **_said(record.get("use", {}))}.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        words += [f"--{key.replace('_', '-')}", text]
+    return shlex.join([*words, "--out", "fused"])
+
+
+def _said(use: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that every method has, without those that are as they are by default."""
+    return {
+        key: value
+        for key, value in use.items()
+        if (key, value) not in {("layers", "all"), ("svd", "auto"), ("seed", 0)}
+    }
+
+
+def _training(run: Path) -> dict[str, str]:
+    settings = _read(run / "run.json")
+    return {name: str(settings[key]) for key, name in _TRAINING.items() if settings.get(key) not in (None, "none")}
+
+
+def _scores(run: Path, inputs: list[str], name: str | None) -> list[str]:
+    found = _read(run / "results.json")
+    scores = {
+        label: score for label, score in found.get("scores", {}).items() if label in ("base", "soup", name, *inputs)
+    }
+    if not set(scores) & {name, *inputs}:
+        return []
+    n = next(iter(scores.values()))["n"]
+    rows = [
+        f"| {'**this adapter**' if label == name else label} | {100 * s['value']:.1f} "
+        f"| {100 * s['low']:.1f} to {100 * s['high']:.1f} |"
+        for label, s in scores.items()
+    ]
+    return [
+        "",
+        f"Scores: {found['metric']}, n = {n}, 95 % intervals.",
+        "",
+        "| adapter | score | interval |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, or nothing if it is not there or not an object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
