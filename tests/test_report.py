@@ -232,7 +232,7 @@ def test_the_figures_of_a_comparison(compared):
     ]
     assert "subsets" in drawn
     text = (compared / "report.md").read_text()
-    for sentence in ("Asked for auto; ", "No test item was looked at.", "logit_mean: the mean of the seeds'"):
+    for sentence in ("Asked for auto; ", "No test item was looked at.", "| logit_mean | the mean of the seeds'"):
         assert sentence in text
     cost = {row["adapter"]: row["tokens"] for row in found["adapters"]}
     assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
