@@ -7,31 +7,41 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, read_adapter, write_adapter
+from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
+from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, refresh_card, seed_card
+from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import base_of, fuse, fuse_folders, stack_adapters, stack_updates
-from seedlora.merge import MergeRule, bind, soup
-from seedlora.module import Replica, SeedLoRAModule, StoppedError
+from seedlora.merge import BoundRule, MergeRule, soup
+from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
-from seedlora.report.results import FUSED, SOUP
+from seedlora.report.results import FUSED, LOGITS, LONG_SEED, SELECTION_NAME, SOUP, WIDE_SEED
+from seedlora.selection import Layers, Score, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters
 
 VARY = ("both", "init", "order")
 KEEP = ("last", "best")
 ON_DIVERGENCE = ("stop", "exclude")
 AUTO = "auto"
-BASE, NO_MERGE = "base", "none"
+#: In the order in which they are trained.
+TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
+BASE = "base"
 
 
 class SeedEnsembleCallback(pl.Callback):
@@ -49,18 +59,31 @@ class SeedEnsembleCallback(pl.Callback):
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
       weights; the one before it is removed once it is whole. A SIGTERM, as a preempted job gets it, is answered by one
       after the step at hand, and the run ends.
-    - *train end*: each seed's PEFT folder is written, with the data module's prompt in ``prompt.json``, then the fused
-      one, then the checkpoints are removed.
-    - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items.
+    - *train end*: each seed's PEFT folder is written, with the data module's prompt in ``prompt.json``; after the last
+      one, seeds, soup and fused adapter are scored on the validation rows, with what is to be chosen on them, and
+      ``selection.json``, ``soup`` and ``fused`` are written; then the checkpoints are removed. ``Trainer.validate``
+      does the same for seeds that are all trained.
+    - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
+      what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time. Nothing is chosen any more.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
-    Trainer (and the same callback); the last one fuses all.
+    Trainer (and the same callback); the last one fuses all. Controls that are trained follow in the same way, one fit
+    each, while :attr:`pending_controls` is not empty.
 
     Args:
         seeds: one replica each.
-        merge: a method of :data:`seedlora.merge.METHODS`, any rule, or ``none`` to fuse nothing.
+        merge: a method of :data:`seedlora.merge.METHODS`, any rule, or ``none`` to fuse nothing. On the validation
+            rows, ``auto`` chooses the method, ``seedlora_gain`` without an option ``p`` its gain, on all layers or on
+            attention or FFN alone, and ``greedy_soup`` its members.
         merge_options: keyword options of the method.
+        compare: further methods, as a list or separated by commas, that are scored on the same test items.
+        compare_options: keyword options of these, by method.
+        controls: ``untrained`` scores, on the same test items, the best seed times the gain of the fused adapter, soup
+            times the factor that is best on validation rows, the greedy soup, and the mean of the seeds' probabilities
+            (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and once
+            more with the rank of all of them for as many as one had: ``n + 1`` times the tokens of a seed.
+        select_by: what is best on validation rows: the lowest ``loss``, or the most exact matches (``match``).
         dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
         budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble
             costs what one seed would; ``full`` gives each seed all of it.
@@ -88,6 +111,10 @@ class SeedEnsembleCallback(pl.Callback):
         *,
         merge: str | MergeRule = "seedlora",
         merge_options: Mapping[str, Any] | None = None,
+        compare: Sequence[str] | str | None = None,
+        compare_options: Mapping[str, Mapping[str, Any]] | None = None,
+        controls: str = NO_CONTROLS,
+        select_by: str = "loss",
         dirpath: str | Path | None = None,
         budget: str = "equal",
         vary: str = "both",
@@ -117,19 +144,24 @@ class SeedEnsembleCallback(pl.Callback):
         if checkpoint_every_n_steps < 1:
             raise ValueError(f"ensemble.checkpoint_every_n_steps must be at least 1, got {checkpoint_every_n_steps}")
         replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
-        self.method, self.options = merge, dict(merge_options or {})
+        names = compare.split(",") if isinstance(compare, str) else compare or ()
         # Bound now, so that a wrong name or option is known before training and not after it.
-        try:
-            self.rule = None if merge == NO_MERGE else bind(merge, self.options)
-        except ValueError as error:
-            raise ValueError(f"{error} ('{NO_MERGE}' fuses nothing)") from None
+        self.comparison = Comparison(
+            merge,
+            merge_options,
+            compare=[name for name in names if name],
+            compare_options=compare_options,
+            controls=controls,
+            select_by=select_by,
+        )
         self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         self.budget, self.vary, self.stack_size = budget, vary, stack_size
         self.keep, self.patience, self.on_divergence = keep, patience, on_divergence
         self.checkpoint_every_n_steps, self.resume = checkpoint_every_n_steps, resume
         self.results: Results | None = None
         self._opened = False
-        self._stack: tuple[int, ...] = ()
+        #: The control in training.
+        self._control: str | None = None
         self._share = ReplicaBudget(None, None)
         #: Of each seed in training: best validation loss, validations since, and the weights if they are kept.
         self._best: dict[str, dict[str, Any]] = {}
@@ -139,9 +171,22 @@ class SeedEnsembleCallback(pl.Callback):
         self._handler: Any = None
 
     @property
+    def rule(self) -> BoundRule | None:
+        """What the seeds are fused by; soup where that is still to be chosen; None if nothing is fused."""
+        return self.comparison.rule
+
+    @property
     def method_name(self) -> str:
-        """The merge method, for people."""
-        return self.method if isinstance(self.method, str) else getattr(self.method, "__name__", repr(self.method))
+        """The merge method, for people, and what was chosen."""
+        chosen = (self.selection or {}).get("chosen")
+        name = self.comparison.method_name
+        return name if chosen is None or not self.comparison.chooses else f"{name}: {chosen['name']}"
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """What the validation rows said when the seeds were fused: :meth:`seedlora.comparison.Comparison.settle`."""
+        file = self.dirpath / SELECTION_NAME
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     # The folder
 
@@ -184,15 +229,44 @@ class SeedEnsembleCallback(pl.Callback):
             self.stack_size = fitting_stack(len(self.seeds), memory_of(module, data), device_memory(trainer))
 
     @property
+    def trains_controls(self) -> bool:
+        """Whether controls are trained beside the seeds."""
+        return self.comparison.controls == ALL_CONTROLS and len(self.seeds) > 1
+
+    @property
+    def pending_controls(self) -> tuple[str, ...]:
+        """The controls that are still to be trained, once the seeds are."""
+        if not self.trains_controls or self.pending:
+            return ()
+        return tuple(name for name in TRAINED_CONTROLS if not (self.dirpath / name / CONFIG_NAME).is_file())
+
+    @property
+    def next_names(self) -> tuple[str, ...]:
+        """The adapters that the next fit trains: seeds, then one control after the other."""
+        return tuple(map(self._label, self.next_stack)) or self.pending_controls[:1]
+
+    def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
+        """What the Trainer of the next control needs besides the run's own options.
+
+        With the equal budget the run's limits are what all seeds had together; with the full one they are a seed's.
+        """
+        if self.pending_controls[:1] != (LONG_SEED,) or self.budget == "equal":
+            return {}
+        limits = {"max_epochs": max_epochs, "max_steps": max_steps}
+        return {name: len(self.seeds) * limit for name, limit in limits.items() if limit not in (None, -1)}
+
+    @property
     def metrics_path(self) -> Path:
-        """Where the metrics of the next fit belong: one file per stack of seeds."""
+        """Where the metrics of the next fit belong: one file per stack of seeds, one per control."""
+        if self.pending_controls:
+            return self.dirpath / f"metrics-{self.pending_controls[0]}.jsonl"
         stack = "" if len(self.next_stack) in (0, len(self.seeds)) else "-" + "-".join(map(str, self.next_stack))
         return self.dirpath / f"metrics{stack}.jsonl"
 
     @property
     def ckpt_path(self) -> Path | None:
-        """The newest checkpoint of the seeds that the next fit trains."""
-        found = self._checkpoints(self.next_stack)
+        """The newest checkpoint of what the next fit trains."""
+        found = self._checkpoints(self.next_names)
         return found[-1] if found else None
 
     @property
@@ -225,19 +299,37 @@ class SeedEnsembleCallback(pl.Callback):
                 "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
                 "parts; use ddp, or ensemble.keep last without patience"
             )
+        if module.hparams["adapter"] == "dora" and (reason := self.comparison.validated_for) is not None:
+            raise ValueError(
+                f"{reason} chooses among fusions of the seeds' factors, and DoRA's updates are not their factors; "
+                "name a method with its options, and compare others by ensemble.compare"
+            )
+        self.check_validation(trainer, data)
+        self._control = self.pending_controls[0] if self.pending_controls else None
         self._share = self.share(trainer)
-        self.choose_stack_size(trainer, module, data)
-        self.open(trainer, module, data)
-        self._stack = self.next_stack
-        if not self._stack:
-            raise ValueError(f"{self.dirpath}: all seeds are trained; call `fuse` to fuse them again")
-        module.replicas = tuple(self._replica(seed) for seed in self._stack)
+        module.rank_factor = len(self.trained) if self._control == WIDE_SEED else 1
+        if self._control is None:
+            self.choose_stack_size(trainer, module, data)
+            self.open(trainer, module, data)
+            if not self.pending:
+                raise ValueError(f"{self.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
+            module.replicas = tuple(self._replica(seed) for seed in self.next_stack)
+        else:
+            module.replicas = (replace(self._replica(self.trained[0]), name=self._control),)
         module.exclude_diverged = self.on_divergence == "exclude"
         self._best, self._restored = {}, {}
         data.seeds = tuple(replica.order_seed for replica in module.replicas)
         module.total_steps = self.replica_steps(trainer, data)
         module.scored = self._validated(module)
         self._module = module
+
+    def check_validation(self, trainer: pl.Trainer, data: Any) -> None:
+        """Raise ValueError if validation rows are needed and there are none; the data must be set up."""
+        needed = "ensemble.keep best and ensemble.patience need" if self.keep == "best" or self.patience else None
+        if (reason := self.comparison.validated_for) is not None:
+            needed = f"{reason} chooses on"
+        if needed and not trainer.fast_dev_run and not _limited(len(data.val_dataloader()), trainer.limit_val_batches):
+            raise ValueError(f"{needed} validation rows, and there are none")
 
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
         """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
@@ -273,10 +365,11 @@ class SeedEnsembleCallback(pl.Callback):
     def share(self, trainer: pl.Trainer) -> ReplicaBudget:
         """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`.
 
-        A trainer's ``fast_dev_run`` is one step, which cannot be shared: there every replica gets it.
+        A trainer's ``fast_dev_run`` is one step, which cannot be shared: there every replica gets it. The control that
+        trains as long as all seeds together has its trainer for itself.
         """
         return replica_budget(
-            "full" if trainer.fast_dev_run else self.budget,
+            "full" if trainer.fast_dev_run or self._control == LONG_SEED else self.budget,
             n=len(self.seeds),
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,
@@ -284,8 +377,7 @@ class SeedEnsembleCallback(pl.Callback):
 
     def replica_steps(self, trainer: pl.Trainer, data: Any) -> int:
         """Optimizer steps of each replica under this trainer with this data module."""
-        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        batches = _limited(len(data.train_dataloader()), trainer.limit_train_batches)
         check_batches(trainer, batches)
         return self.share(trainer).total_steps(-(-batches // trainer.accumulate_grad_batches))
 
@@ -293,13 +385,8 @@ class SeedEnsembleCallback(pl.Callback):
         """Put back who was stopped in the checkpoint, and listen for SIGTERM in Lightning's place.
 
         Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken.
-
-        Raises:
-            ValueError: if best weights are asked for and nothing is validated.
         """
         module = _ours(pl_module)
-        if (self.keep == "best" or self.patience) and not sum(trainer.num_val_batches):
-            raise ValueError("ensemble.keep best and ensemble.patience need validation rows, and there are none")
         module.idle |= set(self._restored.get("idle", ()))
         module.diverged |= self._restored.get("diverged", {})
         self._terminated = False
@@ -333,6 +420,9 @@ class SeedEnsembleCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember each seed's best weights, and stop the seeds that no longer improve."""
         module = _ours(pl_module)
+        if trainer.state.fn == "validate":
+            self._settle(trainer, module)
+            return
         if not (self.keep == "best" or self.patience) or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         for replica in module.replicas:
@@ -364,18 +454,20 @@ class SeedEnsembleCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fuse the seeds as they are now, beside those already finished."""
         module = _ours(pl_module)
-        if trainer.state.fn != "fit":
+        if trainer.state.fn == "validate":
+            self._load(module, self._read_seeds())
             return
         module.scored = self._validated(module)
-        if FUSED not in module.scored:
+        if self._live not in module.scored:
             return
-        current = module.stack.factors([r.name for r in module.replicas if r.name not in module.diverged])
-        finished = [seed for seed in self.trained if seed not in self._stack]
+        assert self.rule is not None
+        names = [r.name for r in module.replicas]
+        current = module.stack.factors([name for name in names if name not in module.diverged])
+        finished = [seed for seed in self.trained if self._label(seed) not in names]
         if finished:
             before = stack_adapters({self._label(seed): read_adapter(self.adapter_path(seed)) for seed in finished})
             current = {path: LoRAFactors.stack([before[path], current[path]]) for path in current}
-        assert self.rule is not None
-        module.stack.load(FUSED, fuse(current, self.rule))
+        module.stack.load(self._live, fuse(current, self.rule))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapters of this stack and, if they are the last, fuse all."""
@@ -385,22 +477,24 @@ class SeedEnsembleCallback(pl.Callback):
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
-        for replica, seed in zip(module.replicas, self._stack, strict=True):
-            if replica.name in module.diverged:
+        names = [replica.name for replica in module.replicas]
+        for name in names:
+            if name in module.diverged:
                 continue
-            if replica.name not in module.idle:
-                self._take_best(module, replica.name)
-            layers, magnitudes = module.stack.stored(replica.name), module.stack.magnitudes(replica.name)
+            if name not in module.idle:
+                self._take_best(module, name)
+            layers, magnitudes = module.stack.stored(name), module.stack.magnitudes(name)
             if trainer.is_global_zero:
-                path, config = self.adapter_path(seed), module.saved_config
-                write_adapter(path, layers, config, files=files, magnitudes=magnitudes)
+                write_adapter(self.dirpath / name, layers, module.saved_config, files=files, magnitudes=magnitudes)
+        if trainer.is_global_zero and module.diverged and self._control is None:
+            reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
+            before = {self._label(seed): reason for seed, reason in self.excluded.items()}
+            write_text(self.dirpath / "excluded.json", json.dumps({**before, **reasons}, indent=2) + "\n")
+        trainer.strategy.barrier()
+        if self._control is None:
+            self._settle(trainer, module)
         if trainer.is_global_zero:
-            if module.diverged:
-                reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
-                before = {self._label(seed): reason for seed, reason in self.excluded.items()}
-                write_text(self.dirpath / "excluded.json", json.dumps({**before, **reasons}, indent=2) + "\n")
-            self.fuse()
-            shutil.rmtree(self._checkpoint_folder(self._stack), ignore_errors=True)
+            shutil.rmtree(self._checkpoint_folder(names), ignore_errors=True)
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -417,43 +511,75 @@ class SeedEnsembleCallback(pl.Callback):
         """Give SIGTERM back."""
         self._listen_no_more()
 
-    def fuse(self) -> Path | None:
-        """Fuse the seeds' folders, if all that were not excluded are there and a method was asked for."""
+    def fuse(self, rule: BoundRule | None = None) -> Path | None:
+        """Fuse the seeds' folders, if all that were not excluded are there and a method was asked for.
+
+        Their soup is written beside, unless it is what was asked for.
+
+        Args:
+            rule: what was chosen. Default: the rule of the run.
+
+        Raises:
+            ValueError: if the rule is still to be chosen.
+        """
         if self.rule is None or self.pending or not self.trained:
             return None
+        if rule is None and self.comparison.chooses:
+            raise ValueError(f"{self.comparison.validated_for} chooses on validation rows: call Trainer.validate")
+        if rule is None:
+            # What validation said of an earlier choice is not said of this one.
+            (self.dirpath / SELECTION_NAME).unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
-        return fuse_folders(folders, self.fused_path, method=self.method, options=self.options)
+        if not self.comparison.is_soup and len(folders) > 1:
+            fuse_folders(folders, self.dirpath / SOUP, method=SOUP)
+        return fuse_folders(folders, self.fused_path, method=rule or self.rule)
 
     # Testing
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        folders = {self._label(seed): self.adapter_path(seed) for seed in self.trained}
-        base = base_of(list(folders.values()))
-        scored = {label: read_adapter(folder, base=base) for label, folder in folders.items()}
-        for label, adapter in scored.items():
-            module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes)
-        fused: dict[str, Mapping[str, LoRAFactors]] = {}
-        if self.rule is not None and len(scored) > 1:
-            fused[SOUP] = fuse(stack_updates(scored, base), soup)
-        if self.rule is not None and (self.method != SOUP or self.options):
-            fused[FUSED] = read_adapter(self.fused_path).layers
-        for label, layers in fused.items():
-            module.stack.load(label, layers)
-        module.scored = {BASE: None, **{label: label for label in (*scored, *fused)}}
+        seeds = self._read_seeds()
+        scored = dict(seeds)
+        for name in TRAINED_CONTROLS:
+            if self.trains_controls and (self.dirpath / name / CONFIG_NAME).is_file():
+                scored[name] = read_adapter(self.dirpath / name, base=self._base)
+        if len(seeds) > 1 and (self.rule is not None or self.comparison.compare):
+            written = (self.dirpath / SOUP / CONFIG_NAME).is_file()
+            first = replace(next(iter(seeds.values())), magnitudes={})
+            fresh = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
+            scored[SOUP] = read_adapter(self.dirpath / SOUP) if written else fresh
+        if self.rule is not None and not self.comparison.is_soup:
+            scored[FUSED] = read_adapter(self.fused_path)
+        self._load(module, scored)
+        module.scored = {BASE: None, **module.scored}
+        module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare the adapters and write ``results.json``."""
+        """Score what else is compared, compare the adapters and write ``results.json``."""
         module = _ours(pl_module)
-        labels = list(module.scored)
-        correct = module.test_matrix().cpu().numpy()
+        columns = dict(zip((*module.scored, *module.mixtures), module.test_matrix().cpu().numpy().T, strict=True))
+        module.mixtures = {}
+        columns |= self._scored_beside(trainer, module)
+        # The fused adapter last, for whoever reads the table.
+        columns |= {FUSED: columns.pop(FUSED)} if FUSED in columns else {}
         seeds = [self._label(seed) for seed in self.trained]
-        self.results = results(correct, labels, seeds, metric="exact match, greedy")
+        correct = np.stack(list(columns.values()), axis=1)
+        self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
+        domains = getattr(trainer.datamodule, "domains", None)
         if trainer.is_global_zero:
-            write_text(self.dirpath / "results.json", json.dumps(self.results.to_dict(), indent=2) + "\n")
+            stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
+            write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
+
+    def beside(self) -> dict[str, Callable[[], Layers]]:
+        """What is compared beside base, seeds, soup, fused and trained controls, by label; made when it is called."""
+        adapters = self._read_seeds()
+        if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
+            return {}
+        fused = None if self.rule is None else read_adapter(self.fused_path).layers
+        return self.comparison.beside(stack_updates(adapters, self._base), list(adapters), fused, self.selection or {})
 
     # Inside
 
@@ -469,12 +595,76 @@ class SeedEnsembleCallback(pl.Callback):
             order_seed=first if self.vary == "init" else seed,
         )
 
+    def _read_seeds(self) -> dict[str, Adapter]:
+        return {self._label(seed): read_adapter(self.adapter_path(seed), base=self._base) for seed in self.trained}
+
+    @property
+    def _base(self) -> BaseWeights:
+        """The base weights that DoRA's updates need; opened when they are read."""
+        return base_of([self.adapter_path(seed) for seed in self.trained])
+
+    def _load(self, module: SeedLoRAModule, adapters: Mapping[str, Adapter]) -> None:
+        for label, adapter in adapters.items():
+            module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes)
+        module.scored = {label: label for label in adapters}
+
+    @property
+    def _live(self) -> str | None:
+        """What is fused at each validation: as long as a rule is not chosen, soup stands for it under its own name."""
+        if self.rule is None or self._control is not None:
+            return None
+        return SOUP if self.comparison.chooses else FUSED
+
     def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
         names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
-        scored: dict[str, str | None] = {name: name for name in names}
         # What DoRA adds to a weight has its full rank: fusing it at every validation would take longer than training.
-        fusible = self.rule is not None and module.hparams["adapter"] != "dora"
-        return {**scored, FUSED: FUSED} if fusible else scored
+        live = [self._live] if self._live and module.hparams["adapter"] != "dora" else []
+        return {name: name for name in (*names, *live)}
+
+    def _validation_batches(self, trainer: pl.Trainer, data: Any) -> list[Any]:
+        """The validation batches of this rank, as many as the trainer validates on."""
+        batches = list(data.val_dataloader())
+        return batches[: _limited(len(batches), trainer.limit_val_batches)]
+
+    def _settle(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Once all seeds are there: choose what is to be chosen, and fuse."""
+        if self.rule is None or self.pending or not self.trained:
+            return
+        rule, batches = None, self._validation_batches(trainer, trainer.datamodule)
+        if batches and module.hparams["adapter"] != "dora":  # whose fusions take longer than their scores
+            adapters = self._read_seeds()
+            stacks = stack_adapters(adapters)
+            total = len(batches) * self.comparison.adapters_to_score(list(stacks), len(adapters))
+            with self._scorer(trainer, module, batches, "Scoring on validation rows", total) as score:
+                rule, found = self.comparison.settle(stacks, list(adapters), score)
+            if trainer.is_global_zero:
+                write_text(self.dirpath / SELECTION_NAME, json.dumps(found, indent=2) + "\n")
+        if trainer.is_global_zero:
+            self.fuse(rule)
+
+    def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, np.ndarray]:
+        """Outcomes of the methods and controls that are not in the test's own pass."""
+        beside, loader = self.beside(), trainer.test_dataloaders
+        if not beside:
+            return {}
+        batches = list(loader)[: _limited(len(loader), trainer.limit_test_batches)]
+        with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
+            found = score_lazily(beside, score, at_once=AT_ONCE)
+        return {label: rows.correct.numpy() for label, rows in found.items()}
+
+    @contextmanager
+    def _scorer(
+        self, trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[Any], what: str, total: int
+    ) -> Iterator[Score]:
+        """A score on these batches, with a bar that counts them for every adapter."""
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        hidden = not (console.is_terminal and trainer.is_global_zero)
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda adapters: module.score_rows(
+                adapters, batches, on_batch=lambda: progress.advance(task, len(adapters))
+            )
 
     def _take_best(self, module: SeedLoRAModule, name: str) -> None:
         """Put a seed's best weights in the place of its last ones, if they are kept."""
@@ -513,16 +703,17 @@ class SeedEnsembleCallback(pl.Callback):
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
 
-    def _checkpoint_folder(self, stack: Sequence[int]) -> Path:
-        return self.dirpath / "checkpoints" / "-".join(map(self._label, stack))
+    def _checkpoint_folder(self, names: Sequence[str]) -> Path:
+        return self.dirpath / "checkpoints" / "-".join(names)
 
-    def _checkpoints(self, stack: Sequence[int]) -> list[Path]:
-        found = self._checkpoint_folder(stack).glob("step=*.ckpt")
+    def _checkpoints(self, names: Sequence[str]) -> list[Path]:
+        found = self._checkpoint_folder(names).glob("step=*.ckpt")
         return sorted(found, key=_step)
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         """Save beside, flush, rename, then remove the one before; at any moment one whole checkpoint is there."""
-        path = self._checkpoint_folder(self._stack) / f"step={trainer.global_step}.ckpt"
+        names = [replica.name for replica in _ours(trainer.lightning_module).replicas]
+        path = self._checkpoint_folder(names) / f"step={trainer.global_step}.ckpt"
         temporary = path.with_suffix(".tmp")
         try:
             trainer.save_checkpoint(temporary)
@@ -533,7 +724,7 @@ class SeedEnsembleCallback(pl.Callback):
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
-            for older in self._checkpoints(self._stack)[:-1]:
+            for older in self._checkpoints(names)[:-1]:
                 _remove(older)
         trainer.strategy.barrier()
 
@@ -542,6 +733,11 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
     if not isinstance(module, SeedLoRAModule):
         raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
     return module
+
+
+def _limited(batches: int, limit: int | float) -> int:
+    """How many batches a trainer takes: a number of them, or a part."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _step(path: Path) -> int:

@@ -98,6 +98,10 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
         """The tokenised sources as the splits ``train``, ``val`` and ``test``; the last two may be empty."""
 
+    def domains(self, split: str) -> dict[str, list[str]]:  # noqa: ARG002 - a data set without sub-domains
+        """What kind of item each row of a split is, by the name of the kind; empty where the data does not say."""
+        return {}
+
     def prompt_record(self) -> dict[str, Any]:
         """How these rows are worded, as plain data: see :mod:`datamodules.prompts`."""
         return prompt_record(self.style, self._tokenizer())

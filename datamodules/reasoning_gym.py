@@ -14,6 +14,8 @@ from datamodules.sources import Row
 
 # Item i of a reasoning-gym data set is drawn with seed + i, so two data sets overlap if their seeds are close.
 _SEED_STRIDE = 100_000_000
+#: A property with more values, or with fewer items of a value on average, is no kind of item.
+_MOST_DOMAINS, _LEAST_ITEMS = 12, 5
 _TWO_TERMS_OF_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
 
@@ -86,6 +88,18 @@ class ReasoningGym(InstructionDataModule):
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
         """The sources are the splits."""
         return dict(rows)
+
+    def domains(self, split: str) -> dict[str, list[str]]:
+        """What the generator says of each item, where few values cover all: the number of terms, for example."""
+        items = [self.items[split][number]["metadata"] for number in self.rows[split].numbers]
+        kinds = {}
+        for key in items[0] if items else ():
+            values = [item.get(key) for item in items]
+            if not all(isinstance(value, int | str) for value in values):
+                continue
+            if 1 < len(set(values)) <= min(_MOST_DOMAINS, len(values) // _LEAST_ITEMS):
+                kinds[key] = [str(value) for value in values]
+        return kinds
 
     @cached_property
     def items(self) -> dict[str, list[dict[str, Any]]]:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file
+from seedlora.comparison import ALL_CONTROLS
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, adapter_sha256, candidate
 from seedlora.evaluation.command import make_sandbox, score, task_runs
 from seedlora.evaluation.generate import StackGenerator
@@ -38,6 +39,7 @@ from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
+from seedlora.report.results import BASE
 from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -46,12 +48,21 @@ Train LoRA replicas of one task with different seeds as one stack, and fuse them
   python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
   python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
   python train.py --config configs/default.yaml --model.r 16
+  python train.py --merge auto --compare ties,knots_ties   the method that is best on validation rows; others beside it
+  python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
   python train.py --merge seedlora --resume            go on with the newest unfinished run
   python train.py --merge seedlora --plan              what the run will take, measured on a few steps
   python train.py --evaluate gsm8k --evaluate_limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
-SHORT = {"--merge": "--ensemble.merge", "--resume": "--ensemble.resume"}
+SHORT = {
+    "--merge": "--ensemble.merge",
+    "--compare": "--ensemble.compare",
+    "--controls": "--ensemble.controls",
+    "--resume": "--ensemble.resume",
+}
+#: What the short options mean that are given without a value.
+BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -215,6 +226,8 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
+        if finished and cli.ensemble.comparison.has_controls and not (cli.ensemble.selection or {}).get("controls"):
+            raise UsageError(f"{cli.ensemble.dirpath} was fused without controls; --resume instead of test adds them")
         runs, sandbox = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning)
     except (ValueError, OSError) as error:
@@ -264,6 +277,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
+    ensemble.check_validation(trainer, data)
     ensemble.choose_stack_size(trainer, module, data)
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
@@ -286,32 +300,42 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     trainer.fit(cli.model, datamodule=data)
     seconds = cli.throughput.seconds * accumulate
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    what = "training the seeds" if ensemble.trains_controls else "training"
     console.print(
         f"Measured: {seconds:.3g} s a step of {min(len(plan.seeds), ensemble.stack_size or len(plan.seeds))} seeds, so "
-        f"about {total} (h:mm:ss) of training; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
+        f"about {total} (h:mm:ss) of {what}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
         f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
         highlight=False,
     )
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:
-    """Train the seeds that are not trained yet, one stack after the other; the last one fuses all."""
+    """Train what is not trained yet: seeds, one stack after the other, the last one fuses all; then controls."""
     ensemble, first = cli.ensemble, True
-    while ensemble.pending:
-        trainer = cli.trainer if first else cli.instantiate_trainer()
+    if not ensemble.pending:
+        # Perhaps this is not the method, or the choice, that they were fused by.
+        first = False
+        if ensemble.rule is not None and cli.datamodule.rows["val"] and cli.trainer.limit_val_batches:
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        elif cli.trainer.is_global_zero:
+            ensemble.fuse()
+    while ensemble.pending or ensemble.pending_controls:
+        control, given = None, cli.config_init.trainer
+        if not ensemble.pending:
+            control, first = ensemble.pending_controls[0], False
+            console.print(f"Training the control {control}")
+        limits = ensemble.control_limits(max_epochs=given.max_epochs, max_steps=given.max_steps) if control else {}
+        trainer = cli.trainer if first else cli.instantiate_trainer(**limits)
         cli.trainer, first = trainer, False
         checkpoint = ensemble.ckpt_path
         if checkpoint is not None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
-        with timed(ensemble.dirpath / COST_NAME) if trainer.is_global_zero else nullcontext():
+        with timed(ensemble.dirpath / COST_NAME, control) if trainer.is_global_zero else nullcontext():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
-    if first and cli.trainer.is_global_zero:
-        # All seeds were there already, but perhaps not this method's fusion of them.
-        ensemble.fuse()
 
 
 def _test(cli: SeedLoRACLI, console: Console) -> None:
@@ -370,6 +394,10 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
+    for label, make in ensemble.beside().items():
+        module.stack.load(label, make())
+        module.scored[label] = label
+    mixtures, module.mixtures = module.mixtures, {}
     data = cli.datamodule
     record = data.prompt_record() if hasattr(data, "prompt_record") else DEFAULT_STYLE
     generator = StackGenerator(
@@ -378,10 +406,15 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
         route=module.stack.route,
         frozen=module.stack.frozen,
         adapters=module.scored,
+        mixtures=mixtures,
         batch_size=cli.config.evaluate_batch_size,
     )
-    weights = {label: adapter_sha256(ensemble.dirpath / label) for label in module.scored}
-    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in module.scored]
+    weights: dict[str, Any] = {
+        label: adapter_sha256(ensemble.dirpath / label) or (label != BASE and module.stack.loaded_sha256(label)) or None
+        for label in module.scored
+    }
+    weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
+    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     scored = Scored(generator, candidates, settings)
@@ -395,11 +428,15 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         return
     try:
         with console.status("Writing the report ..."):
-            write_report(run)
+            found = write_report(run)
     except Exception as error:
         reason = _one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
     else:
+        for sentence in found["advice"]["sentences"]:
+            console.print(sentence, highlight=False, markup=False)
+        if (better := found["advice"]["better"]) is not None:
+            console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -417,15 +454,15 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:
-    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``."""
+    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``, and so on."""
     long = []
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in SHORT:
             argument = SHORT[name] + equals + value
             following = argv[i + 1] if i + 1 < len(argv) else "--"
-            if name == "--resume" and not equals and following.startswith("-"):
-                argument += "=true"
+            if name in BARE and not equals and following.startswith("-"):
+                argument += f"={BARE[name]}"
         long.append(argument)
     return long
 

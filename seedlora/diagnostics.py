@@ -1,14 +1,14 @@
-"""What a set of adapters looks like, computed from its factors; tables as dataclasses, figures by matplotlib.
+"""What a set of adapters looks like, computed from its factors.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``S`` sampled entries.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -21,15 +21,10 @@ from seedlora.merge import (
     gram_and_means,
     mean_cosine,
     means,
-    row_blocks,
     shrinkage,
     singular_values,
     variances,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -97,17 +92,9 @@ class ModuleFacts:
     merged_effective_rank: float | None
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of all entries of each adapter's update; what lies outside of the edges is in the first and last bin.
-
-    Attributes:
-        edges: of the bins, one more than bins.
-        counts: shape (N, bins).
-    """
-
-    edges: tuple[float, ...]
-    counts: tuple[tuple[int, ...], ...]
+def natural(text: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def layer_facts(
@@ -226,91 +213,3 @@ def model_cosines(stacks: Mapping[str, LoRAFactors]) -> Float[Tensor, "N N"]:
     if not stacks:
         raise ValueError("model_cosines needs at least one layer, got none")
     return cosines(torch.stack([gram(stack).cpu() for stack in stacks.values()]).sum(0))
-
-
-def histogram(stack: LoRAFactors, *, bins: int = 101, spreads: float = 4.0) -> Histogram:
-    """Distribution of the entries of every update, by row blocks of bounded memory.
-
-    Args:
-        stack: the adapters of one layer.
-        bins: how many.
-        spreads: the edges reach to this many standard deviations of the widest update, on both sides of zero; entries
-            beyond are counted in the outermost bins.
-    """
-    limit = spreads * float(variances(stack).sqrt().max()) or 1.0
-    counts = torch.zeros(len(stack), bins, dtype=torch.int64)
-    for block in row_blocks(stack):
-        for n, values in enumerate(block):
-            clamped = values.float().cpu().clamp(-limit, limit)
-            counts[n] += torch.histc(clamped, bins, -limit, limit).long()
-    edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
-    return Histogram(tuple(edges.tolist()), tuple(tuple(row) for row in counts.tolist()))
-
-
-#: Okabe and Ito's colours, which colour-blind readers tell apart; black is the merged adapter's.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
-_AVERAGES = {"soup": "grey", "merged": "black"}
-
-
-def plot_cosines(layers: Sequence[LayerFacts]) -> Figure:
-    """The mean pairwise cosine of every layer, one line per module type (figure 2 of the SeedLoRA paper)."""
-    figure, axes = _figure()
-    groups: dict[str, list[float]] = defaultdict(list)
-    for layer in layers:
-        groups[layer.module].append(layer.mean_cosine)
-    for module, values in groups.items():
-        axes.plot(range(len(values)), values, marker=".", label=module)
-    axes.set(xlabel="layer", ylabel="mean pairwise cosine", ylim=(min(0.0, *_flat(groups)), 1.0))
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.legend(fontsize="small", ncols=2)
-    return figure
-
-
-def plot_spectra(layer: LayerFacts, names: Sequence[str]) -> Figure:
-    """Singular values of every adapter, and of the merged one, in one layer (figure 3a of the SeedLoRA paper).
-
-    Args:
-        layer: the layer.
-        names: one per adapter.
-    """
-    figure, axes = _figure()
-    for name, update in zip(names, layer.updates, strict=True):
-        axes.plot(range(1, 1 + len(update.singular_values)), update.singular_values, marker=".", label=name)
-    if layer.merged is not None:
-        values = layer.merged.singular_values
-        axes.plot(range(1, 1 + len(values)), values, marker=".", color=_AVERAGES["merged"], label="merged")
-    axes.set(xlabel="index", ylabel="singular value", title=layer.path)
-    axes.legend(fontsize="small")
-    return figure
-
-
-def plot_distributions(path: str, counted: Histogram, names: Sequence[str]) -> Figure:
-    """Distribution of the entries of every update in one layer (figure 7 of the SeedLoRA paper).
-
-    Args:
-        path: of the layer.
-        counted: its histogram.
-        names: one per update.
-    """
-    figure, axes = _figure()
-    width = counted.edges[1] - counted.edges[0]
-    for i, (name, row) in enumerate(zip(names, counted.counts, strict=True)):
-        # The outermost bins also hold what lies beyond them, and would stand out as spikes.
-        density = [count / (sum(row) * width) for count in row[1:-1]]
-        axes.stairs(density, counted.edges[1:-1], label=name, color=_AVERAGES.get(name, COLOURS[i % len(COLOURS)]))
-    axes.set(xlabel="entry of the update", ylabel="density", title=path)
-    axes.legend(fontsize="small")
-    return figure
-
-
-def _figure() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_prop_cycle(color=COLOURS)
-    return figure, axes
-
-
-def _flat(groups: Mapping[str, Sequence[float]]) -> list[float]:
-    return [value for values in groups.values() for value in values]

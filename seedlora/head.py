@@ -28,6 +28,8 @@ def is_plain(head: nn.Module) -> bool:
         type(head) is nn.Linear
         and not head.weight.requires_grad
         and type(head.weight) is nn.Parameter
+        # ZeRO-3's weights are whole now and then, which the ranks must not take for a different way each
+        and not hasattr(head.weight, "ds_id")
         and (head.weight.numel() == head.in_features * head.out_features)
     )
 

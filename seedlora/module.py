@@ -6,7 +6,7 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens, ``S`` supervised
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,11 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import ALL_LINEAR, EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.card import base_note
+from seedlora.evaluation.generate import evaluating
+from seedlora.factors import LoRAFactors
 from seedlora.head import head_losses, is_plain
 from seedlora.quantization import check_quantization
+from seedlora.selection import RowScores
 from seedlora.stacked import PARTS, AdapterStack, Start
 from seedlora.starts import prepare_base
 from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
@@ -32,6 +35,8 @@ ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 IGNORED = -100
+#: Adapters that are scored in one forward.
+AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,10 @@ class SeedLoRAModule(pl.LightningModule):
         self.total_steps: int | None = None
         #: What validation and test score: label to adapter; ``None`` is the base model.
         self.scored: dict[str, str | None] = {}
+        #: Further labels: the mean of the next-token probabilities of several of those scored.
+        self.mixtures: dict[str, tuple[str, ...]] = {}
+        #: Rank and ``lora_alpha`` of the replicas in units of their hyperparameters, at the same scaling.
+        self.rank_factor = 1
         self.test_correct, self.test_items = CatMetric(), CatMetric()
         self._tokenizer: Any = None
         #: Whether nothing follows the head; unknown until the first forward.
@@ -221,16 +230,17 @@ class SeedLoRAModule(pl.LightningModule):
         """PEFT's configuration of each replica in training."""
         from peft import LoraConfig
 
-        hparams, names = self.hparams, self.hparams["target_modules"]
+        hparams, names, wider = self.hparams, self.hparams["target_modules"], self.rank_factor
+        alpha = wider**0.5 if hparams["adapter"] == "rslora" else wider  # at the same scaling
         return LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_path,
-            r=hparams["r"],
-            lora_alpha=hparams["lora_alpha"],
+            r=hparams["r"] * wider,
+            lora_alpha=hparams["lora_alpha"] * alpha,
             lora_dropout=hparams["lora_dropout"],
             target_modules=sorted({p.rpartition(".")[2] for p in self.targets}) if names == ALL_LINEAR else names,
-            rank_pattern=hparams["rank_pattern"],
-            alpha_pattern=hparams["alpha_pattern"],
+            rank_pattern={key: rank * wider for key, rank in hparams["rank_pattern"].items()},
+            alpha_pattern={key: value * alpha for key, value in hparams["alpha_pattern"].items()},
             use_rslora=hparams["adapter"] == "rslora",
             use_dora=hparams["adapter"] == "dora",
             fan_in_fan_out=outline(hparams["base_model"]).transposed and hparams["quantization"] == "none",
@@ -461,17 +471,93 @@ class SeedLoRAModule(pl.LightningModule):
             raise StoppedError(f"{what}, and no other replica is left; lower model.learning_rate")
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
-        """Every adapter of :attr:`scored` on the same rows, in one pass over the base model.
+        r"""Every adapter of :attr:`scored` on the same rows, :data:`AT_ONCE` of them in one pass over the base model.
+
+        A mixture's probability of a token is the mean of its members' after the same true tokens:
+        :math:`p(t) = \frac1N \sum_n p_n(t)`.
 
         Returns:
-            Per adapter and row: the summed loss, whether greedy decoding would give the response exactly, and the
-            number of supervised tokens. The second needs no generation: greedy decoding gives the response if and only
-            if each of its tokens, the end token included, is the most likely one after the true tokens before it.
+            Per adapter, then per mixture of :attr:`mixtures`, and row: the summed loss, whether greedy decoding would
+            give the response exactly, and the number of supervised tokens. The second needs no generation: greedy
+            decoding gives the response if and only if each of its tokens, the end token included, is the most likely
+            one after the true tokens before it.
         """
-        n = len(self.scored)
-        self.stack.route(list(self.scored.values()))
-        losses, right, keep = self.token_losses(batch["input_ids"].repeat(n, 1), batch["labels"].repeat(n, 1))
-        return losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1)
+        ids, labels = batch["input_ids"], batch["labels"]
+        names, found = list(self.scored), []
+        for start in range(0, len(names), AT_ONCE):
+            group = names[start : start + AT_ONCE]
+            n = len(group)
+            self.stack.route([self.scored[name] for name in group])
+            losses, right, keep = self.token_losses(ids.repeat(n, 1), labels.repeat(n, 1))
+            found.append((losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1)))
+        for members in self.mixtures.values():
+            losses, right, keep = self._mixture_losses(ids, labels, members)
+            found.append((losses.sum(1)[None], right.all(1)[None], keep.sum(1)[None]))
+        scored, correct, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return scored, correct, tokens
+
+    def _mixture_losses(
+        self, input_ids: Int[Tensor, "b T"], labels: Int[Tensor, "b T"], members: Sequence[str]
+    ) -> tuple[Float[Tensor, "b T"], Tensor, Tensor]:
+        """As :meth:`token_losses`, of a mixture: a forward of each member, whose whole logits are needed."""
+        targets = labels.roll(-1, dims=1)
+        keep = targets != IGNORED
+        keep[:, -1] = False
+        mixed_SV = None
+        for member in members:
+            self.stack.route([self.scored[member]])
+            logp_SV = self(input_ids, keep).float().log_softmax(-1)
+            mixed_SV = logp_SV if mixed_SV is None else torch.logaddexp(mixed_SV, logp_SV)
+        assert mixed_SV is not None
+        losses = math.log(len(members)) - mixed_SV.gather(1, targets[keep][:, None])[:, 0]
+        right = mixed_SV.argmax(-1) == targets[keep]
+        return (
+            losses.new_zeros(keep.shape).masked_scatter(keep, losses),
+            torch.ones_like(keep).masked_scatter(keep, right),
+            keep,
+        )
+
+    @torch.no_grad()
+    def score_rows(
+        self,
+        adapters: Mapping[str, Mapping[str, LoRAFactors]],
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> dict[str, RowScores]:
+        """Score adapters that need not be in the stack, all of them held at once. All ranks must call it.
+
+        Args:
+            adapters: by name; each is one adapter by layer path.
+            batches: ``input_ids`` and ``labels`` (b, T), and ``items`` (b,), the numbers of the rows; a row with a
+                negative one is not counted.
+            on_batch: called after each batch.
+
+        Returns:
+            By name, over all rows of all ranks in the order of their numbers.
+        """
+        before, self.scored, mixtures, self.mixtures = self.scored, {name: name for name in adapters}, self.mixtures, {}
+        for name, layers in adapters.items():
+            self.stack.load(name, layers)
+        columns = []
+        try:
+            with evaluating(self.model):
+                for batch in batches:
+                    batch = {key: value.to(self.device) for key, value in batch.items()}
+                    losses, correct, tokens = self.score(batch)
+                    columns.append(torch.cat([batch["items"][None], tokens[:1], losses, correct]).T)
+                    on_batch()
+        finally:
+            for name in adapters:
+                self.stack.unload(name)
+            self.scored, self.mixtures = before, mixtures
+        table = torch.cat(columns)
+        if self._trainer is not None:
+            table = self.all_gather(table).reshape(-1, table.shape[1])
+        table = table[table[:, 0] >= 0].cpu()
+        table = table[table[:, 0].argsort()]
+        n, tokens = len(adapters), table[:, 1].long()
+        return {name: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, name in enumerate(adapters)}
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log loss per token and exact match of every adapter scored.
@@ -481,7 +567,7 @@ class SeedLoRAModule(pl.LightningModule):
         losses, correct, tokens = self.score(batch)
         real = tokens[0] > 0
         weight, rows = int(tokens[0].sum()), int(real.sum())
-        for label, loss, match in zip(self.scored, losses, correct, strict=True):
+        for label, loss, match in zip((*self.scored, *self.mixtures), losses, correct, strict=True):
             self.log(f"val/loss_{label}", loss.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
             self.log(f"val/match_{label}", match[real].sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
@@ -497,12 +583,12 @@ class SeedLoRAModule(pl.LightningModule):
         self.test_items.update(batch["items"])
 
     def test_matrix(self) -> Tensor:
-        """After a test: bool, shape (items, adapters scored), in the order of the items, from all ranks."""
+        """After a test: bool, shape (items, adapters and mixtures scored), in the order of the items, of all ranks."""
         items, correct = self.test_items.compute().long().view(-1), self.test_correct.compute()
         order = items.argsort()
         # Rows that fill up the shares of the ranks have negative numbers.
         order = order[items[order] >= 0]
-        return correct.view(-1, len(self.scored))[order] > 0
+        return correct.view(-1, len(self.scored) + len(self.mixtures))[order] > 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""

@@ -181,6 +181,7 @@ class RunPlan:
         merge: the method.
         dtype: of the base weights.
         adapter: what is trained, for people.
+        controls: those that are trained too, for people.
     """
 
     seeds: Sequence[int]
@@ -201,6 +202,7 @@ class RunPlan:
     merge: str
     dtype: str
     adapter: str
+    controls: str | None
 
     def table(self) -> Table:
         """The plan as a table for the terminal."""
@@ -228,6 +230,7 @@ class RunPlan:
                 "beside Python and its libraries"
             ),
             "merge": self.merge,
+            **({} if self.controls is None else {"controls": self.controls}),
         }
         for name, value in rows.items():
             table.add_row(name, value)
@@ -270,27 +273,40 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         merge=ensemble.method_name,
         dtype=module.precision_of_base,
         adapter=module.adapter_words,
+        controls=(
+            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "
+            f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
+            if ensemble.trains_controls
+            else None
+        ),
     )
 
 
 def write_cost(file: Path, plan: RunPlan) -> None:
     """Write down what a run is going to do and by which libraries; the time that an earlier part took is kept."""
     versions = {name: version(name) for name in LIBRARIES}
-    seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else 0.0
-    cost = {"plan": asdict(plan), "versions": {"python": python_version(), **versions}, "seconds": seconds}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"seconds": 0.0, "controls": {}}
+    taken = {key: before.get(key, {}) for key in ("seconds", "controls")}
+    cost = {"plan": asdict(plan), "versions": {"python": python_version(), **versions}, **taken}
     write_text(file, json.dumps(cost, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def timed(file: Path) -> Iterator[None]:
-    """Add the seconds that the block takes to those in a cost file, also when it is interrupted."""
+def timed(file: Path, control: str | None = None) -> Iterator[None]:
+    """Add the seconds that the block takes to those in a cost file, also when it is interrupted.
+
+    Args:
+        file: written by :func:`write_cost`.
+        control: the control that is trained; default: the seeds.
+    """
     started = time.monotonic()
     try:
         yield
     finally:
         if file.is_file():
             cost = json.loads(file.read_text(encoding="utf-8"))
-            cost["seconds"] += time.monotonic() - started
+            where, key = (cost, "seconds") if control is None else (cost["controls"], control)
+            where[key] = where.get(key, 0.0) + time.monotonic() - started
             write_text(file, json.dumps(cost, indent=2) + "\n")
 
 

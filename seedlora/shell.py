@@ -21,15 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from seedlora.adapter import locate
+from seedlora.atomic import write_text
 from seedlora.diagnostics import (
     LayerFacts,
-    histogram,
     layer_facts,
     model_cosines,
     module_facts,
-    plot_cosines,
-    plot_distributions,
-    plot_spectra,
+    natural,
 )
 from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.command import add_arguments as add_evaluate_arguments
@@ -39,8 +37,11 @@ from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, read_adapters, stack_updates
 from seedlora.gguf import convert, gguf_command
 from seedlora.into_base import fuse_into_base
-from seedlora.merge import COMMON, METHODS, Updates, bind, factored, soup
+from seedlora.merge import COMMON, METHODS, Updates, bind, factored
+from seedlora.report.facts import weight_facts
+from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.page import runs_table, write_comparison, write_report
+from seedlora.report.results import FUSED
 from seedlora.report.tables import next_commands
 from seedlora.serving import servable, vllm_rank
 
@@ -253,7 +254,7 @@ def _compare(arguments: Mapping[str, Any]) -> None:
     merged = fuse(stacks, bind(arguments["method"]))
     layers = _facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
-    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, merged, layers, names)
+    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, merged, names)
     if arguments["json"]:
         modules = [asdict(row) for row in module_facts(layers)]
         found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
@@ -331,34 +332,23 @@ def _report(arguments: Mapping[str, Any]) -> None:
 
 
 def _plot(
-    folder: Path,
-    stacks: Mapping[str, LoRAFactors],
-    merged: Mapping[str, LoRAFactors],
-    layers: Sequence[LayerFacts],
-    names: Sequence[str],
+    folder: Path, stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors], names: Sequence[str]
 ) -> list[str]:
-    """Draw all layers' cosines, and spectrum and distribution of the layer in the middle."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw the report's figures of the weights, each as a file."""
     short = [Path(name).name for name in names]
     names = short if len(set(short)) == len(short) else names
-    middle = layers[len(layers) // 2]
-    stack = stacks[middle.path]
-    shown = LoRAFactors.stack([stack, soup(stack), merged[middle.path]])
-    figures = {
-        "cosines": plot_cosines(layers),
-        "spectra": plot_spectra(middle, names),
-        "distributions": plot_distributions(middle.path, histogram(shown), [*names, "soup", "merged"]),
-    }
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    return [str(folder / f"{name}.png") for name in figures]
+    drawn = weight_figures(weight_facts(stacks, names, merged=FUSED, fused=merged), colours(names))
+    for name, svg in drawn.items():
+        write_text(folder / f"{name}.svg", standalone(svg) + "\n")
+    return [str(folder / f"{name}.svg") for name in drawn]
 
 
 def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None) -> list[LayerFacts]:
+    paths = sorted(stacks, key=natural)
     with _progress() as progress:
         return [
-            layer_facts(path, stack, merged=None if merged is None else merged[path])
-            for path, stack in progress.track(sorted(stacks.items()), description="layers")
+            layer_facts(path, stacks[path], merged=None if merged is None else merged[path])
+            for path in progress.track(paths, description="layers")
         ]
 
 

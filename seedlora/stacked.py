@@ -25,6 +25,7 @@ have ``+s B_0 A_0`` beside theirs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -201,6 +202,19 @@ class AdapterStack:
             if magnitude is not None:
                 magnitude = magnitude.to(_norms(layer)).to(a.device)
             self._route.loaded[name][path] = _Block(a, b, 1.0, magnitude)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter that :meth:`load` put here."""
+        del self._route.loaded[name]
+
+    def loaded_sha256(self, name: str) -> str:
+        """Of the weights of an adapter that :meth:`load` put here."""
+        digest = hashlib.sha256()
+        for path, block in sorted(self._route.loaded[name].items()):
+            digest.update(path.encode())
+            for tensor in (block.A, block.B, *(() if block.magnitude is None else (block.magnitude,))):
+                digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
         """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it.

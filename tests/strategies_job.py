@@ -62,7 +62,9 @@ def run(
 ) -> dict[str, object]:
     """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly."""
     exclude = "exclude" if poison else "stop"
-    callback = SeedEnsembleCallback(SEEDS, dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude)
+    callback = SeedEnsembleCallback(
+        SEEDS, compare="ties", dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude
+    )
     module = make_module(base_model, gradient_checkpointing=True, **options)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
     metrics = {}

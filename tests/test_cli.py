@@ -50,7 +50,7 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
     ):
         assert text in shown
     written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
-    written |= {"cost.json", "report.html", "report.md", "report.json"}
+    written |= {"soup", "selection.json", "cost.json", "report.html", "report.md", "report.json"}
     assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
     results = json.loads((folder / "results.json").read_text())
     assert list(results["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]
@@ -133,6 +133,10 @@ def test_a_users_own_data(tiny_llama):
         (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file or folder"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--resume"], "--resume found no unfinished run under runs"),
+        (["--compare", "soup,tie"], "Unknown merge method 'tie'; choose one of core_ties"),
+        (["--controls", "some"], "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
+        (["--controls", "--data.num_val", "0"], "ensemble.controls chooses on validation rows, and there are none"),
+        (["--merge", "auto", "--trainer.limit_val_batches", "0"], "--merge auto chooses on validation rows, and there"),
     ],
 )
 def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, options, message):

@@ -59,8 +59,12 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     found = json.loads((two / name / "metrics.json").read_text())
     for key in ("val/loss_seed_11", "val/loss_seed_202", "val/loss_fused", "val/match_fused"):
         assert found[key] == pytest.approx(metrics[key], rel=1e-5)
-    for label in ("base", "seed_42", "soup", "fused"):
+    for label in ("base", "seed_42", "soup", "fused", "ties"):
         assert found[f"test/{label}"] == metrics[f"test/{label}"]
+    chosen, wanted = (json.loads((run / "selection.json").read_text()) for run in (two / name, folder))
+    assert chosen["rows"] == 9
+    for label in ("seed_11", "seed_42", "seed_202", "soup", "fused"):
+        assert chosen["scores"][label]["loss"] == pytest.approx(wanted["scores"][label]["loss"], rel=1e-5)
     assert found["test/fused"][1] == 13
 
 

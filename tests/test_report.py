@@ -43,6 +43,25 @@ def stored(tiny_llama, tmp_path_factory):
     return folder
 
 
+CONTROLS = ["long_seed", "wide_seed", "logit_mean", "gain_seed", "gain_soup", "greedy_soup"]
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_llama, tmp_path_factory):
+    """A run with everything: a method chosen, others beside it, all controls, sub-domains."""
+    folder = tmp_path_factory.mktemp("runs") / "compared"
+    options = ["--merge", "auto", "--compare", "ties,model_stock", "--controls"]
+    assert train(folder, tiny_llama, *options, "--data.task_options", '{"min_terms": 2, "max_terms": 4}') == 0
+    results = json.loads((folder / "results.json").read_text())
+    outcomes = items(120)
+    for i, label in enumerate([*CONTROLS, "ties", "model_stock"]):
+        outcomes[label] = outcomes["soup"][i + 1 :] + outcomes["soup"][: i + 1]
+    terms = [str(2 + i % 3) for i in range(120)]
+    (folder / "results.json").write_text(json.dumps(results | {"items": outcomes, "domains": {"num_terms": terms}}))
+    write_report(folder)
+    return folder
+
+
 @pytest.fixture
 def run(stored, tmp_path):
     """A copy to take things away from."""
@@ -158,7 +177,9 @@ def numbers_of(value):
     return ([], []) if value is None or isinstance(value, bool) else ([value], [])
 
 
-def test_every_number_is_in_report_json(stored):
+@pytest.mark.parametrize("which", ["stored", "compared"])
+def test_every_number_is_in_report_json(which, request):
+    stored = request.getfixturevalue(which)
     numbers, strings = numbers_of(json.loads((stored / "report.json").read_text()))
     forms = (".1f", ".3g", ".3f", ".4f", ",.0f")
     known = {format(abs(n) * scale, form) for n in numbers for scale in (1, 100) for form in forms}
@@ -184,12 +205,60 @@ def test_the_page_stands_alone_and_its_figures_share_colours(stored):
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
     found = json.loads((stored / "report.json").read_text())
     drawn = figures(found)
-    assert list(drawn) == ["scores-0", "train", "validation", "cosines", "spectra", "distributions", "gains"]
+    weights = ["cosines", "spectra", "distributions", "gains"]
+    assert list(drawn) == ["scores-0", "train", "validation", "loss-score", *weights]
     palette = colours(SEEDS)
     assert len({palette[seed] for seed in SEEDS}) == 3
-    for name in ("scores-0", "train", "validation", "spectra", "distributions"):
+    for name in ("scores-0", "train", "validation", "loss-score", "spectra", "distributions"):
         assert all(palette[seed].lower() in drawn[name].lower() for seed in SEEDS)
     assert all("currentColor" in svg and "<text" in svg for svg in drawn.values())
+
+
+def test_the_figures_of_a_comparison(compared):
+    found = json.loads((compared / "report.json").read_text())
+    drawn = figures(found)
+    assert list(drawn)[:9] == [
+        *(
+            "scores-0",
+            "methods-0",
+            "domains-0",
+            "train",
+            "validation",
+            "budget",
+            "loss-score",
+            "gain-curve",
+            "candidates",
+        )
+    ]
+    assert "subsets" in drawn
+    text = (compared / "report.md").read_text()
+    for sentence in ("Asked for auto; ", "No test item was looked at.", "| logit_mean | the mean of the seeds'"):
+        assert sentence in text
+    cost = {row["adapter"]: row["tokens"] for row in found["adapters"]}
+    assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
+    assert found["control_seconds"].keys() == {"long_seed", "wide_seed"}
+    ends = found["training"]["train"]["seed_11"][-1:]
+    assert {row["adapter"]: row["train_loss"] for row in found["adapters"]}["seed_11"] == ends[0][1]
+    against = {row["against"] for row in found["tests"][0]["comparisons"] if row["adapter"] == "fused"}
+    assert against == {"mean seed", "best seed", "soup", *CONTROLS}
+    before = {name: (compared / name).read_bytes() for name in ("report.json", "report.md", "report.html")}
+    write_report(compared)
+    assert all((compared / name).read_bytes() == content for name, content in before.items())
+
+
+def test_sub_domains_and_the_lead_that_chance_gives(compared):
+    rows = json.loads((compared / "report.json").read_text())["tests"][0]["domains"]
+    assert [row["domain"] for row in rows] == [f"num_terms {n}" for n in (2, 3, 4)]
+    right = {label: np.array([int(d) for d in digits])[::3] for label, digits in items(120).items()}
+    shares = [right[seed].mean() for seed in SEEDS]
+    assert rows[0]["scores"]["fused"] == pytest.approx(right["fused"].mean())
+    assert rows[0]["lead"] == pytest.approx(max(shares) - np.mean(shares))
+    # Two seeds, one right on each of two items: dealt anew, one has both in half of the deals.
+    two = {"items": {"seed_11": "10", "seed_42": "01"}, "domains": {"kind": ["a", "a"]}}
+    (row,) = test_facts("t", two, SEEDS)["domains"]
+    assert row["lead"] == 0
+    assert row["lead_by_chance"] == pytest.approx(0.25, abs=0.03)
+    assert row["p_value"] == 1
 
 
 def test_the_verdict_is_the_comparison_with_its_interval(stored):

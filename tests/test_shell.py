@@ -111,7 +111,10 @@ def test_inspect_and_compare(folders, tmp_path, capsys):
     assert main(["compare", *folders, "--plot", str(tmp_path / "p")]) == 0
     shown = capsys.readouterr().out
     assert "rho" in shown
-    assert {f.name for f in (tmp_path / "p").iterdir()} == {"cosines.png", "spectra.png", "distributions.png"}
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {
+        *("cosines.svg", "spectra.svg", "distributions.svg", "gains.svg")
+    }
+    assert all("currentColor" not in f.read_text() for f in (tmp_path / "p").iterdir())
     assert main(["compare", *folders, "--json", "--method", "soup"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row[i] for i, row in enumerate(found["cosines"])] == pytest.approx([1, 1, 1])

@@ -383,6 +383,7 @@ def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any
     if judged.correct is not None and groups:
         columns = dict(zip(judged.names, judged.correct.T, strict=True))
         rows = {group: np.array([g == group for g in judged.groups]) for group in groups}
+        found["domains"] = {"sub-domain": list(judged.groups)}
         found["groups"] = {
             group: {name: asdict(wilson(column[where])) for name, column in columns.items()}
             for group, where in rows.items()

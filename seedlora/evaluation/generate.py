@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -67,7 +68,10 @@ class StackGenerator:
             :meth:`seedlora.stacked.AdapterStack.route`, for example.
         frozen: a context in which no adapter changes: :meth:`seedlora.stacked.AdapterStack.frozen`.
         adapters: what each name given to the call is for ``route``.
+        mixtures: names that answer by the mean of several adapters' next-token probabilities: their names. Each is a
+            pass of its own, in which its adapters read what the mixture said.
         batch_size: prompts of one adapter in one forward.
+        at_once: adapters in one forward.
 
     A row is padded on the left to the longest prompt of its batch. Finished rows leave the batch when they are a
     quarter of it; an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
@@ -81,9 +85,12 @@ class StackGenerator:
         route: Callable[[Sequence[str | None]], object],
         frozen: Callable[[], AbstractContextManager[object]] = nullcontext,
         adapters: Mapping[str, str | None],
+        mixtures: Mapping[str, Sequence[str]] | None = None,
         batch_size: int = 16,
+        at_once: int = 8,
     ) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self._at_once = model, tokenizer, batch_size, at_once
+        self._mixtures = dict(mixtures or {})
         self._route, self._frozen, self._adapters = route, frozen, adapters
         self._context = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
         config = getattr(model, "generation_config", None)
@@ -110,10 +117,32 @@ class StackGenerator:
         on_done: OnDone,
     ) -> None:
         """See :class:`Generator`."""
-        names = list(prompts)
-        rows = [self._encode(prompt) for name in names for prompt in prompts[name]]
-        per_adapter = len(rows) // len(names)
-        assert all(len(prompts[name]) == per_adapter for name in names)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stops": stops}
+        rows = {name: [self._encode(prompt) for prompt in prompts[name]] for name in prompts}
+        plain = [name for name in prompts if name not in self._mixtures]
+        for start in range(0, len(plain), self._at_once):
+            names = plain[start : start + self._at_once]
+            self._answer(names, [rows[name] for name in names], on_done, names=names, **options)
+        for name, members in self._mixtures.items():
+            if name in prompts:
+                pick = partial(most_likely_in_the_mean, blocks=len(members))
+                self._answer(members, [rows[name]] * len(members), on_done, names=[name], pick=pick, **options)
+
+    def _answer(
+        self,
+        adapters: Sequence[str],
+        prompts: Sequence[Sequence[list[int]]],
+        on_done: OnDone,
+        *,
+        names: Sequence[str],
+        max_new_tokens: int,
+        stops: Sequence[str],
+        pick: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Go on from each adapter's prompts, all in one stack; the first blocks, as many as names, are what is said."""
+        per_adapter = len(prompts[0])
+        assert all(len(block) == per_adapter for block in prompts)
+        rows = [row for block in prompts for row in block]
         # A token is at least a byte, so a stop that was just completed is within this many.
         window = max((len(stop.encode()) for stop in stops), default=0) + 1
 
@@ -126,12 +155,13 @@ class StackGenerator:
             text = self._decode(rows[row], [token for token in said if token not in self._ends])
             cut = before_stop(text, stops)
             finish = STOPPED if said[-1] in self._ends or len(cut) < len(text) else LENGTH
-            on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
+            if row // per_adapter < len(names):
+                on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
         limit = min(max_new_tokens, self._context - max(map(len, rows)))
         with evaluating(self.model), self._frozen():
-            self.route(names)
-            greedy(self.model, rows, blocks=len(names), max_new_tokens=limit, ended=ended, on_done=done)
+            self.route(adapters)
+            greedy(self.model, rows, blocks=len(adapters), max_new_tokens=limit, ended=ended, on_done=done, pick=pick)
 
     def route(self, names: Sequence[str]) -> None:
         """Send the next forwards through these adapters, a block of rows each."""
@@ -166,6 +196,7 @@ def greedy(
     max_new_tokens: int,
     ended: Callable[[int, list[int]], bool],
     on_done: Callable[[int, list[int]], object] = lambda _row, _said: None,
+    pick: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """The most likely token after each row, again and again.
 
@@ -179,6 +210,7 @@ def greedy(
         max_new_tokens: at most so many are said.
         ended: ``ended(row, said)`` after each token of a row: whether that was the last one.
         on_done: called with each row's number and tokens as soon as it is complete.
+        pick: a token of each row from the logits, of shape (M, V). Default: the most likely.
 
     Returns:
         The tokens said, the last one included.
@@ -204,7 +236,7 @@ def greedy(
             use_cache=True,
             **options,
         ).logits
-        next_M = logits[:, -1].argmax(-1)
+        next_M = logits[:, -1].argmax(-1) if pick is None else pick(logits[:, -1])
         for row, token in zip(active, next_M.tolist(), strict=True):
             if row in alive:
                 said[row].append(token)
@@ -223,6 +255,12 @@ def greedy(
     for row in sorted(alive):
         on_done(row, said[row])
     return said
+
+
+def most_likely_in_the_mean(logits_MV: Tensor, *, blocks: int) -> Tensor:
+    """For each row of a block the most likely token in the mean of all blocks' probabilities, for all blocks."""
+    p_NbV = logits_MV.float().softmax(-1).unflatten(0, (blocks, -1))
+    return p_NbV.mean(0).argmax(-1).repeat(blocks)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,22 @@ import torch
 import yaml
 
 from seedlora.adapter import CONFIG_NAME, AdapterError
-from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, sampled_entries
+from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, natural, sampled_entries
 from seedlora.evaluation import Difference, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, hash_inputs, read_adapters, stack_adapters
-from seedlora.report.results import BASE, FUSED, MEAN_SEED, SOUP
+from seedlora.report.advice import advice
+from seedlora.report.results import (
+    BASE,
+    FUSED,
+    LOGITS,
+    LONG_SEED,
+    MEAN_SEED,
+    MEANING,
+    SELECTION_NAME,
+    SOUP,
+    WIDE_SEED,
+)
 
 #: Plain data, as JSON has it.
 Facts: TypeAlias = dict[str, Any]
@@ -33,6 +44,8 @@ POINTS = 200
 #: Entries of every layer that the distributions are made of.
 SAMPLES = 4096
 BINS, SPREADS = 61, 4.0
+#: Draws of what chance does to the lead of a seed.
+DEALS = 1000
 
 
 def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: None) -> Facts:
@@ -59,6 +72,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     # Plain soup is not scored a second time as the fused adapter.
     merged = SOUP if method == SOUP and not ensemble.get("merge_options") else FUSED
     tests, training = _tests(run, trained), _training(run, seeds)
+    selection = _read(run / SELECTION_NAME)
     found: Facts = {
         "run": run.resolve().name,
         "method": method,
@@ -68,9 +82,12 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         "confidence_percent": 95,
         "tests": tests,
         "training": training,
+        "selection": selection or None,
+        "advice": advice(selection, _items(_read(run / "results.json")), trained, method=method),
         "weights": None,
         "cost": cost.get("plan"),
         "seconds": cost.get("seconds"),
+        "control_seconds": cost.get("controls", {}),
         "missing": [],
         "reproduce": {
             "command": f"python train.py --config {run.resolve().name}/config.yaml --ensemble.dirpath NEW",
@@ -85,7 +102,10 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     broken = None
     try:
         if trained:
-            found["weights"] = _weights(run, trained, merged if record else None, on_layer)
+            stacks = stack_adapters(read_adapters([run / seed for seed in trained]))
+            fused = read_adapters([run / FUSED])[str(run / FUSED)].layers if record else {}
+            label = merged if record else None
+            found["weights"] = weight_facts(stacks, trained, merged=label, fused=fused, on_layer=on_layer)
             folders = [run / seed for seed in trained] + ([run / FUSED] if record else [])
             digests = hash_inputs(folders)
             found["reproduce"]["sha256"] = {Path(name).name: digest.result() for name, digest in digests.items()}
@@ -95,6 +115,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         *_left_out(found, excluded=excluded, config=config, record=record),
         *([] if broken is None else [f"The adapters cannot be read, so nothing is said about their weights: {broken}"]),
     ]
+    found["adapters"] = _adapters(found)
     pending = set(seeds) - {*trained, *excluded}
     found["verdict"] = "The run is not finished, so there is no verdict." if pending else _verdict(found)
     return found
@@ -124,12 +145,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
     folders = {file.parent.name for file in run.glob(f"seed_*/{CONFIG_NAME}")}
-    return sorted({*folders, *excluded}, key=_natural)
-
-
-def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
+    return sorted({*folders, *excluded}, key=natural)
 
 
 # Scores
@@ -151,9 +167,11 @@ def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Fa
         stored: ``items`` by label, and the ``metric``.
         seeds: labels that are single seeds.
     """
-    items = {label: np.array([digit == "1" for digit in digits]) for label, digits in stored["items"].items()}
+    items = _items(stored)
     seeds = [label for label in items if label in seeds]
     merged = [label for label in items if label not in seeds and label != BASE]
+    fused = FUSED if FUSED in items else SOUP
+    controls = [label for label in merged if label in MEANING]
     scores = {label: float(right.mean()) for label, right in items.items()}
     references: dict[str, np.ndarray] = {}
     best = max(seeds, key=scores.__getitem__, default=None)
@@ -164,7 +182,10 @@ def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Fa
     comparisons = [
         {"adapter": label, "against": against, **_difference(paired_difference(items[label], reference))}
         for label in merged
-        for against, reference in references.items()
+        for against, reference in {
+            **references,
+            **({control: items[control] for control in controls} if label == fused else {}),
+        }.items()
         # With one seed its mean is the seed itself.
         if label != against and not (against == MEAN_SEED and len(seeds) == 1)
     ]
@@ -187,12 +208,52 @@ def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Fa
             {
                 "right_seeds": k,
                 "items": int((right_seeds == k).sum()),
-                "right": {label: int(items[label][right_seeds == k].sum()) for label in merged},
+                "right": {la: int(items[la][right_seeds == k].sum()) for la in (SOUP, LOGITS, FUSED) if la in items},
             }
             for k in range(len(seeds) + 1)
             if len(seeds) > 1 and merged
         ],
+        "domains": [
+            row for kind, values in stored.get("domains", {}).items() for row in _domains(kind, values, items, seeds)
+        ],
     }
+
+
+def _domains(kind: str, values: Sequence[str], items: Mapping[str, np.ndarray], seeds: Sequence[str]) -> list[Facts]:
+    """Scores within each sub-domain, and by how much its best seed leads the mean seed.
+
+    By chance, one seed leads too: the outcomes of each item are dealt to the seeds anew, :data:`DEALS` times, and
+    ``lead_by_chance`` is the mean lead then, ``p_value`` the share of deals (with the true one) that lead as far.
+    """
+    found, rng = [], np.random.default_rng(0)
+    for value in sorted(set(values), key=natural):
+        where = np.array([other == value for other in values])
+        row: Facts = {
+            "domain": f"{kind} {value}",
+            "items": int(where.sum()),
+            "scores": {label: float(right[where].mean()) for label, right in items.items()},
+            **dict.fromkeys(("best_seed", "lead", "lead_by_chance", "p_value")),
+        }
+        if len(seeds) > 1:
+            right_IN = np.stack([items[seed][where] for seed in seeds], axis=1)
+            leads = [_lead(rng.permuted(right_IN, axis=1)) for _ in range(DEALS)]
+            row["best_seed"] = max(seeds, key=row["scores"].__getitem__)
+            row["lead"], row["lead_by_chance"] = _lead(right_IN), float(np.mean(leads))
+            row["p_value"] = (1 + sum(lead >= row["lead"] - 1e-12 for lead in leads)) / (1 + DEALS)
+        found.append(row)
+    return found
+
+
+def _lead(right_IN: np.ndarray) -> float:
+    """Score of the best seed minus that of the mean seed."""
+    scores = right_IN.mean(0)
+    return float(scores.max() - scores.mean())
+
+
+def _items(stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """By label whether each item is right; nothing if that is not stored."""
+    digits = stored.get("items", {})
+    return {label: np.array([digit == "1" for digit in digits[label]]) for label in digits}
 
 
 def _difference(difference: Difference) -> Facts:
@@ -206,12 +267,15 @@ def _training(run: Path, seeds: Sequence[str]) -> Facts:
     """Losses by adapter: ``[step, loss]`` pairs; training losses averaged to at most :data:`POINTS` points."""
     order = {seed.removeprefix("seed_"): i for i, seed in enumerate(seeds)}
     # A pass has a file of its own, named by its seeds.
+    order |= {LONG_SEED: len(order), WIDE_SEED: len(order) + 1}
     files = sorted(run.glob("metrics*.jsonl"), key=lambda file: order.get(f"{file.stem}-".split("-")[1], -1))
     train: dict[str, list[list[float]]] = {}
     validation: dict[str, list[list[float]]] = {}
     for file in files:
-        # Seeds trained in passes: the last pass is the one whose fused adapter holds all seeds.
-        validation.pop(FUSED, None)
+        if file.stem.removeprefix("metrics-") not in (LONG_SEED, WIDE_SEED):
+            # Seeds trained in passes: the last pass is the one whose fused adapter holds all seeds.
+            validation.pop(FUSED, None)
+            validation.pop(SOUP, None)
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
@@ -229,6 +293,40 @@ def _training(run: Path, seeds: Sequence[str]) -> Facts:
     }
 
 
+def _adapters(found: Facts) -> list[Facts]:
+    """What each trained adapter cost, where its training loss ended, and its score on the first test set.
+
+    The loss is the mean over the last tenth of the training, at least one point. The tokens of the fused adapter are
+    those of all seeds.
+    """
+    plan, training = found["cost"], found["training"]
+    seeds, n = found["trained"], len(found["trained"])
+    tests = found["tests"][:1]
+    scores = {row["adapter"]: row for test in tests for row in test["scores"]}
+    share = {
+        **dict.fromkeys(seeds, 1),
+        LONG_SEED: len(plan["seeds"]) if plan else None,
+        WIDE_SEED: 1,
+        FUSED: n,
+        SOUP: n,
+    }
+    rows = []
+    for label, times in share.items():
+        curve, score = training["train"].get(label, []), scores.get(label)
+        if score is None and not curve:
+            continue
+        last = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
+        rows.append(
+            {
+                "adapter": label,
+                "tokens": plan["tokens"] * times if plan and times else None,
+                "train_loss": sum(last) / len(last) if last else None,
+                **{key: score and score[key] for key in ("value", "low", "high")},
+            }
+        )
+    return rows
+
+
 def _averaged(curve: list[list[float]], stretch: int) -> list[list[float]]:
     if stretch == 1:
         return curve
@@ -239,11 +337,24 @@ def _averaged(curve: list[list[float]], stretch: int) -> list[list[float]]:
 # Weights
 
 
-def _weights(run: Path, seeds: Sequence[str], merged: str | None, on_layer: Callable[[str], object]) -> Facts:
-    """Cosines, spectra, distributions and gains of the adapters."""
-    stacks = stack_adapters(read_adapters([run / seed for seed in seeds]))
-    fused = {} if merged is None else read_adapters([run / FUSED])[str(run / FUSED)].layers
-    paths = sorted(stacks, key=_natural)
+def weight_facts(
+    stacks: Mapping[str, LoRAFactors],
+    seeds: Sequence[str],
+    *,
+    merged: str | None,
+    fused: Mapping[str, LoRAFactors],
+    on_layer: Callable[[str], object] = lambda _path: None,
+) -> Facts:
+    """Cosines, spectra, distributions and gains of adapters.
+
+    Args:
+        stacks: the adapters of every layer by path.
+        seeds: their labels.
+        merged: the label of what was made of them, if anything was; plain soup is drawn under its own name.
+        fused: that adapter.
+        on_layer: called with each layer's path when it is done.
+    """
+    paths = sorted(stacks, key=natural)
     layers, entries = [], []
     for i, path in enumerate(paths):
         layers.append(layer_facts(path, stacks[path], merged=fused.get(path), samples=SAMPLES))

@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from seedlora.diagnostics import COLOURS
-from seedlora.report.results import BASE, FUSED, SOUP
+from seedlora.report.results import BASE, FUSED, LONG_SEED, MEAN_SEED, SOUP, WIDE_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
 _GREY, _PALE = "#8a8a8a", "#b9b9b9"
+LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
+MARKERS = {FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"}
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
 _STYLE: dict[Any, Any] = {
@@ -44,9 +47,13 @@ _STYLE: dict[Any, Any] = {
 
 
 def colours(seeds: Sequence[str]) -> dict[str, str]:
-    """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
+    """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one.
+
+    The two controls that are trained take the first seed's, whose start and data they have.
+    """
     return {
         **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(seeds)},
+        **dict.fromkeys((LONG_SEED, WIDE_SEED), COLOURS[0]),
         SOUP: _GREY,
         BASE: _PALE,
         FUSED: INK,
@@ -59,17 +66,52 @@ def figures(facts: Mapping[str, Any]) -> dict[str, str]:
     drawn: dict[str, str] = {}
     for i, test in enumerate(facts["tests"]):
         drawn[f"scores-{i}"] = scores(f"scores-{i}", test, palette)
+        if len(rows := [row for row in test["comparisons"] if row["against"] == MEAN_SEED]) > 2:
+            drawn[f"methods-{i}"] = methods(f"methods-{i}", rows, palette)
+        if test["domains"]:
+            drawn[f"domains-{i}"] = domains(f"domains-{i}", test)
     for part in ("train", "validation"):
         if curves := facts["training"][part]:
             drawn[part] = losses(part, curves, palette)
+    adapters = [row for row in facts["adapters"] if row["value"] is not None]
+    if any(row["adapter"] == LONG_SEED and row["tokens"] for row in adapters):
+        drawn["budget"] = against_score("budget", adapters, "tokens", "tokens trained on", palette)
+    if len([row for row in adapters if row["train_loss"] is not None]) > 1:
+        label = "training loss at the end (nats per token)"
+        drawn["loss-score"] = against_score("loss-score", adapters, "train_loss", label, palette)
+    selection = facts["selection"] or {}
+    if selection.get("candidates"):
+        tried, chosen = selection["candidates"], selection["chosen"]["name"]
+        if any(row["method"] == "seedlora_gain" for row in tried):
+            drawn["gain-curve"] = gain_curve("gain-curve", tried)
+        if len(others := [row for row in tried if row["method"] != "seedlora_gain" or row["name"] == chosen]) > 2:
+            drawn["candidates"] = candidate_losses("candidates", others, chosen)
+    if selection.get("subsets"):
+        drawn["subsets"] = subset_losses("subsets", selection["subsets"], palette)
     if weights is not None:
-        if weights["cosines"]:
-            drawn["cosines"] = heat_map("cosines", weights["layers"], "mean_cosine", "mean pairwise cosine")
-        drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
-        drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
-        if len(facts["trained"]) > 1 and facts["merged"] is not None:
-            drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+        drawn |= weight_figures(weights, palette)
     return drawn
+
+
+def weight_figures(weights: Mapping[str, Any], palette: Mapping[str, str]) -> dict[str, str]:
+    """Cosines, spectra, distributions and gains of adapters, as SVG by name."""
+    drawn = {}
+    if weights["cosines"]:
+        drawn["cosines"] = heat_map("cosines", weights["layers"], "mean_cosine", "mean pairwise cosine")
+    drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
+    drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
+    if weights["cosines"] and any(row["applied_gain"] is not None for row in weights["layers"]):
+        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+    return drawn
+
+
+def standalone(svg: str) -> str:
+    """A figure that is a file of its own: black on white, in no page's colours."""
+    return (
+        svg.replace("currentColor", "#000000")
+        .replace("var(--line)", "#d9dce0")
+        .replace("<svg", '<svg style="background: white"', 1)
+    )
 
 
 def scores(name: str, test: Mapping[str, Any], palette: Mapping[str, str]) -> str:
@@ -84,12 +126,134 @@ def scores(name: str, test: Mapping[str, Any], palette: Mapping[str, str]) -> st
             axes.errorbar([value], [i], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
         if test["mean_seed"] is not None:
             axes.axvline(100 * test["mean_seed"], color=INK, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(rows)), [row["adapter"] for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
+        _names(axes, [row["adapter"] for row in rows])
         axes.set_xlabel("right items (%); dotted: mean seed")
 
     return _svg(name, draw, height=0.9 + 0.28 * len(rows))
+
+
+def methods(name: str, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, str]) -> str:
+    """Difference of each method and control from the mean seed."""
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            _interval(axes, i, row, palette.get(row["adapter"], _GREY))
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        _names(axes, [row["adapter"] for row in rows])
+        axes.set_xlabel("difference from the mean seed (points)")
+
+    return _svg(name, draw, height=0.9 + 0.24 * len(rows))
+
+
+def domains(name: str, test: Mapping[str, Any]) -> str:
+    """Score of each adapter in each sub-domain; a frame where the best seed is."""
+    rows = test["domains"]
+    labels = [row["adapter"] for row in test["scores"]]
+    cells = [[100 * row["scores"][label] for row in rows] for label in labels]
+    low, high = min(map(min, cells)), max(map(max, cells))
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
+        for i, line in enumerate(cells):
+            for j, value in enumerate(line):
+                best = rows[j]["best_seed"] == labels[i]
+                text = f"[{value:.0f}]" if best else f"{value:.0f}"
+                colour = "white" if value < low + 0.55 * (high - low) else "black"
+                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks([j + 0.5 for j in range(len(rows))], [row["domain"] for row in rows], rotation=40, ha="right")
+        axes.set_yticks([i + 0.5 for i in range(len(labels))], labels)
+        axes.set_ylim(len(labels), 0)
+        axes.spines[:].set_visible(False)
+        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label="right items (%)", aspect=30, pad=0.04)
+        bar.outline.set_visible(False)
+
+    return _svg(name, draw, height=2.1 + 0.22 * len(labels))
+
+
+def against_score(
+    name: str, rows: Sequence[Mapping[str, Any]], key: str, label: str, palette: Mapping[str, str]
+) -> str:
+    """Score of each adapter over another number of it."""
+
+    def draw(axes: Axes) -> None:
+        places = [row[key] for row in rows if row[key] is not None]
+        width = max(places) - min(places)
+        for i, row in enumerate(rows):
+            if row[key] is None:
+                continue
+            # Those at the same place stand side by side.
+            aside = 0.02 * width * sum(other[key] == row[key] for other in rows[:i])
+            value = 100 * row["value"]
+            spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
+            colour = palette.get(row["adapter"], _GREY)
+            style: dict[str, Any] = {
+                "marker": MARKERS.get(row["adapter"], "o"),
+                "color": colour,
+                "markersize": 5,
+                "linestyle": "none",
+            }
+            axes.errorbar([row[key] + aside], [value], yerr=spread, capsize=2, label=row["adapter"], **style)
+        axes.set(xlabel=label, ylabel="right items (%)")
+        if key == "tokens":
+            axes.set_xlim(0, None)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
+        axes.margins(x=0.1)
+        _legend(axes)
+
+    return _svg(name, draw)
+
+
+def gain_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Validation loss over the power of the gain, soup at 0."""
+    gains = [row for row in rows if row["method"] == "seedlora_gain"]
+    start = [(0, row["loss"]) for row in rows if row["name"] == SOUP]
+
+    def draw(axes: Axes) -> None:
+        for i, layers in enumerate(dict.fromkeys(row["options"].get("layers", "all") for row in gains)):
+            own = [(row["options"]["p"], row["loss"]) for row in gains if row["options"].get("layers", "all") == layers]
+            x, y = zip(*start, *own, strict=True)
+            part = "all layers" if layers == "all" else f"{layers} only"
+            axes.plot(x, y, marker="o^s"[i % 3], color=(INK, _GREY, _PALE)[i % 3], label=part, markersize=4)
+        axes.set(
+            xlabel="power p of the gain (0: soup, 1/2: the norm is kept)", ylabel="validation loss\n(nats per token)"
+        )
+        _legend(axes)
+
+    return _svg(name, draw)
+
+
+def candidate_losses(name: str, rows: Sequence[Mapping[str, Any]], chosen: str) -> str:
+    """Validation loss of the rules that were tried, the chosen one in ink."""
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            axes.plot([row["loss"]], [i], marker="D", markersize=5, color=INK if row["name"] == chosen else _GREY)
+        _names(axes, [row["name"] for row in rows])
+        axes.set_xlabel("validation loss (nats per token)")
+
+    return _svg(name, draw, height=0.9 + 0.24 * len(rows))
+
+
+def subset_losses(name: str, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, str]) -> str:
+    """Validation loss by how many seeds are fused: each subset a point, their mean a line."""
+    labels, most = list(rows[0]["loss"]), max(len(row["seeds"]) for row in rows)
+
+    def draw(axes: Axes) -> None:
+        for i, label in enumerate(labels):
+            shift = 0.06 * (i - (len(labels) - 1) / 2)
+            colour, means = palette.get(label, _GREY), []
+            for n in range(1, most + 1):
+                losses = [row["loss"][label] for row in rows if len(row["seeds"]) == n]
+                axes.plot([n + shift] * len(losses), losses, ".", color=colour, markersize=5)
+                means.append(sum(losses) / len(losses))
+            axes.plot([n + shift for n in range(1, most + 1)], means, color=colour, label=label, linewidth=1.2)
+        axes.set(xlabel="seeds fused", ylabel="validation loss (nats per token)")
+        axes.set_xticks(range(1, most + 1))
+        _legend(axes)
+
+    return _svg(name, draw)
 
 
 def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: Mapping[str, str]) -> str:
@@ -101,7 +265,8 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
             x, y = zip(*curve, strict=True)
             marker = "." if longest <= 30 else ""
             width = 2.0 if label == FUSED else 1.2
-            axes.plot(x, y, marker=marker, color=palette.get(label, _GREY), label=label, linewidth=width)
+            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": LINES.get(label, "-")}
+            axes.plot(x, y, marker=marker, label=label, linewidth=width, **style)
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.locator_params(axis="x", integer=True)
         _legend(axes)
@@ -170,17 +335,25 @@ def run_differences(name: str, runs: Sequence[Mapping[str, Any]]) -> str | None:
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            found = row["against_mean_seed"]
-            value = 100 * found["value"]
-            spread = [[value - 100 * found["low"]], [100 * found["high"] - value]]
-            axes.errorbar([value], [i], xerr=spread, fmt="D", color=INK, markersize=5, capsize=3)
+            _interval(axes, i, row["against_mean_seed"], INK)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(rows)), [row["run"] for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
+        _names(axes, [row["run"] for row in rows])
         axes.set_xlabel("fused minus mean seed (points)")
 
     return _svg(name, draw, height=0.9 + 0.28 * len(rows))
+
+
+def _interval(axes: Axes, place: int, row: Mapping[str, Any], colour: str) -> None:
+    value = 100 * row["value"]
+    spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
+    axes.errorbar([value], [place], xerr=spread, fmt="D", color=colour, markersize=5, capsize=3)
+
+
+def _names(axes: Axes, names: Sequence[str]) -> None:
+    """Names down the side, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
 
 
 def _legend(axes: Axes) -> None:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from seedlora.atomic import write_text
 from seedlora.report.facts import Facts, comparison, facts
 from seedlora.report.figures import INK, colours, figures, run_differences
+from seedlora.report.results import FUSED, GAIN_SOUP, MEANING
 
 NAME = "report"
 
@@ -128,11 +129,26 @@ def _write(folder: Path, found: Facts, title: str, verdict: str, sections: Seque
 def _sections(found: Facts) -> list[Section]:
     drawn = {name: Markup(svg) for name, svg in figures(found).items()}  # noqa: S704 - drawn by us, text escaped
     picture = lambda name, caption: [Picture(drawn[name], caption)] if name in drawn else []  # noqa: E731
+    against = "Difference of each method and control from the mean seed, paired by item."
     return [
+        _advice(found),
         *(
-            _scores(found, test, picture(f"scores-{i}", "Score of each adapter with its interval."))
+            section
             for i, test in enumerate(found["tests"])
+            for section in (
+                _scores(
+                    found,
+                    test,
+                    [
+                        *picture(f"scores-{i}", "Score of each adapter with its interval."),
+                        *picture(f"methods-{i}", against),
+                    ],
+                ),
+                _domains(test, picture(f"domains-{i}", "Right items by sub-domain; the best seed's in brackets.")),
+            )
         ),
+        *_selection(found, picture),
+        _equal_budget(found, picture),
         _training(found, picture),
         *_weights(found, picture),
         _cost(found),
@@ -141,12 +157,112 @@ def _sections(found: Facts) -> list[Section]:
     ]
 
 
+def _advice(found: Facts) -> Section:
+    lines = list(found["advice"]["sentences"])
+    if (better := found["advice"]["better"]) is not None:
+        lines.append(f"The better adapter is in {better}, beside fused.")
+    return Section("Which adapter to use", lines)
+
+
+def _domains(test: Facts, pictures: Sequence[Picture]) -> Section:
+    rows = test["domains"]
+    if not rows:
+        return Section("")
+    several = rows[0]["best_seed"] is not None
+    lines = ["One item counts once under each property that the data names."]
+    if several:
+        lines.append(
+            "The lead is the best seed's score minus the mean seed's, in points; by chance is the mean lead when each "
+            "item's outcomes are dealt to the seeds anew, p the share of deals that lead as far. No adjustment is made "
+            "for the number of rows."
+        )
+    table = Table(
+        ["sub-domain", "items", "best seed", "lead", "by chance", "p"],
+        [
+            [
+                row["domain"],
+                f"{row['items']:,}",
+                row["best_seed"],
+                _percent(row["lead"]),
+                _percent(row["lead_by_chance"]),
+                _number(row["p_value"]),
+            ]
+            for row in rows
+        ],
+    )
+    return Section(f"Who is right where: {test['name']}", lines, [table] if several else [], pictures)
+
+
+def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list[Section]:
+    """What the validation rows decided, and what they say of the outcome."""
+    selection = found["selection"]
+    if selection is None:
+        return []
+    by = {"loss": "the lowest loss", "match": "most exact matches"}[selection["by"]]
+    lines = [f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at."]
+    if (chosen := selection["chosen"]) is not None:
+        tried = len(selection["candidates"])
+        lines.append(f"Asked for {selection['asked']}; {chosen['name']} was chosen among {tried} rules.")
+    for label, row in selection["against"].items():
+        judged = "no difference shown" if not row["shown"] else "lower" if row["value"] < 0 else "higher"
+        lines.append(
+            f"Loss of the fused adapter minus that of {label}: {row['value']:+.4f} "
+            f"({row['low']:+.4f} to {row['high']:+.4f}), {judged}."
+        )
+    rules = lambda rows: [[row["name"], f"{row['loss']:.4f}", _percent(row["match"])] for row in rows]  # noqa: E731
+    scores = [[label, f"{row['loss']:.4f}", _percent(row["match"])] for label, row in selection["scores"].items()]
+    tables = [Table(["adapter", "loss", "match"], scores)]
+    if selection["candidates"]:
+        tables.append(Table(["rule", "loss", "match"], rules(selection["candidates"])))
+    if (control := selection["controls"].get(GAIN_SOUP)) is not None:
+        tables.append(Table([f"tried for {GAIN_SOUP}", "loss", "match"], rules(control["candidates"])))
+    subsets = (
+        Section(
+            "How many seeds",
+            ["Validation loss of every subset of the seeds, or of some of each size where they are many."],
+            [
+                Table(
+                    ["seeds", *(f"{label}, loss" for label in selection["subsets"][0]["loss"])],
+                    [
+                        [", ".join(row["seeds"]), *(f"{loss:.4f}" for loss in row["loss"].values())]
+                        for row in selection["subsets"]
+                    ],
+                )
+            ],
+            picture("subsets", "Validation loss by the number of seeds fused; lines join the means."),
+        )
+        if selection["subsets"]
+        else Section("")
+    )
+    pictures = [
+        *picture("gain-curve", "Validation loss over the gain on the mean update."),
+        *picture("candidates", "Validation loss of the rules that were tried; the chosen one in the ink."),
+    ]
+    return [Section("On the validation rows", lines, tables, pictures), subsets]
+
+
+def _equal_budget(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Section:
+    rows = found["adapters"]
+    pictures = [
+        *picture("budget", "Score over the tokens that went into an adapter; the fused one has those of all seeds."),
+        *picture("loss-score", "Score over the training loss, mean of the last tenth of the steps."),
+    ]
+    if not pictures:
+        return Section("")
+    table = Table(
+        ["adapter", "tokens", "training loss", "score"],
+        [[r["adapter"], _count(r["tokens"]), _number(r["train_loss"]), _percent(r["value"])] for r in rows],
+    )
+    return Section("Cost, loss and score", tables=[table], pictures=pictures)
+
+
 def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
     percent = found["confidence_percent"]
     lines = [f"{test['metric']}, n = {test['n']:,}, intervals of {percent} % (Wilson), in percent."]
     if test["mean_seed"] is not None:
         spread = "" if test["seed_spread"] is None else f", spread between seeds {_percent(test['seed_spread'])}"
         lines[0] += f" Mean seed {_percent(test['mean_seed'])}{spread}."
+    scored = {row["adapter"] for row in test["scores"]}
     scores = Table(
         ["adapter", "right", "score", "interval"],
         [
@@ -160,6 +276,8 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
         ],
     )
     tables = [scores]
+    if controls := [[label, meaning] for label, meaning in MEANING.items() if label in scored]:
+        tables.append(Table(["control", "what it is"], controls, words=True))
     if test["comparisons"]:
         lines.append(
             "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test, Holm the "
@@ -178,7 +296,8 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
                         _number(row["p_value_holm"]),
                         "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
-                    for row in test["comparisons"]
+                    # The fused adapter first; the others as they were scored.
+                    for row in sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED)
                 ],
             )
         )
@@ -291,6 +410,7 @@ def _cost(found: Facts) -> Section:
         ]
     if seconds is not None:
         rows.append(["training, wall time", f"{seconds:,.0f} s"])
+    rows += [[f"training {control}, wall time", f"{took:,.0f} s"] for control, took in found["control_seconds"].items()]
     return Section("Cost", tables=[Table(["what", "how much"], rows)] if rows else [])
 
 

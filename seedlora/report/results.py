@@ -11,6 +11,20 @@ import numpy as np
 from seedlora.evaluation import Difference, Score, paired_difference, wilson
 
 BASE, MEAN_SEED, SOUP, FUSED = "base", "mean seed", "soup", "fused"
+#: The controls, under names that fit into a table.
+GAIN_SEED, GAIN_SOUP, GREEDY = "gain_seed", "gain_soup", "greedy_soup"
+LOGITS, LONG_SEED, WIDE_SEED = "logit_mean", "long_seed", "wide_seed"
+#: What each of them is.
+MEANING = {
+    LONG_SEED: "one seed, trained for the tokens of all",
+    WIDE_SEED: "one seed, trained with the rank of all",
+    LOGITS: "the mean of the seeds' probabilities, no adapter",
+    GAIN_SEED: "the best seed of the validation rows times the gain of the fused adapter",
+    GAIN_SOUP: "soup times the factor that is best on the validation rows",
+    GREEDY: "soup of the seeds that do not harm on the validation rows",
+}
+#: The file of a run that holds what the validation rows said when the seeds were fused.
+SELECTION_NAME = "selection.json"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from pathlib import Path
 from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
-from seedlora.report.results import FUSED, SOUP, Results
+from seedlora.report.results import FUSED, MEANING, SOUP, Results
 from seedlora.serving import VLLM_RANKS, vllm_rank
+
+#: Rows up to which each score's interval fits beside the differences.
+SHORT_TABLE = 8
 
 
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
@@ -16,16 +19,19 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
     table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
-    table.add_column("adapter")
+    longest = max(map(len, results.scores))
+    table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
+    # Many adapters have controls and methods among them, with longer names; the report has every interval.
+    spread = ["interval"] if len(results.scores) <= SHORT_TABLE else []
     references = list(dict.fromkeys(name for found in results.differences.values() for name in found))
-    for header in ("score", "interval", *(f"vs {name}" for name in references)):
+    for header in ("score", *spread, *(f"vs {name}" for name in references)):
         table.add_column(header, justify="right", no_wrap=True)
     for label, score in results.scores.items():
         differences = results.differences.get(label, {})
         table.add_row(
             label,
             f"{100 * score.value:.1f}",
-            _interval(score),
+            *(_interval(score) for _ in spread),
             *(_points(differences.get(name)) for name in references),
             style="bold" if label == FUSED else None,
         )
@@ -33,7 +39,8 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     captions += [] if results.seed_spread is None else [f"spread between seeds {100 * results.seed_spread:.1f}"]
     captions = [", ".join(captions)] if captions else []
     captions += ["differences are paired, in points"] if references else []
-    table.caption = "; ".join(captions)
+    controls = [f"{label}: {meaning}" for label, meaning in MEANING.items() if label in results.scores]
+    table.caption = "\n".join(["; ".join(captions), *controls])
     table.caption_justify = "left"
     return table
 

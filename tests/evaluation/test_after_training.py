@@ -58,7 +58,7 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert run(tiny_llama) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/adapter_model.safetensors")}
     first = json.loads(Path("run/results.json").read_text())
-    assert len(before) == 4
+    assert len(before) == 5  # seeds, soup, fused
     capsys.readouterr()
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", *EVALUATE]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -93,3 +93,13 @@ def test_an_unfinished_run_cannot_be_tested(tiny_llama, capsys):
     shutil.rmtree("run/seed_42")
     assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2
     assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err
+
+
+def test_methods_and_controls_answer_the_same_items(tiny_llama):
+    assert run(tiny_llama, *EVALUATE, "--compare", "ties", "--controls", "untrained") == 0
+    found = json.loads(Path("run/evaluation/results.json").read_text())["tasks"]["gsm8k"]
+    beside = {"ties", "logit_mean", "gain_seed", "gain_soup", "greedy_soup"}
+    assert set(found["scores"]) == {"base", "seed_11", "seed_42", "seed_202", "soup", "fused", *beside}
+    assert {len(digits) for digits in found["items"].values()} == {4}
+    settings = json.loads(Path("run/evaluation/settings.json").read_text())
+    assert "logit_mean" in json.dumps(settings)

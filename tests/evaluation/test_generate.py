@@ -132,3 +132,30 @@ def test_a_prompt_longer_than_the_context_is_refused_before_generating(module):
     prompts = {"seed_11": [Prompt("x" * 7)]}
     generate(prompts, max_new_tokens=20, stops=(), on_done=lambda name, i, generation: found.append(generation))
     assert found[0].tokens <= 3
+
+
+def test_a_mixture_says_the_most_likely_token_of_the_mean(module):
+    """Against one forward of every member over all that was said so far, token by token."""
+    members = [f"seed_{seed}" for seed in SEEDS]
+    generator = stacked(module)
+    generator._mixtures = {"mean": members}
+    found = {name: [None] * len(PROMPTS) for name in ("mean", "seed_42")}
+    asked = {name: [Prompt(text) for text in PROMPTS] for name in found}
+    put = lambda name, i, generation: found[name].__setitem__(i, generation)  # noqa: E731
+    generator(asked, max_new_tokens=12, stops=(), on_done=put)
+    assert [g.text for g in found["seed_42"]] == [
+        g.text for g in texts(module, {"seed_42": asked["seed_42"]}, max_new_tokens=12, stops=())["seed_42"]
+    ]
+    for text, generation in zip(PROMPTS, found["mean"], strict=True):
+        row = module.tokenizer(text)["input_ids"]
+        said = []
+        while len(said) < 12 and 0 not in said:
+            p = 0
+            with evaluating(module.model), torch.no_grad():
+                for name in members:
+                    module.stack.route([name])
+                    ids = torch.tensor([row + said])
+                    p = p + module.model.get_base_model()(input_ids=ids).logits[0, -1].double().softmax(-1)
+            said.append(int(p.argmax()))
+        assert generation.tokens == len(said)
+        assert generation.text == module.tokenizer.decode([t for t in said if t], skip_special_tokens=True)

@@ -1,0 +1,306 @@
+"""What is chosen on validation rows and what is scored beside the seeds: against separate runs and dense formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import built, make_data, make_module
+
+from callbacks import SeedEnsembleCallback
+from datamodules import ReasoningGym
+from seedlora.adapter import read_adapter
+from seedlora.comparison import Comparison
+from seedlora.fuse import fuse, stack_adapters
+from seedlora.merge import bind, soup
+from seedlora.report.advice import advice
+from tests.test_selection import rows, stacks
+
+SEEDS = [1, 2, 3]
+TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
+
+
+def fit(folder, base_model, *, seeds=SEEDS, data=None, test=True, module=None, **options):
+    callback = SeedEnsembleCallback(seeds, dirpath=folder, **options)
+    module = module or make_module(base_model, learning_rate=2e-2)
+    data = data or make_data(**TASK)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = lambda **kw: pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, **quiet, **kw)  # noqa: E731
+    while callback.pending or callback.pending_controls:
+        limits = callback.control_limits(max_epochs=3, max_steps=-1)
+        trainer = run(**{"max_epochs": 3, **limits})
+        trainer.fit(module, datamodule=data)
+    if test:
+        trainer.test(module, datamodule=data, verbose=False)
+    return callback, module, data
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def everything(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return fit(folder / "x", tiny_llama, merge="auto", compare="ties,greedy_soup", controls="all")
+
+
+def test_all_are_scored_on_the_same_items(everything):
+    callback, _, data = everything
+    labels = list(callback.results.items)
+    assert labels[:4] == ["base", "seed_1", "seed_2", "seed_3"]
+    controls = {"long_seed", "wide_seed", "logit_mean", "gain_seed", "gain_soup", "greedy_soup"}
+    assert set(labels[4:]) == {*controls, "ties", "soup", "fused"}
+    assert labels[-1] == "fused"
+    assert {len(digits) for digits in callback.results.items.values()} == {12}
+    stored = json.loads((callback.dirpath / "results.json").read_text())
+    assert stored["items"] == callback.results.items
+    terms = [data.items["test"][number]["metadata"]["num_terms"] for number in data.rows["test"].numbers]
+    assert stored["domains"]["num_terms"] == [str(term) for term in terms]
+
+
+def test_validation_scores_are_those_of_the_written_adapters(everything):
+    """Against one adapter, all rows in one forward."""
+    callback, module, data = everything
+    ids, labels = data.rows["val"].padded(range(8))
+    stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
+    found = callback.selection
+    named = {row["name"]: row for row in found["candidates"]}
+    on_ffn = bind("seedlora_gain", {"p": 0.75, "layers": "ffn", "rest": "soup"})
+    for layers, row in (
+        (read_adapter(callback.fused_path).layers, found["scores"]["fused"]),
+        (read_adapter(callback.dirpath / "soup").layers, found["scores"]["soup"]),
+        (fuse(stacks, soup), named["soup"]),
+        (fuse(stacks, on_ffn), named["seedlora_gain p=0.75 on ffn"]),
+    ):
+        module.stack.load("it", layers)
+        module.stack.route(["it"])
+        with torch.no_grad():
+            losses, _, keep = module.token_losses(ids, labels)
+        assert row["loss"] == pytest.approx((losses.sum() / keep.sum()).item(), rel=1e-5)
+    best = min(found["candidates"], key=lambda row: row["loss"])
+    assert found["chosen"]["name"] == best["name"]
+    assert found["scores"]["fused"]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert json.loads((callback.fused_path / "fusion.json").read_text())["method"] == found["chosen"]["method"]
+    assert [len(row["seeds"]) for row in found["subsets"]] == [1, 1, 1, 2, 2, 2, 3]
+    tuned = found["controls"]["gain_soup"]
+    assert min(row["loss"] for row in tuned["candidates"]) == found["scores"]["gain_soup"]["loss"]
+
+
+def test_a_trained_control_is_the_run_it_stands_for(everything, tiny_llama, tmp_path):
+    callback, *_ = everything
+    one = {"seeds": [1], "merge": "none", "test": False}
+    fit(tmp_path / "long", tiny_llama, **one)
+    assert weights(tmp_path / "long" / "seed_1") == weights(callback.dirpath / "long_seed")
+    wide = make_module(tiny_llama, learning_rate=2e-2, r=12, lora_alpha=36)
+    plain, *_ = fit(tmp_path / "wide", tiny_llama, module=wide, seeds=[1, 5, 6], merge="none", test=False, stack_size=1)
+    assert weights(plain.adapter_path(1)) == weights(callback.dirpath / "wide_seed")
+
+
+def test_comparing_does_not_change_the_seeds(everything, tiny_llama, tmp_path):
+    callback, *_ = everything
+    plain, *_ = fit(tmp_path / "x", tiny_llama, merge="soup", test=False)
+    for seed in SEEDS:
+        assert weights(plain.adapter_path(seed)) == weights(callback.adapter_path(seed))
+    # soup as the method is not written twice
+    assert not (plain.dirpath / "soup").exists()
+    assert weights(plain.fused_path) == weights(callback.dirpath / "soup")
+
+
+def test_a_control_that_is_missing_is_trained_alone(everything, tiny_llama, tmp_path):
+    callback, *_ = everything
+    folder = shutil.copytree(callback.dirpath, tmp_path / "x")
+    shutil.rmtree(folder / "wide_seed")
+    before = (folder / "long_seed" / "adapter_model.safetensors").stat().st_mtime_ns
+    again, *_ = fit(folder, tiny_llama, merge="auto", controls="all", test=False, resume=True)
+    assert weights(folder / "wide_seed") == weights(callback.dirpath / "wide_seed")
+    assert (folder / "long_seed" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert again.pending_controls == ()
+
+
+def test_the_full_budget_gives_the_long_control_as_much_as_all_seeds(tmp_path):
+    callback = SeedEnsembleCallback([1, 2], budget="full", controls="all", dirpath=tmp_path)
+    assert callback.control_limits(max_epochs=3, max_steps=-1) == {}
+    for seed in (1, 2):
+        callback.adapter_path(seed).mkdir()
+        (callback.adapter_path(seed) / "adapter_config.json").write_text("{}")
+    assert callback.control_limits(max_epochs=3, max_steps=-1) == {"max_epochs": 6}
+    assert callback.next_names == ("long_seed",)
+
+
+class _Untouchable(ReasoningGym):
+    """Its test rows cannot be read until they are allowed to."""
+
+    allowed = False
+
+    def test_dataloader(self):
+        assert self.allowed
+        return super().test_dataloader()
+
+    @property
+    def rows(self):
+        return {k: v for k, v in self._rows.items() if k != "test" or self.allowed}
+
+    @rows.setter
+    def rows(self, value):
+        self._rows = value
+
+
+def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
+    """Neither the rows, nor through what they say: with other test items the same is chosen, to the bit."""
+    chosen = []
+    for name, num_test in (("a", 12), ("b", 7)):
+        data = _Untouchable(num_train=24, num_val=8, num_test=num_test, batch_size=2, eval_batch_size=5, **TASK)
+        options = {"merge": "seedlora_gain", "controls": "untrained", "test": False}
+        callback, module, _ = fit(tmp_path / name, tiny_llama, data=data, **options)
+        selection = (callback.dirpath / "selection.json").read_bytes()
+        chosen.append((selection, weights(callback.fused_path)))
+        data.allowed = True
+        trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
+        trainer.test(module, datamodule=data, verbose=False)
+        assert callback.results.scores["fused"].n == num_test
+        assert (callback.dirpath / "selection.json").read_bytes() == selection
+        assert weights(callback.fused_path) == chosen[-1][1]
+    assert chosen[0] == chosen[1]
+
+
+def test_a_mixture_is_the_mean_of_the_probabilities(tiny_llama):
+    module = built(tiny_llama, 1, 2)
+    data = make_data(**TASK)
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    ids, labels = data.rows["val"].padded(range(8))
+    module.scored = {f"seed_{i}": f"seed_{i}" for i in (1, 2)} | {"again": "seed_1"}
+    module.mixtures = {"mean": ("seed_1", "seed_2")}
+    with torch.no_grad():
+        losses, right, tokens = module.score({"input_ids": ids, "labels": labels})
+        p = 0
+        for name in ("seed_1", "seed_2"):
+            module.stack.route([name])
+            p = p + module.model(input_ids=ids).logits.double().softmax(-1) / 2
+    targets = labels[:, 1:]
+    said = targets != -100
+    expected = -p[:, :-1].gather(2, targets.clamp(min=0)[..., None])[..., 0].log()
+    assert torch.allclose(losses[3].double(), (expected * said).sum(1), rtol=1e-4)
+    assert torch.equal(right[3], ((p[:, :-1].argmax(-1) == targets) | ~said).all(1))
+    assert torch.equal(tokens[3], said.sum(1))
+
+
+def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monkeypatch):
+    module = built(tiny_llama, 1, 2, 3)
+    data = make_data(**TASK)
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    ids, labels = data.rows["val"].padded(range(8))
+    module.scored = {f"seed_{i}": f"seed_{i}" for i in (1, 2, 3)}
+    module.mixtures = {"mean": ("seed_1", "seed_3")}
+    with torch.no_grad():
+        whole = module.score({"input_ids": ids, "labels": labels})
+        monkeypatch.setattr("seedlora.module.AT_ONCE", 2)
+        parts = module.score({"input_ids": ids, "labels": labels})
+    assert torch.allclose(whole[0], parts[0], rtol=1e-5)
+    assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge": "auto", "options": {"p": 1}}, "Merge method 'auto' chooses the options too"),
+        ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of .* 'auto' chooses"),
+        ({"merge": "seedlora_gain", "options": {"cup": 1}}, "has no option 'cup'"),
+        ({"compare": ["ties", "tie"]}, "Unknown merge method 'tie'"),
+        ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
+        ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
+        ({"compare": ["ties", "ties"]}, "names ties more than once"),
+        ({"merge": "none", "controls": "all"}, "ensemble.controls is tuned where seeds are fused"),
+        ({"merge": "none", "compare": ["greedy_soup"]}, "ensemble.compare greedy_soup is tuned where seeds are fused"),
+        ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
+        ({"select_by": "lose"}, "Unknown ensemble.select_by 'lose'"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"merge": "auto"}, "--merge auto chooses on"),
+        ({"merge": "seedlora_gain"}, "--merge seedlora_gain without ensemble.merge_options p chooses on"),
+        ({"controls": "untrained"}, "ensemble.controls chooses on"),
+        ({"compare": ["greedy_soup"]}, "ensemble.compare greedy_soup chooses on"),
+    ],
+)
+def test_without_validation_rows_nothing_is_trained(tiny_llama, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=f"{reason} validation rows, and there are none"):
+        fit(tmp_path / "x", tiny_llama, data=make_data(num_val=0), **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_given_is_not_chosen(tiny_llama, tmp_path):
+    assert not Comparison("seedlora_gain", {"p": 1}).chooses
+    assert Comparison("seedlora", compare=["seedlora", "soup", "ties"]).compare.keys() == {"ties"}
+    callback, *_ = fit(tmp_path / "x", tiny_llama, seeds=[1], merge="auto", controls="all")
+    assert callback.selection["chosen"] is None
+    assert list(callback.results.items) == ["base", "seed_1", "fused"]
+
+
+def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
+    stack = stacks()
+    bad = {path: factors.dense()[1] for path, factors in stack.items()}
+
+    def score(adapters):
+        alike = {
+            name: all(torch.allclose(layers[path].dense()[0], bad[path]) for path in layers)
+            for name, layers in adapters.items()
+        }
+        return {name: rows(math.nan if alike[name] else 1.0, 0.5) for name in adapters}
+
+    for merge in ("auto", "seedlora_gain", "greedy_soup", "seedlora"):
+        rule, found = Comparison(merge, controls="untrained").settle(stack, ["seed_1", "seed_2", "seed_3"], score)
+        json.dumps(found, allow_nan=False)
+        assert found["best_seed"] == "seed_1"
+        assert "seed_2" not in found["scores"]
+        assert found["controls"]["greedy_soup"]["members"][0] != 1
+        assert found["against"]["soup"]["value"] == 0
+        assert rule.name == (merge if merge == "seedlora" else "soup" if merge != "greedy_soup" else merge)
+
+
+def outcome(right: int, n: int = 100) -> np.ndarray:
+    return np.arange(n) < right
+
+
+def difference(value: float, shown: bool = True) -> dict[str, object]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 64, "shown": shown}
+
+
+def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
+    losses = {"fused": 1.064, "soup": 0.972, "seed_1": 0.973, "seed_2": 0.995}
+    selection = {
+        "best_seed": "seed_1",
+        "scores": {label: {"loss": loss} for label, loss in losses.items()},
+        "against": {"soup": difference(0.092), "seed_1": difference(0.091)},
+    }
+    judged = lambda items, chosen=selection: advice(chosen, items, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
+    found = judged({"fused": outcome(40), "soup": outcome(60), "seed_1": outcome(42)})
+    assert found["better"] == "soup"
+    assert found["sentences"][0].startswith(
+        "The fused adapter (seedlora) is worse than soup: its validation loss is 1.064 against 0.972 "
+        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-28.0 to -12.0, n = 100)."
+    )
+    assert "worse than seed_1, the best seed of the validation rows: its validation loss" in found["sentences"][1]
+    found = judged({"fused": outcome(60), "soup": outcome(40), "seed_1": outcome(40)})
+    assert found["better"] is None
+    assert "Against soup, its validation loss is 1.064" in found["sentences"][0]
+    assert "but it gets 20.0 points more of the test items" in found["sentences"][0]
+    better = {**selection, "against": {"soup": difference(-0.1), "seed_1": difference(0.1, shown=False)}}
+    assert judged({}, better) == {"sentences": [], "better": None}
+    assert judged({"fused": outcome(10), "soup": outcome(60)}, {})["better"] == "soup"
+    assert judged({}, {}) == {"sentences": [], "better": None}
