@@ -49,12 +49,13 @@ from datamodules import ReasoningGym
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file, write_text
 from seedlora.base_model import EMBEDDED
-from seedlora.diagnostics import COLOURS, model_cosines
+from seedlora.diagnostics import model_cosines
 from seedlora.evaluation.statistics import paired_difference
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, stack_adapters
 from seedlora.merge import bind, gram, shrinkage
-from seedlora.module import IGNORED, SeedLoRAModule
+from seedlora.module import SeedLoRAModule
+from seedlora.report.figures import COLOURS
 from seedlora.selection import (
     Layers,
     RowScores,
@@ -208,53 +209,29 @@ def train(cell: Cell, setting: Setting, module: SeedLoRAModule, data: ReasoningG
 
 
 def scorer(module: SeedLoRAModule, data: ReasoningGym, split: str) -> Score:
-    """Scores adapters on the rows of a split, all that it is given in one forward; no layers are the base model."""
-
-    def score(adapters: Mapping[str, Layers]) -> dict[str, RowScores]:
-        for label, layers in adapters.items():
-            module.stack.load(label, layers)
-        module.scored = {label: label for label in adapters}
-        columns = [torch.stack(parts) for parts in zip(*_batches(module, data, split, module.score), strict=True)]
-        for label in adapters:
-            module.stack.load(label, {})
-        return {label: RowScores(*(column[:, i] for column in columns)) for i, label in enumerate(adapters)}
-
-    return score
+    """Scores adapters on the rows of a split; no layers are the base model."""
+    return lambda adapters: module.score_rows(adapters, _loader(data, split))
 
 
 def ensemble_scores(module: SeedLoRAModule, data: ReasoningGym, split: str, seeds: Mapping[str, Layers]) -> RowScores:
     """The seeds as an ensemble: the mean of their probabilities, token by token."""
-    n = len(seeds)
     for label, layers in seeds.items():
         module.stack.load(label, layers)
-
-    def score(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        targets = batch["labels"].roll(-1, dims=1)
-        keep = targets != IGNORED
-        keep[:, -1] = False
-        module.stack.route(list(seeds))
-        logits = module(batch["input_ids"].repeat(n, 1), keep.repeat(n, 1)).float()
-        mean = logits.log_softmax(-1).view(n, -1, logits.shape[-1]).logsumexp(0) - math.log(n)
-        losses, right = torch.zeros(keep.shape), torch.ones_like(keep)
-        losses[keep] = -mean.gather(1, targets[keep][:, None])[:, 0]
-        right[keep] = mean.argmax(-1) == targets[keep]
-        return losses.sum(1)[None], right.all(1)[None], keep.sum(1)[None]
-
-    columns = zip(*_batches(module, data, split, score), strict=True)
-    return RowScores(*(torch.stack(column)[:, 0] for column in columns))
-
-
-def _batches(
-    module: SeedLoRAModule, data: ReasoningGym, split: str, score: Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
-) -> list[tuple[Tensor, ...]]:
-    """What ``score`` says of each row, in the order of the rows: losses, exact or not, tokens; of each adapter."""
+    module.scored, module.mixtures = {label: label for label in seeds}, {"ensemble": tuple(seeds)}
     rows: dict[int, tuple[Tensor, ...]] = {}
     module.eval()
     with torch.inference_mode(), module.stack.frozen():
-        for batch in data.val_dataloader() if split == "val" else data.test_dataloader():
-            parts = [part.unbind(1) for part in score(batch)]
-            rows.update(zip(batch["items"].tolist(), zip(*parts, strict=True), strict=True))
-    return [rows[i] for i in sorted(rows)]
+        for batch in _loader(data, split):
+            losses, correct, tokens = (part[-1] for part in module.score(batch))
+            rows.update(zip(batch["items"].tolist(), zip(losses, correct, tokens, strict=True), strict=True))
+    module.mixtures = {}
+    for label in seeds:
+        module.stack.unload(label)
+    return RowScores(*(torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)))
+
+
+def _loader(data: ReasoningGym, split: str) -> Any:
+    return data.val_dataloader() if split == "val" else data.test_dataloader()
 
 
 def per_token(scores: RowScores) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    ("pytest", "-q"),
+    # One process per test file, on as many cores as there are, up to four: most of the time goes to starting runs.
+    ("pytest", "-q", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"),
 )
 
 
@@ -22,7 +24,9 @@ def main(arguments: list[str]) -> int:
     for name, *options in CHECKS:
         extra = arguments if name == "pytest" else []
         print("$", name, *options, *extra, flush=True)
-        if subprocess.run([tools / name, *options, *extra], cwd=Path(__file__).parents[1], check=False).returncode:
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        command = [tools / name, *options, *extra]
+        if subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=False).returncode:
             failed.append(name)
     print("failed: " + ", ".join(failed) if failed else "all checks passed")
     return 1 if failed else 0
