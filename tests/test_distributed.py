@@ -53,7 +53,8 @@ def two(tiny_llama, tmp_path_factory):
 @pytest.mark.parametrize("name", strategies_job.STRATEGIES)
 def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     folder, metrics = one
-    tolerance = 1e-4 if name == "zero3" else 1e-5
+    # A head that is kept in parts takes all logits at once, which is rounded otherwise.
+    tolerance = 1e-4 if name in ("zero3", "fsdp2") else 1e-5
     for adapter in ("seed_11", "seed_202", "fused"):
         assert difference(folder / adapter, two / name / adapter) < tolerance
     found = json.loads((two / name / "metrics.json").read_text())
