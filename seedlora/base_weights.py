@@ -59,17 +59,26 @@ class BaseWeights:
         """
         found = {}
         for file in shards(self.folder):
-            try:
-                self._handles[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-            found.update(dict.fromkeys(self._handles[file].keys(), file))
+            found.update(dict.fromkeys(self._handle(file).keys(), file))
+            self.close(file)
         if self.quantization not in (None, "bitsandbytes"):
             raise ValueError(
                 f"base model {self.source} is quantised by {self.quantization}; only bitsandbytes can be undone: give "
                 "the model that it was made of, or keep the adapter apart"
             )
         return found
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        return self._handles[file]
+
+    def close(self, file: Path) -> None:
+        """Let go of a file's pages, once no tensor of it is in use; it is opened again when it is needed."""
+        self._handles.pop(file, None)
 
     @cached_property
     def quantization(self) -> str | None:
@@ -100,11 +109,11 @@ class BaseWeights:
         """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
         if (state := self._state_key(key)) is not None:
             return tuple(json.loads(bytes(self.tensor(state).tolist()))["shape"])
-        return tuple(self._handles[self.files[key]].get_slice(key).get_shape())
+        return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
 
     def tensor(self, key: str) -> Tensor:
         """A tensor as it is stored."""
-        return self._handles[self.files[key]].get_tensor(key)
+        return self._handle(self.files[key]).get_tensor(key)
 
     def weight(self, key: str) -> Tensor:
         """A whole weight, dequantised if it has to be: to float32 from int8, from 4 bits to what it was made of.
@@ -140,7 +149,7 @@ class BaseWeights:
         quantised = bool(self.statistics(key))
 
         def read(start: int, stop: int) -> Float[Tensor, "P K"]:
-            part = self._last_dequantized(key) if quantised else self._handles[self.files[key]].get_slice(key)
+            part = self._last_dequantized(key) if quantised else self._handle(self.files[key]).get_slice(key)
             return part[:, start:stop].T if flipped else part[start:stop]
 
         return read

@@ -113,6 +113,7 @@ def fuse_into_base(
                     tensors[key] = modules[name].to(tensors[key].dtype)
             save_file(tensors, folder / file.name, metadata=metadata)
             del tensors
+            weights.close(file)
         for pattern in MODEL_FILES:
             for extra in weights.folder.glob(pattern):
                 shutil.copy(extra, folder / extra.name)
