@@ -382,16 +382,9 @@ class SeedLoRAModule(pl.LightningModule):
             most likely token (all True unless ``greedy``), and whether there is one; all of shape (M, T) and shifted
             by one: position ``t`` predicts the label of ``t + 1``.
         """
-        targets = labels.roll(-1, dims=1)
-        keep = targets != IGNORED
-        keep[:, -1] = False
-        losses, right = self._kept_losses(input_ids, keep, targets[keep], position_ids, greedy=greedy)
-        no_right = torch.ones_like(keep)
-        return (
-            losses.new_zeros(keep.shape).masked_scatter(keep, losses),
-            no_right if right is None else no_right.masked_scatter(keep, right),
-            keep,
-        )
+        targets, keep = _next_tokens(labels)
+        losses, right = self._kept_losses(input_ids, keep, targets, position_ids, greedy=greedy)
+        return *_in_place(losses, right, keep), keep
 
     def _kept_losses(
         self, input_ids: Tensor, keep: Tensor, targets: Tensor, position_ids: Tensor | None, *, greedy: bool
@@ -500,22 +493,15 @@ class SeedLoRAModule(pl.LightningModule):
         self, input_ids: Int[Tensor, "b T"], labels: Int[Tensor, "b T"], members: Sequence[str]
     ) -> tuple[Float[Tensor, "b T"], Tensor, Tensor]:
         """As :meth:`token_losses`, of a mixture: a forward of each member, whose whole logits are needed."""
-        targets = labels.roll(-1, dims=1)
-        keep = targets != IGNORED
-        keep[:, -1] = False
+        targets, keep = _next_tokens(labels)
         mixed_SV = None
         for member in members:
             self.stack.route([self.scored[member]])
             logp_SV = self(input_ids, keep).float().log_softmax(-1)
             mixed_SV = logp_SV if mixed_SV is None else torch.logaddexp(mixed_SV, logp_SV)
         assert mixed_SV is not None
-        losses = math.log(len(members)) - mixed_SV.gather(1, targets[keep][:, None])[:, 0]
-        right = mixed_SV.argmax(-1) == targets[keep]
-        return (
-            losses.new_zeros(keep.shape).masked_scatter(keep, losses),
-            torch.ones_like(keep).masked_scatter(keep, right),
-            keep,
-        )
+        losses = math.log(len(members)) - mixed_SV.gather(1, targets[:, None])[:, 0]
+        return *_in_place(losses, mixed_SV.argmax(-1) == targets, keep), keep
 
     @torch.no_grad()
     def score_rows(
@@ -644,6 +630,23 @@ class SeedLoRAModule(pl.LightningModule):
         if odd := sorted(names ^ set(checkpoint.get("state_dict", checkpoint.get("trained", ())))):
             where = "the model" if odd[0] in names else "the checkpoint"
             raise ValueError(f"the checkpoint does not belong to this run: only {where} has '{odd[0]}'")
+
+
+def _next_tokens(labels: Int[Tensor, "M T"]) -> tuple[Int[Tensor, " S"], Tensor]:
+    """The tokens that are scored, one after the other, and where they are predicted: the position before each."""
+    targets = labels.roll(-1, dims=1)
+    keep = targets != IGNORED
+    keep[:, -1] = False
+    return targets[keep], keep
+
+
+def _in_place(losses: Float[Tensor, " S"], right: Tensor | None, keep: Tensor) -> tuple[Float[Tensor, "M T"], Tensor]:
+    """Losses and outcomes at the positions kept, 0 and True elsewhere."""
+    all_right = torch.ones_like(keep)
+    return (
+        losses.new_zeros(keep.shape).masked_scatter(keep, losses),
+        all_right if right is None else all_right.masked_scatter(keep, right),
+    )
 
 
 def learning_rate_factor(step: int, schedule: str, *, warmup: int, total: int) -> float:

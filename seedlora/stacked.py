@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.factors import LoRAFactors
+from seedlora.quantization import dequantized
 from seedlora.strategies import whole
 from seedlora.streams import stream_seed
 
@@ -337,10 +338,7 @@ def _beside(block: _Block, a: Tensor, b: Tensor) -> _Block:
 def _norms(layer: LoraLayer) -> Tensor:
     """The norms of the base weight's rows, shape (D,), float32; computed once."""
     if layer.stack_norms is None:
-        from peft.utils.integrations import dequantize_module_weight
-
-        base = layer.get_base_layer()
-        w_DK = dequantize_module_weight(base).detach().float()
+        w_DK = dequantized(layer.get_base_layer()).float()
         vars(layer)["stack_norms"] = w_DK.norm(dim=0 if layer.fan_in_fan_out else 1)
     return layer.stack_norms
 
