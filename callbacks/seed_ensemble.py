@@ -299,11 +299,6 @@ class SeedEnsembleCallback(pl.Callback):
                 "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
                 "parts; use ddp, or ensemble.keep last without patience"
             )
-        if module.hparams["adapter"] == "dora" and (reason := self.comparison.validated_for) is not None:
-            raise ValueError(
-                f"{reason} chooses among fusions of the seeds' factors, and DoRA's updates are not their factors; "
-                "name a method with its options, and compare others by ensemble.compare"
-            )
         self.check_validation(trainer, data)
         self._control = self.pending_controls[0] if self.pending_controls else None
         self._share = self.share(trainer)
@@ -337,12 +332,7 @@ class SeedEnsembleCallback(pl.Callback):
         Raises:
             ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently.
         """
-        same = self.vary == "init" and len(self.seeds) > 1 and module.starts_at_weights
-        if same and not module.hparams["lora_dropout"]:
-            raise ValueError(
-                f"ensemble.vary init: with model.adapter {module.hparams['adapter']} all seeds start at the same "
-                "weights, and without dropout they end at the same; use ensemble.vary order, or both"
-            )
+        self._check_adapter(module)
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         file, settings = self.dirpath / "run.json", self._settings(trainer, module, data)
@@ -361,6 +351,27 @@ class SeedEnsembleCallback(pl.Callback):
                         f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
                     )
         self._opened = True
+
+    def _check_adapter(self, module: SeedLoRAModule) -> None:
+        """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
+        adapter = module.hparams["adapter"]
+        if adapter == "dora" and (reason := self.comparison.validated_for) is not None:
+            raise ValueError(
+                f"{reason} chooses among fusions of the seeds' factors, and DoRA's updates are not their factors; "
+                "name a method with its options, and compare others by ensemble.compare"
+            )
+        if not module.starts_at_weights or len(self.seeds) == 1:
+            return
+        if self.trains_controls:
+            raise ValueError(
+                f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
+                "at other factors, over another base; use untrained"
+            )
+        if self.vary == "init" and not module.hparams["lora_dropout"]:
+            raise ValueError(
+                f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
+                "dropout they end at the same; use ensemble.vary order, or both"
+            )
 
     def share(self, trainer: pl.Trainer) -> ReplicaBudget:
         """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`.

@@ -304,3 +304,10 @@ def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
     assert judged({}, better) == {"sentences": [], "better": None}
     assert judged({"fused": outcome(10), "soup": outcome(60)}, {})["better"] == "soup"
     assert judged({}, {}) == {"sentences": [], "better": None}
+
+
+def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback(dirpath=tmp_path / "run", controls="all")
+    with pytest.raises(ValueError, match="controls all trains an adapter of another rank.*pissa.*use untrained"):
+        callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
+    assert not (tmp_path / "run").exists()
