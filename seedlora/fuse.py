@@ -32,7 +32,7 @@ from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, model_card
 from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
-from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored, gram
+from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored, gain
 from seedlora.serving import base_shapes, complete
 
 RECORD_NAME = "fusion.json"
@@ -336,7 +336,8 @@ def fuse_folders(
     record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
-    if len(adapters) > 1 and (gains := _gains(stacks, fused)):
+    gains = [float(gain(stack, fused[path])) for path, stack in stacks.items() if isinstance(stack, LoRAFactors)]
+    if len(adapters) > 1 and gains:
         record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
     card = model_card(record, max(factors.rank for factors in layers.values()), run=Path(out).parent)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
@@ -351,15 +352,6 @@ def fuse_folders(
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)
-
-
-def _gains(stacks: Mapping[str, Updates], fused: Mapping[str, LoRAFactors]) -> list[float]:
-    """The fused update's norm over that of the mean update, per layer; of layers whose updates are factors."""
-    gains = []
-    for path, stack in stacks.items():
-        if isinstance(stack, LoRAFactors) and (mean := float(gram(stack).mean())) > 0:
-            gains.append((float(gram(fused[path]).mean()) / mean) ** 0.5)
-    return gains
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse
-from seedlora.merge import COMMON, METHODS, BoundRule, bind, gram, greedy_members, weighted_sum
+from seedlora.merge import COMMON, METHODS, BoundRule, bind, gain, greedy_members, weighted_sum
 
 #: Below any score: what a loss that is no number counts as.
 _WORST = -1e30
@@ -119,12 +119,10 @@ def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> dict[str, L
         fused: what was made of them.
         index: of the adapter to take.
     """
-    found = {}
-    for path, stack in stacks.items():
-        mean, length = gram(stack).mean().clamp_min(0).sqrt(), gram(fused[path])[0, 0].clamp_min(0).sqrt()
-        gain = length / mean if mean > 0 else torch.ones_like(mean)
-        found[path] = weighted_sum(LoRAFactors(stack.A[[index]], stack.B[[index]]), gain[None])
-    return found
+    return {
+        path: weighted_sum(LoRAFactors(stack.A[[index]], stack.B[[index]]), gain(stack, fused[path])[None])
+        for path, stack in stacks.items()
+    }
 
 
 def members(stacks: Layers, chosen: Sequence[int]) -> dict[str, LoRAFactors]:

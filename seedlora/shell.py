@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
     """
+    # PEFT imports it, and it says what would make it faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": _merge, "inspect": _inspect, "compare": _compare, "methods": _methods}

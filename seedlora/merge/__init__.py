@@ -23,6 +23,7 @@ from seedlora.merge._karcher import karcher as karcher
 from seedlora.merge._knots import knots_dare_ties as knots_dare_ties
 from seedlora.merge._knots import knots_ties as knots_ties
 from seedlora.merge._lowrank import cosines as cosines
+from seedlora.merge._lowrank import gain as gain
 from seedlora.merge._lowrank import gram as gram
 from seedlora.merge._lowrank import gram_and_means as gram_and_means
 from seedlora.merge._lowrank import mean_cosine as mean_cosine

@@ -58,11 +58,10 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
     .. math:: G_{ij} = \langle \Delta_i, \Delta_j \rangle = \sum (B_i^\top B_j) \odot (A_i A_j^\top)
 
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates.
-    Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers; one pass over dense updates.
+    Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers, once for a stack that is not written to;
+    one pass over dense updates.
     """
-    if isinstance(stack, DenseUpdates):
-        return gram_and_means(stack)[0]
-    return _inner(factor_grams(stack), len(stack))
+    return gram_and_means(stack)[0]
 
 
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
@@ -81,8 +80,15 @@ def gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, 
             inner.addmm_(rows, rows.T)
             total += rows.sum(1)
         return inner, total / (stack.shape[0] * stack.shape[1])
+    return _factored_gram_and_means(stack)
+
+
+@once_per_stack
+def _factored_gram_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
     a, b = stack.A.double(), stack.B.double()
-    return _inner(_grams(a, b), len(stack)), _means(a, b)
+    gram_b, gram_a = _grams(a, b)
+    n = len(stack)
+    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3)), _means(a, b)
 
 
 def means(stack: LoRAFactors) -> Float[Tensor, " N"]:
@@ -96,11 +102,6 @@ def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[
     rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
     a_cat = a.flatten(0, 1)
     return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
-
-
-def _inner(grams: tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]], n: int) -> Float[Tensor, "N N"]:
-    gram_b, gram_a = grams
-    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
 
 
 def _means(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> Float[Tensor, " N"]:
@@ -139,6 +140,12 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
     norms = gram_NN.diagonal().clamp_min(0).sqrt()
     mean = gram_NN.mean().clamp_min(0).sqrt()
     return mean / norms.mean() if norms.sum() > 0 else gram_NN.new_ones(())
+
+
+def gain(stack: Updates, fused: Updates) -> Float[Tensor, ""]:
+    r"""How much longer a merged update is than the mean update, :math:`\|\Delta\| / \|\bar\Delta\|`; 1 if that is 0."""
+    mean = gram(stack).mean().clamp_min(0).sqrt()
+    return gram(fused)[0, 0].clamp_min(0).sqrt() / mean if mean > 0 else torch.ones_like(mean)
 
 
 def weighted_sum(
