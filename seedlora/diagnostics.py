@@ -18,11 +18,11 @@ from seedlora.factors import LoRAFactors
 from seedlora.merge import (
     cosines,
     gram,
-    gram_and_means,
     mean_cosine,
     means,
     shrinkage,
     singular_values,
+    spread_gain,
     variances,
 )
 
@@ -114,10 +114,7 @@ def layer_facts(
         samples: entries drawn, with replacement, for the sign agreement.
         generator: of the draw. Default: a new one, seeded with 0.
     """
-    inner, mu = gram_and_means(stack)
-    entries = stack.shape[0] * stack.shape[1]
-    average_std = (inner.mean() / entries - mu.mean() ** 2).clamp_min(0).sqrt()
-    gain = variances(stack).sqrt().mean() / average_std if average_std > 0 else torch.ones(())
+    inner, n = gram(stack), len(stack)
     return LayerFacts(
         path=path,
         module=path.rpartition(".")[2],
@@ -126,7 +123,7 @@ def layer_facts(
         cosines=tuple(tuple(row) for row in cosines(inner).tolist()),
         mean_cosine=float(mean_cosine(inner)),
         rho=float(shrinkage(inner)),
-        gain=float(gain),
+        gain=float(spread_gain(stack, inner.new_full((n,), 1 / n))),
         sign_agreement=sign_agreement(stack, samples=samples, generator=generator),
         samples=samples,
     )

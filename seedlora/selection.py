@@ -15,7 +15,6 @@ from functools import partial
 from itertools import combinations
 from typing import Any, TypeAlias
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 

@@ -25,11 +25,11 @@ from seedlora.merge._knots import knots_ties as knots_ties
 from seedlora.merge._lowrank import cosines as cosines
 from seedlora.merge._lowrank import gain as gain
 from seedlora.merge._lowrank import gram as gram
-from seedlora.merge._lowrank import gram_and_means as gram_and_means
 from seedlora.merge._lowrank import mean_cosine as mean_cosine
 from seedlora.merge._lowrank import means as means
 from seedlora.merge._lowrank import shrinkage as shrinkage
 from seedlora.merge._lowrank import singular_values as singular_values
+from seedlora.merge._lowrank import spread_gain as spread_gain
 from seedlora.merge._lowrank import variances as variances
 from seedlora.merge._lowrank import weighted_sum as weighted_sum
 from seedlora.merge._methods import METHODS as METHODS

@@ -29,22 +29,27 @@ from seedlora.merge._dense import AnyUpdates, DenseUpdates, Updates, dense_updat
 
 #: Directions whose share of a Gram matrix is below this (1e-7 squared) are noise of its float64 entries.
 _TINY = 1e-14
+#: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
+CANCELLED = 1e-7
 
+S = TypeVar("S", LoRAFactors, Updates)
 T = TypeVar("T")
 
 
-def once_per_stack(function: Callable[[LoRAFactors], T]) -> Callable[[LoRAFactors], T]:
-    """Remember what is small and dear to compute, as long as the stack lives and its tensors are not written to.
+def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
+    """Remember what is small and dear to compute, as long as the stack lives and its factors are not written to.
 
     A rule that depends on the whole model meets each stack once in its survey, and again when it fuses the layer.
+    Writes through ``.data`` are not noticed. What is remembered must not be handed to callers who may write to it.
     """
-    known: WeakKeyDictionary[LoRAFactors, tuple[tuple[int, int], T]] = WeakKeyDictionary()
+    known: WeakKeyDictionary[S, tuple[list[int], T]] = WeakKeyDictionary()
 
     @wraps(function)
-    def remembering(stack: LoRAFactors) -> T:
-        if stack.A.is_inference() or stack.B.is_inference():  # these count no writes
+    def remembering(stack: S) -> T:
+        factors = [stack.A, stack.B] if isinstance(stack, LoRAFactors) else []
+        if any(factor.is_inference() for factor in factors):  # these count no writes
             return function(stack)
-        versions = (stack.A._version, stack.B._version)
+        versions = [factor._version for factor in factors]
         if stack not in known or known[stack][0] != versions:
             known[stack] = (versions, function(stack))
         return known[stack][1]
@@ -71,8 +76,14 @@ def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor
 
 def gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
     """:func:`gram` and :func:`means` from one float64 copy of the factors, or one pass over dense updates."""
+    inner, mu = _gram_and_means(stack)
+    return inner.clone(), mu.clone()
+
+
+@once_per_stack
+def _gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    n = len(stack)
     if isinstance(stack, DenseUpdates):
-        n = len(stack)
         inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
         total = torch.zeros(n, dtype=torch.float64, device=stack.device)
         for block in stack.blocks():
@@ -80,19 +91,15 @@ def gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, 
             inner.addmm_(rows, rows.T)
             total += rows.sum(1)
         return inner, total / (stack.shape[0] * stack.shape[1])
-    return _factored_gram_and_means(stack)
-
-
-@once_per_stack
-def _factored_gram_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
     a, b = stack.A.double(), stack.B.double()
     gram_b, gram_a = _grams(a, b)
-    n = len(stack)
     return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3)), _means(a, b)
 
 
-def means(stack: LoRAFactors) -> Float[Tensor, " N"]:
+def means(stack: Updates) -> Float[Tensor, " N"]:
     r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
+    if isinstance(stack, DenseUpdates):
+        return gram_and_means(stack)[1]
     return _means(stack.A.double(), stack.B.double())
 
 
@@ -108,11 +115,27 @@ def _means(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> Float[Tensor
     return (b.sum(1) * a.sum(2)).sum(1) / (b.shape[1] * a.shape[2])
 
 
-def variances(stack: LoRAFactors) -> Float[Tensor, " N"]:
+def variances(stack: Updates) -> Float[Tensor, " N"]:
     r"""Population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK - \mu(\Delta_n)^2`."""
-    d, k = stack.shape
-    squares = torch.stack([gram(LoRAFactors(a[None], b[None]))[0, 0] for a, b in zip(stack.A, stack.B, strict=True)])
-    return (squares / (d * k) - means(stack) ** 2).clamp_min(0)
+    inner, mu = gram_and_means(stack)
+    return _variance(stack, inner.diagonal(), mu)
+
+
+def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    r"""How much more spread updates have than their weighted sum, as SeedLoRA's equation 5 compares them.
+
+    .. math:: g = \frac{1}{N} \sum_n \sigma(\Delta_n) \, / \, \sigma(\textstyle\sum_n w_n \Delta_n)
+
+    1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
+    """
+    inner, mu = gram_and_means(stack)
+    spread = _variance(stack, inner.diagonal(), mu).sqrt().mean()
+    total = _variance(stack, weights @ inner @ weights, weights @ mu).sqrt()
+    return spread / total if total > CANCELLED * spread else torch.ones_like(spread)
+
+
+def _variance(stack: Updates, square: Float[Tensor, "*n"], mean: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    return (square / (stack.shape[0] * stack.shape[1]) - mean**2).clamp_min(0)
 
 
 def cosines(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:

@@ -20,7 +20,7 @@ def sce(stack: Updates, *, select_topk: float = 1.0) -> DenseUpdates:
 
     with :math:`\gamma` the sign of the plain sum; entries outside of S become 0.
 
-    Cost: one pass over row blocks at ``select_topk = 1`` (the weights then come from the factors), four below; the
+    Cost: one pass over row blocks at ``select_topk = 1`` (the weights then come from the factors), three below; the
     result is dense.
 
     Readings taken: k counts all entries of the layer, also those on which the adapters agree exactly; the variance is

@@ -7,10 +7,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.merge._dense import AnyUpdates
-from seedlora.merge._lowrank import checked_range, checked_weights, gram, gram_and_means, shrinkage, weighted_sum
-
-#: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
-_CANCELLED = 1e-7
+from seedlora.merge._lowrank import (
+    CANCELLED,
+    checked_range,
+    checked_weights,
+    gram,
+    means,
+    shrinkage,
+    spread_gain,
+    weighted_sum,
+)
 
 
 def seedlora(
@@ -51,13 +57,8 @@ def seedlora(
         are the averages over all adapters.
     """
     w = checked_weights(stack, weights) / len(stack)
-    d, k = stack.shape
-    inner, mu = gram_and_means(stack)
-    mu_average = w @ mu
-    sigma_average = ((w @ inner @ w) / (d * k) - mu_average**2).clamp_min(0).sqrt()
-    sigma = (inner.diagonal() / (d * k) - mu**2).clamp_min(0).sqrt().mean()
-    gain = sigma / sigma_average if sigma_average > _CANCELLED * sigma else torch.ones_like(sigma)
-    return weighted_sum(stack, w * gain, constant=mu.mean() - gain * mu_average if mean_shift else None)
+    gain, mu = spread_gain(stack, w), means(stack)
+    return weighted_sum(stack, w * gain, constant=mu.mean() - gain * (w @ mu) if mean_shift else None)
 
 
 def seedlora_gain(stack: AnyUpdates, *, p: float = 0.5, cap: float = 2.0) -> AnyUpdates:
@@ -89,5 +90,5 @@ def seedlora_gain(stack: AnyUpdates, *, p: float = 0.5, cap: float = 2.0) -> Any
     checked_range("p", p, 0, 10)
     checked_range("cap", cap, 1, 1e6)
     rho = shrinkage(gram(stack))
-    gain = (rho ** (-2 * p)).clamp_max(cap) if rho > _CANCELLED else torch.ones_like(rho)
+    gain = (rho ** (-2 * p)).clamp_max(cap) if rho > CANCELLED else torch.ones_like(rho)
     return weighted_sum(stack, gain.expand(len(stack)) / len(stack))

@@ -6,6 +6,7 @@ Shape legend: ``N`` adapters, ``...`` entries of one block, ``P`` rows and ``K``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 _BINS = 2**15
 #: Share of the columns from which a threshold is guessed before it is found exactly.
 _SAMPLE = 16
+#: Numbers that wait to be counted.
+_WAITING = 2**20
 
 
 def magnitude_thresholds(
@@ -24,8 +27,9 @@ def magnitude_thresholds(
     r"""The magnitude of each adapter's k-th largest entry, :math:`k = \lfloor density \cdot count \rfloor`, at least 1.
 
     Exact, in one pass over all entries and bounded memory: a sixteenth of the columns tells between which magnitudes
-    the k-th lies, and the pass counts what is above and keeps what is between. Where the sample was misleading, all
-    entries are counted first.
+    the k-th lies, and the pass counts what is above and, by float32 number, what is between. Where the sample was
+    misleading, all entries are counted first. float64 entries take one more pass, over those that round to the number
+    found.
 
     Args:
         entries: the blocks of all entries when called with 1, of every s-th column when called with s; from the start
@@ -35,32 +39,91 @@ def magnitude_thresholds(
     Returns:
         Shape ``(N,)``, in the dtype of the entries; 0 where everything is kept (``density = 1``).
     """
+    like = next(block.new_zeros(len(block)) for block in entries(_SAMPLE))
     if density >= 1:
-        return next(block.new_zeros(len(block)) for block in entries(_SAMPLE))
+        return like
     for step in (_SAMPLE, 1):
-        brackets = _brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
-        between: list[list[Tensor]] = [[] for _ in brackets]
-        above, total = [0] * len(brackets), 0
+        tallies = _brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
         for block in entries(1):
-            total += block[0].numel()
-            for n, (magnitudes, (low, high)) in enumerate(zip(_magnitudes(block), brackets, strict=True)):
-                count, within = _split(magnitudes, low, high)
-                above[n] += count
-                between[n].append(within)
-        k = max(1, int(density * total))
-        kept = [torch.cat(parts) for parts in between]
-        if all(a < k <= a + len(m) for a, m in zip(above, kept, strict=True)):
+            for tally, magnitudes in zip(tallies, _magnitudes(block), strict=True):
+                tally.add(magnitudes)
+        k = max(1, int(density * tallies[0].total))
+        if all(tally.holds(k) for tally in tallies):
             break
-    return torch.stack([m.kthvalue(len(m) - (k - a) + 1).values for a, m in zip(above, kept, strict=True)])
+    found = [tally.kth(k) for tally in tallies]
+    if like.dtype == torch.float64:
+        found = _among_equals(entries(1), found)
+    return like.new_tensor([value for value, _ in found])
 
 
-def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack: float) -> list[tuple[float, float]]:
+@dataclass
+class _Tally:
+    """How many magnitudes of one adapter are above a bracket, and how many are which float32 number within it.
+
+    Args:
+        low: where the bracket begins.
+        high: the first number above it; float64 entries below may be rounded to it.
+    """
+
+    low: float
+    high: float
+    above: int = 0
+    total: int = 0
+    #: Float32 bits of the numbers met, ascending, and how often each was met.
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    waiting: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, magnitudes: Float[Tensor, " entries"]) -> None:
+        """Count these."""
+        beyond, within = _split(magnitudes, self.low, self.high)
+        self.total += magnitudes.numel()
+        self.above += beyond
+        self.waiting.append(_bits(within).cpu().numpy())
+        if sum(map(len, self.waiting)) > _WAITING:
+            self.count()
+
+    def count(self) -> None:
+        """Sort what was added into the counts."""
+        new, counts = np.unique(np.concatenate([self.bits[:0], *self.waiting]), return_counts=True)
+        self.bits, places = np.unique(np.concatenate([self.bits, new]), return_inverse=True)
+        weights = np.concatenate([self.counts, counts])
+        self.counts = np.zeros(len(self.bits), np.int64)
+        np.add.at(self.counts, places, weights)
+        self.waiting.clear()
+
+    def holds(self, k: int) -> bool:
+        """Whether the k-th largest of all is within the bracket."""
+        self.count()
+        return self.above < k <= self.above + int(self.counts.sum())
+
+    def kth(self, k: int) -> tuple[float, int]:
+        """The k-th largest in float32, and which it is of those that are rounded to this number."""
+        self.count()
+        from_above = self.above + np.cumsum(self.counts[::-1])
+        index = int(np.searchsorted(from_above, k))
+        before = from_above[index] - self.counts[::-1][index]
+        return _float_of(self.bits[::-1][index]), k - int(before)
+
+
+def _among_equals(blocks: Iterable[Float[Tensor, "N ..."]], found: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """For float64 entries: of those that are rounded to the float32 number found, the one meant."""
+    equal: list[list[Tensor]] = [[] for _ in found]
+    for block in blocks:
+        for parts, magnitudes, (value, _) in zip(equal, _magnitudes(block), found, strict=True):
+            parts.append(magnitudes[magnitudes.float() == value])
+    return [
+        (float(torch.cat(m).sort(descending=True).values[i - 1]), i) for m, (_, i) in zip(equal, found, strict=True)
+    ]
+
+
+def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack: float) -> list[_Tally]:
     """Per adapter, magnitudes between which the k-th largest of these entries lies, give or take a share of k."""
     counts, total = None, 0
     for block in blocks:
         total += block[0].numel()
-        part = torch.stack([torch.bincount(_bins(magnitudes), minlength=_BINS) for magnitudes in _magnitudes(block)])
-        counts = part if counts is None else counts + part
+        bins = [torch.bincount(_bits(magnitudes) >> 16, minlength=_BINS) for magnitudes in _magnitudes(block)]
+        counts = torch.stack(bins) if counts is None else counts + torch.stack(bins)
     if counts is None:
         raise ValueError("magnitude_thresholds needs at least one block of entries, got none")
     k = max(1, int(density * total))
@@ -69,8 +132,8 @@ def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack
     # a bin more on either side: float64 entries were rounded into their bins
     lows = ((above >= min(k + reach, total)).sum(1) - 2).clamp_min(0)
     highs = ((above >= max(k - reach, 1)).sum(1) + 1).clamp_max(0x7F80)
-    edges = (torch.stack([lows, highs], 1) << 16).to(torch.int32).view(torch.float32)
-    return [(low, high) for low, high in edges.tolist()]
+    edges = zip(lows.tolist(), highs.tolist(), strict=True)
+    return [_Tally(_float_of(low << 16), _float_of(high << 16)) for low, high in edges]
 
 
 def _split(magnitudes: Float[Tensor, " entries"], low: float, high: float) -> tuple[int, Float[Tensor, " within"]]:
@@ -89,9 +152,13 @@ def _magnitudes(block: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, " entri
         yield values.abs().flatten()
 
 
-def _bins(magnitudes: Float[Tensor, " entries"]) -> Int[Tensor, " entries"]:
-    """The upper half of their float32 bits, which is in the order of the numbers."""
-    return magnitudes.float().view(torch.int32) >> 16
+def _bits(magnitudes: Float[Tensor, " entries"]) -> Int[Tensor, " entries"]:
+    """Their bits as float32, which are in the order of the numbers."""
+    return magnitudes.float().view(torch.int32)
+
+
+def _float_of(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))
 
 
 def trim(values: Float[Tensor, "N ..."], thresholds: Float[Tensor, " N"]) -> Float[Tensor, "N ..."]:

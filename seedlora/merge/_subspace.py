@@ -38,7 +38,7 @@ def seedlora_subspace(
     .. math:: \bar\Delta \approx U \Sigma V^\top, \quad Z_n = U^\top \Delta_n V, \quad
         \Delta = U \, \mathrm{merge}(Z_1, ..., Z_N) \, V^\top
 
-    Cost: three passes over row blocks of ``N*P*K`` entries; stage 2 stays within the factors.
+    Cost: two passes over row blocks of ``N*P*K`` entries; stage 2 stays within the factors.
 
     Readings taken where every source reached is silent: :math:`\sigma` is the quantile of the magnitudes of all
     adapters' entries in the layer together; the subspace has rank ``N*R``; the Z are merged by TIES without a trim.
