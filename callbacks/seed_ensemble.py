@@ -32,13 +32,15 @@ from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import FUSED, LOGITS, LONG_SEED, SELECTION_NAME, SOUP, WIDE_SEED
-from seedlora.selection import Layers, Score, score_lazily
+from seedlora.selection import Layers, Score, members, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters
 
 VARY = ("both", "init", "order")
 KEEP = ("last", "best")
 ON_DIVERGENCE = ("stop", "exclude")
 AUTO = "auto"
+#: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
+FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 BASE = "base"
@@ -145,6 +147,11 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError(f"ensemble.checkpoint_every_n_steps must be at least 1, got {checkpoint_every_n_steps}")
         replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
         names = compare.split(",") if isinstance(compare, str) else compare or ()
+        weights = (merge_options or {}).get("weights")
+        if weights is not None and len(weights) != len(self.seeds):
+            raise ValueError(
+                f"ensemble.merge_options weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
+            )
         # Bound now, so that a wrong name or option is known before training and not after it.
         self.comparison = Comparison(
             merge,
@@ -168,6 +175,8 @@ class SeedEnsembleCallback(pl.Callback):
         self._restored: dict[str, Any] = {}
         self._module: SeedLoRAModule | None = None
         self._terminated = False
+        #: Of a checkpoint that waits for a validation: whether the run ends with it.
+        self._due: bool | None = None
         self._handler: Any = None
 
     @property
@@ -207,9 +216,14 @@ class SeedEnsembleCallback(pl.Callback):
     @property
     def excluded(self) -> dict[int, str]:
         """The seeds that were left out, and why."""
-        file = self.dirpath / "excluded.json"
-        reasons = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        reasons = self._left_out
         return {seed: reasons[self._label(seed)] for seed in self.seeds if self._label(seed) in reasons}
+
+    @property
+    def _left_out(self) -> dict[str, str]:
+        """The adapters that were left out, seeds and controls, and why."""
+        file = self.dirpath / "excluded.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -219,9 +233,8 @@ class SeedEnsembleCallback(pl.Callback):
 
     @property
     def next_stack(self) -> tuple[int, ...]:
-        """The seeds that the next fit trains."""
-        assert not isinstance(self.stack_size, str), "choose_stack_size comes first"
-        return self.pending[: self.stack_size]
+        """The seeds that the next fit trains; all, as long as ``auto`` has not become a number."""
+        return self.pending[: None if isinstance(self.stack_size, str) else self.stack_size]
 
     def choose_stack_size(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
         """Turn ``auto`` into a number, by the memory estimate of the data as it is set up."""
@@ -238,7 +251,11 @@ class SeedEnsembleCallback(pl.Callback):
         """The controls that are still to be trained, once the seeds are."""
         if not self.trains_controls or self.pending:
             return ()
-        return tuple(name for name in TRAINED_CONTROLS if not (self.dirpath / name / CONFIG_NAME).is_file())
+        return tuple(
+            name
+            for name in TRAINED_CONTROLS
+            if name not in self._left_out and not (self.dirpath / name / CONFIG_NAME).is_file()
+        )
 
     @property
     def next_names(self) -> tuple[str, ...]:
@@ -294,11 +311,6 @@ class SeedEnsembleCallback(pl.Callback):
             )
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
-        if (self.keep == "best" or self.patience) and not holds_whole_adapters(trainer):
-            raise ValueError(
-                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
-                "parts; use ddp, or ensemble.keep last without patience"
-            )
         self.check_validation(trainer, data)
         self._control = self.pending_controls[0] if self.pending_controls else None
         self._share = self.share(trainer)
@@ -312,14 +324,19 @@ class SeedEnsembleCallback(pl.Callback):
         else:
             module.replicas = (replace(self._replica(self.trained[0]), name=self._control),)
         module.exclude_diverged = self.on_divergence == "exclude"
-        self._best, self._restored = {}, {}
+        self._best, self._restored, self._due = {}, {}, None
         data.seeds = tuple(replica.order_seed for replica in module.replicas)
         module.total_steps = self.replica_steps(trainer, data)
         module.scored = self._validated(module)
         self._module = module
 
     def check_validation(self, trainer: pl.Trainer, data: Any) -> None:
-        """Raise ValueError if validation rows are needed and there are none; the data must be set up."""
+        """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
+        if (self.keep == "best" or self.patience) and not holds_whole_adapters(trainer):
+            raise ValueError(
+                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
+                "parts; use ddp, or ensemble.keep last without patience"
+            )
         needed = "ensemble.keep best and ensemble.patience need" if self.keep == "best" or self.patience else None
         if (reason := self.comparison.validated_for) is not None:
             needed = f"{reason} chooses on"
@@ -344,7 +361,9 @@ class SeedEnsembleCallback(pl.Callback):
             )
         else:
             before = json.loads(file.read_text(encoding="utf-8"))
-            for key in sorted(set(before) | set(settings)):
+            # How many processes train does not matter once all is trained.
+            free = FREE if self.pending or self.pending_controls else {*FREE, "processes"}
+            for key in sorted((set(before) | set(settings)) - free):
                 if before.get(key) != settings.get(key):
                     raise ValueError(
                         f"{self.dirpath} was started with {key} = {before.get(key)!r}, now it is "
@@ -419,9 +438,18 @@ class SeedEnsembleCallback(pl.Callback):
         if self._share.steps is not None and step >= self._share.steps:
             trainer.should_stop = True
         elif not trainer.is_last_batch and (terminated or step % self.checkpoint_every_n_steps == 0):
-            self._save_checkpoint(trainer)
-            if terminated:
-                raise StoppedError(f"terminated by SIGTERM; step {step} is saved")
+            # A validation that is due now would not be made up for by a resume: it belongs into the checkpoint.
+            if _validates_now(trainer):
+                self._due = terminated
+            else:
+                self._checkpoint(trainer, terminated)
+
+    def _checkpoint(self, trainer: pl.Trainer, terminated: bool) -> None:
+        """Save a checkpoint, and leave if that was asked for."""
+        self._due = None
+        self._save_checkpoint(trainer)
+        if terminated:
+            raise StoppedError(f"terminated by SIGTERM; step {trainer.global_step} is saved")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop when the replicas have had their epochs."""
@@ -429,13 +457,24 @@ class SeedEnsembleCallback(pl.Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember each seed's best weights, and stop the seeds that no longer improve."""
+        """Remember each seed's best weights, stop the seeds that no longer improve, save the checkpoint that was due.
+
+        Raises:
+            StoppedError: after a SIGTERM, when the checkpoint is written.
+        """
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._settle(trainer, module)
             return
-        if not (self.keep == "best" or self.patience) or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        if self.keep == "best" or self.patience:
+            self._watch(trainer, module)
+        if self._due is not None:
+            self._checkpoint(trainer, self._due)
+
+    def _watch(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """After a validation: keep the best weights, stop who has no patience left."""
         for replica in module.replicas:
             if replica.name in module.idle:
                 continue
@@ -473,12 +512,17 @@ class SeedEnsembleCallback(pl.Callback):
             return
         assert self.rule is not None
         names = [r.name for r in module.replicas]
-        current = module.stack.factors([name for name in names if name not in module.diverged])
-        finished = [seed for seed in self.trained if self._label(seed) not in names]
+        current = [name for name in names if name not in module.diverged]
+        stacks = module.stack.factors(current)
+        finished = [self._label(seed) for seed in self.trained if self._label(seed) not in names]
         if finished:
-            before = stack_adapters({self._label(seed): read_adapter(self.adapter_path(seed)) for seed in finished})
-            current = {path: LoRAFactors.stack([before[path], current[path]]) for path in current}
-        module.stack.load(self._live, fuse(current, self.rule))
+            before = stack_adapters({name: read_adapter(self.dirpath / name) for name in finished})
+            stacks = {p: LoRAFactors.stack([before[p].to(stack.device), stack]) for p, stack in stacks.items()}
+        there = [*finished, *current]
+        seeds = [seed for seed in self.seeds if self._label(seed) in there]
+        module.stack.load(
+            self._live, fuse(members(stacks, [there.index(s) for s in map(self._label, seeds)]), self._rule_of(seeds))
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the adapters of this stack and, if they are the last, fuse all."""
@@ -489,6 +533,13 @@ class SeedEnsembleCallback(pl.Callback):
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
         names = [replica.name for replica in module.replicas]
+        if (
+            set(names) <= set(module.diverged)
+            and self._control is None
+            and not self.trained
+            and not self._others(names)
+        ):
+            raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
         for name in names:
             if name in module.diverged:
                 continue
@@ -497,16 +548,21 @@ class SeedEnsembleCallback(pl.Callback):
             layers, magnitudes = module.stack.stored(name), module.stack.magnitudes(name)
             if trainer.is_global_zero:
                 write_adapter(self.dirpath / name, layers, module.saved_config, files=files, magnitudes=magnitudes)
-        if trainer.is_global_zero and module.diverged and self._control is None:
+        if trainer.is_global_zero and module.diverged:
             reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
-            before = {self._label(seed): reason for seed, reason in self.excluded.items()}
-            write_text(self.dirpath / "excluded.json", json.dumps({**before, **reasons}, indent=2) + "\n")
+            write_text(self.dirpath / "excluded.json", json.dumps({**self._left_out, **reasons}, indent=2) + "\n")
         trainer.strategy.barrier()
         if self._control is None:
             self._settle(trainer, module)
         if trainer.is_global_zero:
-            shutil.rmtree(self._checkpoint_folder(names), ignore_errors=True)
+            # After the last seed also what another stack size left behind.
+            done = not (self.pending or self.pending_controls)
+            shutil.rmtree(self.dirpath / "checkpoints" if done else self._checkpoint_folder(names), ignore_errors=True)
         trainer.strategy.barrier()
+
+    def _others(self, names: Sequence[str]) -> list[int]:
+        """The seeds that are still to be trained after these."""
+        return [seed for seed in self.pending if self._label(seed) not in names]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give SIGTERM back, and answer one that came too late for a checkpoint.
@@ -543,7 +599,7 @@ class SeedEnsembleCallback(pl.Callback):
         folders = [self.adapter_path(seed) for seed in self.trained]
         if not self.comparison.is_soup and len(folders) > 1:
             fuse_folders(folders, self.dirpath / SOUP, method=SOUP)
-        return fuse_folders(folders, self.fused_path, method=rule or self.rule)
+        return fuse_folders(folders, self.fused_path, method=rule or self._rule_of(self.trained))
 
     # Testing
 
@@ -594,6 +650,15 @@ class SeedEnsembleCallback(pl.Callback):
 
     # Inside
 
+    def _rule_of(self, seeds: Sequence[int]) -> BoundRule:
+        """The rule of the run for some of its seeds: weights are given for all."""
+        assert self.rule is not None
+        weights = self.rule.options.get("weights")
+        if weights is None or len(weights) == len(seeds):
+            return self.rule
+        kept = [weight for seed, weight in zip(self.seeds, weights, strict=True) if seed in seeds]
+        return replace(self.rule, options={**self.rule.options, "weights": kept})
+
     @staticmethod
     def _label(seed: int) -> str:
         return f"seed_{seed}"
@@ -641,6 +706,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Once all seeds are there: choose what is to be chosen, and fuse."""
         if self.rule is None or self.pending or not self.trained:
             return
+        self.comparison.rule = self._rule_of(self.trained)
         rule, batches = None, self._validation_batches(trainer, trainer.datamodule)
         if batches and module.hparams["adapter"] != "dora":  # whose fusions take longer than their scores
             adapters = self._read_seeds()
@@ -744,6 +810,12 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
     if not isinstance(module, SeedLoRAModule):
         raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
     return module
+
+
+def _validates_now(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the batch at hand."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) if trainer.enable_validation else False
 
 
 def _limited(batches: int, limit: int | float) -> int:

@@ -101,6 +101,10 @@ class Parts:
     prompts: Prompts
 
 
+#: In the folder of a run as long as there is something left to do: what ``--resume`` alone looks for.
+UNFINISHED_NAME = "unfinished"
+
+
 class UsageError(ValueError):
     """A request that cannot be carried out; the message is one sentence for the user."""
 
@@ -186,9 +190,7 @@ class SeedLoRACLI(LightningCLI):
             raise UsageError(f"{error}; data modules are {known}") from None
         ensemble = self.config.ensemble
         if ensemble.resume and ensemble.dirpath is None:
-            unfinished = [
-                file for file in Path("runs").glob("*/run.json") if not file.with_name("results.json").is_file()
-            ]
+            unfinished = [*Path("runs").glob(f"*/{UNFINISHED_NAME}")]
             if not unfinished:
                 raise UsageError("--resume found no unfinished run under runs; name one by --ensemble.dirpath")
             ensemble.dirpath = str(max(unfinished, key=lambda file: file.stat().st_mtime).parent)
@@ -201,6 +203,9 @@ class SeedLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
         options = self.config_init.trainer
+        # Lightning adds to the list that it is given, also when it makes the next trainer.
+        chosen = options.callbacks or []
+        kwargs["callbacks"] = [*chosen] if isinstance(chosen, list) else [chosen]
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
         if options.logger in (None, True):
@@ -229,7 +234,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         if finished and cli.ensemble.comparison.has_controls and not (cli.ensemble.selection or {}).get("controls"):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without controls; --resume instead of test adds them")
         runs, sandbox = _tasks(cli, console)
-        plan = _prepare(cli, console, planning=planning)
+        plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2
@@ -246,6 +251,8 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         watch.finish()
         _evaluate(cli, runs, sandbox, console)
         _report(cli, console)
+        if cli.trainer.is_global_zero:
+            (cli.ensemble.dirpath / UNFINISHED_NAME).unlink(missing_ok=True)
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
         _stopped(cli, _one_line(str(error)) if isinstance(error, OSError | StoppedError) else "interrupted")
@@ -266,7 +273,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
     print(f"train.py: stopped{rank}: {reason}; what was saved before is whole; {again}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
+def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
     prepare(trainer, quantization=module.hparams["quantization"])
@@ -279,10 +286,13 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool) -> RunPlan:
     data.setup("fit")
     ensemble.check_validation(trainer, data)
     ensemble.choose_stack_size(trainer, module, data)
+    if cli.metrics is not None:
+        cli.metrics.path = ensemble.metrics_path
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
         ensemble.open(trainer, module, data)
-    if trainer.is_global_zero and not (planning or trainer.fast_dev_run):
+    if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
+        (ensemble.dirpath / UNFINISHED_NAME).touch()
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
         write_cost(ensemble.dirpath / COST_NAME, plan)
@@ -316,6 +326,7 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         # Perhaps this is not the method, or the choice, that they were fused by.
         first = False
         if ensemble.rule is not None and cli.datamodule.rows["val"] and cli.trainer.limit_val_batches:
+            cli.trainer.loggers = []  # what is scored now is no part of the training's curves
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         elif cli.trainer.is_global_zero:
             ensemble.fuse()
@@ -450,7 +461,12 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
-    return ["--config", str(file), *argv, "--ensemble.resume=true"]
+    if fusing := [word for word in argv if re.match(r"--(ensemble\.)?merge\b", word)]:
+        raise UsageError(f"test scores what {given[-1]} fused; {fusing[0]} fuses again, with --resume instead of test")
+    # Tasks asked for now are not those of the run.
+    anew = any(re.match(r"--evaluate(=|$)", word) for word in argv)
+    reset = ["--evaluate_limit=null", "--evaluate_task_path={}", "--evaluate_max_new_tokens=null"] if anew else []
+    return ["--config", str(file), *reset, *argv, "--ensemble.resume=true"]
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

@@ -284,11 +284,6 @@ class SeedLoRAModule(pl.LightningModule):
         left as it was. Every fit starts from fresh adapters on the same base weights, so that the same seeds give the
         same bits however often a module was used; validation and test keep the adapters that are there.
         """
-        if self._trainer is not None and "true" in str(self.trainer.precision) and self.trainer.precision != "32-true":
-            raise ValueError(
-                f"trainer.precision {self.trainer.precision} would keep the adapters in it too; "
-                "leave it at 32-true and set --model.dtype for the base model"
-            )
         if self._trainer is not None:
             prepare(self.trainer, quantization=self.hparams["quantization"])
         if self._built == self.replicas and stage != "fit":
@@ -415,12 +410,15 @@ class SeedLoRAModule(pl.LightningModule):
         """The sum of the replicas' losses over one micro-batch (N, b, T), normalised over the optimizer step.
 
         Rows of idle replicas are left out. A loss that is not finite is found before the backward pass, on all ranks
-        together: nothing of that replica then reaches the others.
+        together: nothing of that replica then reaches the others. When none is left, the fit ends.
 
         Raises:
-            StoppedError: if a loss is not finite, and :attr:`exclude_diverged` is not set or no replica is left.
+            StoppedError: if a loss is not finite, and :attr:`exclude_diverged` is not set.
         """
         active = [i for i, replica in enumerate(self.replicas) if replica.name not in self.idle]
+        if not active:
+            self.trainer.should_stop = True
+            return self._no_loss()
         replicas, n = [self.replicas[i] for i in active], len(active)
         keys = None
         if self.hparams["lora_dropout"]:
@@ -444,11 +442,18 @@ class SeedLoRAModule(pl.LightningModule):
         named = {f"train/loss_{r.name}": loss for r, loss in zip(replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
         total = (sums / batch["num_items"][active]).sum() * step_scale(self.trainer)
-        if self.idle and self.trainer.world_size > 1:
-            # DDP waits for a gradient of every parameter.
-            idle = (parameter for name in sorted(self.idle) for parameter in self.stack.parameters(name))
-            total = total + torch.stack([(parameter.nan_to_num(0, 0, 0) * 0).sum() for parameter in idle]).sum()
-        return total
+        return total + self._no_loss() if self.idle and self.trainer.world_size > 1 else total
+
+    def _no_loss(self) -> Tensor:
+        """0, with a gradient of 0 for every parameter of the idle replicas: DDP waits for all."""
+        idle = (parameter for name in sorted(self.idle) for parameter in self.stack.parameters(name))
+        return torch.stack([(parameter.nan_to_num(0, 0, 0) * 0).sum() for parameter in idle]).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep idle replicas as they are: with any gradient, 0 or an earlier micro-batch's, AdamW would move them."""
+        for name in self.idle:
+            for parameter in self.stack.parameters(name):
+                parameter.grad = None
 
     def _leave_out(self, names: Sequence[str]) -> None:
         """Make replicas idle whose loss is not finite, or end the run."""
@@ -460,8 +465,6 @@ class SeedLoRAModule(pl.LightningModule):
             raise StoppedError(f"{what}; lower model.learning_rate, or go on without it by on_divergence exclude")
         self.diverged |= dict.fromkeys(names, step + 1)
         self.idle |= set(names)
-        if len(self.idle) == len(self.replicas):
-            raise StoppedError(f"{what}, and no other replica is left; lower model.learning_rate")
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
         r"""Every adapter of :attr:`scored` on the same rows, :data:`AT_ONCE` of them in one pass over the base model.

@@ -182,6 +182,11 @@ def prepare(trainer: pl.Trainer, *, quantization: str = "none") -> None:
         isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
     ):
         raise ValueError(f"trainer.strategy {type(strategy).__name__} cannot train a stack; use FSDP2Strategy (fsdp2)")
+    if "true" in str(trainer.precision) and trainer.precision != "32-true":
+        raise ValueError(
+            f"trainer.precision {trainer.precision} would keep the adapters in it too; "
+            "leave it at 32-true and set --model.dtype for the base model"
+        )
     sharded = isinstance(strategy, DeepSpeedStrategy | FSDP2Strategy)
     if sharded and trainer.precision != "32-true":
         raise ValueError(

@@ -32,7 +32,7 @@ _TINY = 1e-14
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
 CANCELLED = 1e-7
 
-S = TypeVar("S", LoRAFactors, Updates)
+S = TypeVar("S", LoRAFactors, DenseUpdates)
 T = TypeVar("T")
 
 
@@ -62,63 +62,48 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
 
     .. math:: G_{ij} = \langle \Delta_i, \Delta_j \rangle = \sum (B_i^\top B_j) \odot (A_i A_j^\top)
 
-    The matrix gives every norm, every cosine and the norm of every weighted sum of the updates.
-    Costs ``(D + K) * (N*R)**2`` multiplications and ``2 * (N*R)**2`` numbers, once for a stack that is not written to;
-    one pass over dense updates.
+    The matrix gives every norm, every cosine and the norm of every weighted sum of the updates. Costs what
+    :func:`factor_grams` does, or one pass over dense updates; once for a stack that is not written to.
     """
-    return gram_and_means(stack)[0]
-
-
-def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
-    """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
-    return _grams(stack.A.double(), stack.B.double())
-
-
-def gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
-    """:func:`gram` and :func:`means` from one float64 copy of the factors, or one pass over dense updates."""
-    inner, mu = _gram_and_means(stack)
-    return inner.clone(), mu.clone()
+    if isinstance(stack, DenseUpdates):
+        return _dense_gram_and_means(stack)[0].clone()
+    gram_b, gram_a = factor_grams(stack)
+    n = len(stack)
+    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
 
 
 @once_per_stack
-def _gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
+    """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
+    b, a_cat = stack.B.double(), stack.A.double().flatten(0, 1)
+    # block by block, which spares a transposed copy of B
+    blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
+    rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
+    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
+
+
+@once_per_stack
+def _dense_gram_and_means(stack: DenseUpdates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
     n = len(stack)
-    if isinstance(stack, DenseUpdates):
-        inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
-        total = torch.zeros(n, dtype=torch.float64, device=stack.device)
-        for block in stack.blocks():
-            rows = block.flatten(1).double()
-            inner.addmm_(rows, rows.T)
-            total += rows.sum(1)
-        return inner, total / (stack.shape[0] * stack.shape[1])
-    a, b = stack.A.double(), stack.B.double()
-    gram_b, gram_a = _grams(a, b)
-    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3)), _means(a, b)
+    inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+    total = torch.zeros(n, dtype=torch.float64, device=stack.device)
+    for block in stack.blocks():
+        rows = block.flatten(1).double()
+        inner.addmm_(rows, rows.T)
+        total += rows.sum(1)
+    return inner, total / (stack.shape[0] * stack.shape[1])
 
 
 def means(stack: Updates) -> Float[Tensor, " N"]:
     r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
     if isinstance(stack, DenseUpdates):
-        return gram_and_means(stack)[1]
-    return _means(stack.A.double(), stack.B.double())
-
-
-def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
-    # block by block, which spares a transposed copy of B
-    blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
-    rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
-    a_cat = a.flatten(0, 1)
-    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
-
-
-def _means(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> Float[Tensor, " N"]:
-    return (b.sum(1) * a.sum(2)).sum(1) / (b.shape[1] * a.shape[2])
+        return _dense_gram_and_means(stack)[1].clone()
+    return (stack.B.double().sum(1) * stack.A.double().sum(2)).sum(1) / (stack.shape[0] * stack.shape[1])
 
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
     r"""Population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK - \mu(\Delta_n)^2`."""
-    inner, mu = gram_and_means(stack)
-    return _variance(stack, inner.diagonal(), mu)
+    return _variance(stack, gram(stack).diagonal(), means(stack))
 
 
 def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -128,7 +113,7 @@ def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, "
 
     1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
     """
-    inner, mu = gram_and_means(stack)
+    inner, mu = gram(stack), means(stack)
     spread = _variance(stack, inner.diagonal(), mu).sqrt().mean()
     total = _variance(stack, weights @ inner @ weights, weights @ mu).sqrt()
     return spread / total if total > CANCELLED * spread else torch.ones_like(spread)

@@ -272,19 +272,20 @@ def _training(run: Path, seeds: Sequence[str]) -> Facts:
     train: dict[str, list[list[float]]] = {}
     validation: dict[str, list[list[float]]] = {}
     for file in files:
-        if file.stem.removeprefix("metrics-") not in (LONG_SEED, WIDE_SEED):
-            # Seeds trained in passes: the last pass is the one whose fused adapter holds all seeds.
-            validation.pop(FUSED, None)
-            validation.pop(SOUP, None)
+        own_train: dict[str, list[list[float]]] = {}
+        own_validation: dict[str, list[list[float]]] = {}
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a crash left it unfinished
-            for curves, prefix in ((train, "train/loss_"), (validation, "val/loss_")):
+            for curves, prefix in ((own_train, "train/loss_"), (own_validation, "val/loss_")):
                 for key, value in entry.items():
                     if key.startswith(prefix) and math.isfinite(value):
                         curves.setdefault(key.removeprefix(prefix), []).append([entry["step"] + 1, value])
+        # A seed that was begun in another stack was trained anew; the last pass's fused adapter holds all seeds.
+        train |= own_train
+        validation |= own_validation
     stretch = math.ceil(max((len(curve) for curve in train.values()), default=1) / POINTS)
     return {
         "steps_per_point": stretch,
