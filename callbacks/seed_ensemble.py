@@ -694,7 +694,7 @@ class SeedEnsembleCallback(pl.Callback):
     def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
         names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
         # What DoRA adds to a weight has its full rank: fusing it at every validation would take longer than training.
-        live = [self._live] if self._live and module.hparams["adapter"] != "dora" else []
+        live = [self._live] if self._live and names and module.hparams["adapter"] != "dora" else []
         return {name: name for name in (*names, *live)}
 
     def _validation_batches(self, trainer: pl.Trainer, data: Any) -> list[Any]:

@@ -553,6 +553,8 @@ class SeedLoRAModule(pl.LightningModule):
 
         Rows without a supervised token, which fill up the shares of the ranks, are not counted.
         """
+        if not self.scored:
+            return
         losses, correct, tokens = self.score(batch)
         real = tokens[0] > 0
         weight, rows = int(tokens[0].sum()), int(real.sum())

@@ -186,6 +186,46 @@ def test_one_more_seed_trains_just_that_seed(tiny_llama):
     assert "seed_3" in json.loads(Path("here/results.json").read_text())["scores"]
 
 
+def test_a_stack_that_is_chosen_by_memory(tiny_llama, capsys):
+    assert run(tiny_llama, "--ensemble.stack_size", "auto", "--ensemble.dirpath", "here") == 0
+    assert "11, 42, 202 in one stack" in capsys.readouterr().out
+    assert "val/loss_fused" in Path("here/metrics.jsonl").read_text()
+
+
+def test_callbacks_of_the_user_are_there_in_every_pass(tiny_llama):
+    options = ["--ensemble.stack_size", "2", "--trainer.callbacks+=LearningRateMonitor", "--ensemble.dirpath", "here"]
+    assert run(tiny_llama, *options) == 0
+    for name in ("metrics-11-42.jsonl", "metrics-202.jsonl"):
+        assert "lr-AdamW" in Path("here", name).read_text()
+
+
+def test_resume_alone_finds_the_run_that_is_not_finished(tiny_llama, capsys):
+    assert run(tiny_llama, "--ensemble.dirpath", "runs/done") == 0
+    assert main(PARTS, ["--resume"]) == 2
+    assert "found no unfinished run" in capsys.readouterr().err
+    Path("runs/done/unfinished").touch()
+    assert run(tiny_llama, "--resume") == 0
+    assert not Path("runs/done/unfinished").exists()
+
+
+def test_a_finished_run_is_tested_as_it_is(tiny_llama, capsys):
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "soup") == 0
+    before = {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name}
+    assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--merge", "ties"]) == 2
+    assert "test scores what here fused; --merge fuses again, with --resume" in capsys.readouterr().err
+    assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--trainer.limit_test_batches", "1"]) == 0
+    after = {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name}
+    assert before.keys() == after.keys()
+    assert {name for name, data in after.items() if data != before[name]} == {"results.json"}
+
+
+def test_the_curves_of_a_trained_run_do_not_change_when_it_is_fused_again(tiny_llama):
+    assert run(tiny_llama, "--ensemble.dirpath", "here") == 0
+    before = Path("here/metrics.jsonl").read_text()
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume", "--merge", "soup") == 0
+    assert Path("here/metrics.jsonl").read_text() == before
+
+
 def test_help_and_print_config_in_a_fresh_process():
     for option, expected in (("--help", "--ensemble.seeds"), ("--print_config", "base_model: embedded")):
         done = subprocess.run(

@@ -15,6 +15,7 @@ from strategies_job import Poison
 from test_callback import trainer
 
 from callbacks import SeedEnsembleCallback
+from seedlora.adapter import read_adapter
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import Memory, fitting_stack
 
@@ -75,6 +76,17 @@ def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(
         assert torch.allclose(written(ensemble, 2)[key], value, rtol=0, atol=1e-6)
 
 
+def test_a_seed_stopped_within_an_optimizer_step_moves_no_more(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", patience=1, keep="best", dirpath=tmp_path / "x")
+    # validations after 3, 6, 9 and 12 batches, steps of 4: at the second one two batches are accumulated
+    losses = {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}
+    module, run = fit(tiny_llama, ensemble, losses, max_epochs=1, accumulate_grad_batches=4)
+    assert module.idle == {"seed_1"}
+    assert run.global_step == 3
+    assert same(written(ensemble, 1), module.weights[0]["seed_1"])
+    assert same(written(ensemble, 2), module.weights[3]["seed_2"])
+
+
 def test_the_fit_ends_when_all_seeds_are_stopped(tiny_llama, tmp_path):
     ensemble = SeedEnsembleCallback([1, 2], budget="full", patience=2, keep="best", dirpath=tmp_path / "x")
     module, run = fit(tiny_llama, ensemble, {"seed_1": [1], "seed_2": [1]})
@@ -119,8 +131,45 @@ def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
     ensemble = SeedEnsembleCallback([1], budget="full", on_divergence="exclude", dirpath=tmp_path / "x")
     run = trainer(ensemble, max_epochs=1)
     run.callbacks.append(Poison("seed_1", 2))
-    with pytest.raises(StoppedError, match="no other replica is left"):
+    with pytest.raises(StoppedError, match="the training loss of every seed is not finite; lower"):
         run.fit(make_module(tiny_llama), datamodule=make_data())
+    assert not (tmp_path / "x" / "excluded.json").exists()
+
+
+def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
+    options = {"budget": "full", "on_divergence": "exclude", "stack_size": 1, "merge_options": {"weights": [1, 5, 2]}}
+    ensemble = SeedEnsembleCallback([1, 2, 3], merge="soup", dirpath=tmp_path / "x", **options)
+    module, data = make_module(tiny_llama), make_data()
+    for seed in (1, 2, 3):
+        run = trainer(ensemble, max_epochs=1)
+        if seed == 2:
+            run.callbacks.append(Poison("seed_2", 3))
+        run.fit(module, datamodule=data)
+    assert ensemble.pending == ()
+    assert ensemble.excluded == {2: "training loss not finite in step 4"}
+    assert not (tmp_path / "x" / "checkpoints").exists()
+    first, third, fused = (read_adapter(path) for path in (*map(ensemble.adapter_path, (1, 3)), ensemble.fused_path))
+    for path, factors in fused.layers.items():
+        # the weights of the seeds that are left, over their number
+        wanted = (first.layers[path].dense() + 2 * third.layers[path].dense()) / 2
+        assert torch.allclose(factors.dense(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stopped_seed_is_written_when_the_last_one_diverges(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", patience=1, on_divergence="exclude", dirpath=tmp_path / "x")
+    module = Scripted(tiny_llama, dtype="float32", r=4)
+    module.losses, module.weights = {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}, []
+    run = trainer(ensemble, max_epochs=1, val_check_interval=0.25, num_sanity_val_steps=0)
+    run.callbacks.append(Poison("seed_2", 7))
+    run.fit(module, datamodule=make_data())
+    assert ensemble.trained == (1,)
+    assert ensemble.excluded == {2: "training loss not finite in step 8"}
+    assert same(written(ensemble, 1), module.weights[1]["seed_1"])
+
+
+def test_weights_are_one_per_seed():
+    with pytest.raises(ValueError, match=r"weights must be 2 numbers, one per seed, got \[1, 2, 3\]"):
+        SeedEnsembleCallback([1, 2], merge="soup", merge_options={"weights": [1, 2, 3]})
 
 
 class Terminate(pl.Callback):
@@ -132,8 +181,10 @@ class Terminate(pl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama, tmp_path):
-    options = {"max_epochs": 4, "accumulate_grad_batches": 4, "val_check_interval": 0.5}
+# validations between two steps, and just after the one that is saved
+@pytest.mark.parametrize("interval", [6, 4])
+def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama, tmp_path, interval):
+    options = {"max_epochs": 4, "accumulate_grad_batches": 4, "val_check_interval": interval}
     whole = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "whole")
     trainer(whole, **options).fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=make_data())
     before = signal.getsignal(signal.SIGTERM)
@@ -154,6 +205,11 @@ def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama
     for name in ("seed_1", "seed_2", "fused"):
         file = "adapter_model.safetensors"
         assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+    validated = [
+        {name: (best["loss"], best["step"], best["stale"]) for name, best in ensemble._best.items()}
+        for ensemble in (whole, again)
+    ]
+    assert validated[0] == validated[1]
 
 
 def test_sigterm_in_the_last_step_is_answered_when_all_is_written(tiny_llama, tmp_path):
