@@ -118,8 +118,9 @@ def memory_estimate(
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
     for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
-    ``base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden``, where the last term is the two norms' float32. An
-    attention that keeps its scores adds them in the model's dtype twice and in float32. For each supervised token two
+    ``base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden``: the inputs of the adapters, queries, keys, values and
+    what comes out of the attention, the feed-forward's parts, and the two norms' float32. An attention that keeps its
+    scores adds them in the model's dtype and in float32. For each supervised token two
     hidden states; for those of one chunk (:func:`seedlora.head.chunk_rows`) the logits in the model's dtype and twice
     in float32. Gradient checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a
     time. A model family that scales or caps its logits takes all of them at once, which is more.
@@ -145,7 +146,7 @@ def memory_estimate(
         frozen: parameters of the factors at which adapters start.
         rescaled: outputs of DoRA's layers, for one token, in all layers.
     """
-    layer = base_bytes * (12 * hidden + 4 * intermediate) + 16 * hidden + scores * (2 * base_bytes + 4)
+    layer = base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden + scores * (base_bytes + 4)
     layer += base_bytes * rescaled // layers
     per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
     return Memory(
