@@ -248,6 +248,30 @@ def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> Ba
     return BaseWeights(base)
 
 
+def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Path | None = None) -> None:
+    """See that a result may take the place of what is at ``out``: of nothing, an empty folder, or an older result.
+
+    Args:
+        out: the folder to write.
+        sources: adapter folders or hub ids.
+        base: the base model's folder or hub id.
+
+    Raises:
+        ValueError: if ``out`` is or holds one of these, or anything else that no merge made.
+    """
+    target = Path(out).resolve()
+    for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
+        if folder.is_dir() and folder.resolve().is_relative_to(target):
+            holds = "is" if folder.resolve() == target else "holds"
+            raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not (target / RECORD_NAME).is_file():
+        raise ValueError(
+            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not replaced; "
+            "give another folder"
+        )
+
+
 def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     """What adapters are besides plain LoRA, and what of them was averaged whatever the rule; for ``fusion.json``."""
     kinds = sorted({kind for adapter in adapters.values() for kind in adapter.kinds})
@@ -304,7 +328,7 @@ def fuse_folders(
 
     Args:
         sources: adapter folders or hub ids, of one base model.
-        out: the folder to write, whole or not at all; an older one is replaced.
+        out: the folder to write, whole or not at all; an older result is replaced, any other folder is refused.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
@@ -312,10 +336,12 @@ def fuse_folders(
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
-        ValueError: for an unknown method or option; ``AdapterError`` for adapters that cannot be read or fused.
+        ValueError: for an unknown method or option, or an ``out`` that is not to be replaced (:func:`check_output`);
+            ``AdapterError`` for adapters that cannot be read or fused.
     """
     bound = bind(method, options)
     weights = base_of(sources, base)
+    check_output(out, sources, weights.source)
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     hashes = hash_inputs(sources)
     stacks = stack_updates(adapters, weights)

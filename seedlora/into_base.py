@@ -23,6 +23,7 @@ from seedlora.fuse import (
     RECORD_NAME,
     Fused,
     average,
+    check_output,
     describe_inputs,
     fusion_record,
     hash_inputs,
@@ -61,14 +62,14 @@ def fuse_into_base(
         on_layer: called with each layer's path when it is done.
 
     Raises:
-        ValueError: for an unknown method or option, a base that cannot be dequantised or lacks a layer;
+        ValueError: for an unknown method or option, a base that cannot be dequantised or lacks a layer, an ``out`` that
+            is not to be replaced (:func:`seedlora.fuse.check_output`);
             ``AdapterError`` for adapters that cannot be read or fused. Nothing is written then.
         OSError: if a file cannot be read or written.
     """
     bound = bind(method, options)
     weights, out = BaseWeights(base), Path(out)
-    if out.exists() and out.resolve() == weights.folder.resolve():
-        raise ValueError(f"the output {out} is the base model itself; give another folder")
+    check_output(out, sources, base)
     homes: Mapping[str, Path] = weights.files
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     stacks = stack_updates(adapters, weights)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,40 @@ def test_bad_input_is_one_sentence(words, message, folders, tmp_path, capsys, mo
     assert found.err.count("\n") == 1
     assert found.out == ""
     assert not (tmp_path / "O").exists()
+
+
+def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch):
+    """Inputs, base models and whatever else lies at ``--out`` stay as they are, byte for byte."""
+    monkeypatch.chdir(tmp_path)
+    for folder in folders[:2]:
+        shutil.copytree(folder, f"run/{Path(folder).name}")
+    shutil.copytree(base, "models/llama")
+    config = Path("run/11/adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "models/llama"}))
+    Path("notes").mkdir()
+    Path("notes/todo.txt").write_text("keep me")
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    two = ["merge", "run/11", "run/42"]
+    for words, said in [
+        ([*two, "--out", "run"], "the output run holds run/11, which would be deleted"),
+        ([*two, "--out", "."], "the output . holds run/11"),
+        ([*two, "--out", "run/42"], "the output run/42 is run/42"),
+        ([*two, "--out", "models"], "the output models holds models/llama"),
+        ([*two, "--out", "models", "--base", "models/llama"], "the output models holds models/llama"),
+        ([*two, "--out", "models", "--into-base", "models/llama"], "the output models holds models/llama"),
+        ([*two, "--out", "models/llama", "--into-base", "models/llama"], "the output models/llama is models/llama"),
+        ([*two, "--out", "notes"], "the output notes is there and was not made by a merge"),
+        ([*two, "--out", "notes/todo.txt"], "the output notes/todo.txt is there"),
+        ([*two, "--out", "notes", "--into-base", "models/llama"], "the output notes is there"),
+    ]:
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    Path("empty").mkdir()
+    again = ["merge", folders[0], "--out"]
+    assert [main([*again, out, "--method", "soup"]) for out in ("empty", "empty")] == [0, 0]
+    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
+    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
 
 
 def test_as_a_module(folders, tmp_path):
@@ -180,7 +215,7 @@ def test_into_base_refuses_what_does_not_fit(folders, base, tmp_path):
     gpt2().save_pretrained(tmp_path / "g")
     with pytest.raises(ValueError, match="has no weight"):
         fuse_into_base(folders, tmp_path / "g", tmp_path / "o")
-    with pytest.raises(ValueError, match="is the base model itself"):
+    with pytest.raises(ValueError, match="the output .* is .*, which would be deleted"):
         fuse_into_base(folders, base, base)
     assert not (tmp_path / "o").exists()
 
