@@ -167,7 +167,7 @@ def _forget_quantization(folder: Path, statistics: set[str]) -> None:
     if (index := folder / "model.safetensors.index.json").is_file():
         entries = json.loads(index.read_text(encoding="utf-8"))
         entries["weight_map"] = {key: file for key, file in entries["weight_map"].items() if key not in statistics}
-        entries.pop("metadata", None)  # sizes of the quantised files
+        entries["metadata"] = {}  # it had the size of the quantised files; transformers wants the key
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

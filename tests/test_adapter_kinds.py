@@ -380,7 +380,8 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     quantised = AutoModelForCausalLM.from_pretrained(
         case.base, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}, dtype=torch.float32
     )
-    quantised.save_pretrained(tmp_path / "q")
+    quantised.save_pretrained(tmp_path / "q", max_shard_size="2KB")
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) > 2
     assert "quantization_config" in json.loads((tmp_path / "q" / "config.json").read_text())
     weights = BaseWeights(tmp_path / "q")
     dense = {
