@@ -81,11 +81,34 @@ class BaseWeights:
         self._handles.pop(file, None)
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; nothing if there is none."""
+        file = self.folder / "config.json"
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
+
+    @property
     def quantization(self) -> str | None:
         """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
-        config = self.folder / "config.json"
-        entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+        entry = self.config.get("quantization_config")
         return str(entry.get("quant_method", "an unknown method")) if entry else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of its embedding, as ``config.json`` says."""
+        return next((part["vocab_size"] for part in self._parts if isinstance(part.get("vocab_size"), int)), None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input embedding: so it is in transformers unless ``config.json`` says otherwise."""
+        said = [bool(part["tie_word_embeddings"]) for part in self._parts if "tie_word_embeddings" in part]
+        return any(said) or not said
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        """The configuration of the language model within a larger one, if there is one, and the whole."""
+        text = self.config.get("text_config")
+        return [*([text] if isinstance(text, dict) else []), self.config]
 
     def key(self, path: str) -> str:
         """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.

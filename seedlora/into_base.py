@@ -78,6 +78,7 @@ def fuse_into_base(
     _check_shapes(first, keys, weights)
     biases, modules = average(adapters, bound)
     bias_keys, module_keys = _places(first, keys, weights)
+    _check_tied(keys, modules, module_keys, weights)
     files = list(dict.fromkeys(homes.values()))
     order = sorted(stacks, key=lambda path: files.index(homes[keys[path]]))
     compression, inputs = dict[str, float](), dict[str, float]()
@@ -157,6 +158,24 @@ def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> 
             )
         modules[name] = key
     return biases, modules
+
+
+def _check_tied(
+    keys: Mapping[str, str], modules: Mapping[str, Tensor], module_keys: Mapping[str, str], weights: BaseWeights
+) -> None:
+    """See that what was trained as an embedding or a head does not become both."""
+    alone = {
+        name: key
+        for name, key in module_keys.items()  # a head that was trained as one with the embedding is its equal
+        if not any(torch.equal(modules[name], other) for twin, other in modules.items() if twin != name)
+    }
+    changed = [name for name, key in {**keys, **alone}.items() if weights.shape(key)[0] == weights.vocabulary]
+    if changed and weights.tied:
+        raise AdapterError(
+            f"the head of the base model {weights.source} is its input embedding (tie_word_embeddings), so what is "
+            f"added to {changed[0]} would change both; leave --into-base out, or give a base model that stores both "
+            "and has tie_word_embeddings: false"
+        )
 
 
 def _forget_quantization(folder: Path, statistics: set[str]) -> None:

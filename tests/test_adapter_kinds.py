@@ -369,6 +369,29 @@ def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
         fuse_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("targets", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):
+    """The adapter's update is of the embedding alone; in the base's one matrix it would be of the head as well."""
+    config = LlamaConfig(**(llama().config.to_dict() | {"tie_word_embeddings": True}))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    entries = json.loads(file.read_text())
+    assert entries.pop("tie_word_embeddings")
+    file.write_text(json.dumps(entries | said))
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**(PLAIN | targets), task_type="CAUSAL_LM"))
+    train(model, 1)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterError, match="what is added to model.embed_tokens.* would change both"):
+        fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+    weights = tmp_path / "base" / "model.safetensors"
+    both = {"lm_head.weight": torch.zeros(32, 16)} | load_file(weights)
+    save_file(both, weights, metadata={"format": "pt"})
+    file.write_text(json.dumps(entries | {"tie_word_embeddings": False}))
+    fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+    assert not loaded(tmp_path / "out").lm_head.weight.any()
+
+
 @pytest.mark.parametrize("bits", ["nf4", "nested nf4", "int8"])
 def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
