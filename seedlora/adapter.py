@@ -56,6 +56,8 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA's update is random; train plain LoRA",
     "velora_config": "VeLoRA adapters are not read; train plain LoRA",
 }
+#: PEFT's task types.
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 #: Ways to initialise a LoRA that leave the base weights alone.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 #: Ways that take the start out of the base weights, and can be done again from these alone.
@@ -84,6 +86,7 @@ class Adapter:
         modules: full weights of ``modules_to_save``, by key within the model (``lm_head.weight``).
         modules_to_save: the names under which the configuration has them.
         kinds: what it is besides plain LoRA, for people: ``DoRA``, ``rsLoRA``, ``PiSSA``.
+        task_type: PEFT's, which says around which head the model is wrapped; None if it is not said.
     """
 
     layers: dict[str, LoRAFactors]
@@ -96,6 +99,7 @@ class Adapter:
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    task_type: str | None = None
 
     def flipped(self, path: str) -> bool:
         """Whether the base stores this layer's weight as ``(K, D)``."""
@@ -194,6 +198,7 @@ def read_adapter(
         modules,
         tuple(sorted(config.get("modules_to_save") or ())) if modules else (),
         _kinds(config),
+        config.get("task_type"),
     )
     _check_vectors(file, adapter, config)
     if base is not None and config.get("use_dora"):
@@ -374,10 +379,11 @@ def universal_config(
     fan_in_fan_out: bool = False,
     lora_bias: bool = False,
     modules_to_save: Collection[str] = (),
+    task_type: str | None = "CAUSAL_LM",
 ) -> LoraConfig:
     """The configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing optional.
 
-    The last two are what no server loads; they are there for adapters that were trained with them.
+    ``lora_bias`` and ``modules_to_save`` are what no server loads; they are there for adapters that were trained so.
 
     Args:
         layers: what it describes.
@@ -385,6 +391,7 @@ def universal_config(
         fan_in_fan_out: as in :class:`Adapter`.
         lora_bias: the layers carry biases.
         modules_to_save: names of modules whose full weights are in the folder.
+        task_type: as in :class:`Adapter`.
 
     Raises:
         AdapterError: if the layers differ in rank.
@@ -395,7 +402,7 @@ def universal_config(
     if len(ranks) != 1:
         raise AdapterError(f"servers need one rank for all layers, got {ranks or 'no layer'}")
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         base_model_name_or_path=base_model,
         r=ranks[0],
         lora_alpha=ranks[0],
@@ -478,6 +485,8 @@ def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
         raise AdapterError(f"{file}: bias is {config['bias']!r}; only 'none' can be fused")
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         raise AdapterError(f"{file}: base_model_name_or_path is {config['base_model_name_or_path']!r}, text is needed")
+    if config.get("task_type") not in (None, *TASKS):
+        raise AdapterError(f"{file}: task_type is {str(config['task_type'])[:80]!r}, one of {', '.join(TASKS)} is needed")
     _check_number(file, "lora_alpha", config.get("lora_alpha"))
     _check_rank(file, "r", config.get("r"))
     for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):

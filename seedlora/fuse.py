@@ -177,6 +177,8 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
             raise AdapterError(
                 f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
             )
+        if adapter.task_type != first.task_type:
+            raise AdapterError(f"task_type is {first.task_type} in {first_name} and {adapter.task_type} in {name}")
         if adapter.fan_in_fan_out != first.fan_in_fan_out:
             raise AdapterError(
                 f"fan_in_fan_out is {first.fan_in_fan_out} in {first_name} and {adapter.fan_in_fan_out} in {name}"
@@ -375,6 +377,7 @@ def fuse_folders(
         fan_in_fan_out=first.fan_in_fan_out,
         lora_bias=bool(biases),
         modules_to_save=first.modules_to_save,
+        task_type=first.task_type,
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)

@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
 from seedlora.base_weights import BaseWeights
@@ -139,6 +146,28 @@ def test_one_adapter_is_its_own_fusion(kind, made, tmp_path):
     full = loaded(tmp_path / "full").state_dict()
     assert distance({key: full[key] - case.before[key] for key in full}, case.added[0]) < 2e-5
     assert bytes_before == [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
+
+
+@torch.no_grad()
+def test_classifiers_stay_classifiers(tmp_path):
+    """PEFT saves the head of a classifier beside the factors, and puts it back by the task type alone."""
+
+    def classifier():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**(llama().config.to_dict() | {"pad_token_id": 0})))
+
+    rows, logits = torch.arange(1, 21).view(2, 10), []
+    for seed in SEEDS:
+        model = get_peft_model(classifier(), LoraConfig(**PLAIN, task_type="SEQ_CLS"))
+        train(model, seed)
+        model.save_pretrained(tmp_path / str(seed))
+        logits.append(model.eval()(input_ids=rows).logits)
+    fuse_folders([tmp_path / str(SEEDS[0])], tmp_path / "one", method="soup")
+    found = PeftModel.from_pretrained(classifier(), tmp_path / "one").eval()(input_ids=rows).logits
+    torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
+    fuse_folders([tmp_path / str(seed) for seed in SEEDS], tmp_path / "all", method="soup")
+    assert json.loads((tmp_path / "all" / CONFIG_NAME).read_text())["task_type"] == "SEQ_CLS"
+    PeftModel.from_pretrained(classifier(), tmp_path / "all")
 
 
 @torch.no_grad()

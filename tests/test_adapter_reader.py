@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.adapter import CONFIG_NAME, TASKS, WEIGHTS_NAME, AdapterError, locate, read_adapter
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
 
@@ -200,6 +200,8 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
         ({"alpha_pattern": {"(": 4}}, "is no regex"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
         ({"base_model_name_or_path": 3}, "text is needed"),
+        ({"task_type": "CHESS"}, "task_type is 'CHESS', one of CAUSAL_LM, SEQ_CLS"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type is .*, one of CAUSAL_LM"),
     ],
 )
 def test_refused_configurations(config, message, broken):
@@ -256,6 +258,8 @@ def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
     folder = broken(config={"base_model_name_or_path": "other"})
     with pytest.raises(AdapterError, match=r"belongs to base model '', .* to 'other'"):
         stack_adapters(read_adapters([good, folder]))
+    with pytest.raises(AdapterError, match=r"task_type is None in .* and SEQ_CLS in"):
+        stack_adapters(read_adapters([good, broken(config={"base_model_name_or_path": "", "task_type": "SEQ_CLS"})]))
     save_adapter(tmp_path / "k", r=2, lora_alpha=6, target_modules=["q_proj", "k_proj"])
     with pytest.raises(AdapterError, match=r"adapt different layers: only .*k_proj"):
         stack_adapters(read_adapters([good, tmp_path / "k"]))
@@ -287,6 +291,10 @@ def test_resized_vocabularies_are_not_mixed(tmp_path):
         stack_adapters(read_adapters([tmp_path / "1", tmp_path / "2"]))
 
 
+def test_our_task_types_are_those_of_peft():
+    assert set(TASKS) == set(TaskType)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -306,6 +314,7 @@ KEYS = st.sampled_from(
         "fan_in_fan_out",
         "use_dora",
         "modules_to_save",
+        "task_type",
     ]
 )
 FUZZ = settings(
