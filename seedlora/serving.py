@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from seedlora.base_weights import shards
+from seedlora.base_weights import BaseWeights
 from seedlora.factors import LoRAFactors
 
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
@@ -77,7 +77,9 @@ def complete(
 
 
 def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
-    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; only headers are read.
+    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path, also of one quantised to 4 or 8 bits.
+
+    Only headers are read, and the descriptions of 4-bit weights.
 
     Args:
         base_model: a folder with safetensors files.
@@ -86,20 +88,15 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     Returns:
         None if it is no such folder, or cannot be read.
     """
-    folder = Path(base_model)
-    if not str(base_model) or not folder.is_dir():
+    if not str(base_model) or not Path(base_model).is_dir():
         return None
-    found: dict[str, tuple[int, int]] = {}
+    base = BaseWeights(base_model)
     try:
-        for file in shards(folder):
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(handle.get_slice(key).get_shape())
-                    if key.endswith(".weight") and len(shape) == 2:
-                        found[key.removesuffix(".weight")] = shape[::-1] if fan_in_fan_out else shape
+        shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
     except (SafetensorError, OSError, ValueError, KeyError):
         return None
-    return found or None
+    matrices = {path: (shape[0], shape[1]) for path, shape in shapes.items() if len(shape) == 2}
+    return {path: shape[::-1] if fan_in_fan_out else shape for path, shape in matrices.items()} or None
 
 
 def _template(path: str) -> str:

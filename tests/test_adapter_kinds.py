@@ -26,6 +26,7 @@ from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapt
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders
 from seedlora.into_base import fuse_into_base
+from seedlora.serving import base_shapes
 from seedlora.shell import main
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -435,6 +436,7 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     quantised.save_pretrained(tmp_path / "q", max_shard_size="2KB")
     assert len(list((tmp_path / "q").glob("*.safetensors"))) > 2
     assert "quantization_config" in json.loads((tmp_path / "q" / "config.json").read_text())
+    assert base_shapes(tmp_path / "q") == base_shapes(case.base)
     weights = BaseWeights(tmp_path / "q")
     dense = {
         f"{name}.weight": dequantize_module_weight(module).float()
