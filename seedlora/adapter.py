@@ -406,12 +406,19 @@ def universal_config(
         base_model_name_or_path=base_model,
         r=ranks[0],
         lora_alpha=ranks[0],
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        target_modules=sorted(set(map(_suffix, layers))),
         fan_in_fan_out=fan_in_fan_out,
         lora_bias=lora_bias,
         modules_to_save=sorted(modules_to_save) or None,
         inference_mode=True,
     )
+
+
+def _suffix(path: str) -> str:
+    """The end of a layer's path that is no bare number: ``mlp.0``, because ``0`` would target ``layers.0`` as well."""
+    parts = path.split(".")
+    start = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
+    return ".".join(parts[start:])
 
 
 def _json_config(config: LoraConfig) -> dict[str, Any]:

@@ -128,6 +128,30 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
         assert torch.allclose(found[key] - base[key], (added[0][key] + added[1][key]) / 2, atol=1e-4), key
 
 
+class Numbered(torch.nn.Module):
+    """Layers whose last name is a number, beside a list of blocks that are numbered as well."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6)}) for _ in range(3)])
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["proj"](x)
+        return self.mlp(x)
+
+
+@torch.no_grad()
+def test_layers_that_are_named_by_a_number(tmp_path):
+    model = save_adapter(tmp_path / "a", Numbered, r=2, target_modules=["mlp.0", "mlp.2", "proj"])
+    fuse_folders([tmp_path / "a"], tmp_path / "out", method="soup")
+    assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["target_modules"] == ["mlp.0", "mlp.2", "proj"]
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(PeftModel.from_pretrained(Numbered(), tmp_path / "out")(x), model(x))
+
+
 def test_the_fused_folder_is_universal(tmp_path):
     for seed in (1, 2):
         save_adapter(tmp_path / str(seed), seed=seed, **KINDS["rslora and patterns"][1])
