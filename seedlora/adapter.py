@@ -79,7 +79,7 @@ class Adapter:
         base_model: ``base_model_name_or_path`` of its configuration.
         embeddings: the paths that are embeddings.
         fan_in_fan_out: the base stores its weights as ``(K, D)`` (``Conv1D`` of GPT-2); the factors are the same.
-        copies: sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
+        copies: rows and sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
         magnitudes: DoRA's, by layer path, shape ``(D,)``. The update is then not ``B A`` alone:
             :func:`seedlora.dora.dora_updates`.
         biases: what ``lora_bias`` adds to a layer's output, by path, scaling included, shape ``(D,)``.
@@ -93,7 +93,7 @@ class Adapter:
     base_model: str
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
-    copies: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     magnitudes: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
     biases: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
     modules: Mapping[str, Tensor] = field(default_factory=dict)
@@ -515,8 +515,8 @@ def _check_rank(file: Path, key: str, value: object) -> None:
         raise AdapterError(f"{file}: {key} is {str(value)[:80]!r}, a positive whole number is needed")
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of the file, and the sha256 of the base weights among them, by layer path."""
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, str]]]:
+    """The tensors of the file, and rows and sha256 of the base weights among them, by layer path."""
     if not file.is_file():
         raise AdapterError(f"{file} is missing; pickled weights (.bin) are not read")
     try:
@@ -534,5 +534,6 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: '{key}' holds NaN or infinity")
         if key.startswith(_PREFIX) and key.endswith(_BASE_COPY):
             data = tensors.pop(key).contiguous().view(torch.uint8).numpy()
-            copies[key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)] = hashlib.sha256(data).hexdigest()
+            rows = tensor.shape[0] if tensor.ndim else 1
+            copies[key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)] = rows, hashlib.sha256(data).hexdigest()
     return tensors, copies

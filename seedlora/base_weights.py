@@ -31,10 +31,11 @@ class BaseWeights:
 
     Args:
         source: a folder with safetensors files, or a hub id.
+        cached: of a hub id, download nothing: its snapshot is on this machine, or there is none.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = source
+    def __init__(self, source: str | Path, *, cached: bool = False) -> None:
+        self.source, self.cached = source, cached
         #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
         self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
         self._handles: dict[Path, Any] = {}
@@ -47,7 +48,9 @@ class BaseWeights:
         Raises:
             ValueError: if there is no such folder or hub repository.
         """
-        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES))
+        if not str(self.source):
+            raise ValueError("no base model is named")
+        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES), cached=self.cached)
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -218,6 +218,30 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
 
 
+def _check_vocabulary(adapter: Adapter, base: str | Path) -> None:
+    """See that the base model has the rows over which embeddings and heads were adapted.
+
+    PEFT puts its copy of the base weights beside their factors. The fused folder has none, as servers want it: what
+    the copy alone holds, the rows of a resized vocabulary, would be lost.
+    """
+    try:
+        known = BaseWeights(base, cached=True).vocabulary if adapter.copies else None
+    except (ValueError, OSError):
+        known = None
+    for path, (rows, _) in adapter.copies.items():
+        if known is None:
+            raise AdapterError(
+                f"{path} was adapted over {rows} rows, and whether the base model '{base}' has as many is not known "
+                "here; give its folder with --base MODEL"
+            )
+        if rows != known:
+            raise AdapterError(
+                f"{path} was adapted over {rows} rows, but the base model {base} has {known}: its vocabulary was "
+                "resized. Save the resized base model, name it as base_model_name_or_path in adapter_config.json, and "
+                "fuse again"
+            )
+
+
 def read_adapters(
     sources: Sequence[str | Path],
     *,
@@ -334,7 +358,8 @@ def fuse_folders(
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
-        base: the base model, for DoRA, PiSSA and OLoRA. Default: the one that the adapters name.
+        base: the base model, for DoRA, PiSSA and OLoRA, and to know how many rows an adapted embedding has. Default: the
+            one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
@@ -347,12 +372,13 @@ def fuse_folders(
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     hashes = hash_inputs(sources)
     stacks = stack_updates(adapters, weights)
+    first = next(iter(adapters.values()))
+    _check_vocabulary(first, base or first.base_model)
     if dtype is not None:
         compute = torch.promote_types(dtype, torch.float32)
         stacks = {path: stack.to(compute) for path, stack in stacks.items()}
     biases, modules = average(adapters, bound)
     fused = fuse(stacks, bound, on_layer=on_layer)
-    first = next(iter(adapters.values()))
     shapes = base_shapes(first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     layers, unknown = complete(fused, shapes)
     if dtype is not None:

@@ -49,7 +49,7 @@ from seedlora.serving import servable, vllm_rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Options that only Python can give: functions and generators.
 _PYTHON_ONLY = {"generator", "score"}
-_BASE_HELP = "the base model, for DoRA, PiSSA and OLoRA; default: the one that the adapters name"
+_BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
 #: The rank at which updates of full rank are shown.
 _SHOWN_RANK = 64
 

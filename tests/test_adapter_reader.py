@@ -118,7 +118,8 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
     for seed in (1, 2):
         merged = weights(save_adapter(tmp_path / str(seed), make, seed=seed, **config))
         added.append({key: merged[key] - base[key] for key in base})
-    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup")
+    make().save_pretrained(tmp_path / "base")
+    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup", base=tmp_path / "base")
     loaded = PeftModel.from_pretrained(make(), tmp_path / "out")
     keys = set(load_file(tmp_path / "out" / WEIGHTS_NAME))
     own = {key.replace(".default", "") for key in loaded.state_dict() if "lora_" in key}
@@ -126,6 +127,29 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
     found = weights(loaded)
     for key in base:
         assert torch.allclose(found[key] - base[key], (added[0][key] + added[1][key]) / 2, atol=1e-4), key
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]])
+def test_resized_vocabularies_are_not_cut(targets, tmp_path):
+    """PEFT's folder has the new rows of the base beside the factors; the fused one has not."""
+
+    def resized():
+        model = llama()
+        model.resize_token_embeddings(34)
+        return model
+
+    llama().save_pretrained(tmp_path / "base")
+    resized().save_pretrained(tmp_path / "resized")
+    save_adapter(tmp_path / "a", resized, r=2, target_modules=targets)
+    one = [tmp_path / "a"]
+    with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, and whether .* is not known here"):
+        fuse_folders(one, tmp_path / "out")
+    with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, but the base model .*base has 32"):
+        fuse_folders(one, tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+    fuse_folders(one, tmp_path / "out", method="soup", base=tmp_path / "resized")
+    found, wanted = (weights(PeftModel.from_pretrained(resized(), tmp_path / name)) for name in ("out", "a"))
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
 
 
 class Numbered(torch.nn.Module):
