@@ -128,12 +128,15 @@ def refresh_card(folder: Path) -> None:
 
 
 def merge_command(record: Mapping[str, Any]) -> str:
-    """The command that makes the adapter again, in the folder that holds its inputs."""
+    """The command that makes the adapter again: where it was given, or for a run's own adapters in the run's folder."""
     words = ["python", "-m", "seedlora", "merge", *(entry["name"] for entry in record["inputs"])]
     words += ["--method", record["method"]]
     for key, value in {**record["options"], **_said(record.get("use", {}))}.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         words += [f"--{key.replace('_', '-')}", text]
+    for key in ("dtype", "base", "into_base"):
+        if key in record:
+            words += [f"--{key.replace('_', '-')}", record[key]]
     return shlex.join([*words, "--out", "fused"])
 
 

@@ -370,7 +370,7 @@ def fuse_folders(
     weights = base_of(sources, base)
     check_output(out, sources, weights.source)
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
-    hashes = hash_inputs(sources)
+    hashes, run = hash_inputs(sources), run_around(out, sources)
     stacks = stack_updates(adapters, weights)
     first = next(iter(adapters.values()))
     _check_vocabulary(first, base or first.base_model)
@@ -386,7 +386,9 @@ def fuse_folders(
         biases = {path: bias.to(dtype) for path, bias in biases.items()}
     if biases:  # a layer that was added for the servers' sake needs one like the others
         biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
-    record = fusion_record(bound, fused, hashes, base_model=first.base_model)
+    record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
+    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    record |= {} if base is None else {"base": recorded(base, run)}
     record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
@@ -409,6 +411,20 @@ def fuse_folders(
     return Path(out)
 
 
+def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
+    """The folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
+    run = Path(out).resolve().parent
+    return run if all(locate(source).resolve().is_relative_to(run) for source in sources) else None
+
+
+def recorded(source: str | Path, run: Path | None) -> str:
+    """A folder or hub id for a record: as given; in a record of a run so that it is found from the run's folder."""
+    if run is None or not Path(source).expanduser().is_dir():
+        return str(source)
+    folder = Path(source).expanduser().resolve()
+    return str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
+
+
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
     """Start to hash the weights of adapter folders or hub ids, beside what else is done; sha256 by name."""
     pool = ThreadPoolExecutor(1, "sha256")
@@ -425,7 +441,12 @@ def _common_prompt(sources: Sequence[str | Path]) -> str | None:
 
 
 def fusion_record(
-    bound: BoundRule, fused: Fused | None, hashes: Mapping[str, Future[str]], *, base_model: str
+    bound: BoundRule,
+    fused: Fused | None,
+    hashes: Mapping[str, Future[str]],
+    *,
+    base_model: str,
+    run: Path | None = None,
 ) -> dict[str, Any]:
     """How a fused adapter was made, for ``fusion.json``.
 
@@ -434,6 +455,7 @@ def fusion_record(
         fused: its result; None if it went into a base model without compression.
         hashes: of the inputs, as :func:`hash_inputs` gives them.
         base_model: name or path of the base model.
+        run: as :func:`run_around` says; the inputs are named relative to it, so that a run can be moved.
     """
     use = {key: value for key, value in asdict(bound.use).items() if value is not None}
     record: dict[str, Any] = {
@@ -441,7 +463,7 @@ def fusion_record(
         "options": dict(bound.options),
         "use": use,
         "source": bound.method.source,
-        "inputs": [{"name": Path(source).name, "sha256": digest.result()} for source, digest in hashes.items()],
+        "inputs": [{"name": recorded(source, run), "sha256": digest.result()} for source, digest in hashes.items()],
         "base_model": base_model,
         "seedlora": version("seedlora"),
     }

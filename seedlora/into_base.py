@@ -28,6 +28,8 @@ from seedlora.fuse import (
     fusion_record,
     hash_inputs,
     read_adapters,
+    recorded,
+    run_around,
     stack_updates,
     updates,
 )
@@ -120,9 +122,10 @@ def fuse_into_base(
             for extra in weights.folder.glob(pattern):
                 shutil.copy(extra, folder / extra.name)
         fused = Fused({}, compression, inputs)
-        record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model)
+        run = run_around(out, sources)
+        record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
         record |= describe_inputs(adapters)
-        record["into_base"] = weights.folder.name
+        record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
             _forget_quantization(folder, statistics)

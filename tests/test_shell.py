@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,32 @@ def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch)
     assert main([*again, "empty", "--into-base", "models/llama"]) == 0
 
 
+@pytest.mark.parametrize("given", ["beside", "in the run", "absolute"])
+def test_the_card_s_command_makes_the_adapter_again(given, folders, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = [f"{run}/checkpoint-500" for run in ("first", "second")]
+    if given == "in the run":
+        sources = [f"run/{source}" for source in sources]
+    for folder, source in zip(folders, sources, strict=False):
+        shutil.copytree(folder, source)
+    shutil.copytree(base, "llama")
+    if given == "absolute":
+        sources = [str(tmp_path / source) for source in sources]
+    words = ["--method", "knots_ties", "--density", "0.4", "--layers", "ffn|q_proj", "--rest", "soup", "--rank", "3"]
+    words += ["--dtype", "bfloat16", "--base", "llama"]
+    out = Path("run/fused" if given == "in the run" else "other/place/fused")
+    assert main(["merge", *sources, *words, "--out", str(out)]) == 0
+    if given == "in the run":  # which may be moved, and is where the command is given
+        shutil.move("run", "moved")
+        out = Path("moved/fused")
+        monkeypatch.chdir("moved")
+    (command,) = [x for x in (tmp_path / out / "README.md").read_text().splitlines() if x.startswith("python -m seedlora")]
+    again = shlex.split(command)[3:]
+    assert main([*again[:-1], "again"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (Path("again") / name).read_bytes() == (tmp_path / out / name).read_bytes()
+
+
 def test_as_a_module(folders, tmp_path):
     run = [sys.executable, "-m", "seedlora", "inspect"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -246,7 +273,7 @@ def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     record = json.loads((tmp_path / "hub_id" / RECORD_NAME).read_text())
-    assert record["inputs"][0]["name"] == "adapter"
+    assert record["inputs"][0]["name"] == "somebody/adapter"
     assert (
         record["inputs"][0]["sha256"]
         == json.loads((tmp_path / "local" / RECORD_NAME).read_text())["inputs"][0]["sha256"]
