@@ -493,7 +493,9 @@ def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         raise AdapterError(f"{file}: base_model_name_or_path is {config['base_model_name_or_path']!r}, text is needed")
     if config.get("task_type") not in (None, *TASKS):
-        raise AdapterError(f"{file}: task_type is {str(config['task_type'])[:80]!r}, one of {', '.join(TASKS)} is needed")
+        raise AdapterError(
+            f"{file}: task_type is {str(config['task_type'])[:80]!r}, one of {', '.join(TASKS)} is needed"
+        )
     _check_number(file, "lora_alpha", config.get("lora_alpha"))
     _check_rank(file, "r", config.get("r"))
     for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):

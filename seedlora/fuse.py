@@ -293,8 +293,8 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
     empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not empty and not (target / RECORD_NAME).is_file():
         raise ValueError(
-            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not replaced; "
-            "give another folder"
+            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not "
+            "replaced; give another folder"
         )
 
 
@@ -358,8 +358,8 @@ def fuse_folders(
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
-        base: the base model, for DoRA, PiSSA and OLoRA, and to know how many rows an adapted embedding has. Default: the
-            one that the adapters name.
+        base: the base model, for DoRA, PiSSA and OLoRA, and to know how many rows an adapted embedding has. Default:
+            the one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
@@ -395,7 +395,7 @@ def fuse_folders(
     gains = [float(gain(stack, fused[path])) for path, stack in stacks.items() if isinstance(stack, LoRAFactors)]
     if len(adapters) > 1 and gains:
         record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
-    card = model_card(record, max(factors.rank for factors in layers.values()), run=Path(out).parent)
+    card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     if prompt := _common_prompt(sources):
         files[PROMPT_NAME] = prompt

@@ -77,7 +77,7 @@ def complete(
 
 
 def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
-    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path, also of one quantised to 4 or 8 bits.
+    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
 
     Only headers are read, and the descriptions of 4-bit weights.
 

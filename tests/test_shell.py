@@ -147,7 +147,9 @@ def test_the_card_s_command_makes_the_adapter_again(given, folders, base, tmp_pa
         shutil.move("run", "moved")
         out = Path("moved/fused")
         monkeypatch.chdir("moved")
-    (command,) = [x for x in (tmp_path / out / "README.md").read_text().splitlines() if x.startswith("python -m seedlora")]
+    (command,) = [
+        x for x in (tmp_path / out / "README.md").read_text().splitlines() if x.startswith("python -m seedlora")
+    ]
     again = shlex.split(command)[3:]
     assert main([*again[:-1], "again"]) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -49,8 +49,8 @@ def compress(
     Factors are truncated optimally (Eckart-Young) in ``(D + K) * R**2`` multiplications. A dense update is truncated
     optimally by a full SVD (``exact``), or nearly so by a randomised one (``randomized``: 8 extra columns, 2 power
     iterations, 7 passes over the row blocks); ``auto`` takes the exact one up to ``EXACT_ENTRIES`` entries. The error
-    is that of the result at hand before it is rounded to the dtype of ``update``, not a bound, accurate to about 1e-7 (in
-    float32; the last pass measures it, because a difference of squared norms would hide what is below 1e-3).
+    is that of the result at hand, before it is rounded to the dtype of ``update``, not a bound, accurate to about 1e-7:
+    the last pass measures it, because a difference of squared norms in float32 hides what is below 1e-3.
 
     Args:
         update: of one adapter.
