@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,20 +275,28 @@ def _base_key(file: Path, adapter: Adapter, name: str, base: BaseWeights) -> str
         raise AdapterError(
             f"{file.parent} is {kind} and names no base model, whose weights are needed; give --base MODEL"
         )
-    try:
+    with _readable(file, kind):
         key = base.key(name)
-    except (ValueError, OSError) as error:
-        raise AdapterError(
-            f"{file.parent} is {kind}: its update depends on the base weights, which cannot be read: {error} "
-            "(give another with --base MODEL)"
-        ) from None
+        found = base.shape(key)
     shape = adapter.layers[name].shape
-    if (found := base.shape(key)) != (shape[::-1] if adapter.flipped(name) else shape):
+    if found != (shape[::-1] if adapter.flipped(name) else shape):
         raise AdapterError(
             f"{file.parent}: the base model {base.source} has '{key}' of shape {found}, but the adapter's update of "
             f"{name} has {shape}; it is not the base model of this adapter"
         )
     return key
+
+
+@contextmanager
+def _readable(file: Path, kind: str) -> Iterator[None]:
+    """Name the adapter whose base weights cannot be read."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{file.parent} is {kind}: its update depends on the base weights, which cannot be read: {error} "
+            "(give another with --base MODEL)"
+        ) from None
 
 
 def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: str, base: BaseWeights) -> LoRAFactors:
@@ -304,7 +313,9 @@ def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: 
         _scaling(file.parent, config, name, factors.rank),
     )
     if what not in base.starts:
-        base.starts[what] = _start(base.weight(what[0]), *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+        with _readable(file, ", ".join(adapter.kinds)):
+            weight = base.weight(what[0])
+        base.starts[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
     a, b = (part.to(factors.dtype) for part in base.starts[what])
     return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
 

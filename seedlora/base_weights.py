@@ -39,7 +39,7 @@ class BaseWeights:
         #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
         self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
         self._handles: dict[Path, Any] = {}
-        self._dequantized: tuple[str, Tensor] | None = None
+        self._last: tuple[str, Tensor] | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -85,16 +85,20 @@ class BaseWeights:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says; nothing if there is none."""
+        """What ``config.json`` says; nothing if there is none.
+
+        Raises:
+            ValueError: if it is broken.
+        """
         file = self.folder / "config.json"
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return found
+        return _read_object(file) if file.is_file() else {}
 
     @property
     def quantization(self) -> str | None:
         """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
         entry = self.config.get("quantization_config")
-        return str(entry.get("quant_method", "an unknown method")) if entry else None
+        method = entry.get("quant_method") if isinstance(entry, dict) else None
+        return str(method or "an unknown method") if entry else None
 
     @property
     def vocabulary(self) -> int | None:
@@ -134,7 +138,10 @@ class BaseWeights:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
         if (state := self._state_key(key)) is not None:
-            return tuple(json.loads(bytes(self.tensor(state).tolist()))["shape"])
+            try:
+                return tuple(map(int, json.loads(bytes(self.tensor(state).tolist()))["shape"]))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f"{self.files[state]}: '{state}' does not describe a 4-bit weight") from None
         return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
 
     def tensor(self, key: str) -> Tensor:
@@ -182,9 +189,9 @@ class BaseWeights:
 
     def _last_dequantized(self, key: str) -> Tensor:
         """The weight; one is kept, because it is read row by row."""
-        if self._dequantized is None or self._dequantized[0] != key:
-            self._dequantized = (key, self.weight(key))
-        return self._dequantized[1]
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self.weight(key))
+        return self._last[1]
 
     def _state_key(self, key: str) -> str | None:
         return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
@@ -199,13 +206,24 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
+        names = _read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} has no weight_map from keys to files")
+        return [folder / name for name in sorted(set(names.values()))]
     single = folder / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
     return [single]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object but {str(found)[:80]}")
+    return found
 
 
 def _dequantized(packed: Tensor, statistics: Mapping[str, Any], state: str) -> Tensor:

@@ -93,7 +93,7 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     base = BaseWeights(base_model)
     try:
         shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
-    except (SafetensorError, OSError, ValueError, KeyError):
+    except (SafetensorError, OSError, ValueError):
         return None
     matrices = {path: (shape[0], shape[1]) for path, shape in shapes.items() if len(shape) == 2}
     return {path: shape[::-1] if fan_in_fan_out else shape for path, shape in matrices.items()} or None

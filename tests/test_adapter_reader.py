@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from seedlora.adapter import CONFIG_NAME, TASKS, WEIGHTS_NAME, AdapterError, locate, read_adapter
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
+from seedlora.serving import base_shapes
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -404,6 +405,49 @@ def test_fuzzed_weights(good, tmp_path, cut, at, data):
     original = (good / WEIGHTS_NAME).read_bytes()
     (folder / WEIGHTS_NAME).write_bytes((original[:at] + data + original[at + len(data) :])[: cut or None])
     only_adapter_errors(folder)
+
+
+@pytest.fixture(scope="module")
+def base_and_pissa(tmp_path_factory):
+    """A base model in shards, and an adapter that cannot be read without it."""
+    folder = tmp_path_factory.mktemp("pissa")
+    llama().save_pretrained(folder / "base", max_shard_size="4KB")
+    save_adapter(folder / "a", r=2, init_lora_weights="pissa", target_modules=["q_proj"])
+    return folder
+
+
+@FUZZ
+@given(
+    st.sampled_from(["config.json", "model.safetensors.index.json"]),
+    st.dictionaries(st.sampled_from(["quantization_config", "weight_map", "text_config", "vocab_size"]), JSON)
+    | JSON
+    | st.just({"quantization_config": {"quant_method": "bitsandbytes"}}),
+)
+def test_fuzzed_base_folders(base_and_pissa, name, content):
+    """What is wrong with a base model is an AdapterError for who needs it, and nothing for who would like to know."""
+    file = base_and_pissa / "base" / name
+    before = file.read_bytes()
+    try:
+        file.write_text(json.dumps(content))
+        with contextlib.suppress(AdapterError):
+            read_adapter(base_and_pissa / "a", base=BaseWeights(base_and_pissa / "base"))
+        base_shapes(base_and_pissa / "base")
+    finally:
+        file.write_bytes(before)
+
+
+def test_bases_that_are_broken_are_named(base_and_pissa, tmp_path):
+    shutil.copytree(base_and_pissa / "base", tmp_path / "base")
+    for name, content, said in [
+        ("config.json", [], "config.json holds no JSON object"),
+        ("model.safetensors.index.json", {}, "index.json has no weight_map from keys to files"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "gone"}}, "gone"),
+    ]:
+        (tmp_path / "base" / name).write_text(json.dumps(content))
+        with pytest.raises(AdapterError, match=f"a is PiSSA: its update depends on .* cannot be read: .*{said}"):
+            read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
+        shutil.copy(base_and_pissa / "base" / name, tmp_path / "base" / name)
+    read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
 
 
 NAMES = st.sampled_from(
