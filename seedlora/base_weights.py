@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -159,9 +160,16 @@ class BaseWeights:
             return _dequantized(
                 self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
             )
-        if (scale := key.removesuffix(".weight") + _INT8_SCALE) in self.statistics(key):
+        if (scale := self._int8_scale(key)) is not None:
             return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
         return self.tensor(key)
+
+    def restored(self, key: str, weight: Tensor) -> Tensor:
+        """A weight out of int8 in the dtype that ``config.json`` says it was made of; any other as it is."""
+        if self._int8_scale(key) is None:
+            return weight
+        said = (getattr(torch, str(part.get(name)), None) for part in self._parts for name in ("dtype", "torch_dtype"))
+        return weight.to(next((dtype for dtype in said if isinstance(dtype, torch.dtype)), weight.dtype))
 
     def statistics(self, key: str) -> list[str]:
         """The keys of the tensors with which a quantised weight is stored; empty for any other."""
@@ -192,6 +200,10 @@ class BaseWeights:
         if self._last is None or self._last[0] != key:
             self._last = (key, self.weight(key))
         return self._last[1]
+
+    def _int8_scale(self, key: str) -> str | None:
+        scale = key.removesuffix(".weight") + _INT8_SCALE
+        return scale if scale in self.statistics(key) else None
 
     def _state_key(self, key: str) -> str | None:
         return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)

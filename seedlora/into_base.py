@@ -102,13 +102,15 @@ def fuse_into_base(
             with safe_open(file, framework="pt") as handle:
                 metadata = handle.metadata()
             here = [key for key, home in homes.items() if home == file and key not in statistics]
-            tensors = {key: weights.weight(key) for key in here}
+            tensors = {}
             while pending is not None and homes[keys[pending[0]]] == file:
                 path, update = pending
-                tensors[keys[path]] = _added(tensors[keys[path]], update, flipped=first.flipped(path))
+                key = keys[path]
+                tensors[key] = weights.restored(key, _added(weights.weight(key), update, flipped=first.flipped(path)))
                 if on_layer is not None:
                     on_layer(path)
                 pending = next(walk, None)
+            tensors |= {key: weights.restored(key, weights.weight(key)) for key in here if key not in tensors}
             for path, key in bias_keys.items():
                 if key in tensors:
                     tensors[key] = (tensors[key].float() + biases[path].float()).to(tensors[key].dtype)

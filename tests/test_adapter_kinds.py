@@ -52,6 +52,7 @@ KINDS["conv1d, dora"] = KINDS["conv1d"] | {"use_dora": True}
 KINDS["conv1d, pissa"] = KINDS["conv1d"] | {"init_lora_weights": "pissa"}
 KINDS["conv1d, lora_bias"] = KINDS["conv1d"] | {"lora_bias": True}
 SEEDS = (1, 2, 3)
+LAYERS = {"layers": "up_proj", "rest": "nothing"}
 
 
 def llama(*, bias=False):
@@ -458,6 +459,24 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
                 updates.append(scale * row - wanted)
             wanted = wanted + sum(updates) / 3
         torch.testing.assert_close(found[key].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_int8_base_comes_out_as_it_was_made(made, tmp_path):
+    """In bfloat16, rounded once: half the size of the float32 in which int8 is dequantised."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    case, config = made("lora"), BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(
+        case.base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "q")
+    fuse_into_base(case.folders[:1], tmp_path / "q", tmp_path / "out", method="soup", options=LAYERS)
+    found, weights = load_file(tmp_path / "out" / "model.safetensors"), BaseWeights(tmp_path / "q")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    update = read_adapter(case.folders[0]).layers["model.layers.0.mlp.up_proj"].dense()[0]
+    for name, added in (("up_proj", update), ("down_proj", torch.zeros(()))):
+        key = f"model.layers.0.mlp.{name}.weight"
+        torch.testing.assert_close(found[key], (weights.weight(key) + added).bfloat16(), atol=0, rtol=0)
 
 
 def test_other_quantisations_are_refused(made, tmp_path):
