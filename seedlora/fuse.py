@@ -358,8 +358,8 @@ def fuse_folders(
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
-        base: the base model, for DoRA, PiSSA and OLoRA, and to know how many rows an adapted embedding has. Default:
-            the one that the adapters name.
+        base: the base model, for DoRA, PiSSA and OLoRA; if it is on this machine, also to know its layers and how many
+            rows an adapted embedding has. Default: the one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
@@ -379,7 +379,7 @@ def fuse_folders(
         stacks = {path: stack.to(compute) for path, stack in stacks.items()}
     biases, modules = average(adapters, bound)
     fused = fuse(stacks, bound, on_layer=on_layer)
-    shapes = base_shapes(first.base_model, fan_in_fan_out=first.fan_in_fan_out)
+    shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     layers, unknown = complete(fused, shapes)
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}

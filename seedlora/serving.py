@@ -29,6 +29,9 @@ SERVERS = ("vLLM", "SGLang", "LoRAX", "TGI", "llama.cpp")
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+#: Begins the sentence about what may stand in a server's way, and cannot be told.
+NOT_KNOWN = "not known: "
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -82,15 +85,13 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     Only headers are read, and the descriptions of 4-bit weights.
 
     Args:
-        base_model: a folder with safetensors files.
+        base_model: a folder with safetensors files, or a hub id, of which a snapshot may be on this machine.
         fan_in_fan_out: the weights are stored as ``(K, D)``.
 
     Returns:
-        None if it is no such folder, or cannot be read.
+        None if there is none on this machine, or it cannot be read. Nothing is downloaded.
     """
-    if not str(base_model) or not Path(base_model).is_dir():
-        return None
-    base = BaseWeights(base_model)
+    base = BaseWeights(base_model, cached=True)
     try:
         shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
     except (SafetensorError, OSError, ValueError):
@@ -174,7 +175,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
 )
 
 
-def servable(folder: str | Path) -> dict[str, list[str]]:
+_WANT_ALL_LAYERS = ("SGLang", "LoRAX", "TGI")
+
+
+def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str, list[str]]:
     """What each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter whole.
 
     The rules were read in the sources of vLLM 0.32, SGLang 0.5.23, LoRAX, TGI and llama.cpp's converter; what no rule
@@ -182,9 +186,12 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
 
     Args:
         folder: a PEFT adapter folder.
+        base: its base model, a folder or a hub id, which tells what layers there are if it is on this machine.
+            Default: the one that the adapter names.
 
     Returns:
-        Sentences by server, in the order of :data:`SERVERS`.
+        Sentences by server, in the order of :data:`SERVERS`. One that begins with :data:`NOT_KNOWN` is the only one of
+        its server.
 
     Raises:
         ValueError: if it is no such folder, or a file is broken.
@@ -202,12 +209,10 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
         if found and len(shape) == 2 and len(b := shapes.get(key.replace(".lora_A.", ".lora_B."), ())) == 2:
             with torch.device("meta"):
                 layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
-    missing: tuple[str, ...] = ()
-    if layers:
-        base = str(config.get("base_model_name_or_path") or "")
-        known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
-        full, unknown = complete(layers, known)
-        missing = tuple(sorted({*full, *unknown} - set(layers)))
+    base = str(base or config.get("base_model_name_or_path") or "")
+    known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    full, unknown = complete(layers, known)
+    missing = tuple(sorted({*full, *unknown} - set(layers)))
     ranks = frozenset(factors.rank for factors in layers.values())
     adapter = _Shape(config, ranks, tuple(layers), missing)
     told: dict[str, list[str]] = {server: [] for server in SERVERS}
@@ -215,6 +220,12 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
         if (sentence := rule(adapter)) is not None:
             for server in servers:
                 told[server].append(sentence)
+    if not set(known or ()) & set(layers):
+        for server in _WANT_ALL_LAYERS:
+            told[server] = told[server] or [
+                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names its "
+                "layers otherwise"
+            ]
     return told
 
 
