@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA's update is random; train plain LoRA",
     "velora_config": "VeLoRA adapters are not read; train plain LoRA",
 }
+#: PEFT's task types.
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 #: Ways to initialise a LoRA that leave the base weights alone.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 #: Ways that take the start out of the base weights, and can be done again from these alone.
@@ -77,25 +80,27 @@ class Adapter:
         base_model: ``base_model_name_or_path`` of its configuration.
         embeddings: the paths that are embeddings.
         fan_in_fan_out: the base stores its weights as ``(K, D)`` (``Conv1D`` of GPT-2); the factors are the same.
-        copies: sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
+        copies: rows and sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
         magnitudes: DoRA's, by layer path, shape ``(D,)``. The update is then not ``B A`` alone:
             :func:`seedlora.dora.dora_updates`.
         biases: what ``lora_bias`` adds to a layer's output, by path, scaling included, shape ``(D,)``.
         modules: full weights of ``modules_to_save``, by key within the model (``lm_head.weight``).
         modules_to_save: the names under which the configuration has them.
         kinds: what it is besides plain LoRA, for people: ``DoRA``, ``rsLoRA``, ``PiSSA``.
+        task_type: PEFT's, which says around which head the model is wrapped; None if it is not said.
     """
 
     layers: dict[str, LoRAFactors]
     base_model: str
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
-    copies: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     magnitudes: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
     biases: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    task_type: str | None = None
 
     def flipped(self, path: str) -> bool:
         """Whether the base stores this layer's weight as ``(K, D)``."""
@@ -194,6 +199,7 @@ def read_adapter(
         modules,
         tuple(sorted(config.get("modules_to_save") or ())) if modules else (),
         _kinds(config),
+        config.get("task_type"),
     )
     _check_vectors(file, adapter, config)
     if base is not None and config.get("use_dora"):
@@ -269,20 +275,28 @@ def _base_key(file: Path, adapter: Adapter, name: str, base: BaseWeights) -> str
         raise AdapterError(
             f"{file.parent} is {kind} and names no base model, whose weights are needed; give --base MODEL"
         )
-    try:
+    with _readable(file, kind):
         key = base.key(name)
-    except (ValueError, OSError) as error:
-        raise AdapterError(
-            f"{file.parent} is {kind}: its update depends on the base weights, which cannot be read: {error} "
-            "(give another with --base MODEL)"
-        ) from None
+        found = base.shape(key)
     shape = adapter.layers[name].shape
-    if (found := base.shape(key)) != (shape[::-1] if adapter.flipped(name) else shape):
+    if found != (shape[::-1] if adapter.flipped(name) else shape):
         raise AdapterError(
             f"{file.parent}: the base model {base.source} has '{key}' of shape {found}, but the adapter's update of "
             f"{name} has {shape}; it is not the base model of this adapter"
         )
     return key
+
+
+@contextmanager
+def _readable(file: Path, kind: str) -> Iterator[None]:
+    """Name the adapter whose base weights cannot be read."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{file.parent} is {kind}: its update depends on the base weights, which cannot be read: {error} "
+            "(give another with --base MODEL)"
+        ) from None
 
 
 def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: str, base: BaseWeights) -> LoRAFactors:
@@ -299,7 +313,9 @@ def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: 
         _scaling(file.parent, config, name, factors.rank),
     )
     if what not in base.starts:
-        base.starts[what] = _start(base.weight(what[0]), *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+        with _readable(file, ", ".join(adapter.kinds)):
+            weight = base.weight(what[0])
+        base.starts[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
     a, b = (part.to(factors.dtype) for part in base.starts[what])
     return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
 
@@ -374,10 +390,11 @@ def universal_config(
     fan_in_fan_out: bool = False,
     lora_bias: bool = False,
     modules_to_save: Collection[str] = (),
+    task_type: str | None = "CAUSAL_LM",
 ) -> LoraConfig:
     """The configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing optional.
 
-    The last two are what no server loads; they are there for adapters that were trained with them.
+    ``lora_bias`` and ``modules_to_save`` are what no server loads; they are there for adapters that were trained so.
 
     Args:
         layers: what it describes.
@@ -385,6 +402,7 @@ def universal_config(
         fan_in_fan_out: as in :class:`Adapter`.
         lora_bias: the layers carry biases.
         modules_to_save: names of modules whose full weights are in the folder.
+        task_type: as in :class:`Adapter`.
 
     Raises:
         AdapterError: if the layers differ in rank.
@@ -395,16 +413,23 @@ def universal_config(
     if len(ranks) != 1:
         raise AdapterError(f"servers need one rank for all layers, got {ranks or 'no layer'}")
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         base_model_name_or_path=base_model,
         r=ranks[0],
         lora_alpha=ranks[0],
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        target_modules=sorted(set(map(_suffix, layers))),
         fan_in_fan_out=fan_in_fan_out,
         lora_bias=lora_bias,
         modules_to_save=sorted(modules_to_save) or None,
         inference_mode=True,
     )
+
+
+def _suffix(path: str) -> str:
+    """The end of a layer's path that is no bare number: ``mlp.0``, because ``0`` would target ``layers.0`` as well."""
+    parts = path.split(".")
+    start = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
+    return ".".join(parts[start:])
 
 
 def _json_config(config: LoraConfig) -> dict[str, Any]:
@@ -478,6 +503,10 @@ def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
         raise AdapterError(f"{file}: bias is {config['bias']!r}; only 'none' can be fused")
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         raise AdapterError(f"{file}: base_model_name_or_path is {config['base_model_name_or_path']!r}, text is needed")
+    if config.get("task_type") not in (None, *TASKS):
+        raise AdapterError(
+            f"{file}: task_type is {str(config['task_type'])[:80]!r}, one of {', '.join(TASKS)} is needed"
+        )
     _check_number(file, "lora_alpha", config.get("lora_alpha"))
     _check_rank(file, "r", config.get("r"))
     for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
@@ -499,8 +528,8 @@ def _check_rank(file: Path, key: str, value: object) -> None:
         raise AdapterError(f"{file}: {key} is {str(value)[:80]!r}, a positive whole number is needed")
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of the file, and the sha256 of the base weights among them, by layer path."""
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, str]]]:
+    """The tensors of the file, and rows and sha256 of the base weights among them, by layer path."""
     if not file.is_file():
         raise AdapterError(f"{file} is missing; pickled weights (.bin) are not read")
     try:
@@ -518,5 +547,6 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: '{key}' holds NaN or infinity")
         if key.startswith(_PREFIX) and key.endswith(_BASE_COPY):
             data = tensors.pop(key).contiguous().view(torch.uint8).numpy()
-            copies[key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)] = hashlib.sha256(data).hexdigest()
+            rows = tensor.shape[0] if tensor.ndim else 1
+            copies[key.removeprefix(_PREFIX).removesuffix(_BASE_COPY)] = rows, hashlib.sha256(data).hexdigest()
     return tensors, copies

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,14 +32,15 @@ class BaseWeights:
 
     Args:
         source: a folder with safetensors files, or a hub id.
+        cached: of a hub id, download nothing: its snapshot is on this machine, or there is none.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = source
+    def __init__(self, source: str | Path, *, cached: bool = False) -> None:
+        self.source, self.cached = source, cached
         #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
         self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
         self._handles: dict[Path, Any] = {}
-        self._dequantized: tuple[str, Tensor] | None = None
+        self._last: tuple[str, Tensor] | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -47,7 +49,9 @@ class BaseWeights:
         Raises:
             ValueError: if there is no such folder or hub repository.
         """
-        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES))
+        if not str(self.source):
+            raise ValueError("no base model is named")
+        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES), cached=self.cached)
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -81,11 +85,38 @@ class BaseWeights:
         self._handles.pop(file, None)
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; nothing if there is none.
+
+        Raises:
+            ValueError: if it is broken.
+        """
+        file = self.folder / "config.json"
+        return _read_object(file) if file.is_file() else {}
+
+    @property
     def quantization(self) -> str | None:
         """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
-        config = self.folder / "config.json"
-        entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
-        return str(entry.get("quant_method", "an unknown method")) if entry else None
+        entry = self.config.get("quantization_config")
+        method = entry.get("quant_method") if isinstance(entry, dict) else None
+        return str(method or "an unknown method") if entry else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of its embedding, as ``config.json`` says."""
+        return next((part["vocab_size"] for part in self._parts if isinstance(part.get("vocab_size"), int)), None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input embedding: so it is in transformers unless ``config.json`` says otherwise."""
+        said = [bool(part["tie_word_embeddings"]) for part in self._parts if "tie_word_embeddings" in part]
+        return any(said) or not said
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        """The configuration of the language model within a larger one, if there is one, and the whole."""
+        text = self.config.get("text_config")
+        return [*([text] if isinstance(text, dict) else []), self.config]
 
     def key(self, path: str) -> str:
         """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.
@@ -108,7 +139,10 @@ class BaseWeights:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
         if (state := self._state_key(key)) is not None:
-            return tuple(json.loads(bytes(self.tensor(state).tolist()))["shape"])
+            try:
+                return tuple(map(int, json.loads(bytes(self.tensor(state).tolist()))["shape"]))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f"{self.files[state]}: '{state}' does not describe a 4-bit weight") from None
         return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
 
     def tensor(self, key: str) -> Tensor:
@@ -126,9 +160,16 @@ class BaseWeights:
             return _dequantized(
                 self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
             )
-        if (scale := key.removesuffix(".weight") + _INT8_SCALE) in self.statistics(key):
+        if (scale := self._int8_scale(key)) is not None:
             return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
         return self.tensor(key)
+
+    def restored(self, key: str, weight: Tensor) -> Tensor:
+        """A weight out of int8 in the dtype that ``config.json`` says it was made of; any other as it is."""
+        if self._int8_scale(key) is None:
+            return weight
+        said = (getattr(torch, str(part.get(name)), None) for part in self._parts for name in ("dtype", "torch_dtype"))
+        return weight.to(next((dtype for dtype in said if isinstance(dtype, torch.dtype)), weight.dtype))
 
     def statistics(self, key: str) -> list[str]:
         """The keys of the tensors with which a quantised weight is stored; empty for any other."""
@@ -156,9 +197,13 @@ class BaseWeights:
 
     def _last_dequantized(self, key: str) -> Tensor:
         """The weight; one is kept, because it is read row by row."""
-        if self._dequantized is None or self._dequantized[0] != key:
-            self._dequantized = (key, self.weight(key))
-        return self._dequantized[1]
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self.weight(key))
+        return self._last[1]
+
+    def _int8_scale(self, key: str) -> str | None:
+        scale = key.removesuffix(".weight") + _INT8_SCALE
+        return scale if scale in self.statistics(key) else None
 
     def _state_key(self, key: str) -> str | None:
         return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
@@ -173,13 +218,24 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
+        names = _read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} has no weight_map from keys to files")
+        return [folder / name for name in sorted(set(names.values()))]
     single = folder / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
     return [single]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object but {str(found)[:80]}")
+    return found
 
 
 def _dequantized(packed: Tensor, statistics: Mapping[str, Any], state: str) -> Tensor:

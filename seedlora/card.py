@@ -27,14 +27,14 @@ _TRAINING = {
 }
 
 
-def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | None = None) -> str:
+def model_card(record: Mapping[str, Any], rank: int, *, run: Path | None, name: str | None = None) -> str:
     """The card's text.
 
     Args:
         record: what ``fusion.json`` says.
         rank: of the adapter.
-        run: the folder around it. What its ``run.json`` says about the training, and its ``results.json`` about the
-            scores, is told if they are there.
+        run: the folder around it, if all inputs lie there. What its ``run.json`` says about the training, and its
+            ``results.json`` about the scores, is told if they are there.
         name: the label under which the adapter itself was scored; without it only its inputs' scores are told.
     """
     inputs = [entry["name"] for entry in record["inputs"]]
@@ -52,9 +52,10 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
     if kinds := record.get("kinds"):
         result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
         lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
-    settings = _read(run / "run.json")
-    note = base_note(settings.get("model.adapter", ""), settings.get("model.quantization", "none"))
-    if note and settings["model.adapter"] != "pissa":
+    settings = {} if run is None else _read(run / "run.json")
+    adapter = settings.get("model.adapter", "")
+    note = base_note(adapter, settings.get("model.quantization", "none"))
+    if note and adapter != "pissa":
         lines += ["", note]
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
@@ -76,10 +77,18 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path, name: str | N
     method = [record["method"], *([f"({record['source']})"] if record.get("source") else [])]
     facts = {"base model": base, "inputs": ", ".join(inputs), "method": " ".join(method)}
     facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record.get("use", {}))}.items()}
-    facts |= _training(run)
+    facts |= {label: str(settings[key]) for key, label in _TRAINING.items() if settings.get(key) not in (None, "none")}
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += _scores(run, inputs, name)
-    lines += ["", "Made by", "", "```sh", merge_command(record), "```", ""]
+    lines += [] if run is None else _scores(run, inputs, name)
+    lines += [
+        "",
+        "Made by" if run is None else "Made in the folder around this one by",
+        "",
+        "```sh",
+        merge_command(record),
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -128,12 +137,15 @@ def refresh_card(folder: Path) -> None:
 
 
 def merge_command(record: Mapping[str, Any]) -> str:
-    """The command that makes the adapter again, in the folder that holds its inputs."""
+    """The command that makes the adapter again: where it was given, or for a run's own adapters in the run's folder."""
     words = ["python", "-m", "seedlora", "merge", *(entry["name"] for entry in record["inputs"])]
     words += ["--method", record["method"]]
     for key, value in {**record["options"], **_said(record.get("use", {}))}.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         words += [f"--{key.replace('_', '-')}", text]
+    for key in ("dtype", "base", "into_base"):
+        if key in record:
+            words += [f"--{key.replace('_', '-')}", record[key]]
     return shlex.join([*words, "--out", "fused"])
 
 
@@ -144,11 +156,6 @@ def _said(use: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in use.items()
         if (key, value) not in {("layers", "all"), ("svd", "auto"), ("seed", 0)}
     }
-
-
-def _training(run: Path) -> dict[str, str]:
-    settings = _read(run / "run.json")
-    return {name: str(settings[key]) for key, name in _TRAINING.items() if settings.get(key) not in (None, "none")}
 
 
 def _scores(run: Path, inputs: list[str], name: str | None) -> list[str]:

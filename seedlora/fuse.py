@@ -177,6 +177,8 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
             raise AdapterError(
                 f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
             )
+        if adapter.task_type != first.task_type:
+            raise AdapterError(f"task_type is {first.task_type} in {first_name} and {adapter.task_type} in {name}")
         if adapter.fan_in_fan_out != first.fan_in_fan_out:
             raise AdapterError(
                 f"fan_in_fan_out is {first.fan_in_fan_out} in {first_name} and {adapter.fan_in_fan_out} in {name}"
@@ -216,6 +218,30 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
 
 
+def _check_vocabulary(adapter: Adapter, base: str | Path) -> None:
+    """See that the base model has the rows over which embeddings and heads were adapted.
+
+    PEFT puts its copy of the base weights beside their factors. The fused folder has none, as servers want it: what
+    the copy alone holds, the rows of a resized vocabulary, would be lost.
+    """
+    try:
+        known = BaseWeights(base, cached=True).vocabulary if adapter.copies else None
+    except (ValueError, OSError):
+        known = None
+    for path, (rows, _) in adapter.copies.items():
+        if known is None:
+            raise AdapterError(
+                f"{path} was adapted over {rows} rows, and whether the base model '{base}' has as many is not known "
+                "here; give its folder with --base MODEL"
+            )
+        if rows != known:
+            raise AdapterError(
+                f"{path} was adapted over {rows} rows, but the base model {base} has {known}: its vocabulary was "
+                "resized. Save the resized base model, name it as base_model_name_or_path in adapter_config.json, and "
+                "fuse again"
+            )
+
+
 def read_adapters(
     sources: Sequence[str | Path],
     *,
@@ -246,6 +272,30 @@ def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> Ba
     if base is None:
         base = base_model_of(sources[0]) if sources else ""
     return BaseWeights(base)
+
+
+def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Path | None = None) -> None:
+    """See that a result may take the place of what is at ``out``: of nothing, an empty folder, or an older result.
+
+    Args:
+        out: the folder to write.
+        sources: adapter folders or hub ids.
+        base: the base model's folder or hub id.
+
+    Raises:
+        ValueError: if ``out`` is or holds one of these, or anything else that no merge made.
+    """
+    target = Path(out).resolve()
+    for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
+        if folder.is_dir() and folder.resolve().is_relative_to(target):
+            holds = "is" if folder.resolve() == target else "holds"
+            raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not (target / RECORD_NAME).is_file():
+        raise ValueError(
+            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not "
+            "replaced; give another folder"
+        )
 
 
 def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
@@ -304,42 +354,48 @@ def fuse_folders(
 
     Args:
         sources: adapter folders or hub ids, of one base model.
-        out: the folder to write, whole or not at all; an older one is replaced.
+        out: the folder to write, whole or not at all; an older result is replaced, any other folder is refused.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
         dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
-        base: the base model, for DoRA, PiSSA and OLoRA. Default: the one that the adapters name.
+        base: the base model, for DoRA, PiSSA and OLoRA; if it is on this machine, also to know its layers and how many
+            rows an adapted embedding has. Default: the one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
 
     Raises:
-        ValueError: for an unknown method or option; ``AdapterError`` for adapters that cannot be read or fused.
+        ValueError: for an unknown method or option, or an ``out`` that is not to be replaced (:func:`check_output`);
+            ``AdapterError`` for adapters that cannot be read or fused.
     """
     bound = bind(method, options)
     weights = base_of(sources, base)
+    check_output(out, sources, weights.source)
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
-    hashes = hash_inputs(sources)
+    hashes, run = hash_inputs(sources), run_around(out, sources)
     stacks = stack_updates(adapters, weights)
+    first = next(iter(adapters.values()))
+    _check_vocabulary(first, base or first.base_model)
     if dtype is not None:
         compute = torch.promote_types(dtype, torch.float32)
         stacks = {path: stack.to(compute) for path, stack in stacks.items()}
     biases, modules = average(adapters, bound)
     fused = fuse(stacks, bound, on_layer=on_layer)
-    first = next(iter(adapters.values()))
-    shapes = base_shapes(first.base_model, fan_in_fan_out=first.fan_in_fan_out)
+    shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     layers, unknown = complete(fused, shapes)
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
         biases = {path: bias.to(dtype) for path, bias in biases.items()}
     if biases:  # a layer that was added for the servers' sake needs one like the others
         biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
-    record = fusion_record(bound, fused, hashes, base_model=first.base_model)
+    record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
+    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    record |= {} if base is None else {"base": recorded(base, run)}
     record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
     gains = [float(gain(stack, fused[path])) for path, stack in stacks.items() if isinstance(stack, LoRAFactors)]
     if len(adapters) > 1 and gains:
         record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
-    card = model_card(record, max(factors.rank for factors in layers.values()), run=Path(out).parent)
+    card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     if prompt := _common_prompt(sources):
         files[PROMPT_NAME] = prompt
@@ -349,9 +405,24 @@ def fuse_folders(
         fan_in_fan_out=first.fan_in_fan_out,
         lora_bias=bool(biases),
         modules_to_save=first.modules_to_save,
+        task_type=first.task_type,
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)
+
+
+def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
+    """The folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
+    run = Path(out).resolve().parent
+    return run if all(locate(source).resolve().is_relative_to(run) for source in sources) else None
+
+
+def recorded(source: str | Path, run: Path | None) -> str:
+    """A folder or hub id for a record: as given; in a record of a run so that it is found from the run's folder."""
+    if run is None or not Path(source).expanduser().is_dir():
+        return str(source)
+    folder = Path(source).expanduser().resolve()
+    return str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
@@ -370,7 +441,12 @@ def _common_prompt(sources: Sequence[str | Path]) -> str | None:
 
 
 def fusion_record(
-    bound: BoundRule, fused: Fused | None, hashes: Mapping[str, Future[str]], *, base_model: str
+    bound: BoundRule,
+    fused: Fused | None,
+    hashes: Mapping[str, Future[str]],
+    *,
+    base_model: str,
+    run: Path | None = None,
 ) -> dict[str, Any]:
     """How a fused adapter was made, for ``fusion.json``.
 
@@ -379,6 +455,7 @@ def fusion_record(
         fused: its result; None if it went into a base model without compression.
         hashes: of the inputs, as :func:`hash_inputs` gives them.
         base_model: name or path of the base model.
+        run: as :func:`run_around` says; the inputs are named relative to it, so that a run can be moved.
     """
     use = {key: value for key, value in asdict(bound.use).items() if value is not None}
     record: dict[str, Any] = {
@@ -386,7 +463,7 @@ def fusion_record(
         "options": dict(bound.options),
         "use": use,
         "source": bound.method.source,
-        "inputs": [{"name": Path(source).name, "sha256": digest.result()} for source, digest in hashes.items()],
+        "inputs": [{"name": recorded(source, run), "sha256": digest.result()} for source, digest in hashes.items()],
         "base_model": base_model,
         "seedlora": version("seedlora"),
     }

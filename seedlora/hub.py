@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def local_folder(source: str | Path, kind: str, patterns: Sequence[str]) -> Path:
+def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cached: bool = False) -> Path:
     """A folder as it is, or the snapshot of a hub repository named ``owner/name``.
 
     Args:
         source: folder or hub id.
         kind: what it should be, for the message: ``PEFT adapter folder``.
         patterns: the files that are wanted of a repository.
+        cached: download nothing; take a snapshot that is on this machine.
 
     Raises:
         ValueError: if there is neither; the message says why.
@@ -26,7 +27,7 @@ def local_folder(source: str | Path, kind: str, patterns: Sequence[str]) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns), local_files_only=cached))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} is no local folder and could not be read from the hub: {reason}") from None

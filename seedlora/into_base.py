@@ -23,10 +23,13 @@ from seedlora.fuse import (
     RECORD_NAME,
     Fused,
     average,
+    check_output,
     describe_inputs,
     fusion_record,
     hash_inputs,
     read_adapters,
+    recorded,
+    run_around,
     stack_updates,
     updates,
 )
@@ -61,14 +64,14 @@ def fuse_into_base(
         on_layer: called with each layer's path when it is done.
 
     Raises:
-        ValueError: for an unknown method or option, a base that cannot be dequantised or lacks a layer;
+        ValueError: for an unknown method or option, a base that cannot be dequantised or lacks a layer, an ``out`` that
+            is not to be replaced (:func:`seedlora.fuse.check_output`);
             ``AdapterError`` for adapters that cannot be read or fused. Nothing is written then.
         OSError: if a file cannot be read or written.
     """
     bound = bind(method, options)
     weights, out = BaseWeights(base), Path(out)
-    if out.exists() and out.resolve() == weights.folder.resolve():
-        raise ValueError(f"the output {out} is the base model itself; give another folder")
+    check_output(out, sources, base)
     homes: Mapping[str, Path] = weights.files
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     stacks = stack_updates(adapters, weights)
@@ -77,6 +80,7 @@ def fuse_into_base(
     _check_shapes(first, keys, weights)
     biases, modules = average(adapters, bound)
     bias_keys, module_keys = _places(first, keys, weights)
+    _check_tied(keys, modules, module_keys, weights)
     files = list(dict.fromkeys(homes.values()))
     order = sorted(stacks, key=lambda path: files.index(homes[keys[path]]))
     compression, inputs = dict[str, float](), dict[str, float]()
@@ -98,13 +102,15 @@ def fuse_into_base(
             with safe_open(file, framework="pt") as handle:
                 metadata = handle.metadata()
             here = [key for key, home in homes.items() if home == file and key not in statistics]
-            tensors = {key: weights.weight(key) for key in here}
+            tensors = {}
             while pending is not None and homes[keys[pending[0]]] == file:
                 path, update = pending
-                tensors[keys[path]] = _added(tensors[keys[path]], update, flipped=first.flipped(path))
+                key = keys[path]
+                tensors[key] = weights.restored(key, _added(weights.weight(key), update, flipped=first.flipped(path)))
                 if on_layer is not None:
                     on_layer(path)
                 pending = next(walk, None)
+            tensors |= {key: weights.restored(key, weights.weight(key)) for key in here if key not in tensors}
             for path, key in bias_keys.items():
                 if key in tensors:
                     tensors[key] = (tensors[key].float() + biases[path].float()).to(tensors[key].dtype)
@@ -118,9 +124,10 @@ def fuse_into_base(
             for extra in weights.folder.glob(pattern):
                 shutil.copy(extra, folder / extra.name)
         fused = Fused({}, compression, inputs)
-        record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model)
+        run = run_around(out, sources)
+        record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
         record |= describe_inputs(adapters)
-        record["into_base"] = weights.folder.name
+        record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
             _forget_quantization(folder, statistics)
@@ -158,6 +165,24 @@ def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> 
     return biases, modules
 
 
+def _check_tied(
+    keys: Mapping[str, str], modules: Mapping[str, Tensor], module_keys: Mapping[str, str], weights: BaseWeights
+) -> None:
+    """See that what was trained as an embedding or a head does not become both."""
+    alone = {
+        name: key
+        for name, key in module_keys.items()  # a head that was trained as one with the embedding is its equal
+        if not any(torch.equal(modules[name], other) for twin, other in modules.items() if twin != name)
+    }
+    changed = [name for name, key in {**keys, **alone}.items() if weights.shape(key)[0] == weights.vocabulary]
+    if changed and weights.tied:
+        raise AdapterError(
+            f"the head of the base model {weights.source} is its input embedding (tie_word_embeddings), so what is "
+            f"added to {changed[0]} would change both; leave --into-base out, or give a base model that stores both "
+            "and has tie_word_embeddings: false"
+        )
+
+
 def _forget_quantization(folder: Path, statistics: set[str]) -> None:
     """Take what describes the quantised weights out of a copied model folder."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -166,7 +191,7 @@ def _forget_quantization(folder: Path, statistics: set[str]) -> None:
     if (index := folder / "model.safetensors.index.json").is_file():
         entries = json.loads(index.read_text(encoding="utf-8"))
         entries["weight_map"] = {key: file for key, file in entries["weight_map"].items() if key not in statistics}
-        entries.pop("metadata", None)  # sizes of the quantised files
+        entries["metadata"] = {}  # it had the size of the quantised files; transformers wants the key
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from seedlora.base_weights import shards
+from seedlora.base_weights import BaseWeights
 from seedlora.factors import LoRAFactors
 
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
@@ -28,6 +28,9 @@ _SAME_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 SERVERS = ("vLLM", "SGLang", "LoRAX", "TGI", "llama.cpp")
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: Begins the sentence about what may stand in a server's way, and cannot be told.
+NOT_KNOWN = "not known: "
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -77,29 +80,24 @@ def complete(
 
 
 def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
-    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; only headers are read.
+    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
+
+    Only headers are read, and the descriptions of 4-bit weights.
 
     Args:
-        base_model: a folder with safetensors files.
+        base_model: a folder with safetensors files, or a hub id, of which a snapshot may be on this machine.
         fan_in_fan_out: the weights are stored as ``(K, D)``.
 
     Returns:
-        None if it is no such folder, or cannot be read.
+        None if there is none on this machine, or it cannot be read. Nothing is downloaded.
     """
-    folder = Path(base_model)
-    if not str(base_model) or not folder.is_dir():
-        return None
-    found: dict[str, tuple[int, int]] = {}
+    base = BaseWeights(base_model, cached=True)
     try:
-        for file in shards(folder):
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(handle.get_slice(key).get_shape())
-                    if key.endswith(".weight") and len(shape) == 2:
-                        found[key.removesuffix(".weight")] = shape[::-1] if fan_in_fan_out else shape
-    except (SafetensorError, OSError, ValueError, KeyError):
+        shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
+    except (SafetensorError, OSError, ValueError):
         return None
-    return found or None
+    matrices = {path: (shape[0], shape[1]) for path, shape in shapes.items() if len(shape) == 2}
+    return {path: shape[::-1] if fan_in_fan_out else shape for path, shape in matrices.items()} or None
 
 
 def _template(path: str) -> str:
@@ -177,7 +175,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
 )
 
 
-def servable(folder: str | Path) -> dict[str, list[str]]:
+_WANT_ALL_LAYERS = ("SGLang", "LoRAX", "TGI")
+
+
+def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str, list[str]]:
     """What each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter whole.
 
     The rules were read in the sources of vLLM 0.32, SGLang 0.5.23, LoRAX, TGI and llama.cpp's converter; what no rule
@@ -185,9 +186,12 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
 
     Args:
         folder: a PEFT adapter folder.
+        base: its base model, a folder or a hub id, which tells what layers there are if it is on this machine.
+            Default: the one that the adapter names.
 
     Returns:
-        Sentences by server, in the order of :data:`SERVERS`.
+        Sentences by server, in the order of :data:`SERVERS`. One that begins with :data:`NOT_KNOWN` is the only one of
+        its server.
 
     Raises:
         ValueError: if it is no such folder, or a file is broken.
@@ -205,12 +209,10 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
         if found and len(shape) == 2 and len(b := shapes.get(key.replace(".lora_A.", ".lora_B."), ())) == 2:
             with torch.device("meta"):
                 layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
-    missing: tuple[str, ...] = ()
-    if layers:
-        base = str(config.get("base_model_name_or_path") or "")
-        known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
-        full, unknown = complete(layers, known)
-        missing = tuple(sorted({*full, *unknown} - set(layers)))
+    base = str(base or config.get("base_model_name_or_path") or "")
+    known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    full, unknown = complete(layers, known)
+    missing = tuple(sorted({*full, *unknown} - set(layers)))
     ranks = frozenset(factors.rank for factors in layers.values())
     adapter = _Shape(config, ranks, tuple(layers), missing)
     told: dict[str, list[str]] = {server: [] for server in SERVERS}
@@ -218,6 +220,12 @@ def servable(folder: str | Path) -> dict[str, list[str]]:
         if (sentence := rule(adapter)) is not None:
             for server in servers:
                 told[server].append(sentence)
+    if not set(known or ()) & set(layers):
+        for server in _WANT_ALL_LAYERS:
+            told[server] = told[server] or [
+                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names its "
+                "layers otherwise"
+            ]
     return told
 
 

@@ -44,12 +44,12 @@ from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.page import runs_table, write_comparison, write_report
 from seedlora.report.results import FUSED
 from seedlora.report.tables import next_commands
-from seedlora.serving import servable, vllm_rank
+from seedlora.serving import NOT_KNOWN, servable, vllm_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Options that only Python can give: functions and generators.
 _PYTHON_ONLY = {"generator", "score"}
-_BASE_HELP = "the base model, for DoRA, PiSSA and OLoRA; default: the one that the adapters name"
+_BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
 #: The rank at which updates of full rank are shown.
 _SHOWN_RANK = 64
 
@@ -164,7 +164,7 @@ def _merge(arguments: Mapping[str, Any]) -> None:
             fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
     record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
     converted = None if arguments["gguf"] is None else convert(out, record["base_model"], Path(arguments["gguf"]))
-    served = {} if arguments["into_base"] is not None else servable(out)
+    served = {} if arguments["into_base"] is not None else servable(out, base=arguments["base"])
     if arguments["json"]:
         _print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
@@ -209,7 +209,7 @@ def _inspect(arguments: Mapping[str, Any]) -> None:
     ((name, adapter),) = adapters.items()
     stacks, error = _shown_factors(stack_updates(adapters, base))
     layers = _facts(stacks)
-    served = servable(locate(name))
+    served = servable(locate(name), base=arguments["base"])
     ranks = sorted({factors.rank for factors in adapter.layers.values()})
     if arguments["json"]:
         _print_json(
@@ -241,9 +241,10 @@ def _inspect(arguments: Mapping[str, Any]) -> None:
     table = Table("server", "serves it", "what stands in the way")
     for server, reasons in served.items():
         rank_option = f" (--max-lora-rank {vllm_rank(max(ranks))})" if server == "vLLM" else ""
-        table.add_row(server, "no" if reasons else f"yes{rank_option}", "\n".join(reasons))
+        answer = "not known" if _not_known(reasons) else "no" if reasons else f"yes{rank_option}"
+        table.add_row(server, answer, "\n".join(reasons).removeprefix(NOT_KNOWN))
     console.print(table)
-    if any(served.values()):
+    if any(reasons and not _not_known(reasons) for reasons in served.values()):
         console.print(
             "python -m seedlora merge of this adapter alone, --method soup, brings what it can into one shape"
         )
@@ -383,7 +384,14 @@ def _served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
     for server, reasons in served.items():
         if reasons:
             bad.setdefault("; ".join(reasons), []).append(server)
-    return "; ".join([*parts, *(f"not by {', '.join(servers)} ({reason})" for reason, servers in bad.items())])
+    for reason, servers in bad.items():
+        how = "not known for" if reason.startswith(NOT_KNOWN) else "not by"
+        parts.append(f"{how} {', '.join(servers)} ({reason.removeprefix(NOT_KNOWN)})")
+    return "; ".join(parts)
+
+
+def _not_known(reasons: Sequence[str]) -> bool:
+    return any(reason.startswith(NOT_KNOWN) for reason in reasons)
 
 
 def _progress() -> Progress:

@@ -13,12 +13,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders
 from seedlora.into_base import fuse_into_base
+from seedlora.serving import base_shapes
 from seedlora.shell import main
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,6 +52,7 @@ KINDS["conv1d, dora"] = KINDS["conv1d"] | {"use_dora": True}
 KINDS["conv1d, pissa"] = KINDS["conv1d"] | {"init_lora_weights": "pissa"}
 KINDS["conv1d, lora_bias"] = KINDS["conv1d"] | {"lora_bias": True}
 SEEDS = (1, 2, 3)
+LAYERS = {"layers": "up_proj", "rest": "nothing"}
 
 
 def llama(*, bias=False):
@@ -139,6 +148,28 @@ def test_one_adapter_is_its_own_fusion(kind, made, tmp_path):
     full = loaded(tmp_path / "full").state_dict()
     assert distance({key: full[key] - case.before[key] for key in full}, case.added[0]) < 2e-5
     assert bytes_before == [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
+
+
+@torch.no_grad()
+def test_classifiers_stay_classifiers(tmp_path):
+    """PEFT saves the head of a classifier beside the factors, and puts it back by the task type alone."""
+
+    def classifier():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**(llama().config.to_dict() | {"pad_token_id": 0})))
+
+    rows, logits = torch.arange(1, 21).view(2, 10), []
+    for seed in SEEDS:
+        model = get_peft_model(classifier(), LoraConfig(**PLAIN, task_type="SEQ_CLS"))
+        train(model, seed)
+        model.save_pretrained(tmp_path / str(seed))
+        logits.append(model.eval()(input_ids=rows).logits)
+    fuse_folders([tmp_path / str(SEEDS[0])], tmp_path / "one", method="soup")
+    found = PeftModel.from_pretrained(classifier(), tmp_path / "one").eval()(input_ids=rows).logits
+    torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
+    fuse_folders([tmp_path / str(seed) for seed in SEEDS], tmp_path / "all", method="soup")
+    assert json.loads((tmp_path / "all" / CONFIG_NAME).read_text())["task_type"] == "SEQ_CLS"
+    PeftModel.from_pretrained(classifier(), tmp_path / "all")
 
 
 @torch.no_grad()
@@ -369,6 +400,29 @@ def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
         fuse_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("targets", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):
+    """The adapter's update is of the embedding alone; in the base's one matrix it would be of the head as well."""
+    config = LlamaConfig(**(llama().config.to_dict() | {"tie_word_embeddings": True}))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    entries = json.loads(file.read_text())
+    assert entries.pop("tie_word_embeddings")
+    file.write_text(json.dumps(entries | said))
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**(PLAIN | targets), task_type="CAUSAL_LM"))
+    train(model, 1)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterError, match="what is added to model.embed_tokens.* would change both"):
+        fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+    weights = tmp_path / "base" / "model.safetensors"
+    both = {"lm_head.weight": torch.zeros(32, 16)} | load_file(weights)
+    save_file(both, weights, metadata={"format": "pt"})
+    file.write_text(json.dumps(entries | {"tie_word_embeddings": False}))
+    fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+    assert not loaded(tmp_path / "out").lm_head.weight.any()
+
+
 @pytest.mark.parametrize("bits", ["nf4", "nested nf4", "int8"])
 def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
@@ -380,8 +434,10 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     quantised = AutoModelForCausalLM.from_pretrained(
         case.base, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}, dtype=torch.float32
     )
-    quantised.save_pretrained(tmp_path / "q")
+    quantised.save_pretrained(tmp_path / "q", max_shard_size="2KB")
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) > 2
     assert "quantization_config" in json.loads((tmp_path / "q" / "config.json").read_text())
+    assert base_shapes(tmp_path / "q") == base_shapes(case.base)
     weights = BaseWeights(tmp_path / "q")
     dense = {
         f"{name}.weight": dequantize_module_weight(module).float()
@@ -403,6 +459,24 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
                 updates.append(scale * row - wanted)
             wanted = wanted + sum(updates) / 3
         torch.testing.assert_close(found[key].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_int8_base_comes_out_as_it_was_made(made, tmp_path):
+    """In bfloat16, rounded once: half the size of the float32 in which int8 is dequantised."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    case, config = made("lora"), BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(
+        case.base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "q")
+    fuse_into_base(case.folders[:1], tmp_path / "q", tmp_path / "out", method="soup", options=LAYERS)
+    found, weights = load_file(tmp_path / "out" / "model.safetensors"), BaseWeights(tmp_path / "q")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    update = read_adapter(case.folders[0]).layers["model.layers.0.mlp.up_proj"].dense()[0]
+    for name, added in (("up_proj", update), ("down_proj", torch.zeros(()))):
+        key = f"model.layers.0.mlp.{name}.weight"
+        torch.testing.assert_close(found[key], (weights.weight(key) + added).bfloat16(), atol=0, rtol=0)
 
 
 def test_other_quantisations_are_refused(made, tmp_path):

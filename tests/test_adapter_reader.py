@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.adapter import CONFIG_NAME, TASKS, WEIGHTS_NAME, AdapterError, locate, read_adapter
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
+from seedlora.serving import base_shapes
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -118,7 +119,8 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
     for seed in (1, 2):
         merged = weights(save_adapter(tmp_path / str(seed), make, seed=seed, **config))
         added.append({key: merged[key] - base[key] for key in base})
-    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup")
+    make().save_pretrained(tmp_path / "base")
+    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup", base=tmp_path / "base")
     loaded = PeftModel.from_pretrained(make(), tmp_path / "out")
     keys = set(load_file(tmp_path / "out" / WEIGHTS_NAME))
     own = {key.replace(".default", "") for key in loaded.state_dict() if "lora_" in key}
@@ -126,6 +128,53 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
     found = weights(loaded)
     for key in base:
         assert torch.allclose(found[key] - base[key], (added[0][key] + added[1][key]) / 2, atol=1e-4), key
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]])
+def test_resized_vocabularies_are_not_cut(targets, tmp_path):
+    """PEFT's folder has the new rows of the base beside the factors; the fused one has not."""
+
+    def resized():
+        model = llama()
+        model.resize_token_embeddings(34)
+        return model
+
+    llama().save_pretrained(tmp_path / "base")
+    resized().save_pretrained(tmp_path / "resized")
+    save_adapter(tmp_path / "a", resized, r=2, target_modules=targets)
+    one = [tmp_path / "a"]
+    with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, and whether .* is not known here"):
+        fuse_folders(one, tmp_path / "out")
+    with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, but the base model .*base has 32"):
+        fuse_folders(one, tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+    fuse_folders(one, tmp_path / "out", method="soup", base=tmp_path / "resized")
+    found, wanted = (weights(PeftModel.from_pretrained(resized(), tmp_path / name)) for name in ("out", "a"))
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
+
+
+class Numbered(torch.nn.Module):
+    """Layers whose last name is a number, beside a list of blocks that are numbered as well."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(6, 6)}) for _ in range(3)])
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["proj"](x)
+        return self.mlp(x)
+
+
+@torch.no_grad()
+def test_layers_that_are_named_by_a_number(tmp_path):
+    model = save_adapter(tmp_path / "a", Numbered, r=2, target_modules=["mlp.0", "mlp.2", "proj"])
+    fuse_folders([tmp_path / "a"], tmp_path / "out", method="soup")
+    assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["target_modules"] == ["mlp.0", "mlp.2", "proj"]
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(PeftModel.from_pretrained(Numbered(), tmp_path / "out")(x), model(x))
 
 
 def test_the_fused_folder_is_universal(tmp_path):
@@ -200,6 +249,8 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
         ({"alpha_pattern": {"(": 4}}, "is no regex"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
         ({"base_model_name_or_path": 3}, "text is needed"),
+        ({"task_type": "CHESS"}, "task_type is 'CHESS', one of CAUSAL_LM, SEQ_CLS"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type is .*, one of CAUSAL_LM"),
     ],
 )
 def test_refused_configurations(config, message, broken):
@@ -256,6 +307,8 @@ def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
     folder = broken(config={"base_model_name_or_path": "other"})
     with pytest.raises(AdapterError, match=r"belongs to base model '', .* to 'other'"):
         stack_adapters(read_adapters([good, folder]))
+    with pytest.raises(AdapterError, match=r"task_type is None in .* and SEQ_CLS in"):
+        stack_adapters(read_adapters([good, broken(config={"base_model_name_or_path": "", "task_type": "SEQ_CLS"})]))
     save_adapter(tmp_path / "k", r=2, lora_alpha=6, target_modules=["q_proj", "k_proj"])
     with pytest.raises(AdapterError, match=r"adapt different layers: only .*k_proj"):
         stack_adapters(read_adapters([good, tmp_path / "k"]))
@@ -287,6 +340,10 @@ def test_resized_vocabularies_are_not_mixed(tmp_path):
         stack_adapters(read_adapters([tmp_path / "1", tmp_path / "2"]))
 
 
+def test_our_task_types_are_those_of_peft():
+    assert set(TASKS) == set(TaskType)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -306,6 +363,7 @@ KEYS = st.sampled_from(
         "fan_in_fan_out",
         "use_dora",
         "modules_to_save",
+        "task_type",
     ]
 )
 FUZZ = settings(
@@ -347,6 +405,49 @@ def test_fuzzed_weights(good, tmp_path, cut, at, data):
     original = (good / WEIGHTS_NAME).read_bytes()
     (folder / WEIGHTS_NAME).write_bytes((original[:at] + data + original[at + len(data) :])[: cut or None])
     only_adapter_errors(folder)
+
+
+@pytest.fixture(scope="module")
+def base_and_pissa(tmp_path_factory):
+    """A base model in shards, and an adapter that cannot be read without it."""
+    folder = tmp_path_factory.mktemp("pissa")
+    llama().save_pretrained(folder / "base", max_shard_size="4KB")
+    save_adapter(folder / "a", r=2, init_lora_weights="pissa", target_modules=["q_proj"])
+    return folder
+
+
+@FUZZ
+@given(
+    st.sampled_from(["config.json", "model.safetensors.index.json"]),
+    st.dictionaries(st.sampled_from(["quantization_config", "weight_map", "text_config", "vocab_size"]), JSON)
+    | JSON
+    | st.just({"quantization_config": {"quant_method": "bitsandbytes"}}),
+)
+def test_fuzzed_base_folders(base_and_pissa, name, content):
+    """What is wrong with a base model is an AdapterError for who needs it, and nothing for who would like to know."""
+    file = base_and_pissa / "base" / name
+    before = file.read_bytes()
+    try:
+        file.write_text(json.dumps(content))
+        with contextlib.suppress(AdapterError):
+            read_adapter(base_and_pissa / "a", base=BaseWeights(base_and_pissa / "base"))
+        base_shapes(base_and_pissa / "base")
+    finally:
+        file.write_bytes(before)
+
+
+def test_bases_that_are_broken_are_named(base_and_pissa, tmp_path):
+    shutil.copytree(base_and_pissa / "base", tmp_path / "base")
+    for name, content, said in [
+        ("config.json", [], "config.json holds no JSON object"),
+        ("model.safetensors.index.json", {}, "index.json has no weight_map from keys to files"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "gone"}}, "gone"),
+    ]:
+        (tmp_path / "base" / name).write_text(json.dumps(content))
+        with pytest.raises(AdapterError, match=f"a is PiSSA: its update depends on .* cannot be read: .*{said}"):
+            read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
+        shutil.copy(base_and_pissa / "base" / name, tmp_path / "base" / name)
+    read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
 
 
 NAMES = st.sampled_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -163,6 +164,24 @@ def test_the_card_tells_training_gains_and_scores(folders, tmp_path):
     refresh_card(tmp_path / "fused")
     again = (tmp_path / "fused" / "README.md").read_text()
     assert again.replace("| **this adapter** | 25.0 | 10.0 to 50.0 |\n", "") == card
+
+
+def test_the_card_tells_nothing_of_another_run(folders, tmp_path):
+    run = tmp_path / "another"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"data": "ReasoningGym", "model.quantization": "nf4"}))
+    score = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 12}
+    found = {"metric": "exact match", "scores": dict.fromkeys(("base", "seed_11", "seed_42", "soup"), score)}
+    (run / "results.json").write_text(json.dumps(found))
+    fuse_folders(folders, run / "fused")
+    card = (run / "fused" / "README.md").read_text()
+    assert not [word for word in ("ReasoningGym", "nf4", "25.0") if word in card]
+    shutil.copytree(folders[0], run / "seed_11")
+    fuse_folders([run / "seed_11", folders[1]], run / "mixed")
+    assert "25.0" not in (run / "mixed" / "README.md").read_text()
+    fuse_folders([run / "seed_11"], run / "own")
+    card = (run / "own" / "README.md").read_text()
+    assert not [word for word in ("ReasoningGym", "in nf4", "| seed_11 | 25.0 |") if word not in card]
 
 
 def test_the_gain_in_the_card(folders, tmp_path):

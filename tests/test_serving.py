@@ -1,6 +1,7 @@
 """Zeros where servers want a module that nobody trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from seedlora.adapter import universal_config, write_adapter
 from seedlora.factors import LoRAFactors
-from seedlora.serving import SERVERS, base_shapes, complete, servable
+from seedlora.fuse import fuse_folders
+from seedlora.serving import NOT_KNOWN, SERVERS, base_shapes, complete, servable
 
 
 def layer(d, k, r=2):
@@ -65,17 +67,47 @@ def test_a_base_with_other_names_tells_nothing(tmp_path):
     assert set(complete(layers, base_shapes(tmp_path))[0]) == set(complete(layers)[0])
 
 
+NAMES = [f"m.layers.{i}.attn.{name}" for i in (0, 1) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    save_file({f"{name}.weight": torch.ones(8, 8) for name in NAMES}, path / "model.safetensors")
+    return path
+
+
 def folder(path, layers=None, **changes):
     """An adapter of the universal shape, with changes to its configuration."""
     if layers is None:
-        names = ["q_proj", "k_proj", "v_proj"]
-        layers = {f"m.layers.{i}.attn.{name}": layer(8, 8) for i in (0, 1) for name in names}
+        layers = {name: layer(8, 8) for name in NAMES if "o_proj" not in name}
     write_adapter(path, layers, LoraConfig(**(universal_config(layers, base_model="").to_dict() | changes)))
     return path
 
 
-def test_the_universal_shape_is_served_by_all(tmp_path):
-    assert servable(folder(tmp_path / "a")) == {server: [] for server in SERVERS}
+def test_the_universal_shape_is_served_by_all(base, tmp_path):
+    assert servable(folder(tmp_path / "a"), base=base) == {server: [] for server in SERVERS}
+
+
+def test_without_the_base_some_servers_are_not_known(base, tmp_path, monkeypatch):
+    """A snapshot of a hub repository that is on this machine is enough; nothing is downloaded."""
+    from huggingface_hub import constants
+
+    layers = {name: layer(8, 8) for name in NAMES if "layers.0" in name}
+    path = folder(tmp_path / "a", layers, base_model_name_or_path="somebody/base")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = servable(path)
+    assert {server for server, reasons in found.items() if not reasons} == {"vLLM", "llama.cpp"}
+    assert all(reasons[0].startswith(NOT_KNOWN) for reasons in found.values() if reasons)
+    shutil.copytree(base, tmp_path / "hub/models--somebody--base/snapshots/0123")
+    (tmp_path / "hub/models--somebody--base/refs").mkdir()
+    (tmp_path / "hub/models--somebody--base/refs/main").write_text("0123")
+    assert servable(path)["TGI"][0].startswith("m.layers.1.attn.k_proj is missing (4 in all)")
+    assert servable(path) == servable(path, base=base)
+    fuse_folders([path], tmp_path / "out", method="soup")
+    assert servable(tmp_path / "out") == {server: [] for server in SERVERS}
+    dora = folder(tmp_path / "b", layers, base_model_name_or_path="somebody/else", use_dora=True)
+    assert {len(reasons) for reasons in servable(dora).values()} == {1}
 
 
 ALL = set(SERVERS)
@@ -97,21 +129,22 @@ ALL = set(SERVERS)
         ({"init_lora_weights": "gaussian"}, set(), ""),
     ],
 )
-def test_what_stands_in_the_way(changes, servers, said, tmp_path):
-    found = servable(folder(tmp_path / "a", **changes))
+def test_what_stands_in_the_way(changes, servers, said, base, tmp_path):
+    found = servable(folder(tmp_path / "a", **changes), base=base)
     assert {server for server, reasons in found.items() if reasons} == servers
     assert all(reason.startswith(said) for reasons in found.values() for reason in reasons)
 
 
-def test_ranks_and_missing_modules(tmp_path):
-    names = [f"m.layers.{i}.attn.{name}" for i in (0, 1) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    big = servable(folder(tmp_path / "big", {name: layer(8, 8, 513) for name in names}))
+def test_ranks_and_missing_modules(base, tmp_path):
+    big = servable(folder(tmp_path / "big", {name: layer(8, 8, 513) for name in NAMES}), base=base)
     assert {server for server, reasons in big.items() if reasons} == {"vLLM"}
     assert "rank 513 is over --max-lora-rank 512" in big["vLLM"]
-    gap = servable(folder(tmp_path / "gap", {name: layer(8, 8) for name in names if name != names[3]}))
+    gap = servable(folder(tmp_path / "gap", {name: layer(8, 8) for name in NAMES if name != NAMES[3]}), base=base)
     assert {server for server, reasons in gap.items() if reasons} == {"LoRAX", "TGI"}
     assert gap["TGI"][0].startswith("m.layers.0.attn.o_proj is missing (1 in all)")
-    group = servable(folder(tmp_path / "group", {name: layer(8, 8) for name in names if "v_proj" not in name}))
+    group = servable(
+        folder(tmp_path / "group", {name: layer(8, 8) for name in NAMES if "v_proj" not in name}), base=base
+    )
     assert {server for server, reasons in group.items() if reasons} == {"SGLang"}
     assert "m.layers.0.attn.v_proj is missing (2 in all)" in group["SGLang"][0]
 

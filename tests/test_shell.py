@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,68 @@ def test_bad_input_is_one_sentence(words, message, folders, tmp_path, capsys, mo
     assert found.err.count("\n") == 1
     assert found.out == ""
     assert not (tmp_path / "O").exists()
+
+
+def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch):
+    """Inputs, base models and whatever else lies at ``--out`` stay as they are, byte for byte."""
+    monkeypatch.chdir(tmp_path)
+    for folder in folders[:2]:
+        shutil.copytree(folder, f"run/{Path(folder).name}")
+    shutil.copytree(base, "models/llama")
+    config = Path("run/11/adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "models/llama"}))
+    Path("notes").mkdir()
+    Path("notes/todo.txt").write_text("keep me")
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    two = ["merge", "run/11", "run/42"]
+    for words, said in [
+        ([*two, "--out", "run"], "the output run holds run/11, which would be deleted"),
+        ([*two, "--out", "."], "the output . holds run/11"),
+        ([*two, "--out", "run/42"], "the output run/42 is run/42"),
+        ([*two, "--out", "models"], "the output models holds models/llama"),
+        ([*two, "--out", "models", "--base", "models/llama"], "the output models holds models/llama"),
+        ([*two, "--out", "models", "--into-base", "models/llama"], "the output models holds models/llama"),
+        ([*two, "--out", "models/llama", "--into-base", "models/llama"], "the output models/llama is models/llama"),
+        ([*two, "--out", "notes"], "the output notes is there and was not made by a merge"),
+        ([*two, "--out", "notes/todo.txt"], "the output notes/todo.txt is there"),
+        ([*two, "--out", "notes", "--into-base", "models/llama"], "the output notes is there"),
+    ]:
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    Path("empty").mkdir()
+    again = ["merge", folders[0], "--out"]
+    assert [main([*again, out, "--method", "soup"]) for out in ("empty", "empty")] == [0, 0]
+    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
+    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
+
+
+@pytest.mark.parametrize("given", ["beside", "in the run", "absolute"])
+def test_the_card_s_command_makes_the_adapter_again(given, folders, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = [f"{run}/checkpoint-500" for run in ("first", "second")]
+    if given == "in the run":
+        sources = [f"run/{source}" for source in sources]
+    for folder, source in zip(folders, sources, strict=False):
+        shutil.copytree(folder, source)
+    shutil.copytree(base, "llama")
+    if given == "absolute":
+        sources = [str(tmp_path / source) for source in sources]
+    words = ["--method", "knots_ties", "--density", "0.4", "--layers", "ffn|q_proj", "--rest", "soup", "--rank", "3"]
+    words += ["--dtype", "bfloat16", "--base", "llama"]
+    out = Path("run/fused" if given == "in the run" else "other/place/fused")
+    assert main(["merge", *sources, *words, "--out", str(out)]) == 0
+    if given == "in the run":  # which may be moved, and is where the command is given
+        shutil.move("run", "moved")
+        out = Path("moved/fused")
+        monkeypatch.chdir("moved")
+    (command,) = [
+        x for x in (tmp_path / out / "README.md").read_text().splitlines() if x.startswith("python -m seedlora")
+    ]
+    again = shlex.split(command)[3:]
+    assert main([*again[:-1], "again"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (Path("again") / name).read_bytes() == (tmp_path / out / name).read_bytes()
 
 
 def test_as_a_module(folders, tmp_path):
@@ -180,7 +244,7 @@ def test_into_base_refuses_what_does_not_fit(folders, base, tmp_path):
     gpt2().save_pretrained(tmp_path / "g")
     with pytest.raises(ValueError, match="has no weight"):
         fuse_into_base(folders, tmp_path / "g", tmp_path / "o")
-    with pytest.raises(ValueError, match="is the base model itself"):
+    with pytest.raises(ValueError, match="the output .* is .*, which would be deleted"):
         fuse_into_base(folders, base, base)
     assert not (tmp_path / "o").exists()
 
@@ -211,7 +275,7 @@ def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     record = json.loads((tmp_path / "hub_id" / RECORD_NAME).read_text())
-    assert record["inputs"][0]["name"] == "adapter"
+    assert record["inputs"][0]["name"] == "somebody/adapter"
     assert (
         record["inputs"][0]["sha256"]
         == json.loads((tmp_path / "local" / RECORD_NAME).read_text())["inputs"][0]["sha256"]

@@ -195,6 +195,20 @@ def test_compression_says_its_error(svd, match_norm, held, monkeypatch):
 
 
 @pytest.mark.parametrize("match_norm", [False, True])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("tail", [0.0, 1e-5, 1e-3, 0.1])
+def test_small_errors_of_float32_updates(tail, svd, match_norm):
+    """Down to the rounding of float32, where the squared norms of update and result are equal in every digit."""
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(60, 5, generator=g) @ torch.randn(5, 50, generator=g)
+    matrix = matrix + tail * torch.randn(60, 50, generator=g)
+    update = DenseUpdates((60, 50), 5, torch.float32, matrix.device, lambda: iter(matrix[None].split(7, 1)))
+    found = compress(update, 5, svd=svd, match_norm=match_norm)
+    result = found.factors.B[0].double() @ found.factors.A[0].double()
+    assert found.error == pytest.approx(relative(result, matrix.double()), rel=1e-3, abs=5e-7)
+
+
+@pytest.mark.parametrize("match_norm", [False, True])
 def test_factors_are_compressed_optimally(match_norm):
     stack = make_stack(n=3, r=4, d=20, k=15)
     average = ref.soup(dense_list(stack))
