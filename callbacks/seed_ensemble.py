@@ -200,6 +200,18 @@ class SeedEnsembleCallback(pl.Callback):
         return self.dirpath / FUSED
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """The adapters that a test reads, as far as they are there, by label: plain soup is what ``fused`` holds."""
+        found = {self._label(seed): self.adapter_path(seed) for seed in self.trained}
+        if self.trains_controls:
+            found |= {name: self.dirpath / name for name in TRAINED_CONTROLS}
+        if self.rule is not None and len(self.trained) > 1:
+            found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
+        if self.rule is not None and not self.comparison.is_soup:
+            found[FUSED] = self.fused_path
+        return {label: folder for label, folder in found.items() if (folder / CONFIG_NAME).is_file()}
+
+    @property
     def trained(self) -> tuple[int, ...]:
         """The seeds whose adapters are there."""
         return tuple(seed for seed in self.seeds if (self.adapter_path(seed) / CONFIG_NAME).is_file())
@@ -540,8 +552,12 @@ class SeedEnsembleCallback(pl.Callback):
         if rule is None:
             # What validation said of an earlier choice is not said of this one.
             (self.dirpath / SELECTION_NAME).unlink(missing_ok=True)
+        # Nor what a test said of an earlier fusion.
+        (self.dirpath / "results.json").unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
-        if not self.comparison.is_soup and len(folders) > 1:
+        if self.comparison.is_soup or len(folders) == 1:
+            shutil.rmtree(self.dirpath / SOUP, ignore_errors=True)
+        else:
             fuse_folders(folders, self.dirpath / SOUP, method=SOUP)
         return fuse_folders(folders, self.fused_path, method=rule or self.rule)
 
@@ -550,18 +566,11 @@ class SeedEnsembleCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        seeds = self._read_seeds()
-        scored = dict(seeds)
-        for name in TRAINED_CONTROLS:
-            if self.trains_controls and (self.dirpath / name / CONFIG_NAME).is_file():
-                scored[name] = read_adapter(self.dirpath / name, base=self._base)
-        if len(seeds) > 1 and (self.rule is not None or self.comparison.compare):
-            written = (self.dirpath / SOUP / CONFIG_NAME).is_file()
+        scored = {label: read_adapter(folder, base=self._base) for label, folder in self.folders.items()}
+        seeds = {label: scored[label] for label in map(self._label, self.trained)}
+        if len(seeds) > 1 and SOUP not in scored and (self.rule is not None or self.comparison.compare):
             first = replace(next(iter(seeds.values())), magnitudes={})
-            fresh = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
-            scored[SOUP] = read_adapter(self.dirpath / SOUP) if written else fresh
-        if self.rule is not None and not self.comparison.is_soup:
-            scored[FUSED] = read_adapter(self.fused_path)
+            scored[SOUP] = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
         self._load(module, scored)
         module.scored = {BASE: None, **module.scored}
         module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}

@@ -123,6 +123,15 @@ def base_model_of(source: str | Path) -> str:
     return _read_config(locate(source), more=True).get("base_model_name_or_path") or ""
 
 
+def adapter_sha256(folder: Path) -> str | None:
+    """Of the weights in an adapter's folder; ``None`` without a file of them."""
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def read_adapter(
     path: str | Path, *, base: BaseWeights | None = None, on_layer: Callable[[str], object] | None = None
 ) -> Adapter:

@@ -25,10 +25,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from seedlora.adapter import read_adapter
+from seedlora.adapter import adapter_sha256, read_adapter
 from seedlora.atomic import atomic_file
 from seedlora.comparison import ALL_CONTROLS
-from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, adapter_sha256, candidate
+from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
 from seedlora.evaluation.command import make_sandbox, score, task_runs
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
@@ -244,7 +244,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
-        _evaluate(cli, runs, sandbox, console)
+        scored = _evaluate(cli, runs, sandbox, console)
         _report(cli, console)
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
@@ -257,7 +257,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         _stopped(cli, "the connection to another process was lost")
         return 1
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
-    return 0
+    return 0 if scored else 2
 
 
 def _stopped(cli: SeedLoRACLI, reason: str) -> None:
@@ -380,17 +380,20 @@ def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox |
         return runs, make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
 
 
-def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> None:
-    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory."""
+def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> bool:
+    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory; False if that was refused.
+
+    Answers of an older fusion are replaced.
+    """
     module, ensemble, trainer = cli.model, cli.ensemble, cli.trainer
     if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
-        return
+        return True
     module.setup("test")
     if is_sharded(module.model) or not all(parameter.numel() for parameter in module.model.parameters()):
         # This process has a part of the model only.
         folder = f"--adapter {ensemble.fused_path}"
         console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
-        return
+        return True
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
@@ -409,16 +412,29 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
         mixtures=mixtures,
         batch_size=cli.config.evaluate_batch_size,
     )
-    weights: dict[str, Any] = {
-        label: adapter_sha256(ensemble.dirpath / label) or (label != BASE and module.stack.loaded_sha256(label)) or None
-        for label in module.scored
-    }
+    files = {label: adapter_sha256(folder) for label, folder in ensemble.folders.items()}
+    made = [label for label in module.scored if label not in (BASE, *files)]
+    weights: dict[str, Any] = dict.fromkeys(module.scored) | files
+    weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
     candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     scored = Scored(generator, candidates, settings)
-    score(scored, runs, ensemble.dirpath / "evaluation", console, sandbox=sandbox, method=ensemble.method_name)
+    try:
+        score(
+            scored,
+            runs,
+            ensemble.dirpath / "evaluation",
+            console,
+            sandbox=sandbox,
+            method=ensemble.method_name,
+            replace=True,
+        )
+    except ValueError as error:
+        print(f"train.py: not scored: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        return False
+    return True
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:

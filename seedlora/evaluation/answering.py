@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from rich.console import Console
 
-from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, read_adapter
 from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerator
@@ -68,15 +67,6 @@ def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **se
         lambda request, prefix: Prompt(prompts.render(record, request) + prefix, special),
         {"prompt": record if isinstance(record, str) else dict(record), **settings},
     )
-
-
-def adapter_sha256(folder: Path) -> str | None:
-    """Of an adapter's weights; ``None`` without a file of them."""
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        return None
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

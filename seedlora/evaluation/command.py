@@ -25,6 +25,7 @@ from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness, harness_scores
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.run import (
+    RESULTS_NAME,
     Candidate,
     Judged,
     Samples,
@@ -41,7 +42,7 @@ from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, lo
 from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
 
-RESULTS_NAME, HARNESS_NAME = "results.json", "lm_eval.json"
+HARNESS_NAME = "lm_eval.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +205,7 @@ def score(
     against: str | None = None,
     method: str | None = None,
     together: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Generate, judge, compare; print tables and write ``results.json``.
 
@@ -216,13 +218,17 @@ def score(
         against: the name that all are compared with.
         method: how the fused adapter was made, for the title.
         together: score the tasks as one too, see :mod:`seedlora.evaluation.joint`.
+        replace: as in :func:`seedlora.evaluation.run.open_samples`.
 
     Returns:
         The results, as in the file.
     """
     names = [candidate.name for candidate in scored.candidates]
     started = time.monotonic()
-    with open_samples(folder, run_settings(scored.candidates, runs, **scored.settings)) as samples:
+    settings = run_settings(scored.candidates, runs, **scored.settings)
+    with open_samples(folder, settings, replace=replace) as samples:
+        if samples.dropped:
+            console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
         with _progress(console) as progress:
             new = _generate(samples, scored, runs, progress)
             seconds = time.monotonic() - started

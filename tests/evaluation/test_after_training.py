@@ -68,6 +68,34 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert "24 of 24 answers are there already" in capsys.readouterr().out
 
 
+def report():
+    return json.loads(Path("run/report.json").read_text())
+
+
+def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, capsys):
+    assert run(tiny_llama, "--merge", "seedlora", *EVALUATE) == 0
+    others = {key: text for key, text in answers("run/evaluation").items() if key[0] != "fused"}
+    assert run(tiny_llama, "--merge", "ties", "--resume") == 0
+    assert [test["name"] for test in report()["tests"]] == ["test set"]
+    told = "before the seeds were fused anew, and fused answered with other weights"
+    assert told in " ".join(report()["missing"])
+    capsys.readouterr()
+    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "older answers of fused were dropped" in shown
+    assert "20 of 24 answers are there already" in shown
+    again = answers("run/evaluation")
+    assert {key: again[key] for key in others} == others
+    # Fused as before, so the scores stay; what is refused costs neither them nor the report.
+    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE, "--evaluate_max_new_tokens", "7") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("train.py: not scored: run/evaluation holds samples generated with tasks.gsm8k.max_new_")
+    assert "or move that folder away" in error[0]
+    assert [test["name"] for test in report()["tests"]] == ["test set", "gsm8k"]
+    assert told not in " ".join(report()["missing"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
