@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
+from seedlora.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
 from seedlora.base_weights import BaseWeights
-from seedlora.card import CARD_NAME, refresh_card, seed_card
+from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import base_of, fuse, fuse_folders, stack_adapters, stack_updates
@@ -499,6 +499,8 @@ class SeedEnsembleCallback(pl.Callback):
             return
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
+        if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
+            files[BASE_NAME] = json.dumps(base) + "\n"
         files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
         names = [replica.name for replica in module.replicas]
         for name in names:

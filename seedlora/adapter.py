@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 #: How the adapter's training data was worded, so that it is evaluated and served with the same prompt.
 PROMPT_NAME = "prompt.json"
+#: What the base model has to be quantised to, where an adapter belongs on no other.
+BASE_NAME = "base.json"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -109,7 +111,7 @@ def locate(source: str | Path) -> Path:
         AdapterError: if there is neither.
     """
     try:
-        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME))
+        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME))
     except ValueError as error:
         raise AdapterError(str(error)) from None
 

@@ -420,6 +420,7 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
+    settings["quantization"] = module.hparams["quantization"]
     scored = Scored(generator, candidates, settings)
     try:
         score(

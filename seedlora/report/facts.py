@@ -45,8 +45,8 @@ POINTS = 200
 SAMPLES = 4096
 BINS, SPREADS = 61, 4.0
 _ANSWERED_BY_OTHERS = (
-    "Tasks were scored by generation before the seeds were fused anew, and {} answered with other weights: these scores "
-    "are not shown. train.py test --evaluate scores the adapters of today."
+    "Tasks were scored by generation before the seeds were fused anew, and {} answered with other weights: these "
+    "scores are not shown. train.py test --evaluate scores the adapters of today."
 )
 #: Draws of what chance does to the lead of a seed.
 DEALS = 1000

@@ -54,6 +54,26 @@ def test_all_adapters_are_scored_after_training_as_they_are_from_their_folders(t
     assert {key: in_memory[key] for key in from_folders} == from_folders
 
 
+def test_adapters_of_a_quantised_base_are_scored_on_it_from_their_folders(tiny_llama, capsys):
+    pytest.importorskip("bitsandbytes")
+    loftq = ["--model.adapter", "loftq", "--model.quantization", "nf4", "--ensemble.seeds", "[1,2]"]
+    assert run(tiny_llama, *loftq, *EVALUATE, "--ensemble.budget", "full", "--trainer.max_epochs", "1") == 0
+    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
+    words += ["--dtype", "float32", "--with-base", "--adapter", "run/seed_1"]
+    assert shell([*words, "--adapter", "run/fused"], prompts=prompts) == 0
+    assert "base model in nf4" in capsys.readouterr().out
+    in_memory, from_folders = answers("run/evaluation"), answers("evaluation")
+    assert len(from_folders) == 12
+    assert {key: in_memory[key] for key in from_folders} == from_folders
+    Path("run/seed_2/base.json").unlink()
+    assert shell([*words, "--adapter", "run/fused", "--adapter", "run/seed_2"], prompts=prompts) == 2
+    assert "different quantization (nf4: seed_1, fused; none: seed_2); score them apart" in capsys.readouterr().err
+    for name in ("seed_1", "fused"):
+        Path("run", name, "base.json").unlink()
+    assert shell([*words, "--adapter", "run/fused", "--out", "original"], prompts=prompts) == 0
+    assert answers("original") != from_folders, "or nothing is compared above"
+
+
 def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert run(tiny_llama) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/adapter_model.safetensors")}
