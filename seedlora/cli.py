@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +33,7 @@ from seedlora.evaluation.command import make_sandbox, score, task_runs
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.tasks import TASKS
+from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
@@ -90,6 +90,7 @@ class Parts:
         logger: makes the metrics logger from its file; it can ``rewind(step)``.
         throughput: makes the callback that logs the speed; it knows the ``seconds`` of a micro-batch.
         prompts: the prompt styles, for ``--evaluate``.
+        generate: makes the rows of generated tasks, for ``--evaluate``.
     """
 
     ensemble: type[pl.Callback]
@@ -99,6 +100,7 @@ class Parts:
     logger: Callable[[Path], Any]
     throughput: Callable[[], Any]
     prompts: Prompts
+    generate: Generate
 
 
 class UsageError(ValueError):
@@ -368,15 +370,27 @@ def _concrete(kind: type) -> list[type]:
 
 
 def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox | None]:
-    """The tasks that are scored after training, read before it."""
+    """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
+    own = {f"data.{key}": value for key, value in getattr(cli.datamodule, "hparams", {}).items()}
+    trained_on = own.get("data.task")
     if not (names := [name for name in config.evaluate.split(",") if name]):
         return [], None
     if config.evaluate_batch_size < 1:
         raise UsageError(f"--evaluate_batch_size must be at least 1, got {config.evaluate_batch_size}")
+    check_tasks(names)
+    if seen := [name for name in names if trained_on in TASKS and name in TASKS[trained_on].made_of]:
+        raise UsageError(
+            f"--evaluate {seen[0]} after training on {trained_on}, whose rows are variants of its test items, would "
+            "measure what was seen; evaluate other tasks, or train on other data"
+        )
     paths = [f"{task}={path}" for task, path in config.evaluate_task_path.items()]
+
+    def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+        return cli.parts.generate(task, own if run is None and task == trained_on else run)
+
     with console.status(f"Reading {', '.join(names)} ..."):
-        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens)
+        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
         return runs, make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
 
 

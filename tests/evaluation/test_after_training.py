@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from datamodules import prompts
+from datamodules import ReasoningGym, prompts
 from seedlora.cli import main
 from seedlora.shell import main as shell
 from train import PARTS
@@ -88,6 +89,17 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert "24 of 24 answers are there already" in capsys.readouterr().out
 
 
+def test_the_task_of_the_training_is_scored_on_the_runs_own_test_split(tiny_llama):
+    options = ["--data.data_seed", "5", "--ensemble.seeds", "[1]", "--evaluate_max_new_tokens", "2"]
+    assert run(tiny_llama, *options, "--evaluate", "chain_sum,gcd", "--evaluate_limit", "6") == 0
+    data = ReasoningGym(num_train=16, num_val=4, num_test=6, data_seed=5)
+    wanted = [hashlib.sha256(f"True{row['question']}\n".encode()).hexdigest()[:16] for row in data.items["test"]]
+    lines = [json.loads(line) for line in Path("run/evaluation/samples.jsonl").read_text().splitlines()]
+    asked = {line["item"]: line["prompt_sha256"] for line in lines if line["task"] == "chain_sum"}
+    assert [asked[str(i)] for i in range(6)] == wanted
+    assert list(json.loads(Path("run/evaluation/results.json").read_text())["tasks"]) == ["chain_sum", "gcd"]
+
+
 def report():
     return json.loads(Path("run/report.json").read_text())
 
@@ -122,6 +134,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
         (["--evaluate", "gsm9k"], "Unknown task 'gsm9k'"),
         (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
         (["--evaluate", "boolq"], "needs its test file"),
+        (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
         (["test"], "test needs the run to score"),
         (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),
