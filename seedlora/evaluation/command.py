@@ -221,7 +221,7 @@ def score(
         replace: as in :func:`seedlora.evaluation.run.open_samples`.
 
     Returns:
-        The results, as in the file.
+        The results, as in the file: those of other tasks that were scored there before are among them.
     """
     names = [candidate.name for candidate in scored.candidates]
     started = time.monotonic()
@@ -234,17 +234,22 @@ def score(
             seconds = time.monotonic() - started
             judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
         tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
+        # Other tasks that are there were answered alike: open_samples would have refused.
+        file = folder / RESULTS_NAME
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        styles = {candidate.name: _style(candidate) for candidate in scored.candidates}
+        now = {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
         found = {
             "protocol": PROTOCOL,
             **scored.settings,
-            "prompt_styles": {candidate.name: _style(candidate) for candidate in scored.candidates},
-            "tasks": {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)},
+            "prompt_styles": {**before.get("prompt_styles", {}), **styles},
+            "tasks": {**before.get("tasks", {}), **now},
         }
         _adjust([task["differences"] for task in found["tasks"].values()])
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
         if union is not None:
             found["joint"] = union.to_dict()
-        write_text(folder / RESULTS_NAME, json.dumps(found, indent=2) + "\n")
+        write_text(file, json.dumps(found, indent=2) + "\n")
         for run, verdicts, table in zip(runs, judged, tables, strict=True):
             _show(console, run, verdicts, table, method)
             if run.task.program is not None and table is None:
@@ -256,8 +261,8 @@ def score(
         tokens = sum(said.tokens for said in new)
         rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"
         console.print(f"generated now: {rate}", highlight=False)
-    styles = Counter(found["prompt_styles"].values())
-    told = ", ".join(f"{style} ({count})" if len(styles) > 1 else style for style, count in styles.items())
+    counts = Counter(styles.values())
+    told = ", ".join(f"{style} ({count})" if len(counts) > 1 else style for style, count in counts.items())
     console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
     return found
 
