@@ -588,9 +588,10 @@ class SeedEnsembleCallback(pl.Callback):
         seeds = [self._label(seed) for seed in self.trained]
         correct = np.stack(list(columns.values()), axis=1)
         self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
-        domains = getattr(trainer.datamodule, "domains", None)
+        domains, items = getattr(trainer.datamodule, "domains", None), module.tested_items().tolist()
         if trainer.is_global_zero:
-            stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
+            kinds = domains("test") if domains else {}
+            stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
             write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
