@@ -4,6 +4,7 @@ import sys
 
 from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from datamodules import InstructionDataModule, prompts
+from datamodules.reasoning_gym import generated_test
 from seedlora.cli import Parts, main
 
 PARTS = Parts(
@@ -14,6 +15,7 @@ PARTS = Parts(
     logger=JSONLinesLogger,
     throughput=Throughput,
     prompts=prompts,
+    generate=generated_test,
 )
 
 if __name__ == "__main__":

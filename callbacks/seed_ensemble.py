@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
+from seedlora.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
 from seedlora.atomic import sync, write_text
 from seedlora.base_weights import BaseWeights
-from seedlora.card import CARD_NAME, refresh_card, seed_card
+from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import base_of, fuse, fuse_folders, stack_adapters, stack_updates
@@ -207,6 +207,18 @@ class SeedEnsembleCallback(pl.Callback):
     def fused_path(self) -> Path:
         """Where the fused adapter is, once all seeds are trained."""
         return self.dirpath / FUSED
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The adapters that a test reads, as far as they are there, by label: plain soup is what ``fused`` holds."""
+        found = {self._label(seed): self.adapter_path(seed) for seed in self.trained}
+        if self.trains_controls:
+            found |= {name: self.dirpath / name for name in TRAINED_CONTROLS}
+        if self.rule is not None and len(self.trained) > 1:
+            found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
+        if self.rule is not None and not self.comparison.is_soup:
+            found[FUSED] = self.fused_path
+        return {label: folder for label, folder in found.items() if (folder / CONFIG_NAME).is_file()}
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -531,6 +543,8 @@ class SeedEnsembleCallback(pl.Callback):
             return
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
+        if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
+            files[BASE_NAME] = json.dumps(base) + "\n"
         files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
         names = [replica.name for replica in module.replicas]
         if (
@@ -596,8 +610,12 @@ class SeedEnsembleCallback(pl.Callback):
         if rule is None:
             # What validation said of an earlier choice is not said of this one.
             (self.dirpath / SELECTION_NAME).unlink(missing_ok=True)
+        # Nor what a test said of an earlier fusion.
+        (self.dirpath / "results.json").unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
-        if not self.comparison.is_soup and len(folders) > 1:
+        if self.comparison.is_soup or len(folders) == 1:
+            shutil.rmtree(self.dirpath / SOUP, ignore_errors=True)
+        else:
             fuse_folders(folders, self.dirpath / SOUP, method=SOUP)
         return fuse_folders(folders, self.fused_path, method=rule or self._rule_of(self.trained))
 
@@ -606,18 +624,11 @@ class SeedEnsembleCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        seeds = self._read_seeds()
-        scored = dict(seeds)
-        for name in TRAINED_CONTROLS:
-            if self.trains_controls and (self.dirpath / name / CONFIG_NAME).is_file():
-                scored[name] = read_adapter(self.dirpath / name, base=self._base)
-        if len(seeds) > 1 and (self.rule is not None or self.comparison.compare):
-            written = (self.dirpath / SOUP / CONFIG_NAME).is_file()
+        scored = {label: read_adapter(folder, base=self._base) for label, folder in self.folders.items()}
+        seeds = {label: scored[label] for label in map(self._label, self.trained)}
+        if len(seeds) > 1 and SOUP not in scored and (self.rule is not None or self.comparison.compare):
             first = replace(next(iter(seeds.values())), magnitudes={})
-            fresh = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
-            scored[SOUP] = read_adapter(self.dirpath / SOUP) if written else fresh
-        if self.rule is not None and not self.comparison.is_soup:
-            scored[FUSED] = read_adapter(self.fused_path)
+            scored[SOUP] = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
         self._load(module, scored)
         module.scored = {BASE: None, **module.scored}
         module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
@@ -633,9 +644,10 @@ class SeedEnsembleCallback(pl.Callback):
         seeds = [self._label(seed) for seed in self.trained]
         correct = np.stack(list(columns.values()), axis=1)
         self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
-        domains = getattr(trainer.datamodule, "domains", None)
+        domains, items = getattr(trainer.datamodule, "domains", None), module.tested_items().tolist()
         if trainer.is_global_zero:
-            stored = self.results.to_dict() | {"domains": domains("test") if domains else {}}
+            kinds = domains("test") if domains else {}
+            stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
             write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)

@@ -19,6 +19,25 @@ _MOST_DOMAINS, _LEAST_ITEMS = 12, 5
 _TWO_TERMS_OF_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
 
+def generated_test(task: str, run: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The test items of a task, disjoint by question from the training rows of the same options.
+
+    Args:
+        task: the name of a reasoning-gym data set.
+        run: settings of a run that was trained on it: the arguments of :class:`ReasoningGym`, each under ``data.``.
+            Default: the default arguments.
+
+    Raises:
+        ValueError: if the run was trained on something else.
+    """
+    options: dict[str, Any] = {"task": task}
+    if run is not None:
+        if (trained := run.get("data.task")) != task:
+            raise ValueError(f"{task} cannot be the test of a run that was trained on {trained or run.get('data')}")
+        options = {key.removeprefix("data."): value for key, value in run.items() if key.startswith("data.")}
+    return ReasoningGym(**options).items["test"]
+
+
 class ReasoningGym(InstructionDataModule):
     """A reasoning-gym task; by default sums and differences of two numbers of two digits.
 

@@ -1,13 +1,10 @@
 """``python -m seedlora merge | inspect | compare | methods | report | evaluate | preview``; the last two join data."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from seedlora.evaluation.answering import Prompts
-from seedlora.evaluation.tasks import RUN_NAME
 from seedlora.shell import main
 
 
@@ -24,17 +21,10 @@ def _prompts() -> Prompts:
     return prompts
 
 
-def _generate(task: str, run: Path | None) -> Iterable[Mapping[str, Any]]:
-    """The test split of a generated task: that of a run, or that of the data module's own options."""
-    from datamodules.reasoning_gym import ReasoningGym
+def _generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+    from datamodules.reasoning_gym import generated_test
 
-    options: dict[str, Any] = {"task": task}
-    if run is not None:
-        settings = json.loads((run / RUN_NAME).read_text(encoding="utf-8"))
-        if (trained := settings.get("data.task")) != task:
-            raise ValueError(f"--task-path {task}={run}: that run was trained on {trained or settings.get('data')}")
-        options = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
-    return ReasoningGym(**options).items["test"]
+    return generated_test(task, run)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 #: How the adapter's training data was worded, so that it is evaluated and served with the same prompt.
 PROMPT_NAME = "prompt.json"
+#: What the base model has to be quantised to, where an adapter belongs on no other.
+BASE_NAME = "base.json"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -114,7 +116,7 @@ def locate(source: str | Path) -> Path:
         AdapterError: if there is neither.
     """
     try:
-        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME))
+        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME))
     except ValueError as error:
         raise AdapterError(str(error)) from None
 
@@ -126,6 +128,15 @@ def base_model_of(source: str | Path) -> str:
         AdapterError: if its configuration cannot be read.
     """
     return _read_config(locate(source), more=True).get("base_model_name_or_path") or ""
+
+
+def adapter_sha256(folder: Path) -> str | None:
+    """Of the weights in an adapter's folder; ``None`` without a file of them."""
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_adapter(

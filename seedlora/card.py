@@ -125,6 +125,11 @@ def base_note(adapter: str, quantization: str) -> str:
     return ""
 
 
+def base_record(adapter: str, quantization: str) -> dict[str, str]:
+    """The same for programs, where adapters of this kind belong on no other base model; empty for all other kinds."""
+    return {"quantization": quantization} if adapter == "loftq" else {}
+
+
 def refresh_card(folder: Path) -> None:
     """Write the card of a fused adapter again, now that it is scored.
 

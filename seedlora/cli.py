@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,15 +25,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from seedlora.adapter import read_adapter
+from seedlora.adapter import adapter_sha256, read_adapter
 from seedlora.atomic import atomic_file
 from seedlora.comparison import ALL_CONTROLS
-from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, adapter_sha256, candidate
+from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
 from seedlora.evaluation.command import make_sandbox, score, task_runs
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.tasks import TASKS
+from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import next_commands, results_table, verdict
@@ -90,6 +90,7 @@ class Parts:
         logger: makes the metrics logger from its file; it can ``rewind(step)``.
         throughput: makes the callback that logs the speed; it knows the ``seconds`` of a micro-batch.
         prompts: the prompt styles, for ``--evaluate``.
+        generate: makes the rows of generated tasks, for ``--evaluate``.
     """
 
     ensemble: type[pl.Callback]
@@ -99,6 +100,7 @@ class Parts:
     logger: Callable[[Path], Any]
     throughput: Callable[[], Any]
     prompts: Prompts
+    generate: Generate
 
 
 #: In the folder of a run as long as there is something left to do: what ``--resume`` alone looks for.
@@ -249,7 +251,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
-        _evaluate(cli, runs, sandbox, console)
+        scored = _evaluate(cli, runs, sandbox, console)
         _report(cli, console)
         if cli.trainer.is_global_zero:
             (cli.ensemble.dirpath / UNFINISHED_NAME).unlink(missing_ok=True)
@@ -264,7 +266,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         _stopped(cli, "the connection to another process was lost")
         return 1
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
-    return 0
+    return 0 if scored else 2
 
 
 def _stopped(cli: SeedLoRACLI, reason: str) -> None:
@@ -379,29 +381,44 @@ def _concrete(kind: type) -> list[type]:
 
 
 def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox | None]:
-    """The tasks that are scored after training, read before it."""
+    """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
+    own = {f"data.{key}": value for key, value in getattr(cli.datamodule, "hparams", {}).items()}
+    trained_on = own.get("data.task")
     if not (names := [name for name in config.evaluate.split(",") if name]):
         return [], None
     if config.evaluate_batch_size < 1:
         raise UsageError(f"--evaluate_batch_size must be at least 1, got {config.evaluate_batch_size}")
+    check_tasks(names)
+    if seen := [name for name in names if trained_on in TASKS and name in TASKS[trained_on].made_of]:
+        raise UsageError(
+            f"--evaluate {seen[0]} after training on {trained_on}, whose rows are variants of its test items, would "
+            "measure what was seen; evaluate other tasks, or train on other data"
+        )
     paths = [f"{task}={path}" for task, path in config.evaluate_task_path.items()]
+
+    def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+        return cli.parts.generate(task, own if run is None and task == trained_on else run)
+
     with console.status(f"Reading {', '.join(names)} ..."):
-        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens)
+        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
         return runs, make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
 
 
-def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> None:
-    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory."""
+def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> bool:
+    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory; False if that was refused.
+
+    Answers of an older fusion are replaced.
+    """
     module, ensemble, trainer = cli.model, cli.ensemble, cli.trainer
     if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
-        return
+        return True
     module.setup("test")
     if is_sharded(module.model) or not all(parameter.numel() for parameter in module.model.parameters()):
         # This process has a part of the model only.
         folder = f"--adapter {ensemble.fused_path}"
         console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
-        return
+        return True
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
@@ -420,16 +437,30 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
         mixtures=mixtures,
         batch_size=cli.config.evaluate_batch_size,
     )
-    weights: dict[str, Any] = {
-        label: adapter_sha256(ensemble.dirpath / label) or (label != BASE and module.stack.loaded_sha256(label)) or None
-        for label in module.scored
-    }
+    files = {label: adapter_sha256(folder) for label, folder in ensemble.folders.items()}
+    made = [label for label in module.scored if label not in (BASE, *files)]
+    weights: dict[str, Any] = dict.fromkeys(module.scored) | files
+    weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
     candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
+    settings["quantization"] = module.hparams["quantization"]
     scored = Scored(generator, candidates, settings)
-    score(scored, runs, ensemble.dirpath / "evaluation", console, sandbox=sandbox, method=ensemble.method_name)
+    try:
+        score(
+            scored,
+            runs,
+            ensemble.dirpath / "evaluation",
+            console,
+            sandbox=sandbox,
+            method=ensemble.method_name,
+            replace=True,
+        )
+    except ValueError as error:
+        print(f"train.py: not scored: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        return False
+    return True
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:

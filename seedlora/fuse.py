@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seedlora.adapter import (
+    BASE_NAME,
     PROMPT_NAME,
     WEIGHTS_NAME,
     Adapter,
@@ -346,7 +347,7 @@ def fuse_folders(
 
     The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``, and zeros where servers want a
     module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
-    and the error of what had to be compressed. A ``prompt.json`` that all inputs share goes with it.
+    and the error of what had to be compressed. A ``prompt.json`` or ``base.json`` that all inputs share goes with it.
 
     DoRA's updates have full rank: they are fused in row blocks, no layer is ever held whole unless its compression
     holds it, and the result is compressed to ``rank`` (by default about ``N*R``). Full weights of ``modules_to_save``
@@ -397,8 +398,7 @@ def fuse_folders(
         record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
     card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
-    if prompt := _common_prompt(sources):
-        files[PROMPT_NAME] = prompt
+    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := _common_text(sources, name))}
     config = universal_config(
         layers,
         base_model=first.base_model,
@@ -433,9 +433,9 @@ def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
     return hashes
 
 
-def _common_prompt(sources: Sequence[str | Path]) -> str | None:
-    """The prompt that all of them were trained with, if it is known and one."""
-    files = [locate(source) / PROMPT_NAME for source in sources]
+def _common_text(sources: Sequence[str | Path], name: str) -> str | None:
+    """What a file says beside all of them: the prompt or the base model of their training, if it is known and one."""
+    files = [locate(source) / name for source in sources]
     texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
     return texts.pop() if len(texts) == 1 else None
 

@@ -573,6 +573,11 @@ class SeedLoRAModule(pl.LightningModule):
         self.test_correct.update(correct.T.float())
         self.test_items.update(batch["items"])
 
+    def tested_items(self) -> Tensor:
+        """After a test: the numbers of the items of :meth:`test_matrix`; not all, if the trainer limits the batches."""
+        items = self.test_items.compute().long().view(-1)
+        return items[items >= 0].sort().values
+
     def test_matrix(self) -> Tensor:
         """After a test: bool, shape (items, adapters and mixtures scored), in the order of the items, of all ranks."""
         items, correct = self.test_items.compute().long().view(-1), self.test_correct.compute()

@@ -113,6 +113,17 @@ def test_comparing_does_not_change_the_seeds(everything, tiny_llama, tmp_path):
     assert weights(plain.fused_path) == weights(callback.dirpath / "soup")
 
 
+def test_soup_as_the_method_is_not_an_older_soup(tiny_llama, tmp_path):
+    same = {"budget": "full"}
+    fit(tmp_path / "x", tiny_llama, seeds=[1, 2], **same)
+    assert (tmp_path / "x" / "soup").is_dir()
+    callback, module, _ = fit(tmp_path / "x", tiny_llama, merge="soup", resume=True, **same)
+    assert not (callback.dirpath / "soup").exists()
+    scored = module.stack.loaded_sha256("soup")
+    module.stack.load("of today", read_adapter(callback.fused_path).layers)
+    assert scored == module.stack.loaded_sha256("of today")
+
+
 def test_a_control_that_is_missing_is_trained_alone(everything, tiny_llama, tmp_path):
     callback, *_ = everything
     folder = shutil.copytree(callback.dirpath, tmp_path / "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from scipy import stats
 
+from datamodules import ReasoningGym
 from seedlora import cli, shell
 from seedlora.fuse import read_adapters
 from seedlora.report.facts import POINTS, facts, test_facts
@@ -316,6 +318,20 @@ def test_one_seed_without_validation_or_test(tiny_llama, tmp_path, capsys):
     text = (tmp_path / "one" / "report.md").read_text()
     for sentence in ("Only one seed was trained", "Nothing was fused.", "There was no validation.", "No test set"):
         assert sentence in text
+
+
+def test_sub_domains_of_a_part_of_the_test_rows(tiny_llama, tmp_path):
+    terms = ["--data.task_options", '{"min_terms": 2, "max_terms": 4}', "--data.eval_batch_size", "5"]
+    sizes = ["--data.num_test", "30", "--trainer.limit_test_batches", "3", "--ensemble.seeds", "[11]"]
+    assert train(tmp_path / "run", tiny_llama, *terms, *sizes) == 0
+    data = ReasoningGym(task_options={"min_terms": 2, "max_terms": 4}, num_train=16, num_val=4, num_test=30)
+    # The shortest come first, and the tiny model's tokens are bytes.
+    questions = [f"{item['question']}\n{item['answer']}" for item in data.items["test"]]
+    scored = sorted(sorted(range(30), key=lambda i: len(questions[i]))[:15])
+    wanted = Counter(str(data.items["test"][i]["metadata"]["num_terms"]) for i in scored)
+    (test,) = json.loads((tmp_path / "run" / "report.json").read_text())["tests"]
+    rows = {row["domain"]: row["items"] for row in test["domains"] if row["domain"].startswith("num_terms")}
+    assert rows == {f"num_terms {value}": count for value, count in wanted.items()}
 
 
 def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsys, monkeypatch):

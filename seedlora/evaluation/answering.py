@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from rich.console import Console
 
-from seedlora.adapter import CONFIG_NAME, PROMPT_NAME, WEIGHTS_NAME, AdapterError, locate, read_adapter
+from seedlora.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, read_adapter
 from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerator
 from seedlora.evaluation.run import Candidate
 from seedlora.factors import LoRAFactors
+from seedlora.quantization import check_quantization, quantize
 from seedlora.report.results import BASE
 
 if TYPE_CHECKING:
@@ -70,15 +70,6 @@ def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **se
     )
 
 
-def adapter_sha256(folder: Path) -> str | None:
-    """Of an adapter's weights; ``None`` without a file of them."""
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        return None
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class _Named:
     """An adapter as the command line names it; without a folder if only a server has it."""
@@ -89,14 +80,22 @@ class _Named:
     @property
     def prompt(self) -> dict[str, Any] | None:
         """What it was trained with, if its folder says."""
-        if self.folder is None or not (file := self.folder / PROMPT_NAME).is_file():
+        return self._record(PROMPT_NAME)
+
+    @property
+    def quantization(self) -> str:
+        """What its base model has to be quantised to."""
+        return str((self._record(BASE_NAME) or {}).get("quantization", "none"))
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        if self.folder is None or not (file := self.folder / name).is_file():
             return None
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} cannot be read: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{file} holds a {type(record).__name__}, not the record of a prompt style")
+            raise ValueError(f"{file} holds a {type(record).__name__}, not a record of the training")
         return record
 
 
@@ -131,6 +130,19 @@ def _base_model(adapters: Sequence[_Named], given: str | None) -> str:
         told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
         raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base-model")
     return next(iter(names))
+
+
+def _quantization(adapters: Sequence[_Named]) -> str:
+    """What the one base model of all adapters has to be quantised to."""
+    by_kind: dict[str, list[str]] = {}
+    for adapter in adapters:
+        by_kind.setdefault(adapter.quantization, []).append(adapter.name)
+    if len(by_kind) > 1:
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_kind.items())
+        raise ValueError(f"the adapters belong on base models of different quantization ({told}); score them apart")
+    kind = next(iter(by_kind), "none")
+    check_quantization(kind)
+    return kind
 
 
 def _candidates(
@@ -182,23 +194,28 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
         raise ValueError(f"--batch-size must be at least 1, got {arguments['batch_size']}")
     adapters = _named(arguments["adapter"], served=False)
     base_model = _base_model(adapters, arguments["base_model"])
-    dtype = DTYPES[arguments["dtype"]] or fast_dtype()
+    dtype, quantization = DTYPES[arguments["dtype"]] or fast_dtype(), _quantization(adapters)
     with console.status("Loading the base model and the adapters ..."):
         tokenizer = load_tokenizer(base_model)
         base = arguments["with_base"] or not adapters
         candidates = _candidates(adapters, base, arguments["prompt_style"], prompts, lambda: tokenizer)
         model = load_model(base_model, dtype=dtype)
+        if quantization != "none":
+            quantize(model, quantization)
         if torch.cuda.is_available():
             model.to("cuda")
         generator = folder_generator(
             model, tokenizer, {a.name: a.folder for a in adapters if a.folder}, batch_size=arguments["batch_size"]
         )
+    if quantization != "none":
+        console.print(f"base model in {quantization}, on which these adapters were trained and alone are right")
     if isinstance(generator, OneAfterTheOther):
         console.print(f"one adapter after the other, since they cannot be stacked: {generator.reason}", soft_wrap=True)
     settings = {
         "generator": "transformers",
         "base_model": resolve(base_model),
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": quantization,
     }
     return Scored(generator, candidates, settings)
 

@@ -25,6 +25,7 @@ from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness, harness_scores
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.run import (
+    RESULTS_NAME,
     Candidate,
     Judged,
     Samples,
@@ -41,7 +42,7 @@ from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, lo
 from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
 
-RESULTS_NAME, HARNESS_NAME = "results.json", "lm_eval.json"
+HARNESS_NAME = "lm_eval.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +205,7 @@ def score(
     against: str | None = None,
     method: str | None = None,
     together: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Generate, judge, compare; print tables and write ``results.json``.
 
@@ -216,29 +218,38 @@ def score(
         against: the name that all are compared with.
         method: how the fused adapter was made, for the title.
         together: score the tasks as one too, see :mod:`seedlora.evaluation.joint`.
+        replace: as in :func:`seedlora.evaluation.run.open_samples`.
 
     Returns:
-        The results, as in the file.
+        The results, as in the file: those of other tasks that were scored there before are among them.
     """
     names = [candidate.name for candidate in scored.candidates]
     started = time.monotonic()
-    with open_samples(folder, run_settings(scored.candidates, runs, **scored.settings)) as samples:
+    settings = run_settings(scored.candidates, runs, **scored.settings)
+    with open_samples(folder, settings, replace=replace) as samples:
+        if samples.dropped:
+            console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
         with _progress(console) as progress:
             new = _generate(samples, scored, runs, progress)
             seconds = time.monotonic() - started
             judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
         tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
+        # Other tasks that are there were answered alike: open_samples would have refused.
+        file = folder / RESULTS_NAME
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        styles = {candidate.name: _style(candidate) for candidate in scored.candidates}
+        now = {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
         found = {
             "protocol": PROTOCOL,
             **scored.settings,
-            "prompt_styles": {candidate.name: _style(candidate) for candidate in scored.candidates},
-            "tasks": {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)},
+            "prompt_styles": {**before.get("prompt_styles", {}), **styles},
+            "tasks": {**before.get("tasks", {}), **now},
         }
         _adjust([task["differences"] for task in found["tasks"].values()])
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
         if union is not None:
             found["joint"] = union.to_dict()
-        write_text(folder / RESULTS_NAME, json.dumps(found, indent=2) + "\n")
+        write_text(file, json.dumps(found, indent=2) + "\n")
         for run, verdicts, table in zip(runs, judged, tables, strict=True):
             _show(console, run, verdicts, table, method)
             if run.task.program is not None and table is None:
@@ -250,8 +261,8 @@ def score(
         tokens = sum(said.tokens for said in new)
         rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"
         console.print(f"generated now: {rate}", highlight=False)
-    styles = Counter(found["prompt_styles"].values())
-    told = ", ".join(f"{style} ({count})" if len(styles) > 1 else style for style, count in styles.items())
+    counts = Counter(styles.values())
+    told = ", ".join(f"{style} ({count})" if len(counts) > 1 else style for style, count in counts.items())
     console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
     return found
 

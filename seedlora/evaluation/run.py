@@ -26,7 +26,9 @@ from seedlora.evaluation.generate import LENGTH, Generation, Generator, Prompt
 from seedlora.evaluation.sandbox import PASSED, Sandbox
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Judgement, Task
 
-SAMPLES_NAME, SETTINGS_NAME = "samples.jsonl", "settings.json"
+SAMPLES_NAME, SETTINGS_NAME, RESULTS_NAME = "samples.jsonl", "settings.json", "results.json"
+#: What is left to do where a folder holds other samples; train.py has its folder below the run.
+_ELSEWHERE = "move that folder away (python -m seedlora evaluate can take another --out)"
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class TaskRun:
 
 @dataclass
 class Samples:
-    """What was generated so far, by task, adapter and item."""
+    """What was generated so far, by task, adapter and item; and the adapters whose older samples were dropped."""
 
     folder: Path
     found: dict[tuple[str, str, str], dict[str, Any]]
+    dropped: Sequence[str] = ()
 
     @property
     def path(self) -> Path:
@@ -84,12 +87,13 @@ class Samples:
 
 
 @contextmanager
-def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]:
+def open_samples(folder: Path, settings: Mapping[str, Any], *, replace: bool = False) -> Iterator[Samples]:
     """The samples of a folder, for one process at a time, after checking that they were generated like new ones.
 
     Args:
         folder: made if it is not there.
         settings: plain data; below ``adapters`` and ``tasks`` by name, where a folder may hold others too.
+        replace: where the weights behind a name have changed, drop its samples and all results instead of raising.
 
     Raises:
         ValueError: if the folder's samples were generated with other settings, or another process writes to it.
@@ -100,16 +104,22 @@ def open_samples(folder: Path, settings: Mapping[str, Any]) -> Iterator[Samples]
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another evaluation is writing to {folder}; choose another --out") from None
+            raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_ELSEWHERE}") from None
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         plain = json.loads(json.dumps(settings))
+        dropped = _of_other_weights(before, plain) if replace else []
+        if dropped:
+            # The settings come last: until then they say whose samples these were.
+            _drop_samples(folder / SAMPLES_NAME, dropped)
+            (folder / RESULTS_NAME).unlink(missing_ok=True)
+            before["adapters"] = {name: known for name, known in before["adapters"].items() if name not in dropped}
         for path, old, new in _conflicts(before, plain):
             raise ValueError(
                 f"{folder} holds samples generated with {path} = {_short(old)}, now it is {_short(new)}; "
-                "repeat the evaluation as it was, or choose another --out"
+                f"repeat the evaluation as it was, or {_ELSEWHERE}"
             )
         write_text(file, json.dumps(_merged(before, plain), indent=2, sort_keys=True) + "\n")
-        yield Samples(folder, _read_samples(folder / SAMPLES_NAME))
+        yield Samples(folder, _read_samples(folder / SAMPLES_NAME), dropped)
 
 
 def generate(
@@ -145,7 +155,7 @@ def generate(
                 if line is not None and line["prompt_sha256"] != _digest(prompts[name][i]):
                     raise ValueError(
                         f"{samples.path} holds an answer of {name} to another prompt for item {item.id} of {run.name}: "
-                        "were data or prompt style changed? Choose another --out"
+                        f"were data or prompt style changed? If so, {_ELSEWHERE}"
                     )
             if names := tuple(name for name in prompts if (run.name, name, item.id) not in samples.found):
                 missing[names].append(i)
@@ -315,6 +325,17 @@ def _read_samples(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     if len(kept) < len(lines):
         write_text(file, "".join(kept))
     return found
+
+
+def _of_other_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The adapters of both settings whose weights differ."""
+    known = {name: settings.get("weights_sha256") for name, settings in before.get("adapters", {}).items()}
+    return [name for name, s in now["adapters"].items() if name in known and s.get("weights_sha256") != known[name]]
+
+
+def _drop_samples(file: Path, adapters: Sequence[str]) -> None:
+    lines = [line for line in _read_samples(file).values() if line["adapter"] not in adapters]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _conflicts(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -26,8 +26,8 @@ from seedlora.packaged import PackagedFile
 PROTOCOL = "paper"
 #: What a run of train.py keeps its settings in.
 RUN_NAME = "run.json"
-#: Task and perhaps the folder of a run to the rows ``question`` and ``answer`` of the test split of its data.
-Generate: TypeAlias = Callable[[str, Path | None], Iterable[Mapping[str, Any]]]
+#: Task and perhaps the settings of a run to the rows ``question`` and ``answer`` of the test split of its data.
+Generate: TypeAlias = Callable[[str, Mapping[str, Any] | None], Iterable[Mapping[str, Any]]]
 
 
 class Item(NamedTuple):
@@ -68,6 +68,7 @@ class Task:
         by_value: answers are formulas, which math-verify can judge a second time.
         packaged: a wheel of the package index that holds the items.
         generated: the items come from a generator, which whoever starts the program hands over.
+        made_of: tasks whose test items its own are variants of: who trains on it has seen them.
         hub: repository, configurations (``None`` for its only one) and split on the hub.
     """
 
@@ -80,6 +81,7 @@ class Task:
     by_value: bool = False
     packaged: PackagedFile | None = None
     generated: bool = False
+    made_of: tuple[str, ...] = ()
     hub: tuple[str, tuple[str | None, ...], str] | None = None
 
     @property
@@ -264,7 +266,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "openbookqa": _numbered("answer", 5),
         "chain_sum": _GENERATED,
         "leg_counting": _GENERATED,
-        "gsm_symbolic": _GENERATED,
+        "gsm_symbolic": replace(_GENERATED, made_of=("gsm8k",)),
         "gcd": _GENERATED,
         "fraction_simplification": _GENERATED,
     }
@@ -329,7 +331,8 @@ def _field(row: Mapping[str, Any], *names: str) -> str:
 
 def _rows(name: str, task: Task, path: Path | None, generate: Generate | None) -> Iterator[Mapping[str, Any]]:
     if task.generated and generate is not None and (path is None or (path / RUN_NAME).is_file()):
-        return iter(generate(name, path))
+        run = None if path is None else json.loads((path / RUN_NAME).read_text(encoding="utf-8"))
+        return iter(generate(name, run))
     if path is not None and str(path) != "hub":
         files = _data_files(path)
         return (row for file in files for row in _file_rows(str(file), file.read_bytes()))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from seedlora.adapter import CONFIG_NAME, AdapterError
+from seedlora.adapter import CONFIG_NAME, AdapterError, adapter_sha256
 from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, natural, sampled_entries
 from seedlora.evaluation import Difference, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
@@ -44,6 +44,10 @@ POINTS = 200
 #: Entries of every layer that the distributions are made of.
 SAMPLES = 4096
 BINS, SPREADS = 61, 4.0
+_ANSWERED_BY_OTHERS = (
+    "Tasks were scored by generation before the seeds were fused anew, and {} answered with other weights: these "
+    "scores are not shown. train.py test --evaluate scores the adapters of today."
+)
 #: Draws of what chance does to the lead of a seed.
 DEALS = 1000
 
@@ -71,7 +75,8 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     method = record.get("method") or ensemble.get("merge")
     # Plain soup is not scored a second time as the fused adapter.
     merged = SOUP if method == SOUP and not ensemble.get("merge_options") else FUSED
-    tests, training = _tests(run, trained), _training(run, seeds)
+    replaced = _replaced(run, merged)
+    tests, training = _tests(run, trained, answered=not replaced), _training(run, seeds)
     selection = _read(run / SELECTION_NAME)
     found: Facts = {
         "run": run.resolve().name,
@@ -113,6 +118,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         broken = " ".join(str(error).split())
     found["missing"] = [
         *_left_out(found, excluded=excluded, config=config, record=record),
+        *([] if not replaced else [_ANSWERED_BY_OTHERS.format(", ".join(replaced))]),
         *([] if broken is None else [f"The adapters cannot be read, so nothing is said about their weights: {broken}"]),
     ]
     found["adapters"] = _adapters(found)
@@ -151,9 +157,17 @@ def _seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
 # Scores
 
 
-def _tests(run: Path, seeds: Sequence[str]) -> list[Facts]:
-    """Those with the outcome of each item: the run's own, and the tasks scored by generation."""
-    found = {"test set": _read(run / "results.json"), **_read(run / "evaluation" / "results.json").get("tasks", {})}
+def _replaced(run: Path, merged: str | None) -> list[str]:
+    """The adapters whose weights are no longer those that answered the tasks scored by generation."""
+    known = _read(run / "evaluation" / "settings.json").get("adapters", {})
+    now = {label: adapter_sha256(run / (FUSED if label == merged else label)) for label in known}
+    return [label for label in known if now[label] and known[label].get("weights_sha256") not in (None, now[label])]
+
+
+def _tests(run: Path, seeds: Sequence[str], *, answered: bool) -> list[Facts]:
+    """Those with the outcome of each item: the run's own and, if ``answered``, the tasks scored by generation."""
+    tasks = _read(run / "evaluation" / "results.json").get("tasks", {}) if answered else {}
+    found = {"test set": _read(run / "results.json"), **tasks}
     return [test_facts(name, stored, seeds) for name, stored in found.items() if stored.get("items")]
 
 

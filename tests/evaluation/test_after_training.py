@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from datamodules import prompts
+from datamodules import ReasoningGym, prompts
 from seedlora.cli import main
 from seedlora.shell import main as shell
 from train import PARTS
@@ -54,6 +55,26 @@ def test_all_adapters_are_scored_after_training_as_they_are_from_their_folders(t
     assert {key: in_memory[key] for key in from_folders} == from_folders
 
 
+def test_adapters_of_a_quantised_base_are_scored_on_it_from_their_folders(tiny_llama, capsys):
+    pytest.importorskip("bitsandbytes")
+    loftq = ["--model.adapter", "loftq", "--model.quantization", "nf4", "--ensemble.seeds", "[1,2]"]
+    assert run(tiny_llama, *loftq, *EVALUATE, "--ensemble.budget", "full", "--trainer.max_epochs", "1") == 0
+    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
+    words += ["--dtype", "float32", "--with-base", "--adapter", "run/seed_1"]
+    assert shell([*words, "--adapter", "run/fused"], prompts=prompts) == 0
+    assert "base model in nf4" in capsys.readouterr().out
+    in_memory, from_folders = answers("run/evaluation"), answers("evaluation")
+    assert len(from_folders) == 12
+    assert {key: in_memory[key] for key in from_folders} == from_folders
+    Path("run/seed_2/base.json").unlink()
+    assert shell([*words, "--adapter", "run/fused", "--adapter", "run/seed_2"], prompts=prompts) == 2
+    assert "different quantization (nf4: seed_1, fused; none: seed_2); score them apart" in capsys.readouterr().err
+    for name in ("seed_1", "fused"):
+        Path("run", name, "base.json").unlink()
+    assert shell([*words, "--adapter", "run/fused", "--out", "original"], prompts=prompts) == 0
+    assert answers("original") != from_folders, "or nothing is compared above"
+
+
 def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert run(tiny_llama) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/adapter_model.safetensors")}
@@ -68,12 +89,52 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert "24 of 24 answers are there already" in capsys.readouterr().out
 
 
+def test_the_task_of_the_training_is_scored_on_the_runs_own_test_split(tiny_llama):
+    options = ["--data.data_seed", "5", "--ensemble.seeds", "[1]", "--evaluate_max_new_tokens", "2"]
+    assert run(tiny_llama, *options, "--evaluate", "chain_sum,gcd", "--evaluate_limit", "6") == 0
+    data = ReasoningGym(num_train=16, num_val=4, num_test=6, data_seed=5)
+    wanted = [hashlib.sha256(f"True{row['question']}\n".encode()).hexdigest()[:16] for row in data.items["test"]]
+    lines = [json.loads(line) for line in Path("run/evaluation/samples.jsonl").read_text().splitlines()]
+    asked = {line["item"]: line["prompt_sha256"] for line in lines if line["task"] == "chain_sum"}
+    assert [asked[str(i)] for i in range(6)] == wanted
+    assert list(json.loads(Path("run/evaluation/results.json").read_text())["tasks"]) == ["chain_sum", "gcd"]
+
+
+def report():
+    return json.loads(Path("run/report.json").read_text())
+
+
+def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, capsys):
+    assert run(tiny_llama, "--merge", "seedlora", *EVALUATE) == 0
+    others = {key: text for key, text in answers("run/evaluation").items() if key[0] != "fused"}
+    assert run(tiny_llama, "--merge", "ties", "--resume") == 0
+    assert [test["name"] for test in report()["tests"]] == ["test set"]
+    told = "before the seeds were fused anew, and fused answered with other weights"
+    assert told in " ".join(report()["missing"])
+    capsys.readouterr()
+    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "older answers of fused were dropped" in shown
+    assert "20 of 24 answers are there already" in shown
+    again = answers("run/evaluation")
+    assert {key: again[key] for key in others} == others
+    # Fused as before, so the scores stay; what is refused costs neither them nor the report.
+    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE, "--evaluate_max_new_tokens", "7") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("train.py: not scored: run/evaluation holds samples generated with tasks.gsm8k.max_new_")
+    assert "or move that folder away" in error[0]
+    assert [test["name"] for test in report()["tests"]] == ["test set", "gsm8k"]
+    assert told not in " ".join(report()["missing"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--evaluate", "gsm9k"], "Unknown task 'gsm9k'"),
         (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
         (["--evaluate", "boolq"], "needs its test file"),
+        (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
         (["test"], "test needs the run to score"),
         (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),

@@ -83,6 +83,19 @@ def test_more_items_and_more_adapters_keep_what_is_there(adapters, capsys):
     assert "3 of 15 answers are there already" in capsys.readouterr().out
 
 
+def test_a_second_task_keeps_the_results_of_the_first(adapters):
+    """And Holm's rule is over both."""
+    rows = [{"problem": row["question"], "solution": r"It is $\boxed{1}$."} for row in ROWS]
+    Path("math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    math = ["--task-path", "math=math.jsonl"]
+    assert run(adapters, "--task", "gsm8k,math", *math, "--task-path", "gsm8k=gsm8k.jsonl", "--out", "once") == 0
+    assert run(adapters) == 0
+    assert run(adapters, "--task", "math", *math, names=["seed_1", "seed_2", "fused"]) == 0
+    found, once = (json.loads(Path(folder, "results.json").read_text()) for folder in ("evaluation", "once"))
+    assert found == once
+    assert list(found["tasks"]) == ["gsm8k", "math"]
+
+
 def test_what_was_generated_otherwise_is_not_mixed(adapters, capsys):
     assert run(adapters) == 0
     assert run(adapters, tokens="13") == 2

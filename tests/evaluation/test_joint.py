@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from conftest import built
 
-from datamodules import ReasoningGym, prompts
-from seedlora.__main__ import _generate
+from datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.adapter import write_adapter
 from seedlora.evaluation.joint import joint
 from seedlora.evaluation.tasks import TASKS, load_items
@@ -71,17 +70,17 @@ def test_generated_items_are_the_test_split_of_training(tmp_path):
     data = ReasoningGym(task="leg_counting", num_train=5, num_val=3, num_test=4, data_seed=7)
     settings = {f"data.{key}": value for key, value in data.hparams.items()} | {"data": "ReasoningGym"}
     (tmp_path / "run.json").write_text(json.dumps(settings))
-    items = load_items("leg_counting", path=tmp_path, generate=_generate)
+    items = load_items("leg_counting", path=tmp_path, generate=reasoning_gym.generated_test)
     assert [(item.request, item.gold) for item in items] == [
         (row["question"], str(row["answer"])) for row in data.items["test"]
     ]
-    by_default = load_items("leg_counting", limit=2, generate=_generate)
+    by_default = load_items("leg_counting", limit=2, generate=reasoning_gym.generated_test)
     assert by_default[0].request == ReasoningGym(task="leg_counting").items["test"][0]["question"]
     judge = TASKS["leg_counting"].judge
     said = [f" {items[0].gold}\n", items[0].gold + "0", ""]
     assert [judge(text, items[0]).correct for text in said] == [True, False, False]
-    with pytest.raises(ValueError, match="was trained on leg_counting"):
-        load_items("gcd", path=tmp_path, generate=_generate)
+    with pytest.raises(ValueError, match="of a run that was trained on leg_counting"):
+        load_items("gcd", path=tmp_path, generate=reasoning_gym.generated_test)
     with pytest.raises(ValueError, match="--task-path gcd=FILE"):
         load_items("gcd")
 
@@ -103,7 +102,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def run(adapters, *words, tasks="chain_sum,leg_counting"):
     given = [word for name in ("chain_sum", "leg_counting") for word in ("--adapter", str(adapters / name))]
     words = ["--task", tasks, "--joint", "--limit", "3", "--max-new-tokens", "4", "--dtype", "float32", *words]
-    return main(["evaluate", *given, *words], prompts=prompts, generate=_generate)
+    return main(["evaluate", *given, *words], prompts=prompts, generate=reasoning_gym.generated_test)
 
 
 def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
@@ -126,7 +125,7 @@ def test_no_hint_in_the_limit(adapters, monkeypatch):
     from seedlora.evaluation.command import alike, task_runs
 
     monkeypatch.setattr("seedlora.evaluation.command.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
-    runs = alike(task_runs(["gcd", "chain_sum"], limit=1, generate=_generate))
+    runs = alike(task_runs(["gcd", "chain_sum"], limit=1, generate=reasoning_gym.generated_test))
     assert [run.max_new_tokens for run in runs] == [77, 77]
 
 
