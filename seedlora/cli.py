@@ -384,7 +384,7 @@ def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox |
     """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
     own = {f"data.{key}": value for key, value in getattr(cli.datamodule, "hparams", {}).items()}
-    trained_on = own.get("data.task")
+    trained_on = str(own.get("data.task"))
     if not (names := [name for name in config.evaluate.split(",") if name]):
         return [], None
     if config.evaluate_batch_size < 1:

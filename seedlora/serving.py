@@ -223,8 +223,8 @@ def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str,
     if not set(known or ()) & set(layers):
         for server in _WANT_ALL_LAYERS:
             told[server] = told[server] or [
-                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names its "
-                "layers otherwise"
+                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names "
+                "its layers otherwise"
             ]
     return told
 

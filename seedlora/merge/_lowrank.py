@@ -46,7 +46,7 @@ def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
 
     @wraps(function)
     def remembering(stack: S) -> T:
-        factors = [stack.A, stack.B] if isinstance(stack, LoRAFactors) else []
+        factors: list[Tensor] = [stack.A, stack.B] if isinstance(stack, LoRAFactors) else []
         if any(factor.is_inference() for factor in factors):  # these count no writes
             return function(stack)
         versions = [factor._version for factor in factors]
