@@ -233,8 +233,8 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
-        if finished and cli.ensemble.comparison.has_controls and not (cli.ensemble.selection or {}).get("controls"):
-            raise UsageError(f"{cli.ensemble.dirpath} was fused without controls; --resume instead of test adds them")
+        if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.selection or {})):
+            raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         runs, sandbox = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:

@@ -129,6 +129,13 @@ class Comparison:
             return "ensemble.controls"
         return "ensemble.compare greedy_soup" if GREEDY in self.compare else None
 
+    def lacks(self, selection: Mapping[str, Any]) -> str | None:
+        """What is to be compared and was not settled on validation rows when the seeds were fused."""
+        settled = selection.get("controls") or {}
+        if self.has_controls and not settled:
+            return "controls"
+        return GREEDY if GREEDY in self.compare and GREEDY not in settled else None
+
     @property
     def is_soup(self) -> bool:
         """Whether the fused adapter is the plain soup, which then has no second name."""
