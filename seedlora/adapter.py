@@ -73,6 +73,21 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True)
+class Start:
+    """What the factors of an adapter started at, and PEFT took out of the base weights.
+
+    Args:
+        file: of the adapter, for messages.
+        init: ``pissa`` or ``olora``.
+        scalings: what PEFT multiplies ``B @ A`` with, by layer path.
+    """
+
+    file: Path
+    init: str
+    scalings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One adapter as read from disk: its update per layer, and the base model it belongs to.
 
@@ -90,6 +105,7 @@ class Adapter:
         modules_to_save: the names under which the configuration has them.
         kinds: what it is besides plain LoRA, for people: ``DoRA``, ``rsLoRA``, ``PiSSA``.
         task_type: PEFT's, which says around which head the model is wrapped; None if it is not said.
+        start: of PiSSA and OLoRA, as long as it is still in the factors: :func:`without_start` subtracts it.
     """
 
     layers: dict[str, LoRAFactors]
@@ -103,6 +119,7 @@ class Adapter:
     modules_to_save: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     task_type: str | None = None
+    start: Start | None = None
 
     def flipped(self, path: str) -> bool:
         """Whether the base stores this layer's weight as ``(K, D)``."""
@@ -140,7 +157,11 @@ def adapter_sha256(folder: Path) -> str | None:
 
 
 def read_adapter(
-    path: str | Path, *, base: BaseWeights | None = None, on_layer: Callable[[str], object] | None = None
+    path: str | Path,
+    *,
+    base: BaseWeights | None = None,
+    keep_start: bool = False,
+    on_layer: Callable[[str], object] | None = None,
 ) -> Adapter:
     """Read a PEFT LoRA folder and fold its scaling into ``B``.
 
@@ -148,14 +169,14 @@ def read_adapter(
     ``rank_pattern`` and ``alpha_pattern``.
 
     PiSSA and OLoRA take their start out of the base weights. Saved without conversion, their factors belong to the
-    changed weights; the start is then computed again by PEFT's own code, and the adapter comes out relative to the
-    original base at twice its rank, ``[B, -B_0] [A; A_0]``. That costs one SVD (PiSSA) or QR (OLoRA) of every weight.
+    changed weights; the start is then computed again and subtracted by :func:`without_start`.
 
     Args:
         path: the folder.
         base: the base model, opened if it is needed. With it, adapters are read whose updates are more than factors:
             DoRA, PiSSA, OLoRA, ``lora_bias``, ``modules_to_save``. Without it these are refused, so that who only looks
             at ``layers`` misses nothing.
+        keep_start: leave a start of PiSSA or OLoRA where it is, for :func:`without_start`.
         on_layer: called with the path of each layer whose start was computed again.
 
     Raises:
@@ -170,7 +191,7 @@ def read_adapter(
     modules = _take_modules(tensors, config)
     magnitudes = _take(tensors, _MAGNITUDE) if config.get("use_dora") else {}
     biases = _take(tensors, _BIAS) if config.get("lora_bias") else {}
-    layers, embeddings = {}, set()
+    layers, embeddings, scalings = {}, set(), {}
     for key in sorted(tensors):
         suffix = next((s for s in (_A, _B, _EMBEDDING_A, _EMBEDDING_B) if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX) or len(key) <= len(_PREFIX) + len(suffix):
@@ -188,7 +209,9 @@ def read_adapter(
             raise AdapterError(
                 f"{file}: '{key}' has shape {tuple(a.shape)} and its B {tuple(b.shape)}; (r, K) and (D, r) are needed"
             )
-        scaling = _scaling(path, config, name, a.shape[0])
+        scalings[name] = scaling = _scaling(path, config, name, a.shape[0])
+        if _init(config) in _REPEATED_INITS:  # most of it is the start, of which nothing may be left by rounding
+            a, b = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (a, b))
         b = _scaled(b, scaling)
         if b is not other and not _finite(b):
             raise AdapterError(f"{file}: '{name}' overflows {b.dtype} when its scaling is applied")
@@ -211,19 +234,38 @@ def read_adapter(
         tuple(sorted(config.get("modules_to_save") or ())) if modules else (),
         _kinds(config),
         config.get("task_type"),
+        Start(file, _init(config), scalings) if _init(config) in _REPEATED_INITS else None,
     )
     _check_vectors(file, adapter, config)
     if base is not None and config.get("use_dora"):
         for name in layers:
             _base_key(file, adapter, name, base)
-    if base is not None and _init(config) in _REPEATED_INITS:
-        started = {}
-        for name in layers:
-            started[name] = _minus_start(file, config, adapter, name, base)
-            if on_layer is not None:
-                on_layer(name)
-        return replace(adapter, layers=started)
-    return adapter
+    return adapter if base is None or keep_start else without_start(adapter, base, on_layer=on_layer)
+
+
+def without_start(adapter: Adapter, base: BaseWeights, *, on_layer: Callable[[str], object] | None = None) -> Adapter:
+    """The adapter relative to the original base weights, if PiSSA or OLoRA took its start out of them.
+
+    The start is computed again by PEFT's own code, and the factors become ``[B, -B_0] [A; A_0]``, of twice the rank, in
+    float32 or higher: rounded to the adapter's dtype, the start would not be the one that was taken out. Costs one SVD
+    (PiSSA) or QR (OLoRA) of every weight, once for all adapters that are given the same ``base``.
+
+    Args:
+        adapter: as :func:`read_adapter` gives it.
+        base: its base model.
+        on_layer: called with the path of each layer when it is done.
+
+    Raises:
+        AdapterError: if the base model cannot be read, or is another.
+    """
+    if adapter.start is None:
+        return adapter
+    layers = {}
+    for name in adapter.layers:
+        layers[name] = _minus_start(adapter, adapter.start, name, base)
+        if on_layer is not None:
+            on_layer(name)
+    return replace(adapter, layers=layers, start=None)
 
 
 def _take(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
@@ -310,21 +352,15 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-def _minus_start(file: Path, config: Mapping[str, Any], adapter: Adapter, name: str, base: BaseWeights) -> LoRAFactors:
-    """The factors with PiSSA's or OLoRA's start subtracted, which PEFT took out of the base weight."""
+def _minus_start(adapter: Adapter, start: Start, name: str, base: BaseWeights) -> LoRAFactors:
     if name in adapter.embeddings:
         raise AdapterError(
-            f"{file}: '{name}' is an embedding, for which PEFT has no init_lora_weights {_init(config)!r}"
+            f"{start.file}: '{name}' is an embedding, for which PEFT has no init_lora_weights {start.init!r}"
         )
     factors = adapter.layers[name]
-    what = (
-        _base_key(file, adapter, name, base),
-        _init(config),
-        factors.rank,
-        _scaling(file.parent, config, name, factors.rank),
-    )
+    what = _base_key(start.file, adapter, name, base), start.init, factors.rank, start.scalings[name]
     if what not in base.starts:
-        with _readable(file, ", ".join(adapter.kinds)):
+        with _readable(start.file, ", ".join(adapter.kinds)):
             weight = base.weight(what[0])
         base.starts[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
     a, b = (part.to(factors.dtype) for part in base.starts[what])

@@ -27,6 +27,7 @@ from seedlora.adapter import (
     locate,
     read_adapter,
     universal_config,
+    without_start,
     write_adapter,
 )
 from seedlora.base_weights import BaseWeights
@@ -169,7 +170,15 @@ def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> dict[st
     }
 
 
-def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
+def check_together(adapters: Mapping[str, Adapter]) -> None:
+    """See that adapters belong together, before any work.
+
+    Args:
+        adapters: by name, for the messages.
+
+    Raises:
+        AdapterError: if there is none, or two of them differ in base model, task, kind, layers or shapes.
+    """
     if not adapters:
         raise AdapterError("no adapter was given; fusing needs at least one")
     (first_name, first), *others = adapters.items()
@@ -216,7 +225,12 @@ def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
                 raise AdapterError(
                     f"{path} has shape {first.layers[path].shape} in {first_name} and {factors.shape} in {name}"
                 )
-    return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in first.layers}
+
+
+def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
+    check_together(adapters)
+    layers = next(iter(adapters.values())).layers
+    return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in layers}
 
 
 def _check_vocabulary(adapter: Adapter, base: str | Path) -> None:
@@ -251,13 +265,15 @@ def read_adapters(
 ) -> dict[str, Adapter]:
     """Read adapter folders or hub ids, by the name under which each was given.
 
+    With a base model, starts of PiSSA and OLoRA are subtracted, after it was seen that the adapters belong together.
+
     Args:
         sources: folders or hub ids.
         base: their base model, for adapters that are more than factors: as in :func:`seedlora.adapter.read_adapter`.
         on_layer: likewise.
 
     Raises:
-        AdapterError: if one cannot be read, or is given twice.
+        AdapterError: if one cannot be read, or is given twice; with ``base``, also as :func:`check_together`.
     """
     paths: dict[Path, str] = {}
     for source in sources:
@@ -265,7 +281,11 @@ def read_adapters(
         if path in paths:
             raise AdapterError(f"{source} was given twice (also as {paths[path]}); each adapter counts once")
         paths[path] = str(source)
-    return {name: read_adapter(path, base=base, on_layer=on_layer) for path, name in paths.items()}
+    found = {name: read_adapter(path, base=base, keep_start=True) for path, name in paths.items()}
+    if base is None:
+        return found
+    check_together(found)
+    return {name: without_start(adapter, base, on_layer=on_layer) for name, adapter in found.items()}
 
 
 def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> BaseWeights:
@@ -358,7 +378,8 @@ def fuse_folders(
         out: the folder to write, whole or not at all; an older result is replaced, any other folder is refused.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
         options: the method's keyword options.
-        dtype: of the result; the rule then works on float32 copies. Default: that of the inputs.
+        dtype: of the result; the rule then works on float32 copies. Default: that of the inputs, and float32 for PiSSA
+            and OLoRA, whose start is.
         base: the base model, for DoRA, PiSSA and OLoRA; if it is on this machine, also to know its layers and how many
             rows an adapted embedding has. Default: the one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.

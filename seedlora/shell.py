@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from seedlora.adapter import locate
+from seedlora.adapter import Adapter, locate
 from seedlora.atomic import write_text
+from seedlora.base_weights import BaseWeights
 from seedlora.diagnostics import (
     LayerFacts,
     layer_facts,
@@ -203,9 +204,15 @@ def _merge(arguments: Mapping[str, Any]) -> None:
         print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
 
 
+def _read(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], BaseWeights]:
+    weights = base_of(sources, base)
+    with _progress() as progress:  # for PiSSA, whose starts take an SVD of every weight
+        task = progress.add_task("reading", total=None)
+        return read_adapters(sources, base=weights, on_layer=lambda _path: progress.advance(task)), weights
+
+
 def _inspect(arguments: Mapping[str, Any]) -> None:
-    base = base_of([arguments["adapter"]], arguments["base"])
-    adapters = read_adapters([arguments["adapter"]], base=base)
+    adapters, base = _read([arguments["adapter"]], arguments["base"])
     ((name, adapter),) = adapters.items()
     stacks, error = _shown_factors(stack_updates(adapters, base))
     layers = _facts(stacks)
@@ -251,8 +258,7 @@ def _inspect(arguments: Mapping[str, Any]) -> None:
 
 
 def _compare(arguments: Mapping[str, Any]) -> None:
-    base = base_of(arguments["adapters"], arguments["base"])
-    adapters = read_adapters(arguments["adapters"], base=base)
+    adapters, base = _read(arguments["adapters"], arguments["base"])
     stacks, error = _shown_factors(stack_updates(adapters, base))
     names = list(adapters)
     merged = fuse(stacks, bind(arguments["method"]))

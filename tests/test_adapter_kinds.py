@@ -247,6 +247,34 @@ def test_against_peft_s_own_conversion(kind, made, tmp_path):
         torch.testing.assert_close(found.layers[path].dense(), factors.dense(), atol=1e-5, rtol=1e-4)
 
 
+def test_starts_are_subtracted_as_they_were(made, tmp_path):
+    """Of an adapter in bfloat16: its start was in float32, and is not rounded again."""
+    case = made("pissa")
+    shutil.copytree(case.folders[0], tmp_path / "a")
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(case.folders[0] / WEIGHTS_NAME).items()}
+    save_file(tensors, tmp_path / "a" / WEIGHTS_NAME)
+    start = get_peft_model(loaded(case.base), LoraConfig(**KINDS["pissa"], task_type="CAUSAL_LM")).state_dict()
+    found = read_adapter(tmp_path / "a", base=BaseWeights(case.base))
+    for path, factors in found.layers.items():
+        key = f"base_model.model.{path}.lora_{{}}"
+        a, b = (tensors[key.format(x) + ".weight"].double() for x in "AB")
+        a_0, b_0 = (start[key.format(x) + ".default.weight"].double() for x in "AB")
+        wanted = (b @ a - b_0 @ a_0) * 10 / 4
+        assert float((factors.to(torch.float64).dense()[0] - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_starts_are_not_computed_for_adapters_that_do_not_fit(made, copy, tmp_path, monkeypatch):
+    folder = copy("pissa", task_type="SEQ_CLS")
+
+    def start(*args, **kwargs):
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr("seedlora.adapter._start", start)
+    for merge in (fuse_folders, lambda *args: fuse_into_base(args[0], made("pissa").base, args[1])):
+        with pytest.raises(AdapterError, match="task_type is CAUSAL_LM in .* and SEQ_CLS in"):
+            merge([made("pissa").folders[0], folder], tmp_path / "out")
+
+
 def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     case = made("modules_to_save")
     options = {"weights": [1.0, 2.0, 3.0]}
@@ -339,6 +367,7 @@ def one_sentence(words, capsys):
 def test_a_base_that_is_not_there(kind, copy, made, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     folder = copy(kind, base_model_name_or_path=str(tmp_path / "gone"))
+    capsys.readouterr()  # bars of the models' saving
     said = one_sentence(["merge", str(folder), *out], capsys)
     assert "its update depends on the base weights, which cannot be read" in said
     assert "gone is no folder" in said
