@@ -67,6 +67,8 @@ BAD = [
     (["merge", "A", "--out", "O", "--method", "ties", "--density", "2"], r"density must be a number in (0, 1], got 2"),
     (["merge", "A", "--out", "O", "--method", "soup", "--density", "0.2"], "has no option 'density'"),
     (["merge", "A", "--out", "O", "--method", "greedy_soup"], "needs the option 'score'"),
+    (["merge", "A", "--out", "O", "--method", "soup", "--weights", '{"a":1}'], "Merge method 'soup': "),
+    (["merge", "A", "--out", "O", "--method", "ties", "--scale", "NaN"], "its result is not finite with scale=nan"),
     (["merge", "A", "A", "--out", "O"], "was given twice"),
     (["merge", "A/nowhere/at/all", "--out", "O"], "is no folder"),
     (["merge", "A", "--out", "O", "--dtype", "int4"], "argument --dtype: invalid choice"),

@@ -156,7 +156,7 @@ def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = N
         bound = BoundRule(name, row, options, Use(**use))
         if isinstance(method, str) and "score" not in options:
             _try(bound)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # the last two: no number, or none for torch
         raise ValueError(f"Merge method '{name}': {error}") from None
     return bound
 
@@ -169,4 +169,9 @@ def _try(bound: BoundRule) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
     options = {key: value for key, value in bound.options.items() if key != "generator"}
-    BoundRule(bound.name, bound.method, options, bound.use)(LoRAFactors(a, b))
+    rule, stack = BoundRule(bound.name, bound.method, options, bound.use), LoRAFactors(a, b)
+    update = rule.update("", stack, rule.survey(lambda: [("", stack)]))
+    if not bool(update.dense().isfinite().all()):
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(f"its result is not finite with {given}")
+    rule.finish("", update)

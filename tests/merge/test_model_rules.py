@@ -100,6 +100,14 @@ def test_thresholds_are_those_of_the_chosen_layers():
         ("seedlora", {"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
         ("seedlora", {"weights": 3}, "weights must be 1 finite numbers"),
         ("seedlora", {"weights": "equal"}, "'seedlora'"),
+        ("soup", {"weights": {"a": 1}}, "'soup': Could not infer dtype of dict"),
+        ("task_arithmetic", {"scale": float("nan")}, "'task_arithmetic': its result is not finite with scale=nan"),
+        (
+            "ties",
+            {"density": 0.5, "scale": float("nan")},
+            "'ties': its result is not finite with density=0.5, scale=nan",
+        ),
+        ("iso_c", {"scale": float("inf")}, "'iso_c': its result is not finite with scale=inf"),
     ],
 )
 def test_bad_options_fail_when_bound(method, options, message):
