@@ -60,7 +60,7 @@ def compress(
         generator: for the randomised SVD. Default: a new one, seeded with 0.
 
     Raises:
-        ValueError: if ``rank`` is not a positive integer, or ``svd`` is unknown.
+        ValueError: if ``update`` is not one, ``rank`` is not a positive integer, or ``svd`` is unknown.
 
     References:
         Eckart and Young, 1936; Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
@@ -68,6 +68,8 @@ def compress(
     checked_choice("svd", svd, SVD_KINDS)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
+    if len(update) != 1:
+        raise ValueError(f"one update can be compressed at a time, got {len(update)}")
     if isinstance(update, LoRAFactors):
         whole = thin_svd(*factor_grams(update))
         square, s = whole.s.square().sum(), whole.s[:rank]

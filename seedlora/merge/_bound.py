@@ -147,13 +147,20 @@ class BoundRule:
         }
 
     def update(self, path: str, stack: Updates, facts: Mapping[str, Any]) -> Updates:
-        """The merged update of one selected layer, as the rule gives it."""
+        """The merged update of one selected layer, as the rule gives it.
+
+        Raises:
+            ValueError: if the rule gives anything but one update.
+        """
         rule = self.method.rule
         named, takes_all = _keywords(rule)
         options = {key: value for key, value in self.options.items() if takes_all or key in named}
         if "generator" in named and "generator" not in options:
             options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
-        return rule(stack, **options, **facts)
+        update = rule(stack, **options, **facts)
+        if len(update) != 1:
+            raise ValueError(f"Merge method '{self.name}' must give one update per layer, gave {len(update)}")
+        return update
 
     def left_out(self, stack: Updates) -> Updates:
         """What a layer gets that the method is not applied to."""

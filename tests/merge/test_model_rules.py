@@ -1,6 +1,7 @@
 """What belongs to no single method: options, layer choice, facts about the whole model, dense results, compression."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,20 @@ def test_any_callable_is_a_method():
     for path, stack in STACKS.items():
         assert torch.allclose(fused[path].dense()[0], stack.dense()[0])
     assert not fused.compression
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+def test_a_rule_gives_one_update(options):
+    with pytest.raises(ValueError, match="'keep_all' must give one update per layer, gave 3"):
+        fuse(STACKS, bind(keep_all, options))
+    for stack in (make_stack(), dense_update(make_stack(), lambda: lambda block: block[0]).to(torch.float32)):
+        two = stack if isinstance(stack, LoRAFactors) else replace(stack, count=2)
+        with pytest.raises(ValueError, match=f"one update can be compressed at a time, got {len(two)}"):
+            compress(two, 2)
+
+
+def keep_all(stack):
+    return stack
 
 
 def test_a_row_of_ones_own_with_a_survey():
