@@ -25,7 +25,8 @@ MergeRule: TypeAlias = Callable[[LoRAFactors], LoRAFactors]
 #: Names for sets of layers; any other value of ``layers`` is a regular expression, searched for in the layer's path.
 LAYER_SETS: Mapping[str, str] = {
     "all": "",
-    "attention": r"(^|\.)(self_attn|self_attention|attn|attention|cross_attn|encoder_attn|SelfAttention)(\.|$)"
+    "attention": r"(^|\.)(self_attn|self_attention|attn|attention|cross_attn|encoder_attn|linear_attn|SelfAttention|"
+    r"EncDecAttention)(\.|$)"
     r"|(^|\.)(q|k|v|o|qkv)_proj$",
     "ffn": r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|experts|DenseReluDense)(\.|$)"
     r"|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|c_fc|fc1|fc2|fc_in|fc_out)$",

@@ -76,6 +76,34 @@ def test_layers_left_out(rest):
     assert torch.allclose(fused[up].dense()[0], sum(dense_list(STACKS[up])))
 
 
+#: Paths of adapted layers, as the models of transformers name them.
+ATTENTION = """
+    model.layers.0.self_attn.q_proj model.layers.0.self_attn.o_proj model.layers.0.self_attn.kv_a_proj_with_mqa
+    model.layers.0.linear_attn.in_proj_qkvz model.layers.0.linear_attn.in_proj_ba model.layers.0.linear_attn.out_proj
+    transformer.h.0.attn.c_attn transformer.h.0.attn.c_proj transformer.h.0.self_attention.query_key_value
+    gpt_neox.layers.0.attention.query_key_value model.decoder.layers.0.encoder_attn.out_proj
+    decoder.block.0.layer.0.SelfAttention.q decoder.block.0.layer.1.EncDecAttention.o visual.blocks.0.attn.qkv
+    bert.encoder.layer.0.attention.self.query model.layers.0.self_attn.qkv_proj
+"""
+FFN = """
+    model.layers.0.mlp.gate_proj model.layers.0.mlp.gate_up_proj model.layers.0.mlp.experts.3.down_proj
+    model.layers.0.block_sparse_moe.experts.0.w1 model.layers.0.mlp.shared_expert.up_proj transformer.h.0.mlp.c_proj
+    gpt_neox.layers.0.mlp.dense_h_to_4h decoder.block.0.layer.2.DenseReluDense.wi_0 model.decoder.layers.0.fc1
+    transformer.blocks.0.ffn.up_proj
+"""
+NEITHER = "lm_head model.embed_tokens score multi_modal_projector.linear_1"
+
+
+@pytest.mark.parametrize(
+    ("layers", "paths"),
+    [(layers, paths.split()) for layers, paths in (("attention", ATTENTION), ("ffn", FFN), ("neither", NEITHER))],
+)
+def test_layers_of_known_models(layers, paths):
+    for path in paths:
+        chosen = {name for name in ("attention", "ffn") if bind("soup", {"layers": name, "rest": "soup"}).selects(path)}
+        assert chosen == {layers} - {"neither"}, path
+
+
 def test_thresholds_are_those_of_the_chosen_layers():
     chosen = {path: stack for path, stack in STACKS.items() if "mlp" in path}
     some = fuse(STACKS, bind("knots_ties", {"layers": "ffn", "rest": "nothing"}))
