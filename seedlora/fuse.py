@@ -334,9 +334,17 @@ def average(adapters: Mapping[str, Adapter], bound: BoundRule) -> tuple[dict[str
     the same weights brought to a sum of 1.
 
     Raises:
-        AdapterError: if there are full weights and the rule's weights add up to 0 or less.
+        AdapterError: if there are full weights and the rule's weights add up to 0 or less, or the rule chooses
+            among the adapters by a score: what is averaged would be of all.
     """
     members = list(adapters.values())
+    if not (members[0].biases or members[0].modules):
+        return {}, {}
+    if bound.name == "greedy_soup" and len(members) > 1:
+        if "members" not in bound.options:
+            what = "lora_bias" if members[0].biases else sorted(members[0].modules)[0]
+            raise AdapterError(f"greedy_soup chooses among adapters, and {what} would be the mean of all; take soup")
+        members = [members[i] for i in bound.options["members"]]
     given = bound.options.get("weights")
     w = torch.as_tensor([1.0] * len(members) if given is None else given, dtype=torch.float64)
     if len(w) != len(members):
@@ -406,6 +414,7 @@ def fuse_folders(
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
         biases = {path: bias.to(dtype) for path, bias in biases.items()}
+        modules = {key: tensor.to(dtype) for key, tensor in modules.items()}
     if biases:  # a layer that was added for the servers' sake needs one like the others
         biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
     record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)

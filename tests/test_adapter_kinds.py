@@ -24,8 +24,11 @@ from transformers import (
 
 from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
 from seedlora.base_weights import BaseWeights
+from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, fuse_folders
 from seedlora.into_base import fuse_into_base
+from seedlora.merge import bind
+from seedlora.selection import soup_of
 from seedlora.serving import base_shapes
 from seedlora.shell import main
 
@@ -289,6 +292,34 @@ def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     assert "averaged" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(AdapterError, match="add up to more than 0"):
         fuse_folders(case.folders, tmp_path / "no", method="soup", options={"weights": [1, 1, -2]})
+
+
+@pytest.mark.parametrize(("kind", "held"), [("modules_to_save", "lm_head.weight"), ("lora_bias", "lora_bias")])
+def test_a_rule_that_leaves_adapters_out_averages_nothing(kind, held, made, tmp_path):
+    score = {"score": lambda layers: 0.0}
+    with pytest.raises(AdapterError, match=f"greedy_soup chooses among adapters, and {held} would be the mean of all"):
+        fuse_folders(made(kind).folders, tmp_path / "out", method="greedy_soup", options=score)
+    fuse_folders(made("lora").folders, tmp_path / "out", method="greedy_soup", options=score)
+    fuse_folders(made(kind).folders, tmp_path / "two", method=soup_of([2, 0]))
+    fuse_folders([made(kind).folders[i] for i in (0, 2)], tmp_path / "soup", method="soup")
+    found, wanted = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("two", "soup"))
+    keys = {key for key in wanted if "lora_A" not in key and "lora_B.w" not in key}
+    assert keys
+    assert all(torch.equal(found[key], wanted[key]) for key in keys)
+
+
+def test_a_rule_s_own_weights_are_its_own(made, tmp_path):
+    def first(stack, *, weights):
+        assert weights == "of another meaning"
+        return LoRAFactors(stack.A[:1], stack.B[:1])
+
+    fuse_folders(made("lora").folders, tmp_path / "out", method=bind(first, {"weights": "of another meaning"}))
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save", "lora_bias"])
+def test_everything_has_the_dtype_that_is_asked_for(kind, made, tmp_path):
+    fuse_folders(made(kind).folders, tmp_path / "out", method="soup", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS_NAME).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["rslora", "modules_to_save", "lora_bias", "dora", "alpha_pattern"])
