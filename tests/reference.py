@@ -64,6 +64,26 @@ def ties(updates, density=0.2, scale=1.0, limits=None):
     return scale * ties_entries(torch.stack(updates), limits)
 
 
+def rule_stream():
+    """What a random rule draws from unless it is told: the stream of the first number of seed 0."""
+    seed = torch.randint(2**62, (), generator=torch.Generator().manual_seed(0))
+    return torch.Generator().manual_seed(int(seed))
+
+
+def dare_masks(shape, p):
+    """Which entries of a block are kept: those whose 32 bits, of 64 for two entries, lie in the lower 1 - p of all."""
+    count = math.prod(shape)
+    draws = torch.empty(-(-count // 2), dtype=torch.int64).random_(-(2**63), None, generator=rule_stream()).tolist()
+    bits = [(half + 2**31) % 2**32 for draw in draws for half in (draw, draw >> 32)]
+    return torch.tensor([x < round((1 - p) * 2**32) for x in bits[:count]]).view(shape)
+
+
+def della_masks(updates, density=0.5, epsilon=0.15):
+    """Which entries of a block are kept: those whose uniform number is below their probability."""
+    keep = torch.stack([della_probabilities(u, density, epsilon) for u in updates])
+    return torch.rand(keep.shape, generator=rule_stream()) < keep
+
+
 def masked_mean(updates, masks, p):
     return mean([u * m / (1 - p) for u, m in zip(updates, masks, strict=True)])
 
@@ -90,11 +110,11 @@ def model_stock(updates):
         for i in range(n)
         for j in range(i)
     ]
-    c = sum(pairs) / len(pairs) if pairs else 1.0
+    c = max(sum(pairs) / len(pairs), 0.0) if pairs else 1.0
     return n * c / (1 + (n - 1) * c) * mean(updates)
 
 
-def karcher(updates, iterations=200):
+def karcher(updates, iterations=200, tol=1e-13):
     units = [u / u.norm() for u in updates]
     u = mean(units) / mean(units).norm()
     for _ in range(iterations):
@@ -104,7 +124,7 @@ def karcher(updates, iterations=200):
             direction = x - (u * x).sum() * u
             logs.append(direction * (angle / direction.norm()) if direction.norm() > 1e-12 else direction)
         step = mean(logs)
-        if step.norm() < 1e-13:
+        if step.norm() < tol:
             break
         u = torch.cos(step.norm()) * u + torch.sin(step.norm()) * step / step.norm()
     return mean([x.norm() for x in updates]) * u
@@ -145,10 +165,11 @@ def tsv_m(updates, rank):
     return polar(left) @ torch.diag(s) @ polar(right).T
 
 
-def iso_c(updates, rank):
+def iso_c(updates, rank, scale=None):
+    scale = 1 / len(updates) if scale is None else scale
     u, s, vh = torch.linalg.svd(sum(updates), full_matrices=False)
     keep = [i for i in range(len(s)) if i < rank and s[i] > 1e-6 * s[0]]
-    return s[keep].mean() / len(updates) * u[:, keep] @ vh[keep]
+    return scale * s[keep].mean() * u[:, keep] @ vh[keep]
 
 
 def knots_basis(updates):
@@ -193,15 +214,19 @@ def seedft(updates):
     return u @ torch.diag(s) @ polar(sum(v).T).T / len(updates) ** 0.5
 
 
-def seedlora_subspace(updates, rank, quantile=0.9, z_merge="ties"):
+def seedlora_subspace(updates, rank, quantile=0.9, z_merge="ties", z_density=1.0, p=0.5):
     stacked = torch.stack(updates)
     limit = top_magnitudes(stacked, 1 - quantile)
     u, _, vh = torch.linalg.svd(mean(updates), full_matrices=False)
     u, vh = u[:, :rank], vh[:rank]
     z = torch.stack([u.T @ d @ vh.T for d in updates])
-    # the Z sum to a diagonal matrix: off the diagonal there is no sign to elect
-    drawn = z.sum(0).abs() <= 1e-6 * z.abs().sum(0)
-    merged = ties(list(z), 1.0).masked_fill(drawn, 0) if z_merge == "ties" else z.mean(0)
+    if z_merge == "ties":
+        # the Z sum to a diagonal matrix: off the diagonal there is no sign to elect, unless the trim left one
+        kept = torch.stack([x * (x.abs() >= top_magnitudes(x, z_density)) for x in z])
+        drawn = kept.sum(0).abs() <= 1e-6 * kept.abs().sum(0)
+        merged = ties(list(z), z_density).masked_fill(drawn, 0)
+    else:
+        merged = masked_mean(list(z), dare_masks(z.shape, p), p) if z_merge == "dare" else z.mean(0)
     out = u @ merged @ vh
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):

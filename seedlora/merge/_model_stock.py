@@ -14,7 +14,8 @@ def model_stock(stack: AnyUpdates) -> AnyUpdates:
     with c the mean cosine over all pairs. Cost: ``(D + K) * (N*R)**2`` multiplications, one copy of the factors.
 
     Readings taken: the paper has the angle of one pair (N = 2) or of fixed pairs; here it is the mean cosine, per
-    layer. A negative c gives a negative t, as the formula says. For N = 1, t = 1.
+    layer. t is a place between the base model and the average, so a negative c gives t = 0, the base model: the formula
+    would go beyond it, without limit as the average vanishes. For N = 1, t = 1.
 
     Args:
         stack: the adapters of one layer.
@@ -26,8 +27,6 @@ def model_stock(stack: AnyUpdates) -> AnyUpdates:
         Jang, Yun and Han, "Model Stock: All we need is just a few fine-tuned models", arXiv 2403.19522.
     """
     n = len(stack)
-    inner = gram(stack)
-    c = mean_cosine(inner)
-    # 1 + (N-1) c is a sum of cosines of a positive semidefinite matrix; it is 0 only where the mean is 0 as well.
-    t = n * c / (1 + (n - 1) * c).clamp_min(1e-12)
+    c = mean_cosine(gram(stack)).clamp_min(0)
+    t = n * c / (1 + (n - 1) * c)
     return weighted_sum(stack, t.expand(n) / n)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge import Updates
-from seedlora.merge._sparsify import drop, drop_by_rank, stream
 from tests import reference as ref
 
 
@@ -37,15 +36,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
-def masks(shape, p) -> Tensor:
-    """The masks that a rule without a generator of its own draws for one block of this shape."""
-    return drop(torch.ones(shape, dtype=torch.float64), p, stream(None)()) > 0
-
-
-def della_masks(stacked: Tensor, density=0.5, epsilon=0.15) -> Tensor:
-    return drop_by_rank(stacked, density, epsilon, stream(None)()) != 0
-
-
 @dataclass(frozen=True)
 class Case:
     """A method with options, and the same from the formulas."""
@@ -66,21 +56,24 @@ def _factors(s: LoRAFactors) -> tuple[list[Tensor], list[Tensor]]:
 
 def _dare(s, combine, p=0.5):
     u = dense_list(s)
-    return combine(u, list(masks((len(u), *u[0].shape), p)), p)
+    return combine(u, list(ref.dare_masks((len(u), *u[0].shape), p)), p)
 
 
-def _knots_dare(s):
+def _dare_ties(s, p=0.5):
+    return _dare(s, lambda u, m, p: ref.masked_ties(u, m, [1 - p] * len(u)), p)
+
+
+def _knots_dare(s, p=0.5):
     """The masks depend on the shape of the aligned updates, not on their values."""
     u, c = ref.knots_matrices(dense_list(s))
-    drawn = masks((len(c), *c[0].shape), 0.5)
-    return u @ ref.masked_ties(c, list(drawn), [0.5] * len(c))
+    drawn = ref.dare_masks((len(c), *c[0].shape), p)
+    return u @ ref.masked_ties(c, list(drawn), [1 - p] * len(c))
 
 
-def _della(s):
+def _della(s, density=0.5, epsilon=0.15):
     u = dense_list(s)
-    keep = [ref.della_probabilities(x) for x in u]
-    drawn = della_masks(torch.stack(u))
-    return ref.masked_ties(u, list(drawn), keep)
+    keep = [ref.della_probabilities(x, density, epsilon) for x in u]
+    return ref.masked_ties(u, list(ref.della_masks(u, density, epsilon)), keep)
 
 
 CASES = {
@@ -103,29 +96,55 @@ CASES = {
         lambda s: ref.seedlora_subspace(dense_list(s), 2, 0.7, "mean"),
         {"quantile": 0.7, "subspace_rank": 2, "z_merge": "mean"},
     ),
+    "seedlora_subspace trimmed": Case(
+        "seedlora_subspace",
+        lambda s: ref.seedlora_subspace(dense_list(s), 2, z_density=0.5),
+        {"subspace_rank": 2, "z_density": 0.5},
+    ),
+    "seedlora_subspace dare": Case(
+        "seedlora_subspace",
+        lambda s: ref.seedlora_subspace(dense_list(s), 2, z_merge="dare", p=0.3),
+        {"subspace_rank": 2, "z_merge": "dare", "p": 0.3},
+    ),
     "soup": Case("soup", lambda s: ref.soup(dense_list(s))),
+    "soup weights": Case(
+        "soup", lambda s: ref.soup(dense_list(s), [1.0 + i for i in range(len(s))]), {"weights": "ascending"}
+    ),
     "greedy_soup": Case("greedy_soup", lambda s: ref.soup(dense_list(s)[-1:]), {"members": "last"}),
     "task_arithmetic": Case("task_arithmetic", lambda s: ref.task_arithmetic(dense_list(s))),
     "task_arithmetic sum": Case("task_arithmetic", lambda s: ref.task_arithmetic(dense_list(s), 1.0), {"scale": 1.0}),
     "ties": Case("ties", lambda s: ref.ties(dense_list(s))),
     "ties dense": Case("ties", lambda s: ref.ties(dense_list(s), 1.0, 0.7), {"density": 1.0, "scale": 0.7}),
     "dare_linear": Case("dare_linear", lambda s: _dare(s, ref.masked_mean)),
-    "dare_ties": Case(
-        "dare_ties", lambda s: _dare(s, lambda u, m, p: ref.masked_ties(u, m, [1 - p] * len(u)), 0.3), {"p": 0.3}
-    ),
+    "dare_linear p": Case("dare_linear", lambda s: _dare(s, ref.masked_mean, 0.9), {"p": 0.9}),
+    "dare_ties": Case("dare_ties", _dare_ties),
+    "dare_ties p": Case("dare_ties", lambda s: _dare_ties(s, 0.3), {"p": 0.3}),
+    "dare_ties scale": Case("dare_ties", lambda s: 0.7 * _dare_ties(s), {"scale": 0.7}),
     "della": Case("della", _della),
+    "della density": Case("della", lambda s: _della(s, 0.7), {"density": 0.7}),
+    "della epsilon": Case("della", lambda s: _della(s, epsilon=0.4), {"epsilon": 0.4}),
+    "della scale": Case("della", lambda s: 0.7 * _della(s), {"scale": 0.7}),
     "model_stock": Case("model_stock", lambda s: ref.model_stock(dense_list(s))),
-    "karcher": Case("karcher", lambda s: ref.karcher(dense_list(s)), {"max_iter": 100, "tol": 1e-12}),
+    "karcher": Case("karcher", lambda s: ref.karcher(dense_list(s), 10, 1e-5)),
+    "karcher converged": Case("karcher", lambda s: ref.karcher(dense_list(s)), {"max_iter": 100, "tol": 1e-12}),
+    "karcher one step": Case("karcher", lambda s: ref.karcher(dense_list(s), 1), {"max_iter": 1}),
     "sce": Case("sce", lambda s: ref.sce(dense_list(s))),
     "sce top": Case("sce", lambda s: ref.sce(dense_list(s), 0.4), {"select_topk": 0.4}),
     "tsv_m": Case("tsv_m", lambda s: ref.tsv_m(dense_list(s), s.rank)),
+    "tsv_m k": Case("tsv_m", lambda s: ref.tsv_m(dense_list(s), 1), {"k": 1}),
+    "tsv_m scale": Case("tsv_m", lambda s: 0.7 * ref.tsv_m(dense_list(s), s.rank), {"scale": 0.7}),
     "iso_c": Case("iso_c", lambda s: ref.iso_c(dense_list(s), _total(s))),
+    "iso_c scale": Case("iso_c", lambda s: ref.iso_c(dense_list(s), _total(s), 0.7), {"scale": 0.7}),
     "core_ties": Case("core_ties", lambda s: ref.core_ties(*_factors(s))),
     "core_ties trimmed": Case("core_ties", lambda s: ref.core_ties(*_factors(s), 0.5), {"density": 0.5}),
     "core_ties updates": Case("core_ties", lambda s: ref.core_ties(*_factors(s), 1.0, "updates"), {"basis": "updates"}),
+    "core_ties scale": Case("core_ties", lambda s: 0.7 * ref.core_ties(*_factors(s)), {"scale": 0.7}),
     "knots_ties": Case("knots_ties", lambda s: ref.knots_ties(dense_list(s))),
+    "knots_ties scale": Case("knots_ties", lambda s: 0.7 * ref.knots_ties(dense_list(s)), {"scale": 0.7}),
     "knots_ties dense": Case("knots_ties", lambda s: ref.knots_ties(dense_list(s), 1.0), {"density": 1.0}),
     "knots_dare_ties": Case("knots_dare_ties", _knots_dare),
+    "knots_dare_ties p": Case("knots_dare_ties", lambda s: _knots_dare(s, 0.3), {"p": 0.3}),
+    "knots_dare_ties scale": Case("knots_dare_ties", lambda s: 0.7 * _knots_dare(s), {"scale": 0.7}),
     "seedft": Case("seedft", lambda s: ref.seedft(dense_list(s))),
 }
 

@@ -132,7 +132,23 @@ def test_zero_updates_stay_zero(name):
     assert torch.equal(apply(name, stack), torch.zeros(4, 5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-9])
 @pytest.mark.parametrize("name", METHODS)
-def test_opposite_adapters_give_finite_numbers(name):
+def test_opposite_adapters_give_numbers_of_their_size(name, off):
+    """What is left of a mean that cancels is not scaled up: in the update, and in its factors, which are stored."""
     one = make_stack(n=1, r=2)
-    assert bool(apply(name, LoRAFactors(torch.cat([one.A, one.A]), torch.cat([one.B, -one.B]))).isfinite().all())
+    noise = off * torch.randn(one.B.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    opposite = LoRAFactors(torch.cat([one.A, one.A]), torch.cat([one.B, noise - one.B]))
+    options = {"members": range(2)} if name == "greedy_soup" else {}
+    update = METHODS[name].rule(opposite, **options)
+    assert float(dense(update).norm()) <= 2 * float(one.dense().norm())
+    if isinstance(update, LoRAFactors):
+        assert float(update.B.norm() * update.A.norm()) <= 10 * float(opposite.B.norm() * opposite.A.norm())
+
+
+def test_model_stock_stays_between_the_base_and_the_average():
+    for cosine in (-0.9, -0.1, 0.0, 0.1, 0.9):
+        a = torch.tensor([[[1.0, 0.0]], [[cosine, (1 - cosine**2) ** 0.5]]], dtype=torch.float64)
+        stack = LoRAFactors(a, torch.ones(2, 1, 1, dtype=torch.float64))
+        wanted = max(0.0, 2 * cosine / (1 + cosine)) * a.mean(0)
+        torch.testing.assert_close(apply("model_stock", stack), wanted)

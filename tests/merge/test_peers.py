@@ -5,7 +5,9 @@ import torch
 from peft.utils import merge_utils
 
 from seedlora.merge import METHODS
-from tests.merge.cases import dense, dense_list, make_stack, masks, relative
+from seedlora.merge._sparsify import drop
+from tests.merge.cases import dense, dense_list, make_stack, relative
+from tests.reference import dare_masks
 
 STACK = make_stack(n=3, r=2, d=17, k=23)
 UPDATES = dense_list(STACK)
@@ -25,7 +27,7 @@ def test_ties(density):
 @pytest.mark.parametrize("p", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
 def test_dare_with_the_same_masks(name, p, monkeypatch):
-    drawn = iter(masks((3, 17, 23), p))
+    drawn = iter(dare_masks((3, 17, 23), p))
     monkeypatch.setattr(torch, "bernoulli", lambda probabilities=None, **given: next(drawn))
     weights = MEAN if name == "dare_linear" else ONES
     wanted = getattr(merge_utils, name)(UPDATES, weights, density=1 - p)
@@ -33,7 +35,7 @@ def test_dare_with_the_same_masks(name, p, monkeypatch):
 
 
 def test_dare_drops_as_often_as_asked():
-    drawn = masks((1, 400, 500), 0.9).double()
+    drawn = (drop(torch.ones(1, 400, 500), 0.9, torch.Generator().manual_seed(0)) > 0).double()
     assert abs(float(drawn.mean()) - 0.1) < 5 * (0.09 / drawn.numel()) ** 0.5
 
 

@@ -1,5 +1,7 @@
 """Every method against the dense float64 reference."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -20,6 +22,13 @@ def check(name, stack):
 
 def test_every_method_has_a_reference():
     assert {case.method for case in CASES.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_has_a_case(method):
+    """Those of the rule; what a survey finds in the whole model is tested in test_model_rules.py."""
+    options = set(inspect.signature(METHODS[method].rule).parameters) - {"stack", "thresholds", "generator"}
+    assert options == {key for case in CASES.values() if case.method == method for key in case.options}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
