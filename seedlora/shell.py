@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="fuse adapters into one, or into the base model")
     merge.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
     merge.add_argument("--method", default="seedlora", help="see: python -m seedlora methods")
-    merge.add_argument("--out", required=True, help="the folder to write")
+    merge.add_argument("--out", required=True, help="the folder to write; only an older result is replaced")
     merge.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: that of the adapters")
     merge.add_argument("--into-base", metavar="MODEL", help="add the result to this model folder's weights instead")
     merge.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
