@@ -63,7 +63,7 @@ for place in places:
         os.write(1, os.read(os.open(place, os.O_RDONLY | os.O_NONBLOCK), 1500))
     except OSError:
         pass
-os.write(1, os.read(0, 100) + repr((sys.argv, globals())).encode())
+os.write(1, os.read(0, 100) + repr(sys.argv).encode())
 os._exit(0)
 """
 
