@@ -26,7 +26,7 @@ from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import base_of, fuse, fuse_folders, stack_adapters, stack_updates
+from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, stack_adapters, stack_updates
 from seedlora.merge import BoundRule, MergeRule, soup
 from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
@@ -207,6 +207,18 @@ class SeedEnsembleCallback(pl.Callback):
     def fused_path(self) -> Path:
         """Where the fused adapter is, once all seeds are trained."""
         return self.dirpath / FUSED
+
+    @property
+    def fused_otherwise(self) -> str | None:
+        """What the fused adapter was made by, if that is not the rule that is given now; None also if none is."""
+        if self.rule is None or self.comparison.chooses:
+            return None
+        file = self.fused_path / RECORD_NAME
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"method": "nothing"}
+        made = record["method"], record.get("options")
+        if made == (self.rule.name, json.loads(json.dumps(self.rule.options, default=str))):
+            return None
+        return " ".join([made[0], *([json.dumps(made[1])] if made[1] else [])])
 
     @property
     def folders(self) -> dict[str, Path]:

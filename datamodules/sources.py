@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
+#: In a path; constraints.jsonl is not for training.
+_TRAINING = re.compile(r"(?<![a-z])train(ing|set)?(?![a-z])")
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 _BOM = b"\xef\xbb\xbf"
 
@@ -36,7 +39,7 @@ class Source:
     """The training rows of a data set.
 
     A local path is read as it is and never touches the network. In a folder, the files of ``subset`` are taken if some
-    path names it, those for training if some name says ``train``, and of several formats parquet before JSON.
+    path names it, those for training if ``train`` is a word in some path, and of several formats parquet before JSON.
 
     Args:
         path: a ``.jsonl``, ``.json`` (lines or one list) or ``.parquet`` file, or a folder of them.
@@ -75,7 +78,7 @@ class Source:
         ]
         found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
         found = [file for file in found if self.subset in file.parts] or found
-        found = [file for file in found if "train" in str(file).lower()] or found
+        found = [file for file in found if _TRAINING.search(str(file).lower())] or found
         kind = min((file.suffix for file in found), key=SUFFIXES.index, default="")
         return [self.path / file for file in found if file.suffix == kind]
 

@@ -235,6 +235,9 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.selection or {})):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
+        if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
+            anew = f"--resume instead of test fuses it by {cli.ensemble.method_name}"
+            raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise}; {anew}")
         runs, sandbox = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:

@@ -150,6 +150,16 @@ def test_a_mirror_with_configurations(tmp_path, tokenizer):
     assert made(GSM8K(str(tmp_path / "gsm8k")), tokenizer).rows["train"].counts.read == 3
 
 
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "data/train-00000-of-00001.jsonl", "Training.jsonl", "my_train_set.jsonl"]
+)
+def test_the_training_file_of_a_folder_is_named_by_a_word(tmp_path, tokenizer, name):
+    write(tmp_path / "mirror" / name, rows_of(3))
+    write(tmp_path / "mirror/constraints.jsonl", rows_of(5))
+    write(tmp_path / "mirror/restrained/test.jsonl", rows_of(7))
+    assert made(MetaMathQA(str(tmp_path / "mirror")), tokenizer).rows["train"].counts.read == 3
+
+
 def test_line_separators_in_a_text_are_no_new_lines(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a\u2028b", "response": "c\u0085"}\r\n\n', encoding="utf-8")
     assert made(InstructionData("rows.jsonl"), tokenizer).rows["train"].counts.read == 1

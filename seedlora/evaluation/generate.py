@@ -146,8 +146,10 @@ class StackGenerator:
         # A token is at least a byte, so a stop that was just completed is within this many.
         window = max((len(stop.encode()) for stop in stops), default=0) + 1
 
+        room = [self._context - len(row) for row in rows]
+
         def ended(row: int, said: list[int]) -> bool:
-            if said[-1] in self._ends:
+            if said[-1] in self._ends or len(said) >= room[row]:
                 return True
             return bool(stops) and any(stop in self._decode(rows[row], said, last=window) for stop in stops)
 
@@ -158,7 +160,7 @@ class StackGenerator:
             if row // per_adapter < len(names):
                 on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
-        limit = min(max_new_tokens, self._context - max(map(len, rows)))
+        limit = min(max_new_tokens, max(room))
         with evaluating(self.model), self._frozen():
             self.route(adapters)
             greedy(self.model, rows, blocks=len(adapters), max_new_tokens=limit, ended=ended, on_done=done, pick=pick)
@@ -226,8 +228,10 @@ def greedy(
     said: list[list[int]] = [[] for _ in rows]
     active = list(range(len(rows)))  # the rows in the batch, in its order
     alive = set(active)
+    # Rows that have ended stay in the batch for a while; the model may have no positions for what they would say.
+    last = int(getattr(model.config, "max_position_embeddings", None) or 2**31) - 1
     for _ in range(max_new_tokens):
-        positions = (mask_MT.cumsum(1) - 1).clamp(min=0)[:, -ids_MT.shape[1] :]
+        positions = (mask_MT.cumsum(1) - 1).clamp(0, last)[:, -ids_MT.shape[1] :]
         logits = model(
             input_ids=ids_MT,
             attention_mask=mask_MT,

@@ -22,10 +22,13 @@ from pathlib import Path
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 
-#: Limits itself, hides the proof from the program, runs it, and gives the proof only if it came to its end.
+#: Takes the proof from a pipe, where nobody can read it again, limits itself, runs the program, and gives the proof
+#: only if that came to its end. A program that searches the interpreter's own frames could still find it.
 _DRIVER = """\
 import os, resource, sys
-path, seconds, memory, files, processes, proof = sys.argv[1:]
+proof = os.read(0, 64)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+path, seconds, memory, files, processes = sys.argv[1:]
 for kind, limit in (("CPU", int(seconds) + 1), ("AS", int(memory)), ("FSIZE", int(files)), ("NPROC", int(processes)),
                     ("CORE", 0)):
     try:
@@ -35,7 +38,7 @@ for kind, limit in (("CPU", int(seconds) + 1), ("AS", int(memory)), ("FSIZE", in
 del sys.argv[1:]
 with open(path, encoding="utf-8") as file:
     source = file.read()
-def run(write=os.write, proof=proof.encode()):
+def run(write=os.write, proof=proof):
     exec(compile(source, "solution.py", "exec"), {"__name__": "solution"})
     write(1, proof)
 del proof
@@ -102,17 +105,20 @@ class Sandbox:
             (folder / "program.py").write_text(program, encoding="utf-8", errors="replace")
             inside = "/program" if self._prefix else scratch
             numbers = (int(limits.seconds) + 1, limits.memory_mib << 20, limits.file_mib << 20, limits.processes)
-            python = [sys.executable, "-I", f"{inside}/driver.py", f"{inside}/program.py", *map(str, numbers), proof]
+            python = [sys.executable, "-I", f"{inside}/driver.py", f"{inside}/program.py", *map(str, numbers)]
             bind = ["--ro-bind", scratch, "/program", "--"] if self._prefix else []
             process = subprocess.Popen(
                 [*self._prefix, *bind, *python],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=None if self._prefix else scratch,
                 env={"LANG": "C.UTF-8", "HOME": "/tmp", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},  # noqa: S108
                 start_new_session=True,
             )
+            assert process.stdin is not None
+            with suppress(BrokenPipeError), process.stdin:  # it may have ended already
+                process.stdin.write(proof.encode())
             try:
                 process.wait(limits.seconds)
                 status = FAILED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,8 +291,9 @@ def load_items(
     Args:
         name: of :data:`TASKS`.
         path: a file (jsonl, json, either with .gz, or parquet), or a folder that mirrors a hub repository, whose files
-            with ``test`` in their path are read, or ``hub``. Default: the packaged file, else the hub. For a generated
-            task also the folder of a run that was trained on it; default: the test split of the data module's options.
+            with the word ``test`` in their path are read, or ``hub``. Default: the packaged file, else the hub. For a
+            generated task also the folder of a run that was trained on it; default: the test split of the data
+            module's options.
         limit: only so many of the first.
         generate: makes the rows of generated tasks.
 
@@ -343,6 +345,10 @@ def _rows(name: str, task: Task, path: Path | None, generate: Generate | None) -
     return _hub_rows(name, *task.hub)
 
 
+#: In a path; latest.jsonl is no test.
+_TEST = re.compile(r"(?<![a-z])test(s|ing|set)?(?![a-z])")
+
+
 def _data_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -350,7 +356,7 @@ def _data_files(path: Path) -> list[Path]:
         raise ValueError(f"--task-path {path} does not exist")
     kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
     found = sorted(file for file in path.rglob("*") if file.name.endswith(kinds) and file.is_file())
-    tests = [file for file in found if "test" in str(file.relative_to(path))]
+    tests = [file for file in found if _TEST.search(str(file.relative_to(path)).lower())]
     if not (tests or found):
         raise ValueError(f"--task-path {path} holds no {', '.join(kinds)}")
     if not tests and len(found) > 1:

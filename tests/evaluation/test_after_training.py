@@ -147,10 +147,12 @@ def test_what_cannot_be_done_is_said_before_training(tiny_llama, words, message,
     assert not Path("runs").exists()
 
 
-def test_an_unfinished_run_cannot_be_tested(tiny_llama, capsys):
+def test_a_run_that_is_unfinished_or_was_fused_otherwise_cannot_be_tested(tiny_llama, capsys):
     import shutil
 
     assert run(tiny_llama) == 0
+    assert main(PARTS, ["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
+    assert "run was fused by seedlora; --resume instead of test fuses it by ties" in capsys.readouterr().err
     shutil.rmtree("run/seed_42")
     assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2
     assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err

@@ -134,6 +134,34 @@ def test_a_prompt_longer_than_the_context_is_refused_before_generating(module):
     assert found[0].tokens <= 3
 
 
+def test_the_room_of_a_row_is_its_own(module):
+    """Whatever is beside it in the batch, also where the model has no position after its context."""
+    generate = stacked(module)
+    generate._context = 45
+    found = {}
+    asked = [Prompt(text) for text in ("x" * 43, *PROMPTS)]
+    generate({"seed_11": asked}, max_new_tokens=40, stops=(), on_done=lambda _, i, said: found.__setitem__(i, said))
+    for i, prompt in enumerate(asked):
+        row = module.tokenizer(prompt.text)["input_ids"]
+        said = peft_tokens(module, "seed_11", row, min(40, 45 - len(row)))
+        assert (found[i].tokens, found[i].text) == (
+            len(said),
+            module.tokenizer.decode(said, skip_special_tokens=True),
+        )
+    assert max(said.tokens for said in found.values()) > 2, "or the longest would do for all"
+
+
+def test_rows_that_ended_need_no_positions_beyond_the_model_s(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+    rows = [[1, 2, 3, 4, 5, 6], [1]] * 2
+    ended = lambda row, said: len(said) >= 8 - len(rows[row])  # noqa: E731
+    said = greedy(model, rows, blocks=1, max_new_tokens=7, ended=ended)
+    assert [len(tokens) for tokens in said] == [2, 7, 2, 7]
+
+
 def test_a_mixture_says_the_most_likely_token_of_the_mean(module):
     """Against one forward of every member over all that was said so far, token by token."""
     members = [f"seed_{seed}" for seed in SEEDS]

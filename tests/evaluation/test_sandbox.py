@@ -54,6 +54,26 @@ def test_nothing_passes_that_does_not_reach_its_end(program, bubblewrap):
     assert outcome.status == FAILED
 
 
+TELLTALE = """\
+import os, sys
+places = [os.path.join(os.path.dirname(sys.argv[0]), name) for name in ("driver.py", "program.py")]
+places += [f"/proc/{process}/{file}" for process in (os.getppid(), "self") for file in ("environ", "fd/0", "cmdline")]
+for place in places:
+    try:
+        os.write(1, os.read(os.open(place, os.O_RDONLY | os.O_NONBLOCK), 1500))
+    except OSError:
+        pass
+os.write(1, os.read(0, 100) + repr(sys.argv).encode())
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("bubblewrap", BOTH)
+def test_the_proof_of_the_end_is_not_lying_about(bubblewrap):
+    assert _sandbox(bubblewrap=bubblewrap).run(TELLTALE).status == FAILED
+    assert _sandbox(bubblewrap=bubblewrap).run("import sys\nassert sys.stdin.read() == ''").status == PASSED
+
+
 @pytest.mark.parametrize("bubblewrap", BOTH)
 def test_a_program_is_killed_at_the_limit_with_all_it_started(bubblewrap, tmp_path):
     sign = tmp_path / "sign"

@@ -145,6 +145,15 @@ def test_files_of_every_kind(tmp_path):
         assert [item.gold for item in load_items("gsm8k", path=tmp_path / path)] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "data/test-00000-of-00001.jsonl", "TestSet.jsonl", "test_1/a.jsonl"])
+def test_the_test_file_of_a_folder_is_named_by_a_word(tmp_path, name):
+    row = json.dumps({"question": "a?", "answer": "#### 1"})
+    for other in ("latest/a.jsonl", "contest.jsonl", "testimonials.jsonl", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text(row if other == name else f"{row}\n{row}")
+    assert len(load_items("gsm8k", path=tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
