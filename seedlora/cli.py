@@ -495,8 +495,6 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
-    if fusing := [word for word in argv if re.match(r"--(ensemble\.)?merge\b", word)]:
-        raise UsageError(f"test scores what {given[-1]} fused; {fusing[0]} fuses again, with --resume instead of test")
     # Tasks asked for now are not those of the run.
     anew = any(re.match(r"--evaluate(=|$)", word) for word in argv)
     reset = ["--evaluate_limit=null", "--evaluate_task_path={}", "--evaluate_max_new_tokens=null"] if anew else []
