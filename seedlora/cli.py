@@ -281,7 +281,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    prepare(trainer, quantization=module.hparams["quantization"])
+    prepare(trainer, quantization=module.hparams["quantization"], backend=module.hparams["compile"])
     ensemble.share(trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()

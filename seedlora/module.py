@@ -19,6 +19,7 @@ from torchmetrics import CatMetric
 
 from seedlora.base_model import ALL_LINEAR, EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
 from seedlora.card import base_note
+from seedlora.compiled import check_backend, compile_layers
 from seedlora.evaluation.generate import evaluating
 from seedlora.factors import LoRAFactors
 from seedlora.head import head_losses, is_plain
@@ -26,7 +27,7 @@ from seedlora.quantization import check_quantization
 from seedlora.selection import RowScores
 from seedlora.stacked import PARTS, AdapterStack, Start
 from seedlora.starts import prepare_base
-from seedlora.strategies import clip_gradients, is_sharded, prepare, release, shard, step_scale
+from seedlora.strategies import clip_gradients, decoder_layers, is_sharded, prepare, release, shard, step_scale
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -94,6 +95,8 @@ class SeedLoRAModule(pl.LightningModule):
         dtype: of the base weights: ``bfloat16``, ``float32``, or ``auto`` for bfloat16 where the machine is faster
             with it.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: the backend by which ``torch.compile`` compiles each decoder layer for training, ``inductor`` for
+            example; default: none.
 
     Raises:
         ValueError: for values out of range; the message names them.
@@ -123,6 +126,7 @@ class SeedLoRAModule(pl.LightningModule):
         warmup_steps: int | None = None,
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
+        compile: str | None = None,  # noqa: A002 - torch's word for it
     ) -> None:
         super().__init__()
         _require(r >= 1, f"model.r must be at least 1, got {r}")
@@ -148,6 +152,13 @@ class SeedLoRAModule(pl.LightningModule):
         for name, values in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
             low = {key: value for key, value in values.items() if value < 1}
             _require(not low, f"model.{name} must be at least 1 everywhere, got {low}")
+        if compile is not None:
+            check_backend(compile)
+            _require(
+                lora_dropout == 0,
+                f"model.compile {compile} does not go with model.lora_dropout {lora_dropout}, whose random streams "
+                "would break each graph into pieces; leave out one of them",
+            )
         target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
         self.save_hyperparameters()
         self.dtype_base = DTYPES[dtype] or fast_dtype()
@@ -285,7 +296,7 @@ class SeedLoRAModule(pl.LightningModule):
         same bits however often a module was used; validation and test keep the adapters that are there.
         """
         if self._trainer is not None:
-            prepare(self.trainer, quantization=self.hparams["quantization"])
+            prepare(self.trainer, quantization=self.hparams["quantization"], backend=self.hparams["compile"])
         if self._built == self.replicas and stage != "fit":
             return
         if self._built and not is_sharded(self.model):
@@ -313,6 +324,8 @@ class SeedLoRAModule(pl.LightningModule):
         if self.hparams["gradient_checkpointing"]:
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.hparams["compile"] is not None:
+            compile_layers(decoder_layers(self.model), self.hparams["compile"])
         self._built = self.replicas
         self.idle, self.diverged = set(), {}
 

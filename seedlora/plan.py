@@ -182,6 +182,7 @@ class RunPlan:
         merge: the method.
         dtype: of the base weights.
         adapter: what is trained, for people.
+        compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
     """
 
@@ -203,6 +204,7 @@ class RunPlan:
     merge: str
     dtype: str
     adapter: str
+    compile: str | None
     controls: str | None
 
     def table(self) -> Table:
@@ -231,10 +233,12 @@ class RunPlan:
                 "beside Python and its libraries"
             ),
             "merge": self.merge,
-            **({} if self.controls is None else {"controls": self.controls}),
+            "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first step takes longer",
+            "controls": self.controls,
         }
         for name, value in rows.items():
-            table.add_row(name, value)
+            if value is not None:
+                table.add_row(name, value)
         return table
 
 
@@ -274,6 +278,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         merge=ensemble.method_name,
         dtype=module.precision_of_base,
         adapter=module.adapter_words,
+        compile=hparams["compile"],
         controls=(
             f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "
             f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"

@@ -345,12 +345,12 @@ def _norms(layer: LoraLayer) -> Tensor:
 
 def _on(device: torch.device, layer: LoraLayer, name: str) -> Any:
     """What the stack keeps for a layer, moved there once: a buffer would be, too, but DDP sends those every forward."""
-    kept = vars(layer)[name]
+    kept = getattr(layer, name)
     if isinstance(kept, Start) and kept.A.device != device:
         vars(layer)[name] = kept._replace(A=kept.A.to(device), B=kept.B.to(device))
     elif isinstance(kept, Tensor) and kept.device != device:
         vars(layer)[name] = kept.to(device)
-    return vars(layer)[name]
+    return getattr(layer, name)
 
 
 def _gain(layer: LoraLayer, parts: Sequence[_Block | None], a_RK: Tensor) -> Tensor | None:
@@ -380,13 +380,19 @@ def _gain(layer: LoraLayer, parts: Sequence[_Block | None], a_RK: Tensor) -> Ten
 
 def _blocks(route: _Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
     """Shape (N, 1, R): the scaling on each block's own columns, zero elsewhere. Built once per kind of layer."""
+    if torch.compiler.is_compiling():  # the graph of one layer is that of others only if it leaves nothing behind
+        return _scaled_blocks(ranks, scales, like)
     key = (ranks, scales, like.device, like.dtype)
     if key not in route.blocks:
         # Training uses it too, which takes no tensor made in inference mode.
         with torch.inference_mode(False):
-            rows = [torch.full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
-            route.blocks[key] = torch.block_diag(*rows).unsqueeze(1).to(device=like.device, dtype=like.dtype)
+            route.blocks[key] = _scaled_blocks(ranks, scales, like)
     return route.blocks[key]
+
+
+def _scaled_blocks(ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
+    rows = [like.new_full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
+    return torch.block_diag(*rows).unsqueeze(1)
 
 
 def _dropout(layer: LoraLayer, x_MTK: Tensor, route: _Route) -> Tensor:

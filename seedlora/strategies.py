@@ -11,7 +11,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -21,11 +21,10 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
-    ParallelStrategy,
     StrategyRegistry,
 )
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -59,52 +58,20 @@ class FSDP2Strategy(ModelParallelStrategy):
     optimizer state, which are small, and nothing of the base model.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(save_distributed_checkpoint=False, **options)
+
     def setup_environment(self) -> None:
         """All processes share the data; none shares a layer's work."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands the state back to :meth:`load_optimizer_state_dict`."""
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights, whole."""
-        assert self.lightning_module is not None
-        named = self.lightning_module.named_parameters()
-        return {name: whole(parameter).cpu() for name, parameter in named if parameter.requires_grad}
+        """The trained weights, whole, on the first rank."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
-        """Deal the weights of :meth:`lightning_module_state_dict` out again."""
-        assert self.lightning_module is not None
-        with torch.no_grad():
-            for name, parameter in self.lightning_module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(_dealt(checkpoint["state_dict"][name], parameter))
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, whole."""
-        state = optimizer.state_dict()
-        states = {i: {key: whole(value).cpu() for key, value in of.items()} for i, of in state["state"].items()}
-        return {**state, "state": states}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Deal the state of :meth:`optimizer_state` out again."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            states = {
-                i: {key: _dealt(value, parameters[i]) for key, value in of.items()} for i, of in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": states})
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write one file, on the first rank."""
-        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it, on every rank."""
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)
 
 
 def shard(model: Any, trainer: pl.Trainer) -> None:
@@ -112,18 +79,20 @@ def shard(model: Any, trainer: pl.Trainer) -> None:
 
     A layer's weights, the adapters among them, are whole while it computes. A model is split once.
     """
-    if not isinstance(trainer.strategy, FSDP2Strategy):
+    if not isinstance(trainer.strategy, FSDP2Strategy) or is_sharded(model):
         return
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    if isinstance(model, FSDPModule):
-        return
     mesh = trainer.strategy.device_mesh["data_parallel"]
-    layers = set(model.get_base_model()._no_split_modules or ())
-    for layer in list(model.modules()):
-        if type(layer).__name__ in layers:
-            fully_shard(layer, mesh=mesh)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of a PEFT model that its family names as units, in their order."""
+    names = set(model.get_base_model()._no_split_modules or ())
+    return [layer for layer in model.modules() if type(layer).__name__ in names]
 
 
 def is_sharded(model: Any) -> bool:
@@ -165,7 +134,7 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
     return strategy
 
 
-def prepare(trainer: pl.Trainer, *, quantization: str = "none") -> None:
+def prepare(trainer: pl.Trainer, *, quantization: str = "none", backend: str | None = None) -> None:
     """Check that the trainer's strategy can train a stack, and set what it must leave to us.
 
     Called before the strategy sets up the model; a second call changes nothing.
@@ -173,6 +142,7 @@ def prepare(trainer: pl.Trainer, *, quantization: str = "none") -> None:
     Args:
         trainer: whose strategy it is.
         quantization: of the base model.
+        backend: that compiles its layers.
 
     Raises:
         ValueError: naming the option that cannot be right.
@@ -187,17 +157,18 @@ def prepare(trainer: pl.Trainer, *, quantization: str = "none") -> None:
             f"trainer.precision {trainer.precision} would keep the adapters in it too; "
             "leave it at 32-true and set --model.dtype for the base model"
         )
-    sharded = isinstance(strategy, DeepSpeedStrategy | FSDP2Strategy)
-    if sharded and trainer.precision != "32-true":
+    if not holds_whole_adapters(trainer) and trainer.precision != "32-true":
         raise ValueError(
             f"trainer.precision {trainer.precision} under {type(strategy).__name__} would round the adapters to it; "
             "leave it at 32-true and set --model.dtype for the base model"
         )
-    if quantization != "none" and splits_base(trainer):
-        raise ValueError(
-            f"model.quantization {quantization} and {type(strategy).__name__}, which splits the base model over the "
-            "processes, do not go together; use ddp or deepspeed_stage_2"
-        )
+    chosen = {"quantization": quantization if quantization != "none" else None, "compile": backend}
+    for option, value in chosen.items():
+        if value is not None and splits_base(trainer):
+            raise ValueError(
+                f"model.{option} {value} and {type(strategy).__name__}, which splits the base model over the "
+                "processes, do not go together; use ddp or deepspeed_stage_2"
+            )
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
@@ -272,11 +243,9 @@ def clip_gradients(
         strategy: which holds the gradients; ``None`` is one process.
     """
     if not isinstance(strategy, DeepSpeedStrategy):
+        clip: Any = torch.nn.utils.clip_grad_value_ if algorithm == "value" else torch.nn.utils.clip_grad_norm_
         for group in groups:
-            if algorithm == "value":
-                torch.nn.utils.clip_grad_value_(group, max_norm)
-            else:
-                torch.nn.utils.clip_grad_norm_(group, max_norm)
+            clip(group, max_norm)
         return
     # Lightning calls this after every micro-batch; there are gradients after the last one of a step.
     if not strategy.deepspeed_engine.is_gradient_accumulation_boundary():
@@ -363,13 +332,6 @@ def whole(parameter: Tensor) -> Tensor:
         full: Tensor = parameter.full_tensor()
         return full.detach()
     return parameter.detach().clone()
-
-
-def _dealt(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, split as ``like`` is; a tensor of another shape, a step count, as it is."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def _local_gradient(parameter: Any) -> Tensor | None:

@@ -36,7 +36,15 @@ KINDS = {
     "qlora": {"quantization": "nf4"},
     "int8": {"quantization": "int8"},
     "pissa": {"adapter": "pissa"},
+    "rslora": {"adapter": "rslora"},
+    "compiled": {"compile": "aot_eager"},
 }
+
+
+def strategies_of(kind):
+    """Packed weights and compiled layers are refused where the base model is split."""
+    whole_base = KINDS[kind].keys() & {"quantization", "compile"}
+    return ("ddp", "zero2") if whole_base else ("ddp", "zero2", "zero3", "fsdp2")
 
 
 class Poison(pl.Callback):
@@ -94,9 +102,9 @@ def run(
 
 
 def main_of_kinds(base_model: str, folder: str) -> None:
-    """The kinds of adapter under the strategies that do not split the base model."""
+    """The kinds of adapter under the strategies."""
     for kind, options in KINDS.items():
-        for name in ("ddp", "zero2"):
+        for name in strategies_of(kind):
             run(base_model, Path(folder) / kind / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **options)
 
 

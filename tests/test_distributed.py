@@ -85,12 +85,13 @@ def two_of_each_kind(tiny_llama, tmp_path_factory):
 def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, two_of_each_kind, tmp_path, kind):
     options = strategies_job.KINDS[kind]
     strategies_job.run(tiny_llama, tmp_path, batch_size=4, strategy=lambda: "auto", devices=1, **options)
-    for name in ("ddp", "zero2"):
+    for name in strategies_job.strategies_of(kind):
+        tolerance = 1e-4 if name in ("zero3", "fsdp2") else 1e-5
         for seed in ("seed_11", "seed_42", "seed_202"):
             file = Path(seed) / "adapter_model.safetensors"
             expected, found = load_file(tmp_path / file), load_file(two_of_each_kind / kind / name / file)
             for key, tensor in expected.items():
-                assert ((found[key] - tensor).norm() / tensor.norm()).item() < 1e-5, (name, key)
+                assert ((found[key] - tensor).norm() / tensor.norm()).item() < tolerance, (name, key)
         assert (two_of_each_kind / kind / name / "fused" / "adapter_config.json").is_file()
 
 

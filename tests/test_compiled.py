@@ -1,0 +1,179 @@
+"""Compiled decoder layers: the same numbers as without, few graphs, and none outside of training."""
+
+from __future__ import annotations
+
+import shutil
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import make_module
+from strategies_job import Poison
+from test_adapters import moved, relative, saved, train
+from test_packing import prepared, sampler_of
+from test_training import SEEDS, difference, fit
+from torch._dynamo.utils import counters
+
+from datamodules.rows import ReplicaRows
+from seedlora.strategies import choose_strategy, prepare
+
+NAMES = [f"seed_{seed}" for seed in SEEDS]
+
+
+def graphs():
+    """How many were compiled since the last call; no part of a layer may be left out of them."""
+    assert not counters["graph_break"], counters["graph_break"]
+    number = counters["stats"]["unique_graphs"]
+    counters.clear()
+    return number
+
+
+def step(module, ids, names=NAMES, positions=None):
+    """Losses and gradients of a step."""
+    module.zero_grad()
+    module.stack.route(names)
+    losses, _, _ = module.token_losses(ids, ids, positions)
+    losses.sum().backward()
+    return [losses.detach(), *(p.grad for name in names for p in module.stack.parameters(name))]
+
+
+def rows(length, seed=0):
+    return torch.randint(257, (6, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pair(base_model, **options):
+    """The same adapters twice, the second one compiled."""
+    found = [moved(base_model, *SEEDS, **options, compile=backend) for backend in (None, "aot_eager")]
+    for module in found:
+        module.model.train()
+    counters.clear()
+    return found
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+KINDS = {
+    "lora": ({}, 2),
+    "dora": ({"adapter": "dora"}, 2),
+    "pissa": ({"adapter": "pissa"}, 2),
+    "nf4": ({"quantization": "nf4"}, 2),
+    "int8": ({"quantization": "int8"}, 2),
+    # whose inputs all take a gradient
+    "checkpointing": ({"gradient_checkpointing": True}, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_eager_layers(tiny_llama, kind):
+    options, expected = KINDS[kind]
+    eager, compiled = pair(tiny_llama, **options)
+    for length in (7, 12, 9):
+        ids = rows(length, seed=length)
+        same(step(eager, ids), step(compiled, ids))
+    assert graphs() == expected
+
+
+def test_a_seed_that_is_left_out_changes_the_graphs_once(tiny_llama):
+    eager, compiled = pair(tiny_llama)
+    for names, expected in ((NAMES, 2), (NAMES[::2], 2), (NAMES, 0), (NAMES[::2], 0)):
+        ids = rows(8)[: 2 * len(names)]
+        same(step(eager, ids, names), step(compiled, ids, names))
+        assert graphs() == expected
+
+
+def test_packed_rows_are_compiled_too(tiny_llama):
+    eager, compiled = pair(tiny_llama)
+    data = prepared(compiled)
+    for micro in list(sampler_of(data).micro_batches(0))[:3]:
+        batch = ReplicaRows(data.rows["train"])[micro]
+        ids, positions = batch["input_ids"].flatten(0, 1), batch["position_ids"].flatten(0, 1)
+        same(step(eager, ids, positions=positions), step(compiled, ids, positions=positions))
+    assert graphs() == 2
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_for_an_evaluation(tiny_llama):
+    eager, compiled = pair(tiny_llama)
+    for module in (eager, compiled):
+        module.model.eval()
+        module.stack.route(["seed_42", None])
+    assert torch.equal(eager.model(input_ids=rows(5)).logits, compiled.model(input_ids=rows(5)).logits)
+    assert graphs() == 0
+
+
+def test_a_run_with_validations_ends_as_without(tiny_llama, tmp_path):
+    """Rows of many lengths, a last batch that is smaller, accumulation, and the fused adapter between the steps."""
+    options = {"val_check_interval": 2, "epochs": 2}
+    eager = fit(tiny_llama, tmp_path / "eager", SEEDS, **options)
+    counters.clear()
+    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options={"compile": "aot_eager"}, **options)
+    assert graphs() == 2
+    assert max(difference(compiled[seed], eager[seed]) for seed in SEEDS) < 1e-6
+
+
+def test_a_diverged_seed_is_left_out_of_the_compiled_stack(tiny_llama, tmp_path):
+    """And the stack of passes: a second fit compiles for its own seeds."""
+    ended = []
+    for backend in (None, "aot_eager"):
+        from callbacks import SeedEnsembleCallback
+        from tests.conftest import make_data
+
+        callback = SeedEnsembleCallback(
+            SEEDS, dirpath=tmp_path / str(backend), merge="none", budget="full", stack_size=2, on_divergence="exclude"
+        )
+        module = make_module(tiny_llama, compile=backend)
+        while callback.pending:
+            silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+            poison = Poison("seed_42", 2)
+            trainer = pl.Trainer(max_steps=4, callbacks=[callback, poison], accelerator="cpu", **silent)
+            trainer.fit(module, datamodule=make_data())
+        assert list(callback.excluded) == [42]
+        ended.append([saved(callback.adapter_path(seed)) for seed in (11, 202)])
+    for eager, compiled in zip(*ended, strict=True):
+        assert max(relative(compiled[key], tensor) for key, tensor in eager.items()) < 1e-6
+
+
+def test_a_compiled_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path):
+    options = {"compile": "aot_eager", "max_steps": 4}
+    whole = train(tiny_llama, tmp_path / "whole", SEEDS[:2], **options)
+    with pytest.raises(TimeoutError):
+        train(tiny_llama, tmp_path / "stopped", SEEDS[:2], stop=3, **options)
+    resumed = train(tiny_llama, tmp_path / "stopped", SEEDS[:2], resume=True, **options)
+    expected = saved(whole.adapter_path(42))
+    assert all(torch.equal(saved(resumed.adapter_path(42))[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_inductor_trains_the_same_but_for_rounding(tiny_llama, tmp_path):
+    eager = fit(tiny_llama, tmp_path / "eager", SEEDS)
+    counters.clear()
+    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options={"compile": "inductor"})
+    assert graphs() == 2
+    assert max(difference(compiled[seed], eager[seed]) for seed in SEEDS) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "inducter"}, "Unknown model.compile 'inducter'; choose one of .*aot_eager.*, inductor"),
+        (
+            {"compile": "inductor", "lora_dropout": 0.1},
+            "model.compile inductor .* model.lora_dropout 0.1",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_before_anything_loads(tiny_llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_module(tiny_llama, **options)
+
+
+@pytest.mark.parametrize("name", ["deepspeed_stage_3", "fsdp2"])
+def test_layers_in_parts_are_not_compiled(name):
+    strategy = choose_strategy(name, accelerator="cpu")
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="model.compile inductor and .*Strategy, which splits.*use ddp"):
+        prepare(trainer, backend="inductor")
