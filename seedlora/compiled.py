@@ -7,7 +7,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+#: Graphs of one class of layers: 16 replicas that stop one by one.
+_GRAPHS = 64
 
 
 def check_backend(name: str) -> None:
@@ -24,9 +28,10 @@ def check_backend(name: str) -> None:
 def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
     """Replace ``forward`` of each layer by a compiled one while the layer is in training mode.
 
-    Layers of one class share what is compiled: one graph for the first, whose input takes no gradient, and one for all
-    others, of any length. Another set of replicas in the stack is another pair. In eval mode, where routes and caches
-    change with every forward, a layer stays as it is. Nothing is compiled before the first forward.
+    Layers of one class share what is compiled: a graph for the first, whose input takes no gradient, and one for all
+    others; then, where lengths differ, two more for any length. Another set of replicas, or another number of rows, is
+    two more. In eval mode, where routes and caches change with every forward, a layer stays as it is. Nothing is compiled
+    before the first forward.
 
     Args:
         layers: called again for the same ones, it replaces what it did.
@@ -34,13 +39,20 @@ def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
     """
     # Graphs of an earlier fit are of adapters that are gone.
     torch.compiler.reset()
+    # Beyond it, layers would run as they are. Torch's 8 are two sets of replicas.
+    config, mark_static = torch._dynamo.config, torch._dynamo.mark_static
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     compiled: dict[type[nn.Module], Any] = {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kind = type(self)
-        return (compiled[kind] if self.training else kind.forward)(self, *args, **kwargs)
+        if not self.training:
+            return type(self).forward(self, *args, **kwargs)
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                # A number of rows seldom changes, and one that is a symbol makes tracing take ten times as long.
+                mark_static(tensor, 0)
+        return compiled[type(self)](self, *args, **kwargs)
 
     for layer in layers:
-        # Dynamic from the start: a graph of the first length alone would be another one after a resume.
-        compiled[type(layer)] = torch.compile(type(layer).forward, backend=backend, dynamic=True)
+        compiled[type(layer)] = torch.compile(type(layer).forward, backend=backend)
         vars(layer)["forward"] = MethodType(forward, layer)
