@@ -40,7 +40,7 @@ from seedlora.report import next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
 from seedlora.report.results import BASE
-from seedlora.strategies import ProcessWatch, choose_strategy, is_sharded, lost_connection, prepare
+from seedlora.strategies import ProcessWatch, choose_strategy, is_partitioned, is_sharded, lost_connection, prepare
 
 USAGE = """\
 Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
@@ -417,8 +417,7 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
         return True
     module.setup("test")
-    if is_sharded(module.model) or not all(parameter.numel() for parameter in module.model.parameters()):
-        # This process has a part of the model only.
+    if is_sharded(module.model) or is_partitioned(module.model):
         folder = f"--adapter {ensemble.fused_path}"
         console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
         return True

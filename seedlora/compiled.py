@@ -30,8 +30,8 @@ def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
 
     Layers of one class share what is compiled: a graph for the first, whose input takes no gradient, and one for all
     others; then, where lengths differ, two more for any length. Another set of replicas, or another number of rows, is
-    two more. In eval mode, where routes and caches change with every forward, a layer stays as it is. Nothing is compiled
-    before the first forward.
+    two more. In eval mode, where routes and caches change with every forward, a layer stays as it is. Nothing is
+    compiled before the first forward.
 
     Args:
         layers: called again for the same ones, it replaces what it did.

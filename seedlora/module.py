@@ -27,7 +27,16 @@ from seedlora.quantization import check_quantization
 from seedlora.selection import RowScores
 from seedlora.stacked import PARTS, AdapterStack, Start
 from seedlora.starts import prepare_base
-from seedlora.strategies import clip_gradients, decoder_layers, is_sharded, prepare, release, shard, step_scale
+from seedlora.strategies import (
+    clip_gradients,
+    decoder_layers,
+    is_partitioned,
+    is_sharded,
+    prepare,
+    release,
+    shard,
+    step_scale,
+)
 
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
@@ -299,7 +308,9 @@ class SeedLoRAModule(pl.LightningModule):
             prepare(self.trainer, quantization=self.hparams["quantization"], backend=self.hparams["compile"])
         if self._built == self.replicas and stage != "fit":
             return
-        if self._built and not is_sharded(self.model):
+        # DoRA's magnitudes start at the norms of the weights.
+        lost = self._built and self.hparams["adapter"] == "dora" and is_partitioned(self.model)
+        if self._built and not is_sharded(self.model) and not lost:
             base = self.model.unload()
         else:
             base, self._starts = prepare_base(

@@ -102,6 +102,11 @@ def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_partitioned(model: Any) -> bool:
+    """Whether ZeRO-3 has dealt the model's weights out: other adapters can be put on it, if they need no weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Strategy:
     """What to give the trainer for the strategy that the user named.
 
