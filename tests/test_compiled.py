@@ -7,17 +7,20 @@ import shutil
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import make_module
+from conftest import make_data, make_module
 from strategies_job import Poison
 from test_adapters import moved, relative, saved, train
 from test_packing import prepared, sampler_of
 from test_training import SEEDS, difference, fit
 from torch._dynamo.utils import counters
 
+from callbacks import SeedEnsembleCallback
 from datamodules.rows import ReplicaRows
 from seedlora.strategies import choose_strategy, prepare
 
 NAMES = [f"seed_{seed}" for seed in SEEDS]
+#: Two of each seven layers, because tracing takes time.
+SOME = {"target_modules": ["q_proj", "down_proj"]}
 
 
 def graphs():
@@ -42,8 +45,8 @@ def rows(length, seed=0):
 
 
 def pair(base_model, **options):
-    """The same adapters twice, the second one compiled; on two layers of each seven, because tracing takes time."""
-    options = {"target_modules": ["q_proj", "down_proj"], **options}
+    """The same adapters twice, the second one compiled."""
+    options = {**SOME, **options}
     found = [moved(base_model, *SEEDS, **options, compile=backend) for backend in (None, "aot_eager")]
     for module in found:
         module.model.train()
@@ -117,9 +120,10 @@ def test_nothing_is_compiled_for_an_evaluation(tiny_llama):
 def test_a_run_with_validations_ends_as_without(tiny_llama, tmp_path):
     """Rows of many lengths, a last batch that is smaller, accumulation, and the fused adapter between the steps."""
     options = {"val_check_interval": 2, "epochs": 2}
-    eager = fit(tiny_llama, tmp_path / "eager", SEEDS, **options)
+    eager = fit(tiny_llama, tmp_path / "eager", SEEDS, module_options=SOME, **options)
     counters.clear()
-    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options={"compile": "aot_eager"}, **options)
+    backend = {"compile": "aot_eager"}
+    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options=SOME | backend, **options)
     assert graphs() == 4
     assert max(difference(compiled[seed], eager[seed]) for seed in SEEDS) < 1e-6
 
@@ -129,13 +133,10 @@ def test_a_diverged_seed_is_left_out_of_the_compiled_stack(tiny_llama, tmp_path)
     """And the stack of passes: a second fit compiles for its own seeds."""
     ended = []
     for backend in (None, "aot_eager"):
-        from callbacks import SeedEnsembleCallback
-        from tests.conftest import make_data
-
         callback = SeedEnsembleCallback(
             SEEDS, dirpath=tmp_path / str(backend), merge="none", budget="full", stack_size=2, on_divergence="exclude"
         )
-        module = make_module(tiny_llama, compile=backend)
+        module = make_module(tiny_llama, compile=backend, **SOME)
         while callback.pending:
             silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
             poison = Poison("seed_42", 2)
@@ -149,7 +150,7 @@ def test_a_diverged_seed_is_left_out_of_the_compiled_stack(tiny_llama, tmp_path)
 
 @pytest.mark.slow
 def test_a_compiled_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path):
-    options = {"compile": "aot_eager", "max_steps": 4}
+    options = {**SOME, "compile": "aot_eager", "max_steps": 4}
     whole = train(tiny_llama, tmp_path / "whole", SEEDS[:2], **options)
     with pytest.raises(TimeoutError):
         train(tiny_llama, tmp_path / "stopped", SEEDS[:2], stop=3, **options)
@@ -161,9 +162,9 @@ def test_a_compiled_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 def test_inductor_trains_the_same_but_for_rounding(tiny_llama, tmp_path):
-    eager = fit(tiny_llama, tmp_path / "eager", SEEDS)
+    eager = fit(tiny_llama, tmp_path / "eager", SEEDS, module_options=SOME)
     counters.clear()
-    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options={"compile": "inductor"})
+    compiled = fit(tiny_llama, tmp_path / "compiled", SEEDS, module_options={**SOME, "compile": "inductor"})
     assert graphs() == 4
     assert max(difference(compiled[seed], eager[seed]) for seed in SEEDS) < 1e-4
 
