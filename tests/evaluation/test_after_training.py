@@ -135,6 +135,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
         (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
         (["--evaluate", "boolq"], "needs its test file"),
         (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
+        (["--evaluate_lm_eval", "gsm8k_cot", "--data.task", "gsm_symbolic"], "scoring gsm8k_cot after training on gsm"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
         (["test"], "test needs the run to score"),
         (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),
