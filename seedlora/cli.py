@@ -353,7 +353,8 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
-        with timed(ensemble.dirpath / COST_NAME, control) if trainer.is_global_zero else nullcontext():
+        device = trainer.strategy.root_device
+        with timed(ensemble.dirpath / COST_NAME, device, control) if trainer.is_global_zero else nullcontext():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
@@ -513,8 +514,9 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
     # Tasks asked for now are not those of the run.
-    anew = any(re.match(r"--evaluate(=|$)", word) for word in argv)
-    reset = ["--evaluate_limit=null", "--evaluate_task_path={}", "--evaluate_max_new_tokens=null"] if anew else []
+    anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
+    reset = ["--evaluate=", "--evaluate_lm_eval=", "--evaluate_limit=null", "--evaluate_task_path={}"]
+    reset = [*reset, "--evaluate_max_new_tokens=null"] if anew else []
     return ["--config", str(file), *reset, *argv, "--ensemble.resume=true"]
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from datamodules import ReasoningGym, prompts
 from seedlora.cli import main
@@ -87,6 +88,10 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert len(answers("run/evaluation")) == 24
     assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
     assert "24 of 24 answers are there already" in capsys.readouterr().out
+    # Of a run that was scored by the harness, only what is asked for now.
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(yaml.safe_dump(config | {"evaluate_lm_eval": "no_such_task"}))
+    assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
 
 
 def test_the_task_of_the_training_is_scored_on_the_runs_own_test_split(tiny_llama):
