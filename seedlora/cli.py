@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +29,9 @@ from seedlora.adapter import adapter_sha256, read_adapter
 from seedlora.atomic import atomic_file
 from seedlora.comparison import ALL_CONTROLS
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
-from seedlora.evaluation.command import make_sandbox, score, task_runs
+from seedlora.evaluation.command import make_sandbox, score, score_with_harness, task_runs
 from seedlora.evaluation.generate import StackGenerator
+from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
@@ -180,6 +181,10 @@ class SeedLoRACLI(LightningCLI):
         scores.add_argument("--evaluate_max_new_tokens", type=int | None, default=None, help="default: the protocol's")
         scores.add_argument("--evaluate_batch_size", type=int, default=16, help="items in one forward")
         scores.add_argument("--evaluate_execute_code", type=bool, default=False, help="run code, inside bubblewrap")
+        scores.add_argument("--evaluate_lm_eval", type=str, default="", help="tasks of lm-evaluation-harness, A,B")
+        scores.add_argument(
+            "--evaluate_lm_eval_path", type=Path | None, default=None, help="YAML files of tasks of yours"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the run that ``--resume`` means."""
@@ -238,7 +243,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
             anew = f"--resume instead of test fuses it by {cli.ensemble.method_name}"
             raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise}; {anew}")
-        runs, sandbox = _tasks(cli, console)
+        asked = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
         print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
@@ -254,7 +259,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
-        scored = _evaluate(cli, runs, sandbox, console)
+        code = _evaluate(cli, asked, console)
         _report(cli, console)
         if cli.trainer.is_global_zero:
             (cli.ensemble.dirpath / UNFINISHED_NAME).unlink(missing_ok=True)
@@ -269,7 +274,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         _stopped(cli, "the connection to another process was lost")
         return 1
     console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
-    return 0 if scored else 2
+    return code
 
 
 def _stopped(cli: SeedLoRACLI, reason: str) -> None:
@@ -348,7 +353,8 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
             console.print(f"Going on from {checkpoint}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
-        with timed(ensemble.dirpath / COST_NAME, control) if trainer.is_global_zero else nullcontext():
+        device = trainer.strategy.root_device
+        with timed(ensemble.dirpath / COST_NAME, device, control) if trainer.is_global_zero else nullcontext():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return
@@ -383,19 +389,31 @@ def _concrete(kind: type) -> list[type]:
     return below if inspect.isabstract(kind) else [kind, *below]
 
 
-def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox | None]:
+@dataclass(frozen=True)
+class _Tasks:
+    """What is scored by generation: tasks of ours, and the names of the harness's with its table of them."""
+
+    runs: Sequence[TaskRun] = ()
+    sandbox: Sandbox | None = None
+    harness: Sequence[str] = ()
+    manager: Any = None
+
+
+def _tasks(cli: SeedLoRACLI, console: Console) -> _Tasks:
     """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
+    names, harness = ([name for name in text.split(",") if name] for text in (config.evaluate, config.evaluate_lm_eval))
     own = {f"data.{key}": value for key, value in getattr(cli.datamodule, "hparams", {}).items()}
     trained_on = str(own.get("data.task"))
-    if not (names := [name for name in config.evaluate.split(",") if name]):
-        return [], None
+    if not (names or harness):
+        return _Tasks()
     if config.evaluate_batch_size < 1:
         raise UsageError(f"--evaluate_batch_size must be at least 1, got {config.evaluate_batch_size}")
     check_tasks(names)
-    if seen := [name for name in names if trained_on in TASKS and name in TASKS[trained_on].made_of]:
+    known = TASKS[trained_on].made_of if trained_on in TASKS else ()
+    if seen := [name for name in (*names, *harness) if name.startswith(known)]:
         raise UsageError(
-            f"--evaluate {seen[0]} after training on {trained_on}, whose rows are variants of its test items, would "
+            f"scoring {seen[0]} after training on {trained_on}, whose rows are variants of its test items, would "
             "measure what was seen; evaluate other tasks, or train on other data"
         )
     paths = [f"{task}={path}" for task, path in config.evaluate_task_path.items()]
@@ -403,24 +421,26 @@ def _tasks(cli: SeedLoRACLI, console: Console) -> tuple[list[TaskRun], Sandbox |
     def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
         return cli.parts.generate(task, own if run is None and task == trained_on else run)
 
-    with console.status(f"Reading {', '.join(names)} ..."):
+    with console.status(f"Reading {', '.join((*names, *harness))} ..."):
         runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
-        return runs, make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
+        sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
+        manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
+        return _Tasks(runs, sandbox, harness, manager)
 
 
-def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None, console: Console) -> bool:
-    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory; False if that was refused.
+def _evaluate(cli: SeedLoRACLI, asked: _Tasks, console: Console) -> int:
+    """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory.
 
-    Answers of an older fusion are replaced.
+    Answers of an older fusion are replaced. Returns the exit code: what fails here costs neither run nor report.
     """
     module, ensemble, trainer = cli.model, cli.ensemble, cli.trainer
-    if not runs or trainer.fast_dev_run or not trainer.is_global_zero:
-        return True
+    if not (asked.runs or asked.harness) or trainer.fast_dev_run or not trainer.is_global_zero:
+        return 0
     module.setup("test")
     if is_sharded(module.model) or is_partitioned(module.model):
-        folder = f"--adapter {ensemble.fused_path}"
-        console.print(f"not scored, the model is split over processes: python -m seedlora evaluate {folder} --task ...")
-        return True
+        again = f"python -m seedlora evaluate --adapter {ensemble.fused_path} --task ..."
+        console.print(f"not scored, the model is split over processes: {again}")
+        return 0
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
@@ -448,21 +468,19 @@ def _evaluate(cli: SeedLoRACLI, runs: Sequence[TaskRun], sandbox: Sandbox | None
     dtype = str(module.dtype_base).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     settings["quantization"] = module.hparams["quantization"]
-    scored = Scored(generator, candidates, settings)
+    scored, folder = Scored(generator, candidates, settings), ensemble.dirpath / "evaluation"
+    adapters = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
+    limit = cli.config.evaluate_limit
     try:
-        score(
-            scored,
-            runs,
-            ensemble.dirpath / "evaluation",
-            console,
-            sandbox=sandbox,
-            method=ensemble.method_name,
-            replace=True,
-        )
-    except ValueError as error:
+        if asked.runs:
+            method = ensemble.method_name
+            score(scored, asked.runs, folder, console, sandbox=asked.sandbox, method=method, replace=True)
+        if asked.harness:
+            score_with_harness(adapters, asked.harness, asked.manager, folder, console, limit=limit)
+    except (ValueError, OSError) as error:
         print(f"train.py: not scored: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
-        return False
-    return True
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:
@@ -495,8 +513,9 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
     # Tasks asked for now are not those of the run.
-    anew = any(re.match(r"--evaluate(=|$)", word) for word in argv)
-    reset = ["--evaluate_limit=null", "--evaluate_task_path={}", "--evaluate_max_new_tokens=null"] if anew else []
+    anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
+    reset = ["--evaluate=", "--evaluate_lm_eval=", "--evaluate_limit=null", "--evaluate_task_path={}"]
+    reset = [*reset, "--evaluate_max_new_tokens=null"] if anew else []
     return ["--config", str(file), *reset, *argv, "--ensemble.resume=true"]
 
 

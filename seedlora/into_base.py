@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.adapter import Adapter, AdapterError
+from seedlora.adapter import BASE_NAME, Adapter, AdapterError, locate
 from seedlora.atomic import atomic_folder
 from seedlora.base_weights import MODEL_FILES, BaseWeights
 from seedlora.fuse import (
@@ -72,6 +72,11 @@ def fuse_into_base(
     bound = bind(method, options)
     weights, out = BaseWeights(base), Path(out)
     check_output(out, sources, base)
+    if weights.quantization is None and (bound_to := [s for s in sources if (locate(s) / BASE_NAME).is_file()]):
+        raise AdapterError(
+            f"{bound_to[0]} belongs on the base model in 4 bits alone, as its {BASE_NAME} says, and {base} is not "
+            "quantised; give a folder of the base that bitsandbytes stored in 4 bits"
+        )
     homes: Mapping[str, Path] = weights.files
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     stacks = stack_updates(adapters, weights)

@@ -177,6 +177,7 @@ class RunPlan:
         trainable: parameters of one replica.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
+        memory_alone: estimate for one seed alone.
         model: its name.
         data: its name, with validation and test rows.
         merge: the method.
@@ -199,6 +200,7 @@ class RunPlan:
     trainable: int
     base_parameters: int
     memory: Memory
+    memory_alone: Memory
     model: str
     data: str
     merge: str
@@ -273,6 +275,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         trainable=trainable_parameters(module),
         base_parameters=model.parameters,
         memory=memory_of(module, data)(stack),
+        memory_alone=memory_of(module, data)(1),
         model=hparams["base_model"],
         data=_rows(data),
         merge=ensemble.method_name,
@@ -289,23 +292,24 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
 
 
 def write_cost(file: Path, plan: RunPlan) -> None:
-    """Write down what a run is going to do and by which libraries; the time that an earlier part took is kept."""
+    """Write down what a run is going to do and by which libraries; what an earlier part took is kept."""
     versions = {name: version(name) for name in LIBRARIES}
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"seconds": 0.0, "controls": {}}
-    taken = {key: before.get(key, {}) for key in ("seconds", "controls")}
+    taken = {key: before[key] for key in ("seconds", "controls", "peak_bytes") if key in before}
     cost = {"plan": asdict(plan), "versions": {"python": python_version(), **versions}, **taken}
     write_text(file, json.dumps(cost, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def timed(file: Path, control: str | None = None) -> Iterator[None]:
+def timed(file: Path, device: torch.device, control: str | None = None) -> Iterator[None]:
     """Add the seconds that the block takes to those in a cost file, also when it is interrupted.
 
     Args:
         file: written by :func:`write_cost`.
+        device: whose memory is watched, while seeds are trained.
         control: the control that is trained; default: the seeds.
     """
-    started = time.monotonic()
+    started, peak = time.monotonic(), PeakMemory(device)
     try:
         yield
     finally:
@@ -313,6 +317,8 @@ def timed(file: Path, control: str | None = None) -> Iterator[None]:
             cost = json.loads(file.read_text(encoding="utf-8"))
             where, key = (cost, "seconds") if control is None else (cost["controls"], control)
             where[key] = where.get(key, 0.0) + time.monotonic() - started
+            if control is None:
+                cost["peak_bytes"] = max(cost.get("peak_bytes", 0), peak.bytes)
             write_text(file, json.dumps(cost, indent=2) + "\n")
 
 

@@ -445,6 +445,13 @@ def test_what_only_one_of_them_has(kind, said, copy, made, tmp_path):
         fuse_folders([made(kind).folders[0], copy("lora", **base)], tmp_path / "out")
 
 
+def test_loftq_s_adapters_do_not_go_into_another_base(made, copy, tmp_path):
+    folder = copy("lora")
+    (folder / "base.json").write_text('{"quantization": "nf4"}')
+    with pytest.raises(AdapterError, match="belongs on the base model in 4 bits alone.* is not quantised"):
+        fuse_into_base([folder], made("lora").base, tmp_path / "out")
+
+
 def test_biases_need_a_place_in_the_base(copy, made, tmp_path):
     llama().save_pretrained(tmp_path / "without")
     with pytest.raises(AdapterError, match="has no bias in the base model"):

@@ -239,6 +239,14 @@ def test_the_figures_of_a_comparison(compared):
     cost = {row["adapter"]: row["tokens"] for row in found["adapters"]}
     assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
     assert found["control_seconds"].keys() == {"long_seed", "wide_seed"}
+    shares = {row["what"]: (row["all"], row["one"]) for row in found["shares"]}
+    plan = json.loads((compared / "cost.json").read_text())["plan"]
+    estimates = tuple(sum(plan[key].values()) / 2**30 for key in ("memory", "memory_alone"))
+    assert shares["tokens"] == (cost["fused"], cost["seed_11"])
+    assert shares["memory of training, estimated, GiB"] == estimates
+    assert estimates[0] > estimates[1] > estimates[0] / 3
+    assert shares["training on the tokens of all, seconds"] == (found["seconds"], found["control_seconds"]["long_seed"])
+    assert "its peak as measured" in text
     ends = found["training"]["train"]["seed_11"][-1:]
     assert {row["adapter"]: row["train_loss"] for row in found["adapters"]}["seed_11"] == ends[0][1]
     against = {row["against"] for row in found["tests"][0]["comparisons"] if row["adapter"] == "fused"}

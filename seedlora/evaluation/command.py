@@ -289,16 +289,17 @@ def score_with_harness(
     write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
     limited = "" if limit is None else f", {limit} documents of each task"
     table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
-    for header in ("task", "metric", *names):
-        table.add_column(header, justify="left" if header in ("task", "metric") else "right", overflow="fold")
+    for header in ("task", "metric", "adapter", "value"):
+        table.add_column(header, justify="right" if header == "value" else "left", overflow="fold")
     # A group's own line says it all; its many parts are in the file.
     first = scores[names[0]]
-    shown = [task for task in first if task in tasks] or list(first)
-    for task in shown:
+    for task in [task for task in first if task in tasks] or list(first):
         for metric in first[task]:
-            cells = [scores[name][task][metric] for name in names]
-            errors = ["" if cell.stderr is None else f" ({cell.stderr:.3f})" for cell in cells]
-            table.add_row(task, metric, *(f"{c.value:.3f}{e}" for c, e in zip(cells, errors, strict=True)))
+            for name in names:
+                cell = scores[name][task][metric]
+                error = "" if cell.stderr is None else f" ({cell.stderr:.3f})"
+                table.add_row(*((task, metric) if name == names[0] else ("", "")), name, f"{cell.value:.3f}{error}")
+            table.add_section()
     console.print()
     console.print(table)
     console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)

@@ -49,9 +49,9 @@ def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ValueError("--lm-eval needs lm-evaluation-harness: pip install 'seedlora[lm-eval]'") from None
+        raise ValueError(f"{tasks[0]} needs lm-evaluation-harness: pip install 'seedlora[lm-eval]'") from None
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"--lm-eval-path {folder} is no folder")
+        raise ValueError(f"{folder} is no folder with tasks of lm-evaluation-harness")
     for defaults in (False, True):
         if defaults or folder is not None:
             manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)

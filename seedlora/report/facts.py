@@ -48,6 +48,8 @@ _ANSWERED_BY_OTHERS = (
     "Tasks were scored by generation before the seeds were fused anew, and {} answered with other weights: these "
     "scores are not shown. train.py test --evaluate scores the adapters of today."
 )
+#: What of the plan a seed has, and the ensemble as often as it has seeds.
+_COUNTED = {"tokens": "tokens", "supervised": "of these scored", "trainable": "trainable parameters"}
 #: Draws of what chance does to the lead of a seed.
 DEALS = 1000
 
@@ -93,6 +95,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         "cost": cost.get("plan"),
         "seconds": cost.get("seconds"),
         "control_seconds": cost.get("controls", {}),
+        "shares": _shares(cost),
         "missing": [],
         "reproduce": {
             "command": f"python train.py --config {run.resolve().name}/config.yaml --ensemble.dirpath NEW",
@@ -306,6 +309,24 @@ def _training(run: Path, seeds: Sequence[str]) -> Facts:
         "train": {label: _averaged(curve, stretch) for label, curve in train.items()},
         "validation": validation,
     }
+
+
+def _shares(cost: Mapping[str, Any]) -> list[Facts]:
+    """What the ensemble takes, and what one of its seeds takes alone; ``None`` where that is not known.
+
+    The time of one seed is that of the control that is trained for the tokens of all.
+    """
+    if not (plan := cost.get("plan")):
+        return []
+    n = len(plan["seeds"])
+    estimates = (sum(plan.get(key, {}).values()) / 2**30 for key in ("memory", "memory_alone"))
+    rows = [
+        *((what, n * plan[key], plan[key]) for key, what in _COUNTED.items()),
+        ("memory of training, estimated, GiB", *estimates),
+        ("memory of training, its peak as measured, GiB", cost.get("peak_bytes", 0) / 2**30, 0),
+        ("training on the tokens of all, seconds", cost.get("seconds"), cost.get("controls", {}).get(LONG_SEED)),
+    ]
+    return [{"what": what, "all": every or None, "one": one or None} for what, every, one in rows if every]
 
 
 def _adapters(found: Facts) -> list[Facts]:

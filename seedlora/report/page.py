@@ -401,17 +401,16 @@ def _cost(found: Facts) -> Section:
             ["budget", plan["budget"]],
             ["steps of each seed", f"{plan['steps']:,}"],
             ["rows in a step of each seed", f"{plan['batch']:,}"],
-            ["tokens of each seed", f"{plan['tokens']:,}"],
-            ["of these scored", f"{plan['supervised']:,}"],
             ["seeds", str(len(plan["seeds"]))],
             ["passes", str(plan["passes"])],
-            ["trainable parameters of each seed", f"{plan['trainable']:,}"],
             ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
         ]
     if seconds is not None:
         rows.append(["training, wall time", f"{seconds:,.0f} s"])
     rows += [[f"training {control}, wall time", f"{took:,.0f} s"] for control, took in found["control_seconds"].items()]
-    return Section("Cost", tables=[Table(["what", "how much"], rows)] if rows else [])
+    shares = [[row["what"], _amount(row["all"]), _amount(row["one"])] for row in found["shares"]]
+    tables = [Table(["what", "how much"], rows)] if rows else []
+    return Section("Cost", tables=[*tables, Table(["what", "all seeds", "one seed"], shares)] if shares else tables)
 
 
 def _reproduce(found: Facts) -> list[Section]:
@@ -448,6 +447,12 @@ def _number(value: float | None) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
+
+
+def _amount(value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return _count(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _interval(row: Mapping[str, Any] | None) -> str:

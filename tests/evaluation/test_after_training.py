@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from datamodules import ReasoningGym, prompts
 from seedlora.cli import main
@@ -87,6 +88,10 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert len(answers("run/evaluation")) == 24
     assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
     assert "24 of 24 answers are there already" in capsys.readouterr().out
+    # Of a run that was scored by the harness, only what is asked for now.
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(yaml.safe_dump(config | {"evaluate_lm_eval": "no_such_task"}))
+    assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
 
 
 def test_the_task_of_the_training_is_scored_on_the_runs_own_test_split(tiny_llama):
@@ -135,6 +140,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
         (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
         (["--evaluate", "boolq"], "needs its test file"),
         (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
+        (["--evaluate_lm_eval", "gsm8k_cot", "--data.task", "gsm_symbolic"], "scoring gsm8k_cot after training on gsm"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
         (["test"], "test needs the run to score"),
         (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),

@@ -13,9 +13,11 @@ from conftest import built
 
 from datamodules import prompts
 from seedlora.adapter import write_adapter
+from seedlora.cli import main as train
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
 from seedlora.shell import main
+from train import PARTS
 
 pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")
 
@@ -95,6 +97,22 @@ def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     assert (found["protocol"], list(found["scores"])) == ("lm-eval", ["base", "one"])
 
 
+def test_after_training_all_but_mixtures_are_scored(tiny_llama, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
+    words = ["--model.base_model", tiny_llama, "--model.dtype", "float32", *sizes, "--ensemble.dirpath", "run"]
+    words += ["--controls", "untrained", "--evaluate_limit", "6", "--evaluate_lm_eval_path", str(folder)]
+    assert train(PARTS, [*words, "--evaluate_lm_eval", "our_choice"]) == 0
+    assert "protocol lm-eval, 6 documents of each task" in " ".join(capsys.readouterr().out.split())
+    found = json.loads(Path("run/evaluation/lm_eval.json").read_text())["scores"]
+    labels = ["base", "seed_11", "seed_42", "seed_202", "soup", "fused", "gain_seed", "gain_soup", "greedy_soup"]
+    assert list(found) == labels
+    words = ["evaluate", "--adapter", "run/seed_42", "--lm-eval-path", str(folder), "--dtype", "float32"]
+    assert main([*words, "--lm-eval", "our_choice", "--limit", "6"], prompts=prompts) == 0
+    alone = json.loads(Path("evaluation/lm_eval.json").read_text())["scores"]
+    assert alone["seed_42"]["our_choice"] == found["seed_42"]["our_choice"]
+
+
 def test_an_unknown_task_is_refused_before_the_model_is_loaded(folder):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="nowhere is no folder with tasks"):
         check_harness(["our_choice"], folder / "nowhere")
