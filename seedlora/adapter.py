@@ -59,8 +59,15 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA's update is random; train plain LoRA",
     "velora_config": "VeLoRA adapters are not read; train plain LoRA",
 }
-#: PEFT's task types.
-TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+#: PEFT's task types, and its class that loads adapter and base model of each.
+TASKS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
 #: Ways to initialise a LoRA that leave the base weights alone.
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 #: Ways that take the start out of the base weights, and can be done again from these alone.
@@ -105,6 +112,7 @@ class Adapter:
         modules_to_save: the names under which the configuration has them.
         kinds: what it is besides plain LoRA, for people: ``DoRA``, ``rsLoRA``, ``PiSSA``.
         task_type: PEFT's, which says around which head the model is wrapped; None if it is not said.
+        auto_mapping: the class of the base model, which PEFT says where it knows no task.
         start: of PiSSA and OLoRA, as long as it is still in the factors: :func:`without_start` subtracts it.
     """
 
@@ -119,6 +127,7 @@ class Adapter:
     modules_to_save: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     task_type: str | None = None
+    auto_mapping: Mapping[str, str] | None = None
     start: Start | None = None
 
     def flipped(self, path: str) -> bool:
@@ -234,6 +243,7 @@ def read_adapter(
         tuple(sorted(config.get("modules_to_save") or ())) if modules else (),
         _kinds(config),
         config.get("task_type"),
+        mapping if isinstance(mapping := config.get("auto_mapping"), dict) else None,
         Start(file, _init(config), scalings) if _init(config) in _REPEATED_INITS else None,
     )
     _check_vectors(file, adapter, config)
@@ -438,6 +448,7 @@ def universal_config(
     lora_bias: bool = False,
     modules_to_save: Collection[str] = (),
     task_type: str | None = "CAUSAL_LM",
+    auto_mapping: Mapping[str, str] | None = None,
 ) -> LoraConfig:
     """The configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing optional.
 
@@ -450,6 +461,7 @@ def universal_config(
         lora_bias: the layers carry biases.
         modules_to_save: names of modules whose full weights are in the folder.
         task_type: as in :class:`Adapter`.
+        auto_mapping: likewise.
 
     Raises:
         AdapterError: if the layers differ in rank.
@@ -461,6 +473,7 @@ def universal_config(
         raise AdapterError(f"servers need one rank for all layers, got {ranks or 'no layer'}")
     return LoraConfig(
         task_type=task_type,
+        auto_mapping=None if auto_mapping is None else dict(auto_mapping),
         base_model_name_or_path=base_model,
         r=ranks[0],
         lora_alpha=ranks[0],

@@ -436,6 +436,7 @@ def fuse_folders(
         lora_bias=bool(biases),
         modules_to_save=first.modules_to_save,
         task_type=first.task_type,
+        auto_mapping=first.auto_mapping,
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from seedlora.adapter import Adapter, locate
+from seedlora.adapter import TASKS, Adapter, locate
 from seedlora.atomic import write_text
 from seedlora.base_weights import BaseWeights
 from seedlora.diagnostics import (
@@ -181,7 +181,13 @@ def _merge(arguments: Mapping[str, Any]) -> None:
     if arguments["into_base"] is None:
         config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
         console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
-        loads = next_commands(base_model=record["base_model"], adapter=out, rank=config["r"], serve=not served["vLLM"])
+        loads = next_commands(
+            base_model=record["base_model"],
+            adapter=out,
+            rank=config["r"],
+            serve=not served["vLLM"],
+            auto_class=TASKS.get(config["task_type"], "AutoPeftModel"),
+        )
         print(loads)  # noqa: T201 - to be copied
         console.print(_served_line(served, config["r"]), soft_wrap=True)
     if "inputs_compressed" in record:

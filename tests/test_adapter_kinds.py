@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
@@ -173,6 +174,21 @@ def test_classifiers_stay_classifiers(tmp_path):
     fuse_folders([tmp_path / str(seed) for seed in SEEDS], tmp_path / "all", method="soup")
     assert json.loads((tmp_path / "all" / CONFIG_NAME).read_text())["task_type"] == "SEQ_CLS"
     PeftModel.from_pretrained(classifier(), tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("SEQ_CLS", "LlamaForSequenceClassification"), ("CAUSAL_LM", None), (None, "LlamaForCausalLM")]
+)
+def test_what_is_printed_loads_the_result(task, name, made, tmp_path, capsys):
+    base = getattr(transformers, name or "LlamaForCausalLM").from_pretrained(made("lora").base)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    get_peft_model(base, LoraConfig(**PLAIN, task_type=task)).save_pretrained(tmp_path / "a")
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    names = {}
+    exec(capsys.readouterr().out.split("<<'PY'\n")[1].split("\nPY")[0], names)
+    assert type(names["model"].get_base_model()) is type(base)
 
 
 @torch.no_grad()

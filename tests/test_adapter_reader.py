@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -342,6 +343,7 @@ def test_resized_vocabularies_are_not_mixed(tmp_path):
 
 def test_our_task_types_are_those_of_peft():
     assert set(TASKS) == set(TaskType)
+    assert all(hasattr(peft, name) for name in TASKS.values())
 
 
 JSON = st.recursive(

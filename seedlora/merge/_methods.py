@@ -165,7 +165,10 @@ def _try(bound: BoundRule) -> None:
     """Apply a rule to a few entries; ``weights`` says how many adapters there will be."""
     n = 2
     if (weights := bound.options.get("weights")) is not None:
-        n = torch.as_tensor(weights).numel()
+        try:
+            n = torch.as_tensor(weights).numel()
+        except (RuntimeError, TypeError, ValueError):
+            raise ValueError(f"weights must be numbers, one per adapter, got {weights!r}") from None
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
     options = {key: value for key, value in bound.options.items() if key != "generator"}

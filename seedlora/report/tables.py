@@ -64,12 +64,14 @@ def verdict(results: Results) -> str:
     return "\n".join(sentences)
 
 
-def next_commands(*, base_model: str, adapter: Path, rank: int, serve: bool = True) -> str:
+def next_commands(
+    *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
+) -> str:
     """How to load the adapter with PEFT, and how to serve it if it can be."""
     load = f"""# load it with PEFT
 python - <<'PY'
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")
+from peft import {auto_class}
+model = {auto_class}.from_pretrained("{adapter}")
 PY"""
     if not serve:
         return load

@@ -129,7 +129,7 @@ def test_thresholds_are_those_of_the_chosen_layers():
         ("seedlora", {"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
         ("seedlora", {"weights": 3}, "weights must be 1 finite numbers"),
         ("seedlora", {"weights": "equal"}, "'seedlora'"),
-        ("soup", {"weights": {"a": 1}}, "'soup': Could not infer dtype of dict"),
+        ("soup", {"weights": {"a": 1}}, "'soup': weights must be numbers, one per adapter, got {'a': 1}"),
         ("task_arithmetic", {"scale": float("nan")}, "'task_arithmetic': its result is not finite with scale=nan"),
         (
             "ties",
