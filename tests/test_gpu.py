@@ -53,6 +53,18 @@ def test_the_device_changes_nothing_but_rounding(tiny_llama, tmp_path):
     assert gpu.results.scores["fused"].n == 12
 
 
+def test_seeds_in_passes_are_fused_live_with_those_on_disk(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", stack_size=1, dirpath=tmp_path / "x")
+    module, data = make_module(tiny_llama), make_data()
+    for _ in ensemble.seeds:
+        run = pl.Trainer(max_epochs=1, accelerator="gpu", devices=1, enable_checkpointing=False, callbacks=[ensemble])
+        run.fit(module, datamodule=data)
+        assert "val/loss_fused" in run.callback_metrics
+    together = fit(tiny_llama, tmp_path / "together", [1, 2])
+    wanted, found = weights(together, "fused"), weights(ensemble, "fused")
+    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-4) for key in wanted)
+
+
 def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path):
     first, second = (fit(tiny_llama, tmp_path / name, [1, 2], dtype="bfloat16") for name in ("a", "b"))
     for key, value in weights(first, "fused").items():
