@@ -57,7 +57,9 @@ def test_seeds_in_passes_are_fused_live_with_those_on_disk(tiny_llama, tmp_path)
     ensemble = SeedEnsembleCallback([1, 2], budget="full", stack_size=1, dirpath=tmp_path / "x")
     module, data = make_module(tiny_llama), make_data()
     for _ in ensemble.seeds:
-        run = pl.Trainer(max_epochs=1, accelerator="gpu", devices=1, enable_checkpointing=False, callbacks=[ensemble])
+        run = pl.Trainer(
+            max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[ensemble]
+        )
         run.fit(module, datamodule=data)
         assert "val/loss_fused" in run.callback_metrics
     together = fit(tiny_llama, tmp_path / "together", [1, 2])
