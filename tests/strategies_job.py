@@ -58,6 +58,14 @@ class Poison(pl.Callback):
             module.stack.parameters(self.name)[1].data.fill_(float("inf"))
 
 
+class Stop(Poison):
+    """Stops one seed before a step, as patience would."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step and self.name in {replica.name for replica in module.replicas}:
+            module.idle.add(self.name)
+
+
 def run(
     base_model: str,
     dirpath: Path,
@@ -117,6 +125,8 @@ def main(base_model: str, folder: str) -> None:
         (dirpath / "metrics.json").write_text(json.dumps(metrics))
     excluded = Path(folder) / "excluded"
     run(base_model, excluded, batch_size=2, strategy=lambda: "ddp", devices=2, poison=(Poison("seed_42", 2),))
+    stopped = Path(folder) / "stopped"
+    run(base_model, stopped, batch_size=2, strategy=lambda: "ddp", devices=2, poison=(Stop("seed_42", 2),))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,13 @@ def test_two_processes_exclude_a_diverged_seed_as_one_does(tiny_llama, two, tmp_
         assert difference(tmp_path / adapter, two / "excluded" / adapter) < 1e-5
 
 
+def test_a_stopped_seed_keeps_still_in_two_processes_as_in_one(tiny_llama, two, tmp_path):
+    stop = (strategies_job.Stop("seed_42", 2),)
+    strategies_job.run(tiny_llama, tmp_path, batch_size=4, strategy=lambda: "auto", devices=1, poison=stop)
+    for adapter in ("seed_11", "seed_42", "seed_202"):
+        assert difference(tmp_path / adapter, two / "stopped" / adapter) < 1e-5
+
+
 def test_the_words_of_the_command_line():
     for word, stage in (("deepspeed_stage_1", 1), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 3)):
         strategy = choose_strategy(word, accelerator="cpu")
