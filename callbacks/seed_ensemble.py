@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from seedlora.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, Adapter, read_adapter, write_adapter
+from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
 from seedlora.atomic import sync, write_text
+from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, stack_adapters, stack_updates
-from seedlora.merge import BoundRule, MergeRule, soup
+from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
+from seedlora.into_base import check_dense, fuse_into_base
+from seedlora.merge import BoundRule, MergeRule, bind, soup
 from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
@@ -54,19 +56,20 @@ class SeedEnsembleCallback(pl.Callback):
     - *setup*: the module gets one replica per seed and the data module their data orders; each replica's share of the
       trainer's epochs or steps is fixed.
     - *every validation*: the seeds trained so far are fused as they are, and the module scores seeds and fused adapter
-      side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed. DoRA's
-      seeds, whose updates have full rank, are scored alone.
+      side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed. Seeds
+      whose updates have full rank (DoRA, whole models) are scored alone.
       With ``patience``, a seed whose own validation loss has not improved that many times in a row is stopped: its rows
       are left out from then on, and the others go on; the fit ends when all are stopped.
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
       weights; the one before it is removed once it is whole. A SIGTERM, as a preempted job gets it, is answered by one
       after the step at hand, and the run ends.
-    - *train end*: each seed's PEFT folder is written, with the data module's prompt in ``prompt.json``; after the last
-      one, seeds, soup and fused adapter are scored on the validation rows, with what is to be chosen on them, and
-      ``selection.json``, ``soup`` and ``fused`` are written; then the checkpoints are removed. ``Trainer.validate``
-      does the same for seeds that are all trained.
+    - *train end*: each seed's PEFT folder, or its whole model's, is written, with the data module's prompt in
+      ``prompt.json``; after the last one, seeds, soup and fused adapter are scored on the validation rows, with what is
+      to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are written; then the checkpoints are
+      removed. ``Trainer.validate`` does the same for seeds that are all trained.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
-      what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time. Nothing is chosen any more.
+      what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time, whole models one by one. Nothing is
+      chosen any more.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -91,8 +94,8 @@ class SeedEnsembleCallback(pl.Callback):
             costs what one seed would; ``full`` gives each seed all of it.
         vary: what a seed decides: ``both``, ``init`` (all see the first seed's data order) or ``order`` (all start from
             the first seed's weights and drop out what it does).
-        stack_size: seeds trained at once; default all. ``auto`` takes as many as the memory estimate allows in 80 % of
-            the machine's memory.
+        stack_size: seeds trained at once; default all, or one where every weight is trained. ``auto`` takes as many as
+            the memory estimate allows in 80 % of the machine's memory.
         keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
             loss was ``best``. A seed keeps what it would alone, whenever the others stop.
         patience: validations without a new best loss after which a seed is stopped; default never.
@@ -230,12 +233,12 @@ class SeedEnsembleCallback(pl.Callback):
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
         if self.rule is not None and not self.comparison.is_soup:
             found[FUSED] = self.fused_path
-        return {label: folder for label, folder in found.items() if (folder / CONFIG_NAME).is_file()}
+        return {label: folder for label, folder in found.items() if is_trained(folder)}
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The seeds whose adapters are there."""
-        return tuple(seed for seed in self.seeds if (self.adapter_path(seed) / CONFIG_NAME).is_file())
+        """The seeds whose adapters, or whole models, are there."""
+        return tuple(seed for seed in self.seeds if is_trained(self.adapter_path(seed)))
 
     @property
     def excluded(self) -> dict[int, str]:
@@ -261,7 +264,12 @@ class SeedEnsembleCallback(pl.Callback):
         return self.pending[: None if isinstance(self.stack_size, str) else self.stack_size]
 
     def choose_stack_size(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
-        """Turn ``auto`` into a number, by the memory estimate of the data as it is set up."""
+        """Turn ``auto`` into a number, by the memory estimate of the data as it is set up; whole models go one by one.
+
+        A stack of them would take their memory together and no less time: they share no product.
+        """
+        if self.stack_size is None and module.trains_all:
+            self.stack_size = 1
         if self.stack_size == AUTO:
             self.stack_size = fitting_stack(len(self.seeds), memory_of(module, data), device_memory(trainer))
 
@@ -276,9 +284,7 @@ class SeedEnsembleCallback(pl.Callback):
         if not self.trains_controls or self.pending:
             return ()
         return tuple(
-            name
-            for name in TRAINED_CONTROLS
-            if name not in self._left_out and not (self.dirpath / name / CONFIG_NAME).is_file()
+            name for name in TRAINED_CONTROLS if name not in self._left_out and not is_trained(self.dirpath / name)
         )
 
     @property
@@ -398,12 +404,15 @@ class SeedEnsembleCallback(pl.Callback):
     def _check_adapter(self, module: SeedLoRAModule) -> None:
         """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
         adapter = module.hparams["adapter"]
-        if adapter == "dora" and (reason := self.comparison.validated_for) is not None:
+        if module.adds_dense and (reason := self.comparison.validated_for) is not None:
             raise ValueError(
-                f"{reason} chooses among fusions of the seeds' factors, and DoRA's updates are not their factors; "
-                "name a method with its options, and compare others by ensemble.compare"
+                f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
+                "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
             )
-        if not module.starts_at_weights or len(self.seeds) == 1:
+        if module.trains_all:
+            for rule in filter(None, (self.rule, *self.comparison.compare.values())):
+                check_dense(rule)
+        if not (module.starts_at_weights or module.trains_all) or len(self.seeds) == 1:
             return
         if self.trains_controls:
             raise ValueError(
@@ -529,7 +538,10 @@ class SeedEnsembleCallback(pl.Callback):
         """Fuse the seeds as they are now, beside those already finished."""
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
-            self._load(module, self._read_seeds())
+            if module.trains_all:
+                module.scored = {BASE: None}
+            else:
+                self._load(module, self._read_seeds())
             return
         module.scored = self._validated(module)
         if self._live not in module.scored:
@@ -537,14 +549,13 @@ class SeedEnsembleCallback(pl.Callback):
         assert self.rule is not None
         names = [r.name for r in module.replicas]
         current = [name for name in names if name not in module.diverged]
-        stacks = module.stack.factors(current)
+        stacks = module.current(current)
         finished = [self._label(seed) for seed in self.trained if self._label(seed) not in names]
         if finished:
-            before = stack_adapters({name: read_adapter(self.dirpath / name) for name in finished})
-            stacks = {p: LoRAFactors.stack([before[p].to(stack.device), stack]) for p, stack in stacks.items()}
+            stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *current]
         seeds = [seed for seed in self.seeds if self._label(seed) in there]
-        module.stack.load(
+        module.load(
             self._live, fuse(members(stacks, [there.index(s) for s in map(self._label, seeds)]), self._rule_of(seeds))
         )
 
@@ -557,7 +568,8 @@ class SeedEnsembleCallback(pl.Callback):
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
             files[BASE_NAME] = json.dumps(base) + "\n"
-        files[CARD_NAME] = seed_card(base_model=module.base_path, adapter=module.adapter_words, note=module.base_note)
+        about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
+        files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
         names = [replica.name for replica in module.replicas]
         if (
             set(names) <= set(module.diverged)
@@ -571,9 +583,7 @@ class SeedEnsembleCallback(pl.Callback):
                 continue
             if name not in module.idle:
                 self._take_best(module, name)
-            layers, magnitudes = module.stack.stored(name), module.stack.magnitudes(name)
-            if trainer.is_global_zero:
-                write_adapter(self.dirpath / name, layers, module.saved_config, files=files, magnitudes=magnitudes)
+            module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
         if trainer.is_global_zero and module.diverged:
             reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
             write_text(self.dirpath / "excluded.json", json.dumps({**self._left_out, **reasons}, indent=2) + "\n")
@@ -625,22 +635,30 @@ class SeedEnsembleCallback(pl.Callback):
         # Nor what a test said of an earlier fusion.
         (self.dirpath / "results.json").unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
+        write: Callable[..., Path] = fuse_folders
+        if is_model(folders[0]):
+            settings = json.loads((self.dirpath / "run.json").read_text(encoding="utf-8"))
+            write = partial(_fuse_models, base=resolve(settings["model.base_model"]))
         if self.comparison.is_soup or len(folders) == 1:
             shutil.rmtree(self.dirpath / SOUP, ignore_errors=True)
         else:
-            fuse_folders(folders, self.dirpath / SOUP, method=SOUP)
-        return fuse_folders(folders, self.fused_path, method=rule or self._rule_of(self.trained))
+            write(folders, self.dirpath / SOUP, method=SOUP)
+        return write(folders, self.fused_path, method=rule or self._rule_of(self.trained))
 
     # Testing
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
-        scored = {label: read_adapter(folder, base=self._base) for label, folder in self.folders.items()}
+        if module.trains_all:  # the others one by one, after the base model
+            module.scored, module.mixtures = {BASE: None}, {}
+            return
+        scored = {label: self._read(folder) for label, folder in self.folders.items()}
         seeds = {label: scored[label] for label in map(self._label, self.trained)}
         if len(seeds) > 1 and SOUP not in scored and (self.rule is not None or self.comparison.compare):
-            first = replace(next(iter(seeds.values())), magnitudes={})
-            scored[SOUP] = replace(first, layers=fuse(stack_updates(seeds, self._base), soup))
+            fused = fuse(stack_updates(seeds, self._base), soup)
+            modules = {key: each[0] for key, each in fused.modules.items()}
+            scored[SOUP] = replace(next(iter(seeds.values())), magnitudes={}, layers=fused, modules=modules)
         self._load(module, scored)
         module.scored = {BASE: None, **module.scored}
         module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
@@ -669,8 +687,20 @@ class SeedEnsembleCallback(pl.Callback):
         adapters = self._read_seeds()
         if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
             return {}
-        fused = None if self.rule is None else read_adapter(self.fused_path).layers
+        fused = None if self.rule is None else self._read(self.fused_path).layers
         return self.comparison.beside(stack_updates(adapters, self._base), list(adapters), fused, self.selection or {})
+
+    def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
+        """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
+        folders = self.folders
+        made: dict[str, Callable[[], Layers]]
+        made = {label: partial(module.read_model, folder) for label, folder in folders.items()}
+        fused = partial(module.fused_model, [self.adapter_path(seed) for seed in self.trained])
+        if len(self.trained) > 1:
+            if SOUP not in made and (self.rule is not None or self.comparison.compare):
+                made[SOUP] = partial(fused, bind(SOUP))
+            made |= {name: partial(fused, rule) for name, rule in self.comparison.compare.items() if rule is not None}
+        return made
 
     # Inside
 
@@ -695,8 +725,11 @@ class SeedEnsembleCallback(pl.Callback):
             order_seed=first if self.vary == "init" else seed,
         )
 
+    def _read(self, folder: Path) -> Adapter:
+        return read_adapter(folder, base=self._base)
+
     def _read_seeds(self) -> dict[str, Adapter]:
-        return {self._label(seed): read_adapter(self.adapter_path(seed), base=self._base) for seed in self.trained}
+        return {self._label(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
 
     @property
     def _base(self) -> BaseWeights:
@@ -705,7 +738,7 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _load(self, module: SeedLoRAModule, adapters: Mapping[str, Adapter]) -> None:
         for label, adapter in adapters.items():
-            module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes)
+            module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes, modules=adapter.modules)
         module.scored = {label: label for label in adapters}
 
     @property
@@ -717,8 +750,8 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
         names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
-        # What DoRA adds to a weight has its full rank: fusing it at every validation would take longer than training.
-        live = [self._live] if self._live and names and module.hparams["adapter"] != "dora" else []
+        # What DoRA and whole models add to a weight has full rank: fusing it each time would take longer than training.
+        live = [self._live] if self._live and names and not module.adds_dense else []
         return {name: name for name in (*names, *live)}
 
     def _validation_batches(self, trainer: pl.Trainer, data: Any) -> list[Any]:
@@ -732,7 +765,7 @@ class SeedEnsembleCallback(pl.Callback):
             return
         self.comparison.rule = self._rule_of(self.trained)
         rule, batches = None, self._validation_batches(trainer, trainer.datamodule)
-        if batches and module.hparams["adapter"] != "dora":  # whose fusions take longer than their scores
+        if batches and not module.adds_dense:
             adapters = self._read_seeds()
             stacks = stack_adapters(adapters)
             total = len(batches) * self.comparison.adapters_to_score(list(stacks), len(adapters))
@@ -745,12 +778,12 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, np.ndarray]:
         """Outcomes of the methods and controls that are not in the test's own pass."""
-        beside, loader = self.beside(), trainer.test_dataloaders
+        beside, loader = self._models(module) if module.trains_all else self.beside(), trainer.test_dataloaders
         if not beside:
             return {}
         batches = list(loader)[: _limited(len(loader), trainer.limit_test_batches)]
         with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
-            found = score_lazily(beside, score, at_once=AT_ONCE)
+            found = score_lazily(beside, score, at_once=1 if module.trains_all else AT_ONCE)
         return {label: rows.correct.numpy() for label, rows in found.items()}
 
     @contextmanager
@@ -758,10 +791,7 @@ class SeedEnsembleCallback(pl.Callback):
         self, trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[Any], what: str, total: int
     ) -> Iterator[Score]:
         """A score on these batches, with a bar that counts them for every adapter."""
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        hidden = not (console.is_terminal and trainer.is_global_zero)
-        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        with _bar(hidden=not trainer.is_global_zero) as progress:
             task = progress.add_task(what, total=total)
             yield lambda adapters: module.score_rows(
                 adapters, batches, on_batch=lambda: progress.advance(task, len(adapters))
@@ -834,6 +864,21 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
     if not isinstance(module, SeedLoRAModule):
         raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
     return module
+
+
+def _fuse_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:
+    """Fuse whole models with a bar: it takes minutes where they are large."""
+    weights = BaseWeights(base)
+    matrices = sum(len(weights.shape(key)) == 2 for key in weights.files)
+    with _bar(hidden=False) as progress:
+        task = progress.add_task(f"Fusing whole models by {getattr(method, 'name', method)}", total=matrices)
+        return fuse_into_base(folders, base, out, method=method, on_layer=lambda _: progress.advance(task))
+
+
+def _bar(*, hidden: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
 
 
 def _validates_now(trainer: pl.Trainer) -> bool:

@@ -135,6 +135,16 @@ class Adapter:
         return self.fan_in_fan_out or path in self.embeddings
 
 
+def is_model(folder: str | Path) -> bool:
+    """Whether a folder holds a whole model and not an adapter."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG_NAME).is_file()
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the adapter, or the whole model, of this folder was written: such a folder is whole or not there."""
+    return (folder / CONFIG_NAME).is_file() or is_model(folder)
+
+
 def locate(source: str | Path) -> Path:
     """The local folder of an adapter: itself, or a snapshot of a hub repository named ``owner/name``.
 
@@ -432,7 +442,8 @@ def write_adapter(
             tensors[_PREFIX + name + suffix] = tensor[0].detach().cpu().contiguous()
     more = {name + _MAGNITUDE: m for name, m in (magnitudes or {}).items()} | dict(modules or {})
     more |= {name + _BIAS: bias for name, bias in (biases or {}).items()}
-    tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in more.items()}
+    # A tied head is its embedding, and the format takes no tensor twice.
+    tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in more.items()}
     with atomic_folder(Path(path)) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
@@ -534,6 +545,11 @@ def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if is_model(path):
+            raise AdapterError(
+                f"{path} is a whole model and no adapter; python -m seedlora merge fuses such models by --into-base "
+                "MODEL, the one that they were trained from"
+            ) from None
         raise AdapterError(f"{path} is no PEFT adapter folder: it has no {CONFIG_NAME}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from None

@@ -118,21 +118,21 @@ class BaseWeights:
         text = self.config.get("text_config")
         return [*([text] if isinstance(text, dict) else []), self.config]
 
-    def key(self, path: str) -> str:
+    def key(self, path: str, parameter: str = "weight") -> str:
         """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.
 
         Raises:
             ValueError: if there is none, or more than one could be meant.
         """
-        parts = f"{path}.weight".split(".")
+        parts = f"{path}.{parameter}".split(".")
         for start in range(max(1, len(parts) - 2)):
             if (key := ".".join(parts[start:])) in self.files:
                 return key
-        longer = [key for key in self.files if key.endswith(f".{path}.weight")]
+        longer = [key for key in self.files if key.endswith(f".{path}.{parameter}")]
         if len(longer) == 1:
             return longer[0]
         raise ValueError(
-            f"the base model {self.source} has {'more than one' if longer else 'no'} weight for the adapted layer "
+            f"the base model {self.source} has {'more than one' if longer else 'no'} {parameter} for the adapted layer "
             f"{path} (a tied head has no weight of its own: untie it, or keep the adapter apart)"
         )
 
@@ -186,7 +186,10 @@ class BaseWeights:
             path: of the layer.
             flipped: the weight is stored as ``(K, D)``: ``Conv1D`` of GPT-2, and embeddings.
         """
-        key = self.key(path)
+        return self.rows_of(self.key(path), flipped=flipped)
+
+    def rows_of(self, key: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """As :meth:`rows`, of the matrix of a key."""
         quantised = bool(self.statistics(key))
 
         def read(start: int, stop: int) -> Float[Tensor, "P K"]:

@@ -25,14 +25,22 @@ _TRAINING = {
     "epochs per seed": "epochs per seed",
     "steps per seed": "steps per seed",
 }
+_OF_ADAPTERS = {"model.r", "model.lora_alpha", "model.lora_plus_ratio"}
 
 
-def model_card(record: Mapping[str, Any], rank: int, *, run: Path | None, name: str | None = None) -> str:
+#: The front matter of an adapter and of a whole model.
+_HEADS = (
+    ("library_name: peft", "tags: [lora, seedlora]"),
+    ("library_name: transformers", "tags: [seedlora]"),
+)
+
+
+def model_card(record: Mapping[str, Any], rank: int | None, *, run: Path | None, name: str | None = None) -> str:
     """The card's text.
 
     Args:
         record: what ``fusion.json`` says.
-        rank: of the adapter.
+        rank: of the adapter; None for a whole model.
         run: the folder around it, if all inputs lie there. What its ``run.json`` says about the training, and its
             ``results.json`` about the scores, is told if they are there.
         name: the label under which the adapter itself was scored; without it only its inputs' scores are told.
@@ -42,14 +50,16 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path | None, name: 
     lines = [
         "---",
         f"base_model: {base}",
-        "library_name: peft",
-        "tags: [lora, seedlora]",
+        *_HEADS[rank is None],
         "---",
-        f"# {len(inputs)} LoRA adapters fused with `{record['method']}`",
+        f"# {len(inputs)} {'models' if rank is None else 'LoRA adapters'} fused with `{record['method']}`",
         "",
-        f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights. `fusion.json` has the inputs' checksums.",
+        "What training added to each matrix of the base model is fused, and added to it."
+        if rank is None
+        else f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights.",
+        "`fusion.json` has the inputs' checksums.",
     ]
-    if kinds := record.get("kinds"):
+    if (kinds := record.get("kinds")) and rank is not None:
         result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
         lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
     settings = {} if run is None else _read(run / "run.json")
@@ -77,9 +87,10 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path | None, name: 
     method = [record["method"], *([f"({record['source']})"] if record.get("source") else [])]
     facts = {"base model": base, "inputs": ", ".join(inputs), "method": " ".join(method)}
     facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record.get("use", {}))}.items()}
-    facts |= {label: str(settings[key]) for key, label in _TRAINING.items() if settings.get(key) not in (None, "none")}
+    told = [key for key in _TRAINING if not (adapter == "none" and key in _OF_ADAPTERS)]
+    facts |= {_TRAINING[key]: str(settings[key]) for key in told if settings.get(key) not in (None, "none")}
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += [] if run is None else _scores(run, inputs, name)
+    lines += [] if run is None else _scores(run, inputs, name, this="this model" if rank is None else "this adapter")
     lines += [
         "",
         "Made by" if run is None else "Made in the folder around this one by",
@@ -92,15 +103,16 @@ def model_card(record: Mapping[str, Any], rank: int, *, run: Path | None, name: 
     return "\n".join(lines)
 
 
-def seed_card(*, base_model: str, adapter: str, note: str) -> str:
-    """The card of one seed's adapter.
+def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) -> str:
+    """The card of one seed's adapter, or of its whole model.
 
     Args:
         base_model: name or path of its base model.
         adapter: what was trained, for people.
         note: as :func:`base_note` gives it.
+        whole: whether it is a whole model.
     """
-    lines = ["---", f"base_model: {base_model}", "library_name: peft", "tags: [lora, seedlora]", "---"]
+    lines = ["---", f"base_model: {base_model}", *_HEADS[whole], "---"]
     return "\n".join(
         [*lines, "# One seed of an ensemble", "", f"Trained as {adapter}.", *(["", note] if note else []), ""]
     )
@@ -137,8 +149,8 @@ def refresh_card(folder: Path) -> None:
         OSError: if its records cannot be read or the card cannot be written.
     """
     record = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    write_text(folder / CARD_NAME, model_card(record, config["r"], run=folder.parent, name=folder.name))
+    rank = _read(folder / "adapter_config.json").get("r")
+    write_text(folder / CARD_NAME, model_card(record, rank, run=folder.parent, name=folder.name))
 
 
 def merge_command(record: Mapping[str, Any]) -> str:
@@ -163,7 +175,7 @@ def _said(use: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(run: Path, inputs: list[str], name: str | None) -> list[str]:
+def _scores(run: Path, inputs: list[str], name: str | None, *, this: str) -> list[str]:
     found = _read(run / "results.json")
     scores = {
         label: score for label, score in found.get("scores", {}).items() if label in ("base", "soup", name, *inputs)
@@ -172,7 +184,7 @@ def _scores(run: Path, inputs: list[str], name: str | None) -> list[str]:
         return []
     n = next(iter(scores.values()))["n"]
     rows = [
-        f"| {'**this adapter**' if label == name else label} | {100 * s['value']:.1f} "
+        f"| {f'**{this}**' if label == name else label} | {100 * s['value']:.1f} "
         f"| {100 * s['low']:.1f} to {100 * s['high']:.1f} |"
         for label, s in scores.items()
     ]

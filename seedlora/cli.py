@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import re
 import sys
@@ -25,8 +26,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from seedlora.adapter import adapter_sha256, read_adapter
+from seedlora.adapter import CONFIG_NAME, adapter_sha256
 from seedlora.atomic import atomic_file
+from seedlora.card import CARD_NAME
 from seedlora.comparison import ALL_CONTROLS
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
 from seedlora.evaluation.command import make_sandbox, score, score_with_harness, task_runs
@@ -37,7 +39,7 @@ from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
-from seedlora.report import next_commands, results_table, verdict
+from seedlora.report import model_commands, next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
 from seedlora.report.results import BASE
@@ -286,10 +288,15 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    prepare(trainer, quantization=module.hparams["quantization"], backend=module.hparams["compile"])
+    if cli.config.evaluate and module.trains_all:
+        raise UsageError(
+            "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
+            "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
+        )
     ensemble.share(trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
+        prepare(trainer, **module.unsplit)
         data.tokenizer = module.tokenizer
     data.trainer = trainer
     data.prepare_data()
@@ -374,10 +381,16 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         console.print()
         console.print(results_table(ensemble.results, method=ensemble.method_name))
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.rule is not None:
-        rank = max(factors.rank for factors in read_adapter(ensemble.fused_path).layers.values())
-        commands = next_commands(base_model=cli.model.base_path, adapter=ensemble.fused_path.resolve(), rank=rank)
+    if ensemble.rule is not None and cli.model.trains_all:
+        console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
+    elif ensemble.rule is not None:
+        fused, full = ensemble.fused_path.resolve(), bool(cli.model.full_modules)
+        rank = json.loads((fused / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
+        commands = next_commands(base_model=cli.model.base_path, adapter=fused, rank=rank, serve=not full)
         console.print("\n" + commands, highlight=False, markup=False)
+        if full:
+            why = "no server loads an adapter with full weights beside it; for a whole model, add --into-base"
+            console.print(f"# {why} to the command in {fused / CARD_NAME}", highlight=False, markup=False)
         if note := cli.model.base_note:
             console.print(note, highlight=False, markup=False)
 
@@ -445,7 +458,7 @@ def _evaluate(cli: SeedLoRACLI, asked: _Tasks, console: Console) -> int:
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
     for label, make in ensemble.beside().items():
-        module.stack.load(label, make())
+        module.load(label, make())
         module.scored[label] = label
     mixtures, module.mixtures = module.mixtures, {}
     data = cli.datamodule

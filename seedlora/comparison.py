@@ -12,7 +12,7 @@ from typing import Any
 
 from seedlora.evaluation import paired_difference
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse
+from seedlora.fuse import Stacks, full_weights, fuse
 from seedlora.merge import BoundRule, MergeRule, Updates, bind
 from seedlora.report.results import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
 from seedlora.selection import (
@@ -264,7 +264,9 @@ class Comparison:
         made: dict[str, Callable[[], Layers]] = {}
         tuned = record.get("controls", {})
         if self.has_controls and GAIN_SEED in tuned and fused is not None:
-            factors = {path: stack for path, stack in stacks.items() if isinstance(stack, LoRAFactors)}
+            factors = Stacks(
+                {path: stack for path, stack in stacks.items() if isinstance(stack, LoRAFactors)}, full_weights(stacks)
+            )
             best = list(seeds).index(tuned[GAIN_SEED]["seed"])
             made[GAIN_SEED] = partial(seed_times_gain, factors, fused, index=best)
         if self.has_controls and GAIN_SOUP in tuned:

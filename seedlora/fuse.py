@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from seedlora.adapter import (
     Adapter,
     AdapterError,
     base_model_of,
+    is_model,
     locate,
     read_adapter,
     universal_config,
     without_start,
     write_adapter,
 )
-from seedlora.base_weights import BaseWeights
+from seedlora.base_weights import BaseWeights, shards
 from seedlora.card import CARD_NAME, model_card
 from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
@@ -40,8 +41,36 @@ from seedlora.serving import base_shapes, complete
 RECORD_NAME = "fusion.json"
 
 
-class Fused(dict[str, LoRAFactors]):
-    """One adapter per layer path.
+_Form = TypeVar("_Form", bound=Updates)
+
+
+class Stacks(dict[str, _Form]):
+    """The updates of ``N`` adapters by layer path; beside them, their full weights.
+
+    Attributes:
+        modules: by key within the model, one tensor of each adapter; empty unless modules are trained in full.
+    """
+
+    def __init__(self, layers: Mapping[str, _Form], modules: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        super().__init__(layers)
+        self.modules = dict(modules or {})
+
+
+def full_weights(layers: Mapping[str, Any]) -> Mapping[str, Sequence[Tensor]]:
+    """The full weights that are beside these updates, if there are any."""
+    return layers.modules if isinstance(layers, Stacks) else {}
+
+
+def joined(first: Stacks[LoRAFactors], second: Stacks[LoRAFactors]) -> Stacks[LoRAFactors]:
+    """The adapters of one stack and then those of another, of the same layers, on the device of the second."""
+    return Stacks(
+        {path: LoRAFactors.stack([first[path].to(factors.device), factors]) for path, factors in second.items()},
+        {key: [*(t.to(each[0].device) for t in first.modules[key]), *each] for key, each in second.modules.items()},
+    )
+
+
+class Fused(Stacks[LoRAFactors]):
+    """One adapter per layer path, and averaged full weights.
 
     Attributes:
         compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
@@ -54,8 +83,9 @@ class Fused(dict[str, LoRAFactors]):
         layers: Mapping[str, LoRAFactors],
         compression: Mapping[str, float],
         inputs: Mapping[str, float] | None = None,
+        modules: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        super().__init__(layers)
+        super().__init__(layers, modules)
         self.compression = dict(compression)
         self.inputs = dict(inputs or {})
 
@@ -127,10 +157,11 @@ def fuse(
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs)
+    modules = {key: [mean] for key, mean in averaged(full_weights(stacks), bound).items()}
+    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules)
 
 
-def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
+def stack_adapters(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
     """Stack the factors of adapters layer by layer, after checking that they belong together.
 
     Args:
@@ -145,7 +176,7 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
     return _stacked(adapters)
 
 
-def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> dict[str, Updates]:
+def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> Stacks[Any]:
     """As :func:`stack_adapters`, also for DoRA: the updates in row blocks, as they act on the base weights.
 
     Args:
@@ -159,8 +190,8 @@ def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> dict[st
     stacks = _stacked(adapters)
     members = list(adapters.values())
     if not members[0].magnitudes:
-        return dict(stacks)
-    return {
+        return stacks
+    dense = {
         path: dora_updates(
             stack,
             torch.stack([member.magnitudes[path] for member in members]),
@@ -168,6 +199,7 @@ def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> dict[st
         )
         for path, stack in stacks.items()
     }
+    return Stacks(dense, stacks.modules)
 
 
 def check_together(adapters: Mapping[str, Adapter]) -> None:
@@ -227,10 +259,13 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
                 )
 
 
-def _stacked(adapters: Mapping[str, Adapter]) -> dict[str, LoRAFactors]:
+def _stacked(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
     check_together(adapters)
-    layers = next(iter(adapters.values())).layers
-    return {path: LoRAFactors.stack([a.layers[path] for a in adapters.values()]) for path in layers}
+    members = list(adapters.values())
+    return Stacks(
+        {path: LoRAFactors.stack([member.layers[path] for member in members]) for path in members[0].layers},
+        {key: [member.modules[key] for member in members] for key in members[0].modules},
+    )
 
 
 def _check_vocabulary(adapter: Adapter, base: str | Path) -> None:
@@ -328,37 +363,54 @@ def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
 
 
 def average(adapters: Mapping[str, Adapter], bound: BoundRule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Biases and full modules of the adapters, averaged, whatever the rule: they have no factors to apply it to.
+    """Biases and full weights of the adapters, averaged, whatever the rule: they have no factors to apply it to.
 
-    With the rule's ``weights``, biases are summed as it sums updates (``w_n / N``), and full weights are averaged with
-    the same weights brought to a sum of 1.
+    With the rule's ``weights``, biases are summed as it sums updates (``w_n / N``).
 
     Raises:
-        AdapterError: if there are full weights and the rule's weights add up to 0 or less, or the rule chooses
-            among the adapters by a score: what is averaged would be of all.
+        AdapterError: as :func:`averaged`.
     """
     members = list(adapters.values())
-    if not (members[0].biases or members[0].modules):
-        return {}, {}
-    if bound.name == "greedy_soup" and len(members) > 1:
-        if "members" not in bound.options:
-            what = "lora_bias" if members[0].biases else sorted(members[0].modules)[0]
-            raise AdapterError(f"greedy_soup chooses among adapters, and {what} would be the mean of all; take soup")
-        members = [members[i] for i in bound.options["members"]]
-    given = bound.options.get("weights")
-    w = torch.as_tensor([1.0] * len(members) if given is None else given, dtype=torch.float64)
-    if len(w) != len(members):
-        raise AdapterError(f"weights must be {len(members)} numbers, one per adapter, got {w.tolist()}")
-    if members[0].modules and not w.sum() > 0:
+    biases = {path: [m.biases[path] for m in members] for path in members[0].biases}
+    modules = {key: [m.modules[key] for m in members] for key in members[0].modules}
+    w = _weights(bound, len(members), "lora_bias") / len(members) if biases else torch.empty(0)
+    return {path: _sum(each, w) for path, each in biases.items()}, averaged(modules, bound)
+
+
+def averaged(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -> dict[str, Tensor]:
+    """The mean of full weights, by key; with the weights of the rule, brought to a sum of 1, or of its members alone.
+
+    Raises:
+        AdapterError: if the rule's weights add up to 0 or less, or are not as many as the adapters, or the rule chooses
+            among the adapters by a score: what is averaged would be of all.
+    """
+    if not modules:
+        return {}
+    w = _weights(bound, len(next(iter(modules.values()))), min(modules))
+    if not w.sum() > 0:
         raise AdapterError(f"modules_to_save are averaged, so weights must add up to more than 0, got {w.tolist()}")
+    return {key: _sum(each, w / w.sum()) for key, each in modules.items()}
 
-    def mean(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-        total = sum(float(x) * t.float() for x, t in zip(weights, tensors, strict=True))
-        assert isinstance(total, Tensor)
-        return total.to(tensors[0].dtype)
 
-    biases = {path: mean([m.biases[path] for m in members], w / len(w)) for path in members[0].biases}
-    return biases, {key: mean([m.modules[key] for m in members], w / w.sum()) for key in members[0].modules}
+def _weights(bound: BoundRule, n: int, what: str) -> Tensor:
+    """What the rule weighs the adapters by, 1 each unless it says otherwise; for ``what``, which is averaged."""
+    if bound.name == "greedy_soup" and n > 1:
+        if "members" not in bound.options:
+            raise AdapterError(f"greedy_soup chooses among adapters, and {what} would be the mean of all; take soup")
+        w, chosen = torch.zeros(n, dtype=torch.float64), list(bound.options["members"])
+        w[chosen] = n / len(chosen)
+        return w
+    given = bound.options.get("weights")
+    w = torch.as_tensor([1.0] * n if given is None else given, dtype=torch.float64)
+    if len(w) != n:
+        raise AdapterError(f"weights must be {n} numbers, one per adapter, got {w.tolist()}")
+    return w
+
+
+def _sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    total = sum(float(x) * t.float() for x, t in zip(weights, tensors, strict=True))
+    assert isinstance(total, Tensor)
+    return total.to(tensors[0].dtype)
 
 
 def fuse_folders(
@@ -406,7 +458,7 @@ def fuse_folders(
     _check_vocabulary(first, base or first.base_model)
     if dtype is not None:
         compute = torch.promote_types(dtype, torch.float32)
-        stacks = {path: stack.to(compute) for path, stack in stacks.items()}
+        stacks = Stacks({path: stack.to(compute) for path, stack in stacks.items()})
     biases, modules = average(adapters, bound)
     fused = fuse(stacks, bound, on_layer=on_layer)
     shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
@@ -428,7 +480,7 @@ def fuse_folders(
         record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
     card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
-    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := _common_text(sources, name))}
+    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
     config = universal_config(
         layers,
         base_model=first.base_model,
@@ -457,14 +509,18 @@ def recorded(source: str | Path, run: Path | None) -> str:
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
-    """Start to hash the weights of adapter folders or hub ids, beside what else is done; sha256 by name."""
+    """Start to hash the weights of folders or hub ids, beside what else is done; sha256 by name."""
     pool = ThreadPoolExecutor(1, "sha256")
-    hashes = {str(source): pool.submit(_sha256, locate(source) / WEIGHTS_NAME) for source in sources}
+    folders = {str(source): locate(source) for source in sources}
+    hashes = {
+        name: pool.submit(_sha256, shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
+        for name, folder in folders.items()
+    }
     pool.shutdown(wait=False)
     return hashes
 
 
-def _common_text(sources: Sequence[str | Path], name: str) -> str | None:
+def common_text(sources: Sequence[str | Path], name: str) -> str | None:
     """What a file says beside all of them: the prompt or the base model of their training, if it is known and one."""
     files = [locate(source) / name for source in sources]
     texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
@@ -510,6 +566,10 @@ def fusion_record(
     return record
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _sha256(files: Sequence[Path]) -> str:
+    """Of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+    return digest.hexdigest()

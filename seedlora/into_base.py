@@ -1,4 +1,4 @@
-"""Merged updates added to a base model's weights, shard by shard.
+"""Whole models: merged updates added to a base model's weights, shard by shard, and models trained in full.
 
 Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one block.
 """
@@ -16,14 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.adapter import BASE_NAME, Adapter, AdapterError, locate
+from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, AdapterError, is_model, locate
 from seedlora.atomic import atomic_folder
 from seedlora.base_weights import MODEL_FILES, BaseWeights
+from seedlora.card import CARD_NAME, model_card
 from seedlora.fuse import (
     RECORD_NAME,
     Fused,
     average,
+    averaged,
     check_output,
+    common_text,
     describe_inputs,
     fusion_record,
     hash_inputs,
@@ -33,7 +36,7 @@ from seedlora.fuse import (
     stack_updates,
     updates,
 )
-from seedlora.merge import DenseUpdates, MergeRule, Updates, bind
+from seedlora.merge import METHODS, BoundRule, DenseUpdates, MergeRule, Updates, bind, block_rows
 
 #: Rows of a factored update that are multiplied out at a time.
 _ROWS = 1024
@@ -53,10 +56,11 @@ def fuse_into_base(
     Holds the adapters, one shard of the base and one layer's update at a time. Dense results, DoRA's among them, are
     added as they are, without compression, unless a ``rank`` is asked for. Sums are taken in float32 and stored in the
     base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
-    weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it.
+    weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it. Folders of
+    whole models that were trained from this base are fused, too: :func:`fused_weights`.
 
     Args:
-        sources: adapter folders or hub ids, of one base model.
+        sources: adapter folders or hub ids, or folders of whole models, of one base model.
         base: the base model's folder, with safetensors files, or its hub id.
         out: the folder to write, whole or not at all.
         method: a name of :data:`seedlora.merge.METHODS`, or any rule.
@@ -72,6 +76,9 @@ def fuse_into_base(
     bound = bind(method, options)
     weights, out = BaseWeights(base), Path(out)
     check_output(out, sources, base)
+    if sources and all(map(is_model, sources)):
+        _fuse_models(sources, weights, out, bound, on_layer)
+        return out
     if weights.quantization is None and (bound_to := [s for s in sources if (locate(s) / BASE_NAME).is_file()]):
         raise AdapterError(
             f"{bound_to[0]} belongs on the base model in 4 bits alone, as its {BASE_NAME} says, and {base} is not "
@@ -86,8 +93,8 @@ def fuse_into_base(
     biases, modules = average(adapters, bound)
     bias_keys, module_keys = _places(first, keys, weights)
     _check_tied(keys, modules, module_keys, weights)
-    files = list(dict.fromkeys(homes.values()))
-    order = sorted(stacks, key=lambda path: files.index(homes[keys[path]]))
+    place = {key: i for i, key in enumerate(homes)}
+    order = sorted(stacks, key=lambda path: place[keys[path]])
     compression, inputs = dict[str, float](), dict[str, float]()
 
     def finished() -> Iterator[tuple[str, Updates]]:
@@ -99,35 +106,23 @@ def fuse_into_base(
                 compression[path] = compressed.error
                 yield path, compressed.factors
 
-    statistics = {name for key in homes if key.endswith(".weight") for name in weights.statistics(key)}
+    walk, paths = finished(), {key: path for path, key in keys.items()}
+    bias_paths, module_names = ({key: name for name, key in places.items()} for places in (bias_keys, module_keys))
+
+    def change(key: str, weight: Tensor) -> Tensor:
+        if key in paths:
+            path, update = next(walk)
+            assert path == paths[key]
+            weight = _added(weight, update, flipped=first.flipped(path))
+            if on_layer is not None:
+                on_layer(path)
+        weight = weights.restored(key, weight)
+        if key in bias_paths:
+            weight = (weight.float() + biases[bias_paths[key]].float()).to(weight.dtype)
+        return modules[module_names[key]].to(weight.dtype) if key in module_names else weight
+
     with atomic_folder(out) as folder:
-        walk = finished()
-        pending = next(walk, None)
-        for file in files:
-            with safe_open(file, framework="pt") as handle:
-                metadata = handle.metadata()
-            here = [key for key, home in homes.items() if home == file and key not in statistics]
-            tensors = {}
-            while pending is not None and homes[keys[pending[0]]] == file:
-                path, update = pending
-                key = keys[path]
-                tensors[key] = weights.restored(key, _added(weights.weight(key), update, flipped=first.flipped(path)))
-                if on_layer is not None:
-                    on_layer(path)
-                pending = next(walk, None)
-            tensors |= {key: weights.restored(key, weights.weight(key)) for key in here if key not in tensors}
-            for path, key in bias_keys.items():
-                if key in tensors:
-                    tensors[key] = (tensors[key].float() + biases[path].float()).to(tensors[key].dtype)
-            for name, key in module_keys.items():
-                if key in tensors:
-                    tensors[key] = modules[name].to(tensors[key].dtype)
-            save_file(tensors, folder / file.name, metadata=metadata)
-            del tensors
-            weights.close(file)
-        for pattern in MODEL_FILES:
-            for extra in weights.folder.glob(pattern):
-                shutil.copy(extra, folder / extra.name)
+        write_model(folder, weights, change)
         fused = Fused({}, compression, inputs)
         run = run_around(out, sources)
         record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
@@ -135,9 +130,169 @@ def fuse_into_base(
         record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
-            _forget_quantization(folder, statistics)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     return out
+
+
+def write_model(
+    folder: Path, base: BaseWeights, change: Callable[[str, Tensor], Tensor], *, dtype: str | None = None
+) -> None:
+    """Write a base model with other weights into a folder, a shard at a time, its configuration and tokenizer too.
+
+    Args:
+        folder: that exists and is empty.
+        base: the model; what is quantised comes out dequantised.
+        change: what to write for a key and the tensor that the base has there, called in the order of ``base.files``.
+        dtype: of the new weights, for the configuration. Default: that of the base.
+    """
+    statistics = {name for key in base.files if key.endswith(".weight") for name in base.statistics(key)}
+    for file in dict.fromkeys(base.files.values()):
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()
+        here = [key for key, home in base.files.items() if home == file and key not in statistics]
+        tensors = {key: change(key, base.weight(key)) for key in here}
+        save_file(tensors, folder / file.name, metadata=metadata)
+        del tensors
+        base.close(file)
+    for pattern in MODEL_FILES:
+        for extra in base.folder.glob(pattern):
+            shutil.copy(extra, folder / extra.name)
+    if base.quantization is not None:
+        _describe(folder, statistics, lambda config: config.pop("quantization_config"))
+    if dtype is not None:
+        _describe(folder, statistics, lambda config: config.update(dtype=dtype) or config.pop("torch_dtype", None))
+
+
+# Models that were trained in full
+
+
+def write_trained(
+    out: str | Path, base: BaseWeights, weights: Mapping[str, Tensor], *, files: Mapping[str, str] | None = None
+) -> None:
+    """Write a model that was trained in full, in the dtype of its weights, whole or not at all.
+
+    Args:
+        out: the folder; an older one is replaced.
+        base: what it was trained from: its other tensors, configuration and tokenizer go with it.
+        weights: by the base's keys.
+        files: further text files of the folder, by name.
+
+    Raises:
+        AdapterError: if a weight is not finite; nothing is written then.
+    """
+    if odd := [key for key, weight in weights.items() if not weight.isfinite().all()]:
+        raise AdapterError(f"not writing {out}: {odd[0]} is not finite")
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    with atomic_folder(Path(out)) as folder:
+        write_model(folder, base, lambda key, old: weights.get(key, old).cpu().clone(), dtype=dtype)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def fused_weights(
+    models: Sequence[BaseWeights],
+    base: BaseWeights,
+    rule: MergeRule | BoundRule,
+    *,
+    on_layer: Callable[[str], object] | None = None,
+) -> Callable[[str, Tensor], Tensor]:
+    r"""What :func:`write_model` makes of a base model and models that were trained from it in full.
+
+    .. math:: W = W_0 + \mathrm{rule}(W_1 - W_0, \ldots, W_N - W_0)
+
+    for every matrix, in row blocks read from the files; vectors (norms, biases) are averaged. Sums are taken in float32
+    and stored in the base's dtype.
+
+    Args:
+        models: with the base's keys and shapes.
+        base: what they were trained from.
+        rule: one that takes dense updates.
+        on_layer: called with each matrix's path when it is done.
+
+    Raises:
+        ValueError: for a rule that needs factors, or a model of other keys or shapes.
+    """
+    bound = bind(rule)
+    check_dense(bound)
+    stacks = {}
+    for key in base.files:
+        for model in models:
+            if key not in model.files or model.shape(key) != base.shape(key):
+                found = f"in shape {model.shape(key)}" if key in model.files else "not at all"
+                raise ValueError(
+                    f"{model.source} has '{key}' {found}, the base model {base.source} in {base.shape(key)}; give the "
+                    "model that it was trained from"
+                )
+        if len(base.shape(key)) == 2:
+            stacks[key.removesuffix(".weight")] = _differences(models, base, key)
+    walk = updates(stacks, bound)
+
+    def change(key: str, weight: Tensor) -> Tensor:
+        if weight.ndim == 2:
+            path, update = next(walk)
+            assert path == key.removesuffix(".weight")
+            weight = _added(weight, update, flipped=False)
+            for model in models:
+                model.close(model.files[key])
+            if on_layer is not None:
+                on_layer(path)
+            return weight
+        if not weight.is_floating_point():
+            return weight
+        each = [model.tensor(key).float() for model in models]
+        return averaged({key: each}, bound)[key].to(weight.dtype)
+
+    return change
+
+
+def check_dense(rule: BoundRule) -> None:
+    """Raise ValueError if a rule cannot fuse models that were trained in full."""
+    if not rule.method.dense:
+        able = ", ".join(name for name, method in METHODS.items() if method.dense)
+        raise ValueError(
+            f"Merge method '{rule.name}' works on the factors of adapters, and weights trained in full have none; "
+            f"choose one of {able}"
+        )
+    if rule.use.rank is not None:
+        raise ValueError(f"rank {rule.use.rank} is for adapters; weights trained in full are fused at their full rank")
+
+
+def _differences(models: Sequence[BaseWeights], base: BaseWeights, key: str) -> DenseUpdates:
+    """What training added to a matrix, all models together, by row blocks."""
+    (d, k), n = base.shape(key), len(models)
+    step = block_rows(n, k)
+
+    def blocks() -> Iterator[Tensor]:
+        before, after = base.rows_of(key), [model.rows_of(key) for model in models]
+        for start in range(0, d, step):
+            w_PK = before(start, start + step).float()
+            yield torch.stack([rows(start, start + step).float() - w_PK for rows in after])
+
+    return DenseUpdates((d, k), min(d, k), torch.float32, torch.device("cpu"), blocks, n)
+
+
+def _fuse_models(
+    sources: Sequence[str | Path],
+    base: BaseWeights,
+    out: Path,
+    bound: BoundRule,
+    on_layer: Callable[[str], object] | None,
+) -> None:
+    """Fuse models that were trained in full from a base model; ``out`` is written whole or not at all."""
+    models = [BaseWeights(source) for source in sources]
+    change = fused_weights(models, base, bound, on_layer=on_layer)
+    hashes = hash_inputs(sources)
+    with atomic_folder(out) as folder:
+        write_model(folder, base, change)
+        run = run_around(out, sources)
+        record = fusion_record(bound, None, hashes, base_model=str(base.source), run=run)
+        vectors = [key for key in base.files if len(base.shape(key)) == 1]
+        record |= {"kinds": ["whole models"], "averaged": sorted({key.split(".")[-2] for key in vectors if "." in key})}
+        record["into_base"] = recorded(base.source, run)
+        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
+        if prompt := common_text(sources, PROMPT_NAME):
+            (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")
 
 
 def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> None:
@@ -160,7 +315,13 @@ def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> 
         )
     modules = {}
     for name, tensor in adapter.modules.items():
-        key = weights.key(name.removesuffix(".weight")) if name.endswith(".weight") else name
+        try:
+            key = weights.key(name.removesuffix(".weight")) if name.endswith(".weight") else name
+        except ValueError:
+            # A tied head has no weight of its own, and none is lost if it was trained with the embedding as one.
+            if any(torch.equal(tensor, other) for twin, other in adapter.modules.items() if twin != name):
+                continue
+            raise
         if key not in weights.files or weights.shape(key) != tuple(tensor.shape):
             raise AdapterError(
                 f"modules_to_save holds {name} of shape {tuple(tensor.shape)}, which the base model {weights.source} "
@@ -188,15 +349,15 @@ def _check_tied(
         )
 
 
-def _forget_quantization(folder: Path, statistics: set[str]) -> None:
-    """Take what describes the quantised weights out of a copied model folder."""
+def _describe(folder: Path, statistics: set[str], change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the configuration of a copied model folder whose weights are not stored as they were."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    del config["quantization_config"]
+    change(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (index := folder / "model.safetensors.index.json").is_file():
         entries = json.loads(index.read_text(encoding="utf-8"))
         entries["weight_map"] = {key: file for key, file in entries["weight_map"].items() if key not in statistics}
-        entries["metadata"] = {}  # it had the size of the quantised files; transformers wants the key
+        entries["metadata"] = {}  # it had the size of the files as they were; transformers wants the key
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

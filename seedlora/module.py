@@ -6,8 +6,11 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens, ``S`` supervised
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,14 +20,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import CatMetric
 
+from seedlora.adapter import write_adapter
 from seedlora.base_model import ALL_LINEAR, EMBEDDED, fast_dtype, load_model, load_tokenizer, outline, resolve
+from seedlora.base_weights import BaseWeights
 from seedlora.card import base_note
 from seedlora.compiled import check_backend, compile_layers
 from seedlora.evaluation.generate import evaluating
 from seedlora.factors import LoRAFactors
+from seedlora.fuse import Stacks, full_weights
 from seedlora.head import head_losses, is_plain
+from seedlora.into_base import fused_weights, write_trained
+from seedlora.merge import BoundRule
 from seedlora.quantization import check_quantization
-from seedlora.selection import RowScores
+from seedlora.selection import Layers, RowScores
 from seedlora.stacked import PARTS, AdapterStack, Start
 from seedlora.starts import prepare_base
 from seedlora.strategies import (
@@ -41,7 +49,9 @@ from seedlora.strategies import (
 # peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
 # importing both would cost every --help seconds.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq")
+#: Instead of an adapter: every weight of the model is trained.
+FULL = "none"
+ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq", FULL)
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 IGNORED = -100
@@ -85,7 +95,9 @@ class SeedLoRAModule(pl.LightningModule):
         adapter: ``lora``; ``rslora`` (scaled by ``lora_alpha / sqrt(r)``, arXiv 2312.03732); ``dora`` (a magnitude per
             output, arXiv 2402.09353); ``pissa`` (starts at the largest singular vectors of the weights, saved as plain
             LoRA of rank 2r on the original base, arXiv 2404.02948); ``loftq`` (starts at what quantisation loses, arXiv
-            2310.08659; it needs ``nf4``). LoRA+ goes with each.
+            2310.08659; it needs ``nf4``). LoRA+ goes with each. ``none`` trains every weight of the model instead, in
+            float32, for each replica a copy; it takes none of the options of adapters, and wants a much lower
+            ``learning_rate`` (2e-5 for 7B).
         quantization: of the frozen base model: ``none``, ``nf4`` (QLoRA, arXiv 2305.14314) or ``int8``.
         r: rank of each adapter.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
@@ -94,6 +106,9 @@ class SeedLoRAModule(pl.LightningModule):
             ``all-linear`` for all but the head.
         rank_pattern: other ranks by layer: ending of its path, or a regular expression for one, as in PEFT.
         alpha_pattern: other ``lora_alpha`` by layer, likewise.
+        modules_to_save: modules that each replica trains in full beside its adapter, in float32, by the endings of
+            their names: ``embed_tokens``, ``lm_head``, norms. Where head and embedding are one matrix (tied), naming
+            either trains one copy for both. They are averaged where adapters are fused.
         learning_rate: of AdamW, at the top of the schedule.
         lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
             2402.12354, who take 16). DoRA's magnitudes learn like A.
@@ -114,6 +129,7 @@ class SeedLoRAModule(pl.LightningModule):
     #: The checkpoint holds the adapters alone.
     strict_loading = False
     model: Any
+    stack: AdapterStack
 
     def __init__(
         self,
@@ -127,6 +143,7 @@ class SeedLoRAModule(pl.LightningModule):
         target_modules: Sequence[str] | str = PROJECTIONS,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
+        modules_to_save: Sequence[str] | None = None,
         learning_rate: float = 2e-3,
         lora_plus_ratio: float = 1.0,
         weight_decay: float = 0.0,
@@ -158,6 +175,19 @@ class SeedLoRAModule(pl.LightningModule):
             "model.adapter pissa goes with model.quantization none or nf4, got int8",
         )
         rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+        if adapter == FULL:
+            asked = {
+                "quantization": quantization if quantization != "none" else None,
+                "lora_plus_ratio": lora_plus_ratio if lora_plus_ratio != 1 else None,
+                "lora_dropout": lora_dropout,
+                "rank_pattern": rank_pattern,
+                "alpha_pattern": alpha_pattern,
+                "modules_to_save": modules_to_save,
+            }
+            odd = next((f"{name} {value}" for name, value in asked.items() if value), None)
+            _require(
+                odd is None, f"model.adapter none trains every weight in full, to which model.{odd} does not apply"
+            )
         for name, values in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
             low = {key: value for key, value in values.items() if value < 1}
             _require(not low, f"model.{name} must be at least 1 everywhere, got {low}")
@@ -169,6 +199,7 @@ class SeedLoRAModule(pl.LightningModule):
                 "would break each graph into pieces; leave out one of them",
             )
         target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
+        modules_to_save = list(modules_to_save or ()) or None
         self.save_hyperparameters()
         self.dtype_base = DTYPES[dtype] or fast_dtype()
         #: The adapters of the stack; whoever runs an ensemble sets them before the module is set up.
@@ -212,9 +243,37 @@ class SeedLoRAModule(pl.LightningModule):
         return self.hparams["adapter"] in ("pissa", "loftq")
 
     @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the model is trained, and there are no adapters."""
+        return bool(self.hparams["adapter"] == FULL)
+
+    @property
+    def adds_dense(self) -> bool:
+        """Whether what is trained adds updates of full rank to the weights, which take longer to fuse than to score."""
+        return self.trains_all or self.hparams["adapter"] == "dora"
+
+    @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """The layers to adapt, with their shapes (D, K); raises as :func:`seedlora.base_model.outline`."""
+        if self.trains_all:
+            return {}
         return outline(self.hparams["base_model"]).matching(self.hparams["target_modules"])
+
+    @property
+    def full_modules(self) -> dict[str, int]:
+        """The modules that are trained in full, with the number of their parameters; raises as :attr:`targets`."""
+        model = outline(self.hparams["base_model"])
+        if self.trains_all:
+            model.check_order(model.modules, f"model.adapter {FULL}")
+            return model.modules
+        return model.owning(self.hparams["modules_to_save"] or ())
+
+    @property
+    def unsplit(self) -> dict[str, Any]:
+        """What does not go with a base model in parts, for :func:`seedlora.strategies.prepare`."""
+        hparams, names = self.hparams, ", ".join(self.hparams["modules_to_save"] or ())
+        full = f"adapter {FULL}" if self.trains_all else names and f"modules_to_save {names}"
+        return {"quantization": hparams["quantization"], "backend": hparams["compile"], "full": full or None}
 
     @property
     def precision_of_base(self) -> str:
@@ -226,12 +285,24 @@ class SeedLoRAModule(pl.LightningModule):
     def adapter_words(self) -> str:
         """What is trained, for people."""
         hparams = self.hparams
+        if self.trains_all:
+            return "no adapter, every weight in full, in float32"
         words = f"{hparams['adapter']}, r {hparams['r']}, lora_alpha {hparams['lora_alpha']:g}"
         if hparams["rank_pattern"] or hparams["alpha_pattern"]:
             words += ", other ones by pattern"
         if hparams["lora_plus_ratio"] != 1:
             words += f", LoRA+ {hparams['lora_plus_ratio']:g}"
-        return f"{words}, on {len(self.targets)} layers"
+        words += f", on {len(self.targets)} layers"
+        if full := self.full_modules:
+            words += f"; {', '.join(dict.fromkeys(path.rpartition('.')[2] for path in full))} in full"
+        return words
+
+    @property
+    def averaged_words(self) -> str:
+        """What a merge rule is not applied to, for people; empty if it is applied to everything."""
+        if self.trains_all:
+            return "vectors (norms, biases) are averaged"
+        return "what is trained in full is averaged" if self.full_modules else ""
 
     @property
     def base_note(self) -> str:
@@ -249,8 +320,13 @@ class SeedLoRAModule(pl.LightningModule):
     def lora_config(self) -> Any:
         """PEFT's configuration of each replica in training."""
         from peft import LoraConfig
+        from peft.utils.constants import DUMMY_TARGET_MODULES
 
         hparams, names, wider = self.hparams, self.hparams["target_modules"], self.rank_factor
+        if self.trains_all:
+            names = DUMMY_TARGET_MODULES  # PEFT's word for no layer at all
+        elif names == ALL_LINEAR:
+            names = sorted({path.rpartition(".")[2] for path in self.targets})
         alpha = wider**0.5 if hparams["adapter"] == "rslora" else wider  # at the same scaling
         return LoraConfig(
             task_type="CAUSAL_LM",
@@ -258,9 +334,11 @@ class SeedLoRAModule(pl.LightningModule):
             r=hparams["r"] * wider,
             lora_alpha=hparams["lora_alpha"] * alpha,
             lora_dropout=hparams["lora_dropout"],
-            target_modules=sorted({p.rpartition(".")[2] for p in self.targets}) if names == ALL_LINEAR else names,
+            target_modules=names,
             rank_pattern={key: rank * wider for key, rank in hparams["rank_pattern"].items()},
             alpha_pattern={key: value * alpha for key, value in hparams["alpha_pattern"].items()},
+            # Whole paths: PEFT would take norm for the end of input_layernorm.
+            modules_to_save=sorted(self.full_modules) or None,
             use_rslora=hparams["adapter"] == "rslora",
             use_dora=hparams["adapter"] == "dora",
             fan_in_fan_out=outline(hparams["base_model"]).transposed and hparams["quantization"] == "none",
@@ -287,7 +365,23 @@ class SeedLoRAModule(pl.LightningModule):
         """
         from peft.utils.other import get_pattern_key
 
-        targets, hparams = self.targets, self.hparams
+        targets, full, hparams = self.targets, self.full_modules, self.hparams
+        if both := [path for path in full if path in targets]:
+            raise ValueError(
+                f"model.modules_to_save: {both[0]} is among model.target_modules too; a layer has an adapter or is "
+                "trained in full"
+            )
+        if hparams["quantization"] != "none" and (few := set(full) & set(outline(hparams["base_model"]).linear)):
+            raise ValueError(
+                f"model.modules_to_save: {min(few)} would be quantised, and weights in {hparams['quantization']} take "
+                "no gradient; embeddings, heads and norms are not quantised"
+            )
+        inside = [path for path in full if re.search(r"\.\d+\.", path)]
+        if hparams["compile"] is not None and inside:
+            raise ValueError(
+                f"model.compile {hparams['compile']}: {inside[0]} is trained in full inside a layer, which then "
+                "cannot be compiled; leave out one of the two"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             used = {get_pattern_key(hparams[name], path) for path in targets}
             if unused := [key for key in hparams[name] if key not in used]:
@@ -305,13 +399,13 @@ class SeedLoRAModule(pl.LightningModule):
         same bits however often a module was used; validation and test keep the adapters that are there.
         """
         if self._trainer is not None:
-            prepare(self.trainer, quantization=self.hparams["quantization"], backend=self.hparams["compile"])
+            prepare(self.trainer, **self.unsplit)
         if self._built == self.replicas and stage != "fit":
             return
         # DoRA's magnitudes start at the norms of the weights.
         lost = self._built and self.hparams["adapter"] == "dora" and is_partitioned(self.model)
         if self._built and not is_sharded(self.model) and not lost:
-            base = self.model.unload()
+            base = self.stack.remove()
         else:
             base, self._starts = prepare_base(
                 load_model(self.hparams["base_model"], dtype=self.dtype_base),
@@ -321,7 +415,9 @@ class SeedLoRAModule(pl.LightningModule):
             )
         from peft import get_peft_model
 
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # The stack ties what the base model ties.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             for i, replica in enumerate(self.replicas):
                 torch.manual_seed(replica.init_seed)
                 if i == 0:
@@ -364,7 +460,8 @@ class SeedLoRAModule(pl.LightningModule):
             position_ids: shape (M, T), for rows that hold several samples: they restart with each, and attention stays
                 within one. transformers makes its masks so when it is given positions and no mask.
         """
-        return self._forward(input_ids, position_ids, lambda hidden: hidden[keep])
+        with self.stack.head_sees(keep):
+            return self._forward(input_ids, position_ids, lambda hidden: hidden[keep])
 
     def _forward(
         self, input_ids: Tensor, position_ids: Tensor | None, before_head: Callable[[Tensor], Tensor]
@@ -530,10 +627,61 @@ class SeedLoRAModule(pl.LightningModule):
         losses = math.log(len(members)) - mixed_SV.gather(1, targets[:, None])[:, 0]
         return *_in_place(losses, mixed_SV.argmax(-1) == targets, keep), keep
 
+    def places(self, weights: BaseWeights) -> dict[str, str]:
+        """Where a folder of the base model, or of one like it, has what is trained in full: its key by our name."""
+        found, tied = {}, outline(self.hparams["base_model"]).tied
+        for path, wrapper in self.stack.modules.items():
+            for parameter, _ in wrapper.original_module.named_parameters():
+                try:
+                    found[f"{path}.{parameter}"] = weights.key(path, parameter)
+                except ValueError:
+                    if path not in tied:
+                        raise
+                    found[f"{path}.{parameter}"] = weights.key(tied[0], parameter)
+        return found
+
+    def write(self, path: Path, name: str, files: Mapping[str, str], *, writer: bool) -> None:
+        """Write the folder of one replica: PEFT's of an adapter, or a whole model. All ranks must call it.
+
+        Args:
+            path: of the folder.
+            name: of the replica.
+            files: further text files, by name.
+            writer: whether this rank writes.
+        """
+        layers, magnitudes = self.stack.stored(name), self.stack.magnitudes(name)
+        modules = self.stack.full_weights(name)
+        if writer and self.trains_all:
+            base = BaseWeights(self.base_path)
+            write_trained(path, base, {key: modules[own] for own, key in self.places(base).items()}, files=files)
+        elif writer:
+            write_adapter(path, layers, self.saved_config, files=files, magnitudes=magnitudes, modules=modules)
+
+    def read_model(self, folder: Path) -> Layers:
+        """A whole model like the base, to be scored."""
+        weights = BaseWeights(folder)
+        return Stacks({}, {own: [weights.tensor(key)] for own, key in self.places(weights).items()})
+
+    def fused_model(self, folders: Sequence[Path], rule: BoundRule) -> Layers:
+        """Whole models fused, to be scored; all of it in memory."""
+        base = BaseWeights(self.base_path)
+        change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
+        new = {key: change(key, base.weight(key)) for key in base.files}
+        return Stacks({}, {own: [new[key]] for own, key in self.places(base).items()})
+
+    def current(self, names: Sequence[str]) -> Stacks[LoRAFactors]:
+        """The replicas as they are now, to be fused. All ranks must call it."""
+        full = [self.stack.full_weights(name) for name in names]
+        return Stacks(self.stack.factors(names), {key: [each[key] for each in full] for key in full[0]})
+
+    def load(self, name: str, layers: Layers) -> None:
+        """Put a fused adapter, with its full weights if it has any, beside those in training: to be scored."""
+        self.stack.load(name, layers, modules={key: each[0] for key, each in full_weights(layers).items()})
+
     @torch.no_grad()
     def score_rows(
         self,
-        adapters: Mapping[str, Mapping[str, LoRAFactors]],
+        adapters: Mapping[str, Layers],
         batches: Iterable[Mapping[str, Tensor]],
         *,
         on_batch: Callable[[], object] = lambda: None,
@@ -551,7 +699,7 @@ class SeedLoRAModule(pl.LightningModule):
         """
         before, self.scored, mixtures, self.mixtures = self.scored, {name: name for name in adapters}, self.mixtures, {}
         for name, layers in adapters.items():
-            self.stack.load(name, layers)
+            self.load(name, layers)
         columns = []
         try:
             with evaluating(self.model):

@@ -113,6 +113,8 @@ def memory_estimate(
     largest: int = 0,
     frozen: int = 0,
     rescaled: int = 0,
+    copies: int = 0,
+    all_logits: bool = False,
 ) -> Memory:
     """Bytes that a training step needs, beside Python and its libraries.
 
@@ -124,6 +126,9 @@ def memory_estimate(
     hidden states; for those of one chunk (:func:`seedlora.head.chunk_rows`) the logits in the model's dtype and twice
     in float32. Gradient checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes one layer at a
     time. A model family that scales or caps its logits takes all of them at once, which is more.
+
+    Modules that are trained in full are trained parameters like an adapter's, and are kept once more in the base's
+    dtype for the backward pass. A head among them takes all logits at once: ``2 * base_bytes + 12`` for each.
 
     A quantised weight takes ``quantized_bytes``, and the largest layer is whole while it is multiplied. DoRA keeps the
     outputs of its layers before they are rescaled.
@@ -145,17 +150,20 @@ def memory_estimate(
         largest: parameters of the largest quantised layer.
         frozen: parameters of the factors at which adapters start.
         rescaled: outputs of DoRA's layers, for one token, in all layers.
+        copies: full weights that are kept in the base's dtype too.
+        all_logits: the head is trained in full.
     """
     layer = base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden + scores * (base_bytes + 4)
     layer += base_bytes * rescaled // layers
     per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
+    logits = min(supervised, chunk_rows(vocabulary)) * vocabulary * (base_bytes + 8)
+    if all_logits:
+        logits = supervised * vocabulary * (2 * base_bytes + 12)
     return Memory(
         base=int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes),
         adapters=8 * trainable + 4 * frozen,
         optimizer=8 * trainable,
-        activations=tokens * per_token
-        + supervised * hidden * 2 * base_bytes
-        + min(supervised, chunk_rows(vocabulary)) * vocabulary * (base_bytes + 8),
+        activations=tokens * per_token + supervised * hidden * 2 * base_bytes + logits + copies * base_bytes,
     )
 
 
@@ -278,7 +286,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         memory_alone=memory_of(module, data)(1),
         model=hparams["base_model"],
         data=_rows(data),
-        merge=ensemble.method_name,
+        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_words))),
         dtype=module.precision_of_base,
         adapter=module.adapter_words,
         compile=hparams["compile"],
@@ -325,7 +333,8 @@ def timed(file: Path, device: torch.device, control: str | None = None) -> Itera
 def trainable_parameters(module: SeedLoRAModule) -> int:
     """Parameters of one replica."""
     magnitudes = module.hparams["adapter"] == "dora"
-    return sum(module.rank(path) * (d + k) + magnitudes * d for path, (d, k) in module.targets.items())
+    factors = sum(module.rank(path) * (d + k) + magnitudes * d for path, (d, k) in module.targets.items())
+    return factors + sum(module.full_modules.values())
 
 
 def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
@@ -351,6 +360,9 @@ def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: 
     config, targets, trainable = model.config, module.targets, trainable_parameters(module)
     per_weight = QUANTIZATIONS[hparams["quantization"]]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
+    full = module.full_modules
+    # What is recomputed is cast again.
+    kept = [n for path, n in full.items() if not (hparams["gradient_checkpointing"] and path in model.linear)]
     return memory_estimate(
         base_parameters=model.parameters,
         base_bytes=module.dtype_base.itemsize,
@@ -366,8 +378,10 @@ def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: 
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),
-        frozen=trainable if module.starts_at_weights else 0,
+        frozen=trainable - sum(full.values()) if module.starts_at_weights else 0,
         rescaled=sum(d for d, _ in targets.values()) if hparams["adapter"] == "dora" else 0,
+        copies=stack * sum(kept) if module.dtype_base != torch.float32 else 0,
+        all_logits=model.head in full,
     )
 
 
@@ -385,25 +399,30 @@ class Work:
 
     Args:
         body: frozen, in the linear layers.
-        head: frozen, in front of the vocabulary.
-        adapter: trained, of one replica.
+        head: in front of the vocabulary.
+        adapter: trained, of one replica, layers that are trained in full among them.
+        head_trained: whether the head is.
     """
 
     body: int
     head: int
     adapter: int
+    head_trained: bool = False
 
     def operations(self, *, tokens: int, scored: int) -> int:
         """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one."""
-        return tokens * (4 * self.body + 6 * self.adapter) + scored * 4 * self.head
+        return tokens * (4 * self.body + 6 * self.adapter) + scored * (6 if self.head_trained else 4) * self.head
 
 
 def work(module: Any) -> Work:
     """What a token costs in this module."""
     model = outline(module.hparams["base_model"])
     head = model.config.vocab_size * model.config.hidden_size
-    body = sum(d * k for name, (d, k) in model.linear.items() if d != model.config.vocab_size)
-    return Work(body, head, trainable_parameters(module))
+    full = module.full_modules
+    sizes = {name: d * k for name, (d, k) in model.linear.items() if d != model.config.vocab_size}
+    own = sum(size for name, size in sizes.items() if name in full)
+    factors = trainable_parameters(module) - sum(full.values())
+    return Work(sum(sizes.values()) - own, head, factors + own, model.head in full)
 
 
 class PeakMemory:

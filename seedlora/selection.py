@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse
-from seedlora.merge import COMMON, METHODS, BoundRule, bind, gain, greedy_members, weighted_sum
+from seedlora.fuse import Stacks, full_weights, fuse
+from seedlora.merge import COMMON, METHODS, BoundRule, bind, gain, greedy_search, weighted_sum
 
 #: Below any score: what a loss that is no number counts as.
 _WORST = -1e30
-#: One adapter: ``N = 1`` factors by layer path.
+#: One adapter: ``N = 1`` factors by layer path; :class:`seedlora.fuse.Stacks` if it has full weights too.
 Layers: TypeAlias = Mapping[str, LoRAFactors]
 
 SELECT_BY = ("loss", "match")
@@ -106,28 +106,32 @@ def any_method(paths: Sequence[str], n: int) -> dict[str, BoundRule]:
     return {**gain_family(paths), **scaled_soups(n), **{name: bind(name) for name in TRIED}}
 
 
-def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> dict[str, LoRAFactors]:
+def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> Stacks[LoRAFactors]:
     r"""One adapter, made as much longer in each layer as the fused one is than the mean of all.
 
     .. math:: \Delta = \frac{\|\Delta_\text{fused}\|}{\|\bar\Delta\|} \Delta_i
 
-    What a fused adapter gains by its length alone, this control gains too.
+    What a fused adapter gains by its length alone, this control gains too. Full weights are the adapter's own.
 
     Args:
         stacks: the adapters of every layer by path.
         fused: what was made of them.
         index: of the adapter to take.
     """
-    return {
+    found = {
         path: weighted_sum(LoRAFactors(stack.A[[index]], stack.B[[index]]), gain(stack, fused[path])[None])
         for path, stack in stacks.items()
     }
+    return Stacks(found, {key: [each[index]] for key, each in full_weights(stacks).items()})
 
 
-def members(stacks: Layers, chosen: Sequence[int]) -> dict[str, LoRAFactors]:
+def members(stacks: Layers, chosen: Sequence[int]) -> Stacks[LoRAFactors]:
     """The chosen adapters of every layer."""
     index = list(chosen)
-    return {path: LoRAFactors(stack.A[index], stack.B[index]) for path, stack in stacks.items()}
+    return Stacks(
+        {path: LoRAFactors(stack.A[index], stack.B[index]) for path, stack in stacks.items()},
+        {key: [each[i] for i in index] for key, each in full_weights(stacks).items()},
+    )
 
 
 def subsets(n: int, *, most: int = 10) -> list[tuple[int, ...]]:
@@ -199,13 +203,13 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
     """
     check_select_by(by)
 
-    def larger_is_better(layers: Layers) -> float:
-        (found,) = score({"greedy_soup": layers}).values()
+    def larger_is_better(chosen: Sequence[int]) -> float:
+        (found,) = score({"greedy_soup": fuse(stacks, soup_of(chosen))}).values()
         if by == "match":
             return found.match
         return -found.loss if math.isfinite(found.loss) else _WORST
 
-    return soup_of(greedy_members(lambda: stacks.items(), score=larger_is_better))
+    return soup_of(greedy_search(len(next(iter(stacks.values()))), larger_is_better))
 
 
 def soup_of(chosen: Sequence[int]) -> BoundRule:

@@ -21,10 +21,14 @@ PiSSA (Meng et al., arXiv 2404.02948) starts each adapter at the same factors ``
 base model is the original one bit for bit, and nothing has to be put back. Only where W is quantised does the base
 layer hold the residual, whose smaller entries are what PiSSA is for there; then the others, the base model among them,
 have ``+s B_0 A_0`` beside theirs.
+
+Modules that are trained in full (PEFT's ``modules_to_save``) are whole in every replica: each block of rows goes
+through the module with its replica's own weights, one block after the other.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from seedlora.factors import LoRAFactors
 from seedlora.quantization import dequantized
@@ -44,10 +49,11 @@ from seedlora.streams import stream_seed
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
 
-#: What a PEFT layer holds of one adapter.
-PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+#: What a PEFT layer holds of one adapter; the last is a module that is trained in full.
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")
 
 
 class Start(NamedTuple):
@@ -92,7 +98,13 @@ class _Route:
     lengths: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     dropout_keys: tuple[tuple[int, ...], ...] | None = None
+    #: Rows of the forward at hand.
+    batch: int = 0
+    #: Of each block, the positions that the head sees; empty if it sees all.
+    kept: tuple[int, ...] = ()
     loaded: dict[str, dict[str, _Block]] = field(default_factory=dict)
+    #: Full weights of the loaded adapters, by path and by the name within the module.
+    weights: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     joined: dict[str, _Joined] | None = None
 
@@ -106,9 +118,13 @@ class AdapterStack:
 
     The route stays until it is changed, also through a backward that recomputes the forward (gradient checkpointing).
 
+    Full weights are float32 from then on. Where the base model's modules share one matrix (a tied head), those of an
+    adapter share one, too.
+
     Args:
         model: a PEFT model whose LoRA layers are linear, without bias; plain LoRA, rsLoRA or DoRA. DoRA's magnitudes
-            are set to the norms of the base weights, as PEFT sets them, in float32.
+            are set to the norms of the base weights, as PEFT sets them, in float32. Modules that are trained in full
+            have no modules inside.
         starts: factors at which the model's adapters start, by layer path, where the base weights give them.
 
     Raises:
@@ -117,15 +133,20 @@ class AdapterStack:
 
     def __init__(self, model: PeftModel, *, starts: Mapping[str, Start] | None = None) -> None:
         from peft.tuners.lora import LoraLayer
+        from peft.utils import ModulesToSaveWrapper
 
         self.model = model
         self._route = _Route()
         self.layers: dict[str, LoraLayer] = {}
+        #: What is trained in full, by path.
+        self.modules: dict[str, ModulesToSaveWrapper] = {}
         prefix = len("base_model.model.")
         for name, layer in model.named_modules():
+            path = name[prefix:]
+            if isinstance(layer, ModulesToSaveWrapper):
+                self.modules[path] = layer
             if not isinstance(layer, LoraLayer):
                 continue
-            path = name[prefix:]
             if layer.lora_embedding_A or any(layer.lora_bias.values()):
                 raise ValueError(
                     f"layer {path} carries an adapter that cannot be stacked: LoRA and DoRA on linear layers are, "
@@ -141,6 +162,41 @@ class AdapterStack:
                     layer.lora_B[adapter].weight.copy_(start.B)
                 for magnitude in layer.lora_magnitude_vector.values():
                     magnitude.weight.data = _norms(layer).clone()
+        if self.modules:
+            self._own_weights()
+
+    def _own_weights(self) -> None:
+        """Give every adapter its float32 weights, and the modules their stacked forward."""
+        base = self.model.get_base_model()
+        head = base.get_output_embeddings()
+        own: dict[tuple[str, int], nn.Parameter] = {}
+        for path, wrapper in self.modules.items():
+            for name, module in wrapper.modules_to_save.items():
+                for key, shared in wrapper.original_module.named_parameters():
+                    one = (name, id(shared))
+                    if one not in own:
+                        own[one] = nn.Parameter(getattr(module, key).data.float())
+                    setattr(module, key, own[one])
+            vars(wrapper).update(stack_path=path, stack_route=self._route, stack_is_head=wrapper is head)
+            vars(wrapper)["forward"] = MethodType(_own_forward, wrapper)
+
+        forward = base.forward
+
+        @functools.wraps(forward)
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            self._route.batch = len(next(inputs for inputs in given if inputs is not None))
+            return forward(*args, **kwargs)
+
+        vars(base)["forward"] = counting  # no hook: DeepSpeed takes those away after a fit
+
+    def remove(self) -> Any:
+        """Take the adapters off the model again; returns the base model as it was."""
+        if self.modules:
+            del vars(self.model.get_base_model())["forward"]
+        for wrapper in self.modules.values():
+            wrapper.set_adapter([])  # or PEFT would leave the active adapter's copy in the module's place
+        return self.model.unload()
 
     def route(
         self,
@@ -173,6 +229,16 @@ class AdapterStack:
         self._route.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
 
     @contextmanager
+    def head_sees(self, keep_MT: Tensor) -> Iterator[None]:
+        """Inside, the head gets the positions kept alone, one after the other, in the order of the rows."""
+        if self.modules:
+            self._route.kept = tuple(keep_MT.view(len(self._route.names), -1).sum(1).tolist())
+        try:
+            yield
+        finally:
+            self._route.kept = ()
+
+    @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, no adapter changes: a layer joins and casts its adapters once per route, not in every forward.
 
@@ -185,7 +251,12 @@ class AdapterStack:
             self._route.joined = None
 
     def load(
-        self, name: str, layers: Mapping[str, LoRAFactors], *, magnitudes: Mapping[str, Tensor] | None = None
+        self,
+        name: str,
+        layers: Mapping[str, LoRAFactors],
+        *,
+        magnitudes: Mapping[str, Tensor] | None = None,
+        modules: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Put an adapter beside the model's own, for evaluation: a fused one, for example.
 
@@ -195,8 +266,14 @@ class AdapterStack:
             name: how :meth:`route` will call it.
             layers: one adapter (``N = 1``) per layer path; layers left out keep the base weights.
             magnitudes: of shape (D,) for the layers that are DoRA's.
+            modules: full weights by key within the model (``lm_head.weight``), of modules that this stack trains in
+                full; kept in the dtype of the base's. Modules left out keep the base weights.
         """
-        self._route.loaded[name] = {}
+        self._route.loaded[name], self._route.weights[name] = {}, {}
+        for key, weight in (modules or {}).items():
+            path, _, parameter = key.rpartition(".")
+            like = getattr(self.modules[path].original_module, parameter)
+            self._route.weights[name].setdefault(path, {})[parameter] = weight.to(like)
         for path, factors in layers.items():
             layer, magnitude = self.layers[path], (magnitudes or {}).get(path)
             a, b = (factor[0].to(layer.get_base_layer().weight.device) for factor in (factors.A, factors.B))
@@ -206,7 +283,7 @@ class AdapterStack:
 
     def unload(self, name: str) -> None:
         """Forget an adapter that :meth:`load` put here."""
-        del self._route.loaded[name]
+        del self._route.loaded[name], self._route.weights[name]
 
     def loaded_sha256(self, name: str) -> str:
         """Of the weights of an adapter that :meth:`load` put here."""
@@ -214,7 +291,10 @@ class AdapterStack:
         for path, block in sorted(self._route.loaded[name].items()):
             digest.update(path.encode())
             for tensor in (block.A, block.B, *(() if block.magnitude is None else (block.magnitude,))):
-                digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                digest.update(_bytes(tensor))
+        for path, weights in sorted(self._route.weights[name].items()):
+            for key, tensor in sorted(weights.items()):
+                digest.update(f"{path}.{key}".encode() + _bytes(tensor))
         return digest.hexdigest()
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
@@ -254,14 +334,69 @@ class AdapterStack:
             if name in layer.lora_magnitude_vector
         }
 
+    def full_weights(self, name: str) -> dict[str, Tensor]:
+        """The weights that one PEFT adapter has in full, float32, by key within the model: themselves, detached."""
+        return {
+            f"{path}.{key}": parameter.detach()
+            for path, wrapper in self.modules.items()
+            for key, parameter in wrapper.modules_to_save[name].named_parameters()
+        }
+
     def is_finite(self, name: str) -> bool:
         """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
         return all(bool(whole(parameter).isfinite().all()) for parameter in self.parameters(name))
 
     def parameters(self, name: str, parts: Sequence[str] = PARTS) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer, in the order of the parts: those of :data:`PARTS`."""
+        *factors, full = PARTS
         layers = self.layers.values()
-        return [getattr(layer, part)[name].weight for layer in layers for part in parts if name in getattr(layer, part)]
+        found = [
+            getattr(layer, part)[name].weight
+            for layer in layers
+            for part in parts
+            if part in factors and name in getattr(layer, part)
+        ]
+        if full in parts:
+            copies = (wrapper.modules_to_save[name] for wrapper in self.modules.values())
+            found += dict.fromkeys(parameter for copy in copies for parameter in copy.parameters())  # a shared one once
+        return found
+
+
+def _own_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
+    """A module that is trained in full: each block of rows through it with the weights of its own adapter."""
+    route: _Route = self.stack_route
+    own, n, rows = [_own(self, name) for name in route.names], len(route.names), len(x)
+
+    def through(weights: dict[str, Tensor] | None, x: Tensor) -> Any:
+        return self.original_module(x) if weights is None else functional_call(self.original_module, weights, (x,))
+
+    if n == 1 or not any(own):
+        return through(own[0], x)
+    if rows == 1 < route.batch:  # positions that are the same for all rows
+        each = [through(weights, x) for weights in own]
+        return torch.cat([y.expand(route.batch // n, *y.shape[1:]) for y in each])
+    if self.stack_is_head and route.kept:
+        blocks = list(route.kept)
+    elif route.batch % n or rows % route.batch:
+        raise RuntimeError(f"{self.stack_path}: {rows} rows are not the {route.batch} of the batch, in {n} blocks")
+    else:
+        blocks = [rows // n] * n
+    return torch.cat([through(*pair) for pair in zip(own, x.split(blocks), strict=True)])
+
+
+def _own(wrapper: ModulesToSaveWrapper, name: str | None) -> dict[str, Tensor] | None:
+    """The weights that an adapter has in full, in the base's dtype; None if it has none of this module."""
+    route: _Route = wrapper.stack_route
+    if name in route.loaded:
+        return route.weights[name].get(wrapper.stack_path)
+    if name not in wrapper.modules_to_save:
+        return None
+    base = wrapper.original_module
+    return {key: p.to(getattr(base, key).dtype) for key, p in wrapper.modules_to_save[name].named_parameters()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -> Tensor:

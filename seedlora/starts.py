@@ -60,6 +60,7 @@ def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> 
 
     # PEFT resolves names, ranks and scalings of the layers; its adapter is gone afterwards.
     config = copy.deepcopy(config)
+    config.modules_to_save = None
     names = [name for name, _ in model.named_modules()]
     wrapped = get_peft_model(model, config, adapter_name="start")
     layers = {name: layer for name in names if isinstance(layer := model.get_submodule(name), LoraLayer)}

@@ -139,7 +139,9 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
     return strategy
 
 
-def prepare(trainer: pl.Trainer, *, quantization: str = "none", backend: str | None = None) -> None:
+def prepare(
+    trainer: pl.Trainer, *, quantization: str = "none", backend: str | None = None, full: str | None = None
+) -> None:
     """Check that the trainer's strategy can train a stack, and set what it must leave to us.
 
     Called before the strategy sets up the model; a second call changes nothing.
@@ -148,6 +150,7 @@ def prepare(trainer: pl.Trainer, *, quantization: str = "none", backend: str | N
         trainer: whose strategy it is.
         quantization: of the base model.
         backend: that compiles its layers.
+        full: the option by which weights are trained in full.
 
     Raises:
         ValueError: naming the option that cannot be right.
@@ -168,10 +171,11 @@ def prepare(trainer: pl.Trainer, *, quantization: str = "none", backend: str | N
             "leave it at 32-true and set --model.dtype for the base model"
         )
     chosen = {"quantization": quantization if quantization != "none" else None, "compile": backend}
-    for option, value in chosen.items():
-        if value is not None and splits_base(trainer):
+    asked = [f"{option} {value}" for option, value in chosen.items() if value is not None]
+    for option in [*asked, *([] if full is None else [full])]:
+        if splits_base(trainer):
             raise ValueError(
-                f"model.{option} {value} and {type(strategy).__name__}, which splits the base model over the "
+                f"model.{option} and {type(strategy).__name__}, which splits the base model over the "
                 "processes, do not go together; use ddp or deepspeed_stage_2"
             )
     if not isinstance(strategy, DeepSpeedStrategy):

@@ -38,6 +38,8 @@ KINDS = {
     "pissa": {"adapter": "pissa"},
     "rslora": {"adapter": "rslora"},
     "compiled": {"compile": "aot_eager"},
+    "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+    "none": {"adapter": "none", "learning_rate": 2e-4},
 }
 
 

@@ -65,6 +65,11 @@ def test_every_config_stands_alone(config):
         assert "ZeRO-2:   add --trainer.strategy deepspeed_stage_2" in header
         model = written["model"]
         assert ("lora_plus" in config.stem) == (model["lora_plus_ratio"] > 1)
-        kinds = {"dora": ("dora", "none"), "qlora": ("lora", "nf4"), "loftq": ("loftq", "nf4")}
+        kinds = {
+            "dora": ("dora", "none"),
+            "qlora": ("lora", "nf4"),
+            "loftq": ("loftq", "nf4"),
+            "full": ("none", "none"),
+        }
         expected = kinds.get(config.stem.rpartition("_")[2], ("lora", "none"))
         assert (model["adapter"], model["quantization"]) == expected

@@ -88,11 +88,11 @@ def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, two_of
     for name in strategies_job.strategies_of(kind):
         tolerance = 1e-4 if name in ("zero3", "fsdp2") else 1e-5
         for seed in ("seed_11", "seed_42", "seed_202"):
-            file = Path(seed) / "adapter_model.safetensors"
+            file = Path(seed) / ("model.safetensors" if kind == "none" else "adapter_model.safetensors")
             expected, found = load_file(tmp_path / file), load_file(two_of_each_kind / kind / name / file)
             for key, tensor in expected.items():
                 assert ((found[key] - tensor).norm() / tensor.norm()).item() < tolerance, (name, key)
-        assert (two_of_each_kind / kind / name / "fused" / "adapter_config.json").is_file()
+        assert (two_of_each_kind / kind / name / "fused" / "fusion.json").is_file()
 
 
 def test_two_processes_exclude_a_diverged_seed_as_one_does(tiny_llama, two, tmp_path):

@@ -146,9 +146,14 @@ def _quantization(adapters: Sequence[_Named]) -> str:
 
 
 def _candidates(
-    adapters: Sequence[_Named], base: bool, style: str | None, prompts: Prompts, tokenizer: Callable[[], Any]
+    adapters: Sequence[_Named],
+    base: bool,
+    style: str | None,
+    prompts: Prompts,
+    tokenizer: Callable[[], Any],
+    model: Path | None = None,
 ) -> list[Candidate]:
-    """Everyone with the prompts of their training, or else of ``style``."""
+    """Everyone with the prompts of their training, or else of ``style``; ``model`` is the base model's folder."""
     fallback: str | dict[str, Any] = style or DEFAULT_STYLE
     if fallback == "chat":
         fallback = prompts.prompt_record(fallback, tokenizer())
@@ -157,7 +162,7 @@ def _candidates(
     # The base model is asked as the adapters are, if they agree.
     agreed = {json.dumps(record, sort_keys=True) for record in records.values()}
     shared = next(iter(records.values())) if len(agreed) == 1 else None
-    asked = [candidate(BASE, shared or fallback, prompts)] if base else []
+    asked = [candidate(BASE, shared or _Named(BASE, model).prompt or fallback, prompts)] if base else []
     return asked + [
         candidate(a.name, records[a.name] or fallback, prompts, weights_sha256=a.folder and adapter_sha256(a.folder))
         for a in adapters
@@ -198,7 +203,8 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
     with console.status("Loading the base model and the adapters ..."):
         tokenizer = load_tokenizer(base_model)
         base = arguments["with_base"] or not adapters
-        candidates = _candidates(adapters, base, arguments["prompt_style"], prompts, lambda: tokenizer)
+        style, folder = arguments["prompt_style"], Path(resolve(base_model))
+        candidates = _candidates(adapters, base, style, prompts, lambda: tokenizer, folder)
         model = load_model(base_model, dtype=dtype)
         if quantization != "none":
             quantize(model, quantization)

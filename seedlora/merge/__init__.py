@@ -40,6 +40,7 @@ from seedlora.merge._seedft import seedft as seedft
 from seedlora.merge._seedlora import seedlora as seedlora
 from seedlora.merge._seedlora import seedlora_gain as seedlora_gain
 from seedlora.merge._soup import greedy_members as greedy_members
+from seedlora.merge._soup import greedy_search as greedy_search
 from seedlora.merge._soup import greedy_soup as greedy_soup
 from seedlora.merge._soup import soup as soup
 from seedlora.merge._subspace import seedlora_subspace as seedlora_subspace

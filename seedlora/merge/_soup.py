@@ -77,14 +77,21 @@ def greedy_members(walk: Walk, *, score: Callable[[Mapping[str, LoRAFactors]], f
     Raises:
         ValueError: if ``score`` returns no finite number.
     """
+    count = len(next(iter(walk()))[1])
+    return greedy_search(
+        count, lambda members: score({path: greedy_soup(stack, members=members) for path, stack in walk()})
+    )
+
+
+def greedy_search(count: int, score: Callable[[Sequence[int]], float]) -> list[int]:
+    """As :func:`greedy_members`, where the score takes the members of a soup of ``count`` adapters."""
 
     def scored(members: Sequence[int]) -> float:
-        value = float(score({path: greedy_soup(stack, members=members) for path, stack in walk()}))
+        value = float(score(members))
         if not torch.tensor(value).isfinite():
             raise ValueError(f"score must return a finite number, got {value} for the soup of {list(members)}")
         return value
 
-    count = len(next(iter(walk()))[1])
     alone = [scored([i]) for i in range(count)]
     order = sorted(range(count), key=lambda i: -alone[i])
     members, best = order[:1], alone[order[0]]

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import yaml
 
-from seedlora.adapter import CONFIG_NAME, AdapterError, adapter_sha256
+from seedlora.adapter import AdapterError, adapter_sha256, is_model, is_trained
 from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, natural, sampled_entries
 from seedlora.evaluation import Difference, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, hash_inputs, read_adapters, stack_adapters
+from seedlora.fuse import RECORD_NAME, base_of, hash_inputs, read_adapters, stack_adapters
 from seedlora.report.advice import advice
 from seedlora.report.results import (
     BASE,
@@ -73,7 +73,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     excluded, record, cost = (_read(run / name) for name in ("excluded.json", f"{FUSED}/{RECORD_NAME}", COST_NAME))
     ensemble = config.get("ensemble", {})
     seeds = [f"seed_{seed}" for seed in ensemble.get("seeds", ())] or _seed_folders(run, excluded)
-    trained = [seed for seed in seeds if (run / seed / CONFIG_NAME).is_file()]
+    trained = [seed for seed in seeds if is_trained(run / seed)]
     method = record.get("method") or ensemble.get("merge")
     # Plain soup is not scored a second time as the fused adapter.
     merged = SOUP if method == SOUP and not ensemble.get("merge_options") else FUSED
@@ -107,13 +107,15 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
     }
     if not config:
         found["reproduce"]["command"] = None
-    broken = None
+    broken, whole = None, any(is_model(run / seed) for seed in trained)
     try:
-        if trained:
-            stacks = stack_adapters(read_adapters([run / seed for seed in trained]))
-            fused = read_adapters([run / FUSED])[str(run / FUSED)].layers if record else {}
+        if trained and not whole:
+            base = base_of([run / seed for seed in trained])
+            stacks = stack_adapters(read_adapters([run / seed for seed in trained], base=base))
+            fused = read_adapters([run / FUSED], base=base)[str(run / FUSED)].layers if record else {}
             label = merged if record else None
             found["weights"] = weight_facts(stacks, trained, merged=label, fused=fused, on_layer=on_layer)
+        if trained:
             folders = [run / seed for seed in trained] + ([run / FUSED] if record else [])
             digests = hash_inputs(folders)
             found["reproduce"]["sha256"] = {Path(name).name: digest.result() for name, digest in digests.items()}
@@ -121,6 +123,7 @@ def facts(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: 
         broken = " ".join(str(error).split())
     found["missing"] = [
         *_left_out(found, excluded=excluded, config=config, record=record),
+        *(["Cosines, spectra and gains are of adapters; these seeds are whole models."] if whole else []),
         *([] if not replaced else [_ANSWERED_BY_OTHERS.format(", ".join(replaced))]),
         *([] if broken is None else [f"The adapters cannot be read, so nothing is said about their weights: {broken}"]),
     ]
@@ -153,7 +156,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
-    folders = {file.parent.name for file in run.glob(f"seed_*/{CONFIG_NAME}")}
+    folders = {folder.name for folder in run.glob("seed_*") if is_trained(folder)}
     return sorted({*folders, *excluded}, key=natural)
 
 

@@ -83,6 +83,19 @@ PY"""
     return f"{load}\n# serve it with vLLM\n{command}"
 
 
+def model_commands(folder: Path) -> str:
+    """How to load, serve and score a whole model."""
+    return f"""# load it with transformers
+python - <<'PY'
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+PY
+# serve it with vLLM
+vllm serve {folder}
+# score it by generation
+python -m seedlora evaluate --base-model {folder} --task gsm8k"""
+
+
 def _interval(score: Score) -> str:
     return f"{100 * score.low:.1f} to {100 * score.high:.1f}"
 
