@@ -316,16 +316,17 @@ def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> 
     modules = {}
     for name, tensor in adapter.modules.items():
         try:
-            key = weights.key(name.removesuffix(".weight")) if name.endswith(".weight") else name
+            path, _, parameter = name.rpartition(".")
+            key = weights.key(path, parameter)
         except ValueError:
             # A tied head has no weight of its own, and none is lost if it was trained with the embedding as one.
             if any(torch.equal(tensor, other) for twin, other in adapter.modules.items() if twin != name):
                 continue
             raise
-        if key not in weights.files or weights.shape(key) != tuple(tensor.shape):
+        if weights.shape(key) != tuple(tensor.shape):
             raise AdapterError(
                 f"modules_to_save holds {name} of shape {tuple(tensor.shape)}, which the base model {weights.source} "
-                f"{'has in another shape' if key in weights.files else 'lacks'}: was its vocabulary resized?"
+                "has in another shape: was its vocabulary resized?"
             )
         modules[name] = key
     return biases, modules

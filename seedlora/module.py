@@ -425,6 +425,12 @@ class SeedLoRAModule(pl.LightningModule):
                 else:
                     self.model.add_adapter(replica.name, self.lora_config)
         self.stack = AdapterStack(self.model, starts=self._starts)
+        if self.trains_all:
+            # What training adds is measured from the files, which may be finer than the base's dtype.
+            weights = BaseWeights(self.base_path)
+            places = self.places(weights)
+            for own, parameter in (p for r in self.replicas for p in self.stack.full_weights(r.name).items()):
+                parameter.copy_(weights.tensor(places[own]))
         for replica in self.replicas:
             for parameter in self.stack.parameters(replica.name):
                 parameter.requires_grad_(True)

@@ -342,6 +342,15 @@ def test_a_replica_is_what_a_plain_loop_trains(model_of, tmp_path, family):
             assert torch.equal(base(other.adapter_path(42)).state_dict()[key], tensor), key
 
 
+def test_copies_start_at_the_files_where_the_base_is_rounded(tiny_llama, tmp_path):
+    """Or the rounding of the base would be fused as if it had been learnt."""
+    options = FULL | {"learning_rate": 1e-9, "dtype": "bfloat16"}
+    callback = train(tiny_llama, tmp_path, [42], max_steps=1, **options)
+    found = base(callback.adapter_path(42)).state_dict()
+    for key, tensor in base(tiny_llama).state_dict().items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-7, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tiny_llama, tmp_path_factory):
     """A run of whole models, fused by SeedLoRA, with TIES beside it; what it scored."""
