@@ -44,8 +44,9 @@ KINDS = {
 
 
 def strategies_of(kind):
-    """Packed weights and compiled layers are refused where the base model is split."""
-    whole_base = KINDS[kind].keys() & {"quantization", "compile"}
+    """Packed weights, compiled layers and weights in full are refused where the base model is split."""
+    options = KINDS[kind]
+    whole_base = options.keys() & {"quantization", "compile", "modules_to_save"} or options.get("adapter") == "none"
     return ("ddp", "zero2") if whole_base else ("ddp", "zero2", "zero3", "fsdp2")
 
 
