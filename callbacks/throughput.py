@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,9 +32,8 @@ class Throughput(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Of one micro-batch."""
-        (first, *_), (last, *_) = self._marks[0], self._marks[-1]
-        return (last - first) / max(1, len(self._marks) - 1)
+        """Of one micro-batch, the median: one that waits for a compiler is no measure of the others."""
+        return median(later - earlier for (earlier, *_), (later, *_) in pairwise(self._marks))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look up what the device can do."""
@@ -50,10 +51,10 @@ class Throughput(pl.Callback):
         """Log the speed, from the second micro-batch on."""
         ids, labels = batch["input_ids"], batch["labels"]
         self._marks.append((time.perf_counter(), ids.numel(), int((labels >= 0).sum())))
-        if len(self._marks) < 2 or not self.seconds:
+        elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
+        if not elapsed:
             return
         assert self._work is not None
-        elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
         tokens, scored = sum(mark[1] for mark in marks), sum(mark[2] for mark in marks)
         pl_module.log("speed/tokens_per_s", tokens * trainer.world_size / elapsed, prog_bar=True)
         if self._peak:

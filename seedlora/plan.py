@@ -243,7 +243,7 @@ class RunPlan:
                 "beside Python and its libraries"
             ),
             "merge": self.merge,
-            "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first step takes longer",
+            "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
             "controls": self.controls,
         }
         for name, value in rows.items():

@@ -37,7 +37,7 @@ KINDS = {
     "int8": {"quantization": "int8"},
     "pissa": {"adapter": "pissa"},
     "rslora": {"adapter": "rslora"},
-    "compiled": {"compile": "aot_eager"},
+    "compiled": {"compile": "aot_eager", "target_modules": ["q_proj", "down_proj"]},
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "none": {"adapter": "none", "learning_rate": 2e-4},
 }
@@ -112,11 +112,10 @@ def run(
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
 
 
-def main_of_kinds(base_model: str, folder: str) -> None:
-    """The kinds of adapter under the strategies."""
-    for kind, options in KINDS.items():
-        for name in strategies_of(kind):
-            run(base_model, Path(folder) / kind / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **options)
+def main_of_kind(base_model: str, folder: str, kind: str) -> None:
+    """A kind of adapter under the strategies."""
+    for name in strategies_of(kind):
+        run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **KINDS[kind])
 
 
 def main(base_model: str, folder: str) -> None:
@@ -133,4 +132,4 @@ def main(base_model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main_of_kinds(*sys.argv[1:3]) if "kinds" in sys.argv else main(*sys.argv[1:])
+    (main_of_kind if len(sys.argv) > 3 else main)(*sys.argv[1:])

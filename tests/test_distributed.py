@@ -39,14 +39,18 @@ def one(tiny_llama, tmp_path_factory):
     return folder, strategies_job.run(tiny_llama, folder, batch_size=4, strategy=lambda: "auto", devices=1)
 
 
+def run_job(*arguments):
+    command = [sys.executable, strategies_job.__file__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(training_process.ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def two(tiny_llama, tmp_path_factory):
     """The folder with what two processes made under each strategy."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, strategies_job.__file__, tiny_llama, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(training_process.ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+    run_job(tiny_llama, folder)
     return folder
 
 
@@ -69,30 +73,20 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     assert found["test/fused"][1] == 13
 
 
-@pytest.fixture(scope="module")
-def two_of_each_kind(tiny_llama, tmp_path_factory):
-    """The folder with what two processes made of each kind of adapter."""
-    folder = tmp_path_factory.mktemp("kinds")
-    command = [sys.executable, strategies_job.__file__, tiny_llama, str(folder), "kinds"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(training_process.ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", strategies_job.KINDS)
-def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, two_of_each_kind, tmp_path, kind):
-    options = strategies_job.KINDS[kind]
-    strategies_job.run(tiny_llama, tmp_path, batch_size=4, strategy=lambda: "auto", devices=1, **options)
+def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_path, kind):
+    run_job(tiny_llama, tmp_path, kind)
+    one, options = tmp_path / "one", strategies_job.KINDS[kind]
+    strategies_job.run(tiny_llama, one, batch_size=4, strategy=lambda: "auto", devices=1, **options)
     for name in strategies_job.strategies_of(kind):
         tolerance = 1e-4 if name in ("zero3", "fsdp2") else 1e-5
         for seed in ("seed_11", "seed_42", "seed_202"):
             file = Path(seed) / ("model.safetensors" if kind == "none" else "adapter_model.safetensors")
-            expected, found = load_file(tmp_path / file), load_file(two_of_each_kind / kind / name / file)
+            expected, found = load_file(one / file), load_file(tmp_path / name / file)
             for key, tensor in expected.items():
                 assert ((found[key] - tensor).norm() / tensor.norm()).item() < tolerance, (name, key)
-        assert (two_of_each_kind / kind / name / "fused" / "fusion.json").is_file()
+        assert (tmp_path / name / "fused" / "fusion.json").is_file()
 
 
 def test_two_processes_exclude_a_diverged_seed_as_one_does(tiny_llama, two, tmp_path):
