@@ -177,15 +177,20 @@ class SeedLoRACLI(LightningCLI):
         """Add the ensemble."""
         parser.add_lightning_class_args(self.parts.ensemble, "ensemble")
         scores = parser.add_argument_group("Scores by generation, after training")
-        scores.add_argument("--evaluate", type=str, default="", help=f"tasks, A,B: {', '.join(TASKS)}")
-        scores.add_argument("--evaluate_limit", type=int | None, default=None, help="only the first items of each")
-        scores.add_argument("--evaluate_task_path", type=dict[str, str], default={}, help="files of tasks, by task")
-        scores.add_argument("--evaluate_max_new_tokens", type=int | None, default=None, help="default: the protocol's")
-        scores.add_argument("--evaluate_batch_size", type=int, default=16, help="items in one forward")
-        scores.add_argument("--evaluate_execute_code", type=bool, default=False, help="run code, inside bubblewrap")
-        scores.add_argument("--evaluate_lm_eval", type=str, default="", help="tasks of lm-evaluation-harness, A,B")
-        scores.add_argument(
-            "--evaluate_lm_eval_path", type=Path | None, default=None, help="YAML files of tasks of yours"
+        add, some = scores.add_argument, {"metavar": "N", "type": int | None, "default": None}
+        add("--evaluate", type=str, default="", metavar="A,B", help=f"tasks: {', '.join(TASKS)}")
+        add("--evaluate_limit", **some, help="only the first items of each")
+        add("--evaluate_task_path", type=dict[str, str], default={}, metavar="{}", help="files of tasks, by task")
+        add("--evaluate_max_new_tokens", **some, help="default: the protocol's")
+        add("--evaluate_batch_size", type=int, default=16, metavar="N", help="items in one forward")
+        add("--evaluate_execute_code", type=bool, default=False, help="run code, inside bubblewrap")
+        add("--evaluate_lm_eval", type=str, default="", metavar="A,B", help="tasks of lm-evaluation-harness")
+        add(
+            "--evaluate_lm_eval_path",
+            type=Path | None,
+            default=None,
+            metavar="DIR",
+            help="YAML files of your own tasks",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
