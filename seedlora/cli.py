@@ -293,7 +293,7 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    if cli.config.evaluate and module.trains_all:
+    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.trains_all:
         raise UsageError(
             "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
             "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
