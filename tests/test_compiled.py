@@ -80,8 +80,10 @@ KINDS = {
     "pissa": ({"adapter": "pissa"}, 2),
     "nf4": ({"quantization": "nf4"}, 2),
     "int8": ({"quantization": "int8"}, 2),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, 2),
     # whose inputs all take a gradient
     "checkpointing": ({"gradient_checkpointing": True}, 1),
+    "none": ({"adapter": "none"}, 1),
 }
 
 
