@@ -6,9 +6,10 @@
 
 A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to fuse it; or,
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
-not done again; the adapters stay under ``--work`` (30 MB a cell). ``--plan`` says what is left. The cells come in the
-order of what is asked (see :func:`design`), all tasks of a question together, so that each hour answers one. Further
-seeds of the same conditions come last: 32 cells are chosen out of the full grid of 48.
+not done again; the adapters stay under ``--work`` (30 MB a cell). ``--plan`` says what is left. Of the grid of 48 cells
+32 are chosen, in the order of what one wants to know next (:func:`design`): longer training, seeds that share their
+initial weights (a high cosine), other seeds; then a lower rate, the number of seeds, one order of the data.
+The first cell of each task scores all rules and controls, the others those in which the first three left a question.
 
 - Gains, scales and p are chosen by the loss on the validation split. The test split is scored once, after that.
 - Loss: nats per supervised token, end token included. Match: greedy decoding gives the answer exactly, which needs no
@@ -97,6 +98,8 @@ BATCH = 8
 SCALES = (0.8, 1.25, 1.6)
 POWERS = (0.25, 0.5, 0.75)
 JOINT_SCALES = (1.0, 2.0)
+#: Rules that the first cells of all tasks found no better than soup, alike.
+ANSWERED = ("dare", "seedlora, attention", "seedlora, ffn")
 #: Prompts of the validation split on which outputs are matched, without their answers.
 PROMPTS = 16
 JOINT_RULES = ("soup", "seedlora", "ties", "dare_ties", "knots_ties", "knots_dare_ties", "core_ties")
@@ -191,27 +194,34 @@ class Cell:
 
 
 def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
-    """All cells, question after question."""
+    """All cells. Three questions at a time are asked in turns, and each turn asks them on three different tasks."""
     first, second, third = TRIPLES
     high, low = RATES
 
-    def stacks(seeds: tuple[int, ...] = first, *, rate: float = high, epochs: int = EQUAL, vary: str = "both") -> Any:
-        return (Cell(task, rate, seeds, epochs, vary) for task in tasks)
+    def ask(
+        seeds: tuple[int, ...] = first, *, rate: float = high, epochs: int = EQUAL, vary: str = "both"
+    ) -> list[Cell]:
+        return [Cell(task, rate, seeds, epochs, vary) for task in tasks]
 
+    def in_turns(*questions: list[Cell]) -> list[Cell]:
+        n = len(tasks)
+        return [cells[(turn + i) % n] for turn in range(n) for i, cells in enumerate(questions)]
+
+    longer, high_cosine, other_seeds = ask(epochs=FULL), ask(vary="order"), ask(second)
+    lower_rate, more_seeds, one_order = ask(rate=low), ask(FIVE), ask(vary="init")
     return [
-        *stacks(),  # what helps after a third of the budget each?
-        Cell(JOINT, high, first, EQUAL),  # can adapters of several tasks become one?
-        *stacks(epochs=FULL),  # and after longer training? would one seed for all of the budget do as well?
-        *stacks(vary="order"),  # and at a high cosine? seeds that share their initial weights have it
-        *stacks(second),  # do other seeds say the same?
-        *stacks(rate=low),  # and at a lower rate?
-        *stacks(FIVE),  # how many seeds?
-        *stacks(vary="init"),  # is it the order of the data?
-        *stacks(third),
+        *ask(),
+        Cell(JOINT, high, first, EQUAL),
+        *in_turns(longer, high_cosine, other_seeds),
+        *in_turns(lower_rate, more_seeds, one_order),
+        *in_turns(ask(third), ask(second, epochs=FULL), ask(rate=low, epochs=FULL)),
         Cell(JOINT, high, second, EQUAL),
-        *stacks(second, epochs=FULL),
-        *stacks(rate=low, epochs=FULL),
     ]
+
+
+def asks_all(cell: Cell) -> bool:
+    """Whether a cell scores what the first of each task does; the others leave out what these answered alike."""
+    return cell in design()[: len(TASKS)]
 
 
 # Training and scoring one cell
@@ -272,18 +282,27 @@ def scorer(module: SeedLoRAModule, data: ReasoningGym, split: str) -> Score:
 def score_seeds(
     module: SeedLoRAModule, data: ReasoningGym, split: str, seeds: Mapping[str, Layers]
 ) -> dict[str, RowScores]:
-    """The seeds, and as ``ensemble`` the mean of their probabilities, token by token."""
+    """The seeds, and as ``ensemble`` the mean of their probabilities token by token, from one forward of each."""
     for label, layers in seeds.items():
         module.stack.load(label, layers)
-    module.scored, module.mixtures = {label: label for label in seeds}, {"ensemble": tuple(seeds)}
-    rows: dict[int, tuple[Tensor, ...]] = {}
+    labels, rows = [*seeds, "ensemble"], dict[int, tuple[Tensor, ...]]()
     module.eval()
-    with torch.inference_mode(), module.stack.frozen():
+    with torch.inference_mode():
         for batch in _loader(data, split):
-            columns = (part.unbind(1) for part in module.score(batch))
-            rows.update(zip(batch["items"].tolist(), zip(*columns, strict=True), strict=True))
-    labels = [*module.scored, *module.mixtures]
-    module.mixtures = {}
+            following = batch["labels"].roll(-1, 1)
+            keep = following != IGNORED
+            keep[:, -1] = False
+            targets, row = following[keep], keep.nonzero()[:, 0]
+            said = []
+            for label in seeds:
+                module.stack.route([label])
+                said.append(module(batch["input_ids"], keep).float().log_softmax(-1))
+            said.append(torch.stack(said).logsumexp(0) - math.log(len(said)))
+            losses = torch.stack([-logp.gather(1, targets[:, None])[:, 0] for logp in said], 1)
+            wrong = torch.stack([logp.argmax(-1) != targets for logp in said], 1).float()
+            sums = [torch.zeros(len(keep), len(labels)).index_add(0, row, part) for part in (losses, wrong)]
+            tokens = keep.sum(1, keepdim=True).expand(-1, len(labels))
+            rows.update(zip(batch["items"].tolist(), zip(sums[0], sums[1] == 0, tokens, strict=True), strict=True))
     for label in seeds:
         module.stack.unload(label)
     found = [torch.stack(column, 1) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)]
@@ -320,7 +339,7 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
     if len(seeds) > 3:
         more = _subsets(stacks)
     else:
-        more = _all_rules(stacks, seeds, scorer(module, data, "val"), setting)
+        more = _all_rules(stacks, seeds, scorer(module, data, "val"), setting, everything=asks_all(cell))
         _match_outputs(more, stacks, seeds, module, data)
     setting.console.print("  scoring the test split", highlight=False)
     scores = score_seeds(module, data, "test", {label: made() for label, made in seeds.items()})
@@ -380,8 +399,10 @@ class _More:
     compression: dict[str, float] = field(default_factory=dict)
 
 
-def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting) -> _More:
-    """Every rule, with its numbers chosen on the validation split, and the controls."""
+def _all_rules(
+    stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting, *, everything: bool
+) -> _More:
+    """The rules, with their numbers chosen on the validation split; ``everything`` adds controls and further rules."""
     gains = {name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.use.layers == "all"}
     families: dict[str, dict[str, Callable[[], Layers]]] = {
         "gain p": {name: partial(fuse, stacks, rule) for name, rule in gains.items()},
@@ -389,7 +410,7 @@ def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score:
             name: partial(fuse, stacks, rule) for name, rule in scaled_soups(len(seeds), scales=SCALES).items()
         },
     }
-    for name, made in seeds.items():
+    for name, made in seeds.items() if everything else ():
         own = made()
         families[f"{name} x scale"] = {f"{name} x {x:g}": partial(scaled, own, x) for x in (1.0, *SCALES)}
     tried = {name: made for family in families.values() for name, made in family.items()}
@@ -402,17 +423,20 @@ def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score:
             more.same[family] = unchanged
         else:
             more.adapters[family] = tried[more.chosen[family]]
-    more.means["seed x scale"] = [f"{name} x scale" for name in seeds]
     for label, (method, options) in RULES.items():
+        if label in ANSWERED and not everything:
+            continue
         setting.console.print(f"  fusing by {label}", highlight=False)
         fused = fuse(stacks, bind(method, options))
         more.adapters[label] = partial(dict, fused)
         if fused.compression:
             more.compression[label] = _short(statistics.mean(fused.compression.values()))
-    for i, name in enumerate(seeds):
-        make = partial(seed_times_gain, stacks, more.adapters["seedlora"](), index=i)
-        more.adapters[f"{name} x its gain"] = make
-    more.means["seed x seedlora's gain"] = [f"{name} x its gain" for name in seeds]
+    if everything:
+        for i, name in enumerate(seeds):
+            make = partial(seed_times_gain, stacks, more.adapters["seedlora"](), index=i)
+            more.adapters[f"{name} x its gain"] = make
+        more.means["seed x scale"] = [f"{name} x scale" for name in seeds]
+        more.means["seed x seedlora's gain"] = [f"{name} x its gain" for name in seeds]
     return more
 
 

@@ -34,8 +34,9 @@ def _small(monkeypatch):
     monkeypatch.setattr(study, "JOINT_SIZES", {})
 
 
-def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
+def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama, monkeypatch):
     """The loss of a seed, and of the ensemble, against a plain forward of PEFT with each seed's folder."""
+    monkeypatch.setattr(study, "asks_all", lambda cell: True)
     line = json.loads(json.dumps(study.run_stack(CELL, setting)))
     assert study.cell_of(line) == CELL
     data = setting.data("chain_sum", setting.module(CELL))
@@ -64,6 +65,17 @@ def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
     chosen = line["chosen"]["gain p"]
     assert line["val"][chosen] == min(v for k, v in line["val"].items() if k == "soup" or "seedlora_gain" in k)
     assert not [label for label in test if "x its gain" in label or label.startswith("seed_1 x")]
+    assert {"dare", "seed x scale", "agreement", "output gain, one"} <= test.keys()
+
+
+def test_the_design_asks_each_question_on_each_task():
+    cells = study.design()
+    assert len(set(cells)) == len(cells) == 32
+    assert [cell.task for cell in cells[:3]] == list(study.TASKS)
+    assert list(map(study.asks_all, cells[:5])) == [True, True, True, False, False]
+    for turn in (cells[4:7], cells[7:10], cells[10:13]):
+        assert {cell.task for cell in turn} == set(study.TASKS)
+        assert [(cell.epochs, cell.vary) for cell in turn] == [(3, "both"), (1, "order"), (1, "both")]
 
 
 def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
