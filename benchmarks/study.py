@@ -775,7 +775,7 @@ def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[
         return
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i else "left", overflow="fold")
+        table.add_column(header, justify="right" if i else "left", overflow="fold", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     console.print()
@@ -829,7 +829,7 @@ def _spread(interval: Sequence[float], factor: float) -> str:
     return mean if math.isnan(interval[1]) else f"{mean} ({low} to {high})"
 
 
-_SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "dare", "knots_ties", "two-stage", "seed x scale", "ensemble")
+_SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "knots_ties", "two-stage", "ensemble")
 _SHOWN += ("agreement", "output gain")
 
 
@@ -850,7 +850,7 @@ def _by_condition_table(lines: Sequence[Line], console: Console) -> None:
     for metric, factor in zip(METRICS, (1, 100), strict=True):
         first = [_interval(compare(some, SOUP, MEAN_SEED, metric), factor) for _, some in groups]
         rows.append((f"{metric}: {SOUP} - {MEAN_SEED}", *first))
-        for label in dict.fromkeys(label for line in lines for label in line["test"] if label != MEAN_SEED):
+        for label in _SHOWN:
             found = [_interval(compare(some, label, SOUP, metric), factor) for _, some in groups]
             if any(found):
                 rows.append((f"{metric}: {label} - {SOUP}", *found))
