@@ -2,7 +2,7 @@
 
     python benchmarks/study.py --plan            # the cells, what is done, and the time that the others take
     python benchmarks/study.py --minutes 60      # go on for an hour; killed anywhere, the next call goes on from there
-    python benchmarks/study.py --summary         # tables and figures of all cells done
+    python benchmarks/study.py --summary         # tables and figures of all cells done; with --only WORD of some
 
 A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to fuse it; or,
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
@@ -694,8 +694,8 @@ class Compared:
 
     Args:
         mean: of the differences.
-        low: end of the interval over clusters.
-        high: end of the interval over clusters.
+        low: end of the interval over clusters; over items, if there is one cell alone.
+        high: the other end.
         clusters: how many.
         cells: how many.
         less: cells in which the interval over items is below 0.
@@ -715,6 +715,7 @@ def compare(lines: Sequence[Line], label: str, reference: str, metric: str) -> C
     """Pool one method's differences; a cluster is a task with a set of seeds. ``None`` where there are none."""
     clusters: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
     less = more = 0
+    value = low = high = math.nan
     for line in lines:
         if (found := line["test"].get(label, {}).get("vs", {}).get(reference)) is None:
             continue
@@ -724,8 +725,9 @@ def compare(lines: Sequence[Line], label: str, reference: str, metric: str) -> C
         less, more = less + (high < 0), more + (low > 0)
     if not clusters:
         return None
-    interval = t_interval([statistics.mean(values) for values in clusters.values()])
-    return Compared(*interval, len(clusters), sum(map(len, clusters.values())), less, more)
+    cells = sum(map(len, clusters.values()))
+    over_clusters = t_interval([statistics.mean(values) for values in clusters.values()])
+    return Compared(*(over_clusters if cells > 1 else (value, low, high)), len(clusters), cells, less, more)
 
 
 def against_one_seed(lines: Sequence[Line], label: str, metric: str) -> tuple[float, float, float, int] | None:
@@ -757,6 +759,7 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
             _methods_table(some, f"{name}, {epochs} epoch{'s' * (epochs > 1)} of each seed", console)
     _by_condition_table(triples, console)
     _by_cosine_table(triples, console)
+    _lengths_table(triples, console)
     _one_seed_table(plain, console)
     _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
     _vary_table(triples, console)
@@ -812,15 +815,19 @@ def _methods_table(lines: Sequence[Line], title: str, console: Console) -> None:
             rows.append((label, *shown[:2], counts, *shown[2:]))
     first = compare(lines, SOUP, MEAN_SEED, "loss")
     caption = (
-        f"less is better for loss, more for match; {len(lines)} cells in {first.clusters if first else 0} clusters, a "
-        "task with a set of seeds, and Student's t over them; lower / higher: the interval over items leaves 0 out"
+        f"less is better for loss, more for match; cells: {len(lines)}, in clusters, a task with a set of seeds: "
+        f"{first.clusters if first else 0}; (Student's t over clusters), [over the items of a single cell]; lower / "
+        "higher: the interval over items leaves 0 out"
     )
     headers = ("method", "loss - mean seed", "loss - soup", "lower / higher", "match - mean seed", "match - soup")
     _table(console, f"Differences, {title}; loss in nats per token, match in points", headers, rows, caption)
 
 
 def _interval(found: Compared | None, factor: float) -> str:
-    return "" if found is None else _spread((found.mean, found.low, found.high), factor)
+    if found is None:
+        return ""
+    shown = _spread((found.mean, found.low, found.high), factor)
+    return shown.replace("(", "[").replace(")", "]") if found.cells == 1 else shown
 
 
 def _spread(interval: Sequence[float], factor: float) -> str:
@@ -854,7 +861,10 @@ def _by_condition_table(lines: Sequence[Line], console: Console) -> None:
             found = [_interval(compare(some, label, SOUP, metric), factor) for _, some in groups]
             if any(found):
                 rows.append((f"{metric}: {label} - {SOUP}", *found))
-    caption = "means over cells, Student's t over clusters; loss in nats per token, match in points"
+    caption = (
+        "means over cells, (Student's t over clusters), [over the items of a single cell]; loss in nats per token, match "
+        "in points"
+    )
     _table(console, "By condition, least cosine first", ("", *(name for name, _ in groups)), rows, caption)
 
 
@@ -869,6 +879,17 @@ def _by_cosine_table(lines: Sequence[Line], console: Console) -> None:
         rows.append((cell.name, f"{line['cosine']:.3f}", f"{-test[SOUP]['vs'][MEAN_SEED]['loss'][0]:+.3f}", *cells))
     headers = ("cell", "cosine", "mean seed", *_SHOWN)
     _table(console, "Loss less that of soup, by cosine", headers, rows, "less is better; * the least of the row")
+
+
+def _lengths_table(lines: Sequence[Line], console: Console) -> None:
+    rows = []
+    for line in lines:
+        chosen = line["chosen"]
+        matched = [f"{chosen[name]:.2f}" if name in chosen else "" for name in ("output gain", "output gain, one")]
+        rows.append((cell_of(line).name, f"{1 / line['rho']:.2f}", *matched, chosen["gain p"], chosen["soup x scale"]))
+    headers = ("cell", "its weights", "outputs of its layers", "its logits", "chosen by gain p", "by soup x scale")
+    caption = "mean over layers, but for the logits; the last two: what the validation loss chose"
+    _table(console, "The gain on soup that makes as long as a seed's", headers, rows, caption)
 
 
 def _one_seed_table(lines: Sequence[Line], console: Console) -> None:
@@ -1021,10 +1042,11 @@ def main() -> int:
         plan(cells, read_lines(options.results), console)
         return 0
     if options.summary:
-        if not (lines := read_lines(options.results)):
-            console.print(f"error: {options.results} holds no cell yet; run the same without --summary")
+        lines = [line for line in read_lines(options.results) if options.only in cell_of(line).name]
+        if not lines:
+            console.print(f"error: {options.results} holds no such cell yet; run the same without --summary")
             return 2
-        summary(lines, console, options.results.parent)
+        summary(lines, console, None if options.only else options.results.parent)
         return 0
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

@@ -196,7 +196,11 @@ def line(task, seeds, epochs, mean_seed, soup, seedlora, cosine):
     }
     cell = {"task": task, "rate": 2e-3, "seeds": list(seeds), "epochs": epochs, "vary": "both"}
     seconds = {"train": 60, "score": 30}
-    return {"cell": cell, "n": {"test": 9}, "seconds": seconds, "cosine": cosine, "test": test}
+    chosen = {"gain p": "soup", "soup x scale": "soup x 1.25", "output gain": 1.353}
+    return {
+        **{"cell": cell, "n": {"test": 9}, "seconds": seconds, "cosine": cosine, "test": test},
+        **{"rho": 0.64, "chosen": chosen},
+    }
 
 
 LINES = [
@@ -266,7 +270,13 @@ def test_the_summary_prints_and_draws(tmp_path):
     console = Console(record=True, width=200, quiet=False, file=(tmp_path / "out").open("w"))
     study.summary(LINES, console, tmp_path)
     shown = " ".join(console.export_text().split())
-    for text in ("-0.200 (-0.448 to +0.048)", "1 / 1 of 3", "chain_sum_lr0.002_1ep_1-2-3", "figure:"):
+    for text in (
+        "-0.200 (-0.448 to +0.048)",
+        "1 / 1 of 3",
+        "chain_sum_lr0.002_1ep_1-2-3",
+        "│ 1.56 │ 1.35 │",
+        "figure:",
+    ):
         assert text in shown, text
     first = (tmp_path / "by_cosine.svg").read_bytes()
     study.summary(LINES, console, tmp_path)
