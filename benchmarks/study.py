@@ -816,8 +816,8 @@ def _methods_table(lines: Sequence[Line], title: str, console: Console) -> None:
     first = compare(lines, SOUP, MEAN_SEED, "loss")
     caption = (
         f"less is better for loss, more for match; cells: {len(lines)}, in clusters, a task with a set of seeds: "
-        f"{first.clusters if first else 0}; (Student's t over clusters), [over the items of a single cell]; lower / "
-        "higher: the interval over items leaves 0 out"
+        f"{first.clusters if first else 0}; in ( ) Student's t over clusters, in [ ] over the items of a single cell; "
+        "lower / higher: the interval over items leaves 0 out"
     )
     headers = ("method", "loss - mean seed", "loss - soup", "lower / higher", "match - mean seed", "match - soup")
     _table(console, f"Differences, {title}; loss in nats per token, match in points", headers, rows, caption)
@@ -862,8 +862,8 @@ def _by_condition_table(lines: Sequence[Line], console: Console) -> None:
             if any(found):
                 rows.append((f"{metric}: {label} - {SOUP}", *found))
     caption = (
-        "means over cells, (Student's t over clusters), [over the items of a single cell]; loss in nats per token, match "
-        "in points"
+        "means over cells; in ( ) Student's t over clusters, in [ ] over the items of a single cell; loss in nats per "
+        "token, match in points"
     )
     _table(console, "By condition, least cosine first", ("", *(name for name, _ in groups)), rows, caption)
 
