@@ -757,9 +757,13 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
     for epochs, name in ((EQUAL, "equal budget"), (FULL, "full budget")):
         if some := [line for line in plain if line["cell"]["epochs"] == epochs]:
             _methods_table(some, f"{name}, {epochs} epoch{'s' * (epochs > 1)} of each seed", console)
+    for vary in ("order", "init"):
+        if some := [line for line in triples if line["cell"]["vary"] == vary]:
+            _methods_table(some, f"seeds that differ in {vary} only", console)
     _by_condition_table(triples, console)
     _by_cosine_table(triples, console)
     _lengths_table(triples, console)
+    _compression_table(triples, console)
     _one_seed_table(plain, console)
     _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
     _vary_table(triples, console)
@@ -890,6 +894,17 @@ def _lengths_table(lines: Sequence[Line], console: Console) -> None:
     headers = ("cell", "its weights", "outputs of its layers", "its logits", "chosen by gain p", "by soup x scale")
     caption = "mean over layers, but for the logits; the last two: what the validation loss chose"
     _table(console, "The gain on soup that makes as long as a seed's", headers, rows, caption)
+
+
+def _compression_table(lines: Sequence[Line], console: Console) -> None:
+    dense = list(dict.fromkeys(label for line in lines for label in line.get("compression", {})))
+    rows = [
+        (cell_of(line).name, *(str(line["compression"].get(label, "")) for label in dense))
+        for line in lines
+        if line.get("compression")
+    ]
+    caption = "relative error of the dense rules, compressed to the rank of the seeds together; mean over layers"
+    _table(console, "Compression", ("cell", *dense), rows, caption)
 
 
 def _one_seed_table(lines: Sequence[Line], console: Console) -> None:
