@@ -2,12 +2,14 @@
 
     python benchmarks/study.py --plan            # the cells, what is done, and the time that the others take
     python benchmarks/study.py --minutes 60      # go on for an hour; killed anywhere, the next call goes on from there
-    python benchmarks/study.py --summary         # tables and figures of all cells done
+    python benchmarks/study.py --summary         # tables and figures of all cells done; with --only WORD of some
 
 A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to fuse it; or,
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
-not done again; the adapters stay under ``--work`` (30 MB a cell). On one thread of a busy machine a cell of one epoch
-takes about 12 minutes and 1.8 GB of memory; ``--plan`` says what is left.
+not done again; the adapters stay under ``--work`` (30 MB a cell). ``--plan`` says what is left. Of the grid of 48 cells
+32 are chosen, in the order of what one wants to know next (:func:`design`): longer training, seeds that share their
+initial weights (a high cosine), other seeds; then a lower rate, the number of seeds, one order of the data.
+The first cell of each task scores all rules and controls, the others those in which the first three left a question.
 
 - Gains, scales and p are chosen by the loss on the validation split. The test split is scored once, after that.
 - Loss: nats per supervised token, end token included. Match: greedy decoding gives the answer exactly, which needs no
@@ -53,8 +55,9 @@ from seedlora.diagnostics import model_cosines
 from seedlora.evaluation.statistics import paired_difference
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import fuse, stack_adapters
-from seedlora.merge import bind, gram, shrinkage
-from seedlora.module import SeedLoRAModule
+from seedlora.merge import MergeRule, bind, gram, shrinkage
+from seedlora.merge._lowrank import factor_grams, in_span, thin_svd
+from seedlora.module import IGNORED, SeedLoRAModule
 from seedlora.report.figures import COLOURS
 from seedlora.selection import (
     Layers,
@@ -95,8 +98,63 @@ BATCH = 8
 SCALES = (0.8, 1.25, 1.6)
 POWERS = (0.25, 0.5, 0.75)
 JOINT_SCALES = (1.0, 2.0)
+#: Rules that the first cells of all tasks found no better than soup, alike.
+ANSWERED = ("dare", "seedlora, attention", "seedlora, ffn")
+#: Prompts of the validation split on which outputs are matched, without their answers.
+PROMPTS = 16
+JOINT_RULES = ("soup", "seedlora", "ties", "dare_ties", "knots_ties", "knots_dare_ties", "core_ties")
+MEAN_SEED, SOUP, BASE = "mean seed", "soup", "base"
+METRICS = ("loss", "match")
+AT_ONCE = 6  # adapters in one forward
+Line = dict[str, Any]
+
+
+# Rules on trial: they go to seedlora/merge if they earn it
+
+
+def agreement(stack: LoRAFactors, *, norm: str = "mean") -> LoRAFactors:
+    r"""Keep of the mean update what the adapters agree on, one singular direction at a time.
+
+    .. math:: \bar\Delta = \sum_k s_k u_k v_k^\top, \quad c_{nk} = u_k^\top \Delta_n v_k, \quad
+        w_k = \frac{(\frac1N \sum_n c_{nk})^2}{\frac1N \sum_n c_{nk}^2}, \quad
+        \Delta = g \sum_k w_k s_k u_k v_k^\top
+
+    ``w`` is 1 where all adapters have the same coefficient and 1/N where only one has any. ``g`` restores a norm.
+
+    Cost: ``(D + K) * (N*R)**2`` multiplications and one SVD of size ``N*R``; no ``(D, K)`` matrix is formed.
+
+    Args:
+        stack: the adapters of one layer.
+        norm: what ``g`` restores: that of the ``mean`` update, or the mean norm of the ``seeds``.
+
+    Returns:
+        One adapter of rank at most ``N*R``, in the dtypes of ``stack``.
+    """
+    n, r = len(stack), stack.rank
+    gram_b, gram_a = factor_grams(stack)
+    svd = thin_svd(gram_b, gram_a)  # of the sum, which has the directions of the mean
+    rows, columns = svd.left.T @ gram_b, gram_a @ svd.right.T
+    c_QN = (rows * columns.T).view(-1, n, r).sum(2)
+    mean, squares = c_QN.mean(1), c_QN.square().mean(1)
+    kept = torch.where(squares > 0, mean**3 / squares, 0.0)
+    length = mean.norm() if norm == "mean" else gram(stack).diagonal().clamp_min(0).sqrt().mean()
+    gain = length / kept.norm() if kept.norm() > 0 else 1.0
+    return in_span(stack, svd.left * (gain * kept), svd.right)
+
+
+def output_gains(outputs: Layers) -> dict[str, float]:
+    r"""Per layer the gain with which the mean update changes its layer's output as much as the adapters do on average.
+
+    .. math:: g = \tfrac1N \textstyle\sum_n \|\Delta_n X\| \, / \, \|\bar\Delta X\|
+
+    Args:
+        outputs: of each layer the factors ``A_n X`` (N, R, T) and ``B_n``, for inputs ``X`` (K, T).
+    """
+    return {path: 1 / max(float(shrinkage(gram(factors))), 1e-7) for path, factors in outputs.items()}
+
+
 #: Rules that take all they need from the adapters.
-RULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+RULES: Mapping[str, tuple[str | MergeRule, Mapping[str, Any]]] = {
     "soup": ("soup", {}),
     "seedlora": ("seedlora", {}),
     "ties": ("ties", {}),
@@ -105,12 +163,9 @@ RULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "two-stage": ("seedlora_subspace", {}),
     "seedlora, attention": ("seedlora", {"layers": "attention", "rest": "soup"}),
     "seedlora, ffn": ("seedlora", {"layers": "ffn", "rest": "soup"}),
+    "agreement": (agreement, {}),
+    "agreement, seeds' norm": (agreement, {"norm": "seeds"}),
 }
-JOINT_RULES = ("soup", "seedlora", "ties", "dare_ties", "knots_ties", "knots_dare_ties", "core_ties")
-MEAN_SEED, SOUP, BASE = "mean seed", "soup", "base"
-METRICS = ("loss", "match")
-AT_ONCE = 6  # adapters in one forward
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,23 +194,34 @@ class Cell:
 
 
 def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
-    """All cells, those that answer the main question first."""
+    """All cells. Three questions at a time are asked in turns, and each turn asks them on three different tasks."""
+    first, second, third = TRIPLES
+    high, low = RATES
 
-    def stacks(seeds: tuple[int, ...], epochs: int, *, joint: bool = False) -> list[Cell]:
-        named = (*tasks, JOINT) if joint else tasks
-        return [
-            Cell(task, rate, seeds, epochs) for rate in RATES for task in named if task != JOINT or rate == RATES[0]
-        ]
+    def ask(
+        seeds: tuple[int, ...] = first, *, rate: float = high, epochs: int = EQUAL, vary: str = "both"
+    ) -> list[Cell]:
+        return [Cell(task, rate, seeds, epochs, vary) for task in tasks]
 
-    first, *others = TRIPLES
+    def in_turns(*questions: list[Cell]) -> list[Cell]:
+        n = len(tasks)
+        return [cells[(turn + i) % n] for turn in range(n) for i, cells in enumerate(questions)]
+
+    longer, high_cosine, other_seeds = ask(epochs=FULL), ask(vary="order"), ask(second)
+    lower_rate, more_seeds, one_order = ask(rate=low), ask(FIVE), ask(vary="init")
     return [
-        *stacks(first, EQUAL, joint=True),
-        *stacks(first, FULL),
-        *(cell for seeds in others for cell in stacks(seeds, EQUAL, joint=True)),
-        *(Cell(task, RATES[0], FIVE, EQUAL) for task in tasks),
-        *(Cell(task, RATES[0], first, EQUAL, vary) for vary in ("init", "order") for task in tasks),
-        *(cell for seeds in others for cell in stacks(seeds, FULL)),
+        *ask(),
+        Cell(JOINT, high, first, EQUAL),
+        *in_turns(longer, high_cosine, other_seeds),
+        *in_turns(lower_rate, more_seeds, one_order),
+        *in_turns(ask(third), ask(second, epochs=FULL), ask(rate=low, epochs=FULL)),
+        Cell(JOINT, high, second, EQUAL),
     ]
+
+
+def asks_all(cell: Cell) -> bool:
+    """Whether a cell scores what the first of each task does; the others leave out what these answered alike."""
+    return cell in design()[: len(TASKS)]
 
 
 # Training and scoring one cell
@@ -213,21 +279,34 @@ def scorer(module: SeedLoRAModule, data: ReasoningGym, split: str) -> Score:
     return lambda adapters: module.score_rows(adapters, _loader(data, split))
 
 
-def ensemble_scores(module: SeedLoRAModule, data: ReasoningGym, split: str, seeds: Mapping[str, Layers]) -> RowScores:
-    """The seeds as an ensemble: the mean of their probabilities, token by token."""
+def score_seeds(
+    module: SeedLoRAModule, data: ReasoningGym, split: str, seeds: Mapping[str, Layers]
+) -> dict[str, RowScores]:
+    """The seeds, and as ``ensemble`` the mean of their probabilities token by token, from one forward of each."""
     for label, layers in seeds.items():
         module.stack.load(label, layers)
-    module.scored, module.mixtures = {label: label for label in seeds}, {"ensemble": tuple(seeds)}
-    rows: dict[int, tuple[Tensor, ...]] = {}
+    labels, rows = [*seeds, "ensemble"], dict[int, tuple[Tensor, ...]]()
     module.eval()
-    with torch.inference_mode(), module.stack.frozen():
+    with torch.inference_mode():
         for batch in _loader(data, split):
-            losses, correct, tokens = (part[-1] for part in module.score(batch))
-            rows.update(zip(batch["items"].tolist(), zip(losses, correct, tokens, strict=True), strict=True))
-    module.mixtures = {}
+            following = batch["labels"].roll(-1, 1)
+            keep = following != IGNORED
+            keep[:, -1] = False
+            targets, row = following[keep], keep.nonzero()[:, 0]
+            said = []
+            for label in seeds:
+                module.stack.route([label])
+                said.append(module(batch["input_ids"], keep).float().log_softmax(-1))
+            said.append(torch.stack(said).logsumexp(0) - math.log(len(said)))
+            losses = torch.stack([-logp.gather(1, targets[:, None])[:, 0] for logp in said], 1)
+            wrong = torch.stack([logp.argmax(-1) != targets for logp in said], 1).float()
+            sums = [torch.zeros(len(keep), len(labels)).index_add(0, row, part) for part in (losses, wrong)]
+            tokens = keep.sum(1, keepdim=True).expand(-1, len(labels))
+            rows.update(zip(batch["items"].tolist(), zip(sums[0], sums[1] == 0, tokens, strict=True), strict=True))
     for label in seeds:
         module.stack.unload(label)
-    return RowScores(*(torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)))
+    found = [torch.stack(column, 1) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)]
+    return {label: RowScores(*(part[i] for part in found)) for i, label in enumerate(labels)}
 
 
 def _loader(data: ReasoningGym, split: str) -> Any:
@@ -257,12 +336,15 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
     stacks = stack_of(train(cell, setting, module, data))
     trained = time.monotonic()
     seeds = {f"seed_{seed}": partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
-    more = _subsets(stacks) if len(seeds) > 3 else _all_rules(stacks, seeds, scorer(module, data, "val"), setting)
+    if len(seeds) > 3:
+        more = _subsets(stacks)
+    else:
+        more = _all_rules(stacks, seeds, scorer(module, data, "val"), setting, everything=asks_all(cell))
+        _match_outputs(more, stacks, seeds, module, data)
     setting.console.print("  scoring the test split", highlight=False)
-    adapters = {**seeds, BASE: dict, **more.adapters}
-    scores = score_lazily(adapters, scorer(module, data, "test"), at_once=AT_ONCE)
+    scores = score_seeds(module, data, "test", {label: made() for label, made in seeds.items()})
+    scores |= score_lazily({BASE: dict, **more.adapters}, scorer(module, data, "test"), at_once=AT_ONCE)
     scores |= {label: scores[same] for label, same in more.same.items()}
-    scores["ensemble"] = ensemble_scores(module, data, "test", {label: made() for label, made in seeds.items()})
     found = {label: (per_token(s), s.correct.numpy().astype(float)) for label, s in scores.items()}
     for label, parts in {MEAN_SEED: list(seeds), **more.means}.items():
         found[label] = tuple(np.mean([found[part][metric] for part in parts], axis=0) for metric in (0, 1))
@@ -317,8 +399,10 @@ class _More:
     compression: dict[str, float] = field(default_factory=dict)
 
 
-def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting) -> _More:
-    """Every rule, with its numbers chosen on the validation split, and the controls."""
+def _all_rules(
+    stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting, *, everything: bool
+) -> _More:
+    """The rules, with their numbers chosen on the validation split; ``everything`` adds controls and further rules."""
     gains = {name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.use.layers == "all"}
     families: dict[str, dict[str, Callable[[], Layers]]] = {
         "gain p": {name: partial(fuse, stacks, rule) for name, rule in gains.items()},
@@ -326,7 +410,7 @@ def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score:
             name: partial(fuse, stacks, rule) for name, rule in scaled_soups(len(seeds), scales=SCALES).items()
         },
     }
-    for name, made in seeds.items():
+    for name, made in seeds.items() if everything else ():
         own = made()
         families[f"{name} x scale"] = {f"{name} x {x:g}": partial(scaled, own, x) for x in (1.0, *SCALES)}
     tried = {name: made for family in families.values() for name, made in family.items()}
@@ -339,18 +423,88 @@ def _all_rules(stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score:
             more.same[family] = unchanged
         else:
             more.adapters[family] = tried[more.chosen[family]]
-    more.means["seed x scale"] = [f"{name} x scale" for name in seeds]
     for label, (method, options) in RULES.items():
+        if label in ANSWERED and not everything:
+            continue
         setting.console.print(f"  fusing by {label}", highlight=False)
         fused = fuse(stacks, bind(method, options))
         more.adapters[label] = partial(dict, fused)
         if fused.compression:
             more.compression[label] = _short(statistics.mean(fused.compression.values()))
-    for i, name in enumerate(seeds):
-        make = partial(seed_times_gain, stacks, more.adapters["seedlora"](), index=i)
-        more.adapters[f"{name} x its gain"] = make
-    more.means["seed x seedlora's gain"] = [f"{name} x its gain" for name in seeds]
+    if everything:
+        for i, name in enumerate(seeds):
+            make = partial(seed_times_gain, stacks, more.adapters["seedlora"](), index=i)
+            more.adapters[f"{name} x its gain"] = make
+        more.means["seed x scale"] = [f"{name} x scale" for name in seeds]
+        more.means["seed x seedlora's gain"] = [f"{name} x its gain" for name in seeds]
     return more
+
+
+def _match_outputs(
+    more: _More, stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], module: SeedLoRAModule, data: ReasoningGym
+) -> None:
+    """Soup with a gain by which it changes outputs on a few prompts as much as a seed does on average.
+
+    One gain per layer, by what the layer's update adds to its output while soup is at work; and one for the model, by
+    the logits of the first token to say: how far they are, each less their mean, from those of the base model.
+    """
+    ids, labels = data.rows["val"].padded(range(min(PROMPTS, len(data.rows["val"]))))
+    soup = more.adapters[SOUP]()
+    logits, outputs = prompt_logits(module, {SOUP: soup}, ids, labels, stacks)
+    gains = output_gains(outputs)
+    more.adapters["output gain"] = lambda: {path: LoRAFactors(f.A, f.B * gains[path]) for path, f in soup.items()}
+    tried = {name: made() for name, made in seeds.items()} | {f"{x:g}": scaled(soup, x) for x in SCALES}
+    logits |= prompt_logits(module, {BASE: {}, **tried}, ids, labels)[0]
+    change = {name: float((own - logits[BASE]).norm()) for name, own in logits.items()}
+    scales = sorted((1.0, *SCALES))
+    changes = [change[SOUP if x == 1 else f"{x:g}"] for x in scales]
+    gain = float(np.interp(statistics.mean(change[name] for name in seeds), changes, scales))
+    more.adapters["output gain, one"] = partial(scaled, soup, gain)
+    more.chosen |= {"output gain": _short(statistics.mean(gains.values())), "output gain, one": _short(gain)}
+
+
+@torch.no_grad()
+def prompt_logits(
+    module: SeedLoRAModule, adapters: Mapping[str, Layers], ids: Tensor, labels: Tensor, stacks: Layers | None = None
+) -> tuple[dict[str, Tensor], dict[str, LoRAFactors]]:
+    """What adapters make of prompts, whose answers no adapter sees.
+
+    Args:
+        module: the model.
+        adapters: by name, one after the other.
+        ids: rows of tokens.
+        labels: of the rows; the first one of each ends its prompt.
+        stacks: updates to watch.
+
+    Returns:
+        By name the logits of the token after the prompt, less their mean, (rows, V); and by layer the factors ``A_n X``
+        and ``B_n`` of the updates to watch, for the inputs X of the layer at all tokens of the prompts, under the last
+        adapter.
+    """
+    prompt = (labels != IGNORED).cumsum(1) == 0
+    last = prompt & ~prompt.roll(-1, 1)
+    outputs: dict[str, LoRAFactors] = {}
+
+    def watch(path: str, stack: LoRAFactors) -> Callable[[Any, Any], None]:
+        def seen(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            outputs[path] = LoRAFactors(stack.A @ inputs[0][prompt].T.to(stack.A.dtype), stack.B)
+
+        return seen
+
+    module.eval()
+    hooks = [module.stack.layers[path].register_forward_pre_hook(watch(path, f)) for path, f in (stacks or {}).items()]
+    logits = {}
+    try:
+        for name, layers in adapters.items():
+            module.stack.load(name, layers)
+            module.stack.route([name])
+            said = module(ids, last).float()
+            logits[name] = said - said.mean(1, keepdim=True)
+            module.stack.unload(name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, outputs
 
 
 def _subsets(stacks: Layers) -> _More:
@@ -540,8 +694,8 @@ class Compared:
 
     Args:
         mean: of the differences.
-        low: end of the interval over clusters.
-        high: end of the interval over clusters.
+        low: end of the interval over clusters; over items, if there is one cell alone.
+        high: the other end.
         clusters: how many.
         cells: how many.
         less: cells in which the interval over items is below 0.
@@ -561,6 +715,7 @@ def compare(lines: Sequence[Line], label: str, reference: str, metric: str) -> C
     """Pool one method's differences; a cluster is a task with a set of seeds. ``None`` where there are none."""
     clusters: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
     less = more = 0
+    value = low = high = math.nan
     for line in lines:
         if (found := line["test"].get(label, {}).get("vs", {}).get(reference)) is None:
             continue
@@ -570,8 +725,9 @@ def compare(lines: Sequence[Line], label: str, reference: str, metric: str) -> C
         less, more = less + (high < 0), more + (low > 0)
     if not clusters:
         return None
-    interval = t_interval([statistics.mean(values) for values in clusters.values()])
-    return Compared(*interval, len(clusters), sum(map(len, clusters.values())), less, more)
+    cells = sum(map(len, clusters.values()))
+    over_clusters = t_interval([statistics.mean(values) for values in clusters.values()])
+    return Compared(*(over_clusters if cells > 1 else (value, low, high)), len(clusters), cells, less, more)
 
 
 def against_one_seed(lines: Sequence[Line], label: str, metric: str) -> tuple[float, float, float, int] | None:
@@ -601,7 +757,13 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
     for epochs, name in ((EQUAL, "equal budget"), (FULL, "full budget")):
         if some := [line for line in plain if line["cell"]["epochs"] == epochs]:
             _methods_table(some, f"{name}, {epochs} epoch{'s' * (epochs > 1)} of each seed", console)
-    _by_cosine_table(plain, console)
+    for vary in ("order", "init"):
+        if some := [line for line in triples if line["cell"]["vary"] == vary]:
+            _methods_table(some, f"seeds that differ in {vary} only", console)
+    _by_condition_table(triples, console)
+    _by_cosine_table(triples, console)
+    _lengths_table(triples, console)
+    _compression_table(triples, console)
     _one_seed_table(plain, console)
     _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
     _vary_table(triples, console)
@@ -609,7 +771,7 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
         if line["cell"]["task"] == JOINT:
             _joint_table(line, console)
     if folder is not None:
-        for name, figure in _figures(plain, stacks).items():
+        for name, figure in _figures(triples, stacks).items():
             with atomic_file(folder / name) as file, rc_context({"svg.hashsalt": "seedlora"}):
                 figure.savefig(file, format="svg", metadata={"Date": None})
             console.print(f"figure: {folder / name}", highlight=False, soft_wrap=True)
@@ -620,7 +782,7 @@ def _table(console: Console, title: str, headers: Sequence[str], rows: Sequence[
         return
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i else "left", overflow="fold")
+        table.add_column(header, justify="right" if i else "left", overflow="fold", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
     console.print()
@@ -657,15 +819,19 @@ def _methods_table(lines: Sequence[Line], title: str, console: Console) -> None:
             rows.append((label, *shown[:2], counts, *shown[2:]))
     first = compare(lines, SOUP, MEAN_SEED, "loss")
     caption = (
-        f"less is better for loss, more for match; {len(lines)} cells in {first.clusters if first else 0} clusters, a "
-        "task with a set of seeds, and Student's t over them; lower / higher: the interval over items leaves 0 out"
+        f"less is better for loss, more for match; cells: {len(lines)}, in clusters, a task with a set of seeds: "
+        f"{first.clusters if first else 0}; in ( ) Student's t over clusters, in [ ] over the items of a single cell; "
+        "lower / higher: the interval over items leaves 0 out"
     )
     headers = ("method", "loss - mean seed", "loss - soup", "lower / higher", "match - mean seed", "match - soup")
     _table(console, f"Differences, {title}; loss in nats per token, match in points", headers, rows, caption)
 
 
 def _interval(found: Compared | None, factor: float) -> str:
-    return "" if found is None else _spread((found.mean, found.low, found.high), factor)
+    if found is None:
+        return ""
+    shown = _spread((found.mean, found.low, found.high), factor)
+    return shown.replace("(", "[").replace(")", "]") if found.cells == 1 else shown
 
 
 def _spread(interval: Sequence[float], factor: float) -> str:
@@ -674,19 +840,71 @@ def _spread(interval: Sequence[float], factor: float) -> str:
     return mean if math.isnan(interval[1]) else f"{mean} ({low} to {high})"
 
 
-_SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "dare", "knots_ties", "two-stage", "seed x scale", "ensemble")
+_SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "knots_ties", "two-stage", "ensemble")
+_SHOWN += ("agreement", "output gain")
+
+
+def condition(cell: Cell) -> str:
+    """What cells of different tasks and seeds share."""
+    vary = "" if cell.vary == "both" else f", {cell.vary} only"
+    return f"{cell.epochs} epoch{'s' * (cell.epochs > 1)}, rate {cell.rate:g}{vary}"
+
+
+def _by_condition_table(lines: Sequence[Line], console: Console) -> None:
+    by_condition: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_condition[condition(cell_of(line))].append(line)
+    groups = sorted(by_condition.items(), key=lambda group: statistics.mean(line["cosine"] for line in group[1]))
+    counts = [str(len(some)) for _, some in groups]
+    cosines = [f"{statistics.mean(line['cosine'] for line in some):.3f}" for _, some in groups]
+    rows = [("cells", *counts), ("mean cosine", *cosines)]
+    for metric, factor in zip(METRICS, (1, 100), strict=True):
+        first = [_interval(compare(some, SOUP, MEAN_SEED, metric), factor) for _, some in groups]
+        rows.append((f"{metric}: {SOUP} - {MEAN_SEED}", *first))
+        for label in _SHOWN:
+            found = [_interval(compare(some, label, SOUP, metric), factor) for _, some in groups]
+            if any(found):
+                rows.append((f"{metric}: {label} - {SOUP}", *found))
+    caption = (
+        "means over cells; in ( ) Student's t over clusters, in [ ] over the items of a single cell; loss in nats per "
+        "token, match in points"
+    )
+    _table(console, "By condition, least cosine first", ("", *(name for name, _ in groups)), rows, caption)
 
 
 def _by_cosine_table(lines: Sequence[Line], console: Console) -> None:
     rows = []
     for line in sorted(lines, key=lambda line: line["cosine"]):
         cell, test = cell_of(line), line["test"]
-        values = {label: test[label]["vs"][SOUP]["loss"][0] for label in _SHOWN}
+        values = {label: test[label]["vs"][SOUP]["loss"][0] for label in _SHOWN if label in test}
         best = min(values.values())
-        cells = [f"{'*' if value == best else ''}{value:+.3f}" for value in values.values()]
+        shown = {label: f"{'*' if value == best else ''}{value:+.3f}" for label, value in values.items()}
+        cells = [shown.get(label, "") for label in _SHOWN]
         rows.append((cell.name, f"{line['cosine']:.3f}", f"{-test[SOUP]['vs'][MEAN_SEED]['loss'][0]:+.3f}", *cells))
     headers = ("cell", "cosine", "mean seed", *_SHOWN)
     _table(console, "Loss less that of soup, by cosine", headers, rows, "less is better; * the least of the row")
+
+
+def _lengths_table(lines: Sequence[Line], console: Console) -> None:
+    rows = []
+    for line in lines:
+        chosen = line["chosen"]
+        matched = [f"{chosen[name]:.2f}" if name in chosen else "" for name in ("output gain", "output gain, one")]
+        rows.append((cell_of(line).name, f"{1 / line['rho']:.2f}", *matched, chosen["gain p"], chosen["soup x scale"]))
+    headers = ("cell", "its weights", "outputs of its layers", "its logits", "chosen by gain p", "by soup x scale")
+    caption = "mean over layers, but for the logits; the last two: what the validation loss chose"
+    _table(console, "The gain on soup that makes as long as a seed's", headers, rows, caption)
+
+
+def _compression_table(lines: Sequence[Line], console: Console) -> None:
+    dense = list(dict.fromkeys(label for line in lines for label in line.get("compression", {})))
+    rows = [
+        (cell_of(line).name, *(str(line["compression"].get(label, "")) for label in dense))
+        for line in lines
+        if line.get("compression")
+    ]
+    caption = "relative error of the dense rules, compressed to the rank of the seeds together; mean over layers"
+    _table(console, "Compression", ("cell", *dense), rows, caption)
 
 
 def _one_seed_table(lines: Sequence[Line], console: Console) -> None:
@@ -777,23 +995,23 @@ def _joint_table(line: Line, console: Console) -> None:
     _table(console, f"One adapter for all tasks: {cell_of(line).name}", headers, rows, caption)
 
 
-def _figures(plain: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figure]:
+def _figures(triples: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figure]:
     """Methods against soup by cosine, and the number of seeds."""
     figures = {}
-    if plain:
+    if triples:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for colour, label in zip(
             COLOURS, ("seedlora", "gain p", "ties", "knots_ties", "two-stage", MEAN_SEED), strict=False
         ):
-            for epochs, marker in ((EQUAL, "o"), (FULL, "^")):
-                some = [line for line in plain if line["cell"]["epochs"] == epochs]
+            for marker, name in zip("o^sD", (label, None, None, None), strict=True):
+                some = [line for line in triples if _marker(cell_of(line)) == marker]
                 value = [line["test"][label]["loss"] - line["test"][SOUP]["loss"] for line in some]
-                name = label if epochs == EQUAL else None
                 axes.plot([line["cosine"] for line in some], value, marker, color=colour, label=name, alpha=0.8)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(xlabel="mean pairwise cosine of the seeds", ylabel="test loss less that of soup, nats per token")
-        axes.set_title("circles: 1 epoch of each seed, triangles: 3", fontsize="medium")
+        axes.set_title("circles: 1 epoch of each seed, triangles: 3; squares: order only, diamonds: init only")
+        axes.title.set_fontsize("medium")
         axes.legend(fontsize="small", ncols=2)
         figures["by_cosine.svg"] = figure
     if many := [line for line in stacks if len(line["cell"]["seeds"]) > 3]:
@@ -812,6 +1030,12 @@ def _figures(plain: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figure]
         axes.legend(fontsize="small", ncols=2)
         figures["seeds.svg"] = figure
     return figures
+
+
+def _marker(cell: Cell) -> str:
+    if cell.vary != "both":
+        return {"order": "s", "init": "D"}[cell.vary]
+    return "o" if cell.epochs == EQUAL else "^"
 
 
 def main() -> int:
@@ -833,10 +1057,11 @@ def main() -> int:
         plan(cells, read_lines(options.results), console)
         return 0
     if options.summary:
-        if not (lines := read_lines(options.results)):
-            console.print(f"error: {options.results} holds no cell yet; run the same without --summary")
+        lines = [line for line in read_lines(options.results) if options.only in cell_of(line).name]
+        if not lines:
+            console.print(f"error: {options.results} holds no such cell yet; run the same without --summary")
             return 2
-        summary(lines, console, options.results.parent)
+        summary(lines, console, None if options.only else options.results.parent)
         return 0
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

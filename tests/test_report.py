@@ -19,7 +19,7 @@ from datamodules import ReasoningGym
 from seedlora import cli, shell
 from seedlora.fuse import read_adapters
 from seedlora.report.facts import POINTS, facts, test_facts
-from seedlora.report.figures import colours, figures
+from seedlora.report.figures import colours, domains, figures
 from seedlora.report.page import write_report
 from tests.test_cli import SMALL
 from train import PARTS
@@ -398,3 +398,17 @@ def test_what_cannot_be_reported(words, message, run, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     assert shell.main(["report", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_many_sub_domains_stand_below_each_other():
+    def drawn(count):
+        rows = [{"domain": f"kind {i}", "best_seed": "b", "scores": {"a": i / 60, "b": 1.0}} for i in range(count)]
+        text = domains("it", {"domains": rows, "scores": [{"adapter": "a"}, {"adapter": "b"}]})
+        width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups())
+        assert text.count("[100]") == count, "the best seed's are in brackets"
+        assert all(f">{row['domain']}<" in text for row in rows)
+        return width, height
+
+    few, many = drawn(4), drawn(57)
+    assert few[0] == many[0]
+    assert many[1] > 4 * few[1]

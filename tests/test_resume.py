@@ -11,14 +11,15 @@ from tests import training_process
 from tests.training_process import finish, wait_for_step
 
 ROWS = ("--data.num_train", "48", "--data.num_val", "4", "--data.num_test", "4")
+CONTROLS = ("--controls", "--ensemble.seeds", "[1,2]")
 
 
 def start(base_model, dirpath, *options):
     return training_process.start(base_model, dirpath, *ROWS, *options)
 
 
-def kill_at(process, dirpath, step):
-    wait_for_step(process, dirpath, step)
+def kill_at(process, dirpath, step, **options):
+    wait_for_step(process, dirpath, step, **options)
     process.kill()
     process.wait()
 
@@ -84,3 +85,29 @@ def test_a_run_killed_between_training_and_fusion_only_fuses(tiny_llama, whole, 
     finish(start(tiny_llama, dirpath, "--resume"))
     assert adapters(dirpath) == adapters(whole)
     assert (dirpath / "seed_42" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture(scope="module")
+def whole_with_controls(tiny_llama, tmp_path_factory):
+    dirpath = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start(tiny_llama, dirpath, *CONTROLS))
+    return dirpath
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["long_seed", "wide_seed"])
+def test_a_run_killed_in_a_trained_control_resumes_to_the_same_bits(tiny_llama, whole_with_controls, tmp_path, control):
+    dirpath = tmp_path / "killed"
+    kill_at(start(tiny_llama, dirpath, *CONTROLS), dirpath, 15, of=control)
+    assert not (dirpath / control).exists()
+    before = adapters(dirpath)
+    assert {"seed_1", "seed_2", "soup", "fused"} <= before.keys()
+    written = (dirpath / "seed_1" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert "Going on from" in finish(start(tiny_llama, dirpath, *CONTROLS, "--resume"))
+    whole = adapters(whole_with_controls)
+    assert adapters(dirpath) == whole
+    assert before.items() <= whole.items()
+    assert whole.keys() - before.keys() == {"wide_seed", control}
+    assert (dirpath / "seed_1" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    for name in ("results.json", "selection.json"):
+        assert (dirpath / name).read_bytes() == (whole_with_controls / name).read_bytes(), name

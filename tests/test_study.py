@@ -34,8 +34,9 @@ def _small(monkeypatch):
     monkeypatch.setattr(study, "JOINT_SIZES", {})
 
 
-def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
+def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama, monkeypatch):
     """The loss of a seed, and of the ensemble, against a plain forward of PEFT with each seed's folder."""
+    monkeypatch.setattr(study, "asks_all", lambda cell: True)
     line = json.loads(json.dumps(study.run_stack(CELL, setting)))
     assert study.cell_of(line) == CELL
     data = setting.data("chain_sum", setting.module(CELL))
@@ -64,6 +65,17 @@ def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama):
     chosen = line["chosen"]["gain p"]
     assert line["val"][chosen] == min(v for k, v in line["val"].items() if k == "soup" or "seedlora_gain" in k)
     assert not [label for label in test if "x its gain" in label or label.startswith("seed_1 x")]
+    assert {"dare", "seed x scale", "agreement", "output gain, one"} <= test.keys()
+
+
+def test_the_design_asks_each_question_on_each_task():
+    cells = study.design()
+    assert len(set(cells)) == len(cells) == 32
+    assert [cell.task for cell in cells[:3]] == list(study.TASKS)
+    assert list(map(study.asks_all, cells[:5])) == [True, True, True, False, False]
+    for turn in (cells[4:7], cells[7:10], cells[10:13]):
+        assert {cell.task for cell in turn} == set(study.TASKS)
+        assert [(cell.epochs, cell.vary) for cell in turn] == [(3, "both"), (1, "order"), (1, "both")]
 
 
 def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
@@ -93,6 +105,77 @@ def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
     assert study.read_lines(results)[0]["seconds"]["train"] is None, "part of it was done in the session before"
 
 
+def factors(seed=0, n=3, r=2, d=7, k=5):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return LoRAFactors(draw(n, r, k), draw(n, d, r))
+
+
+def test_agreement_is_the_weighted_svd_of_the_mean():
+    stack = factors(k=9)
+    updates = stack.dense().numpy()
+    u, s, vh = np.linalg.svd(updates.mean(0))
+    terms = []
+    for i in range(6):
+        own = np.array([u[:, i] @ update @ vh[i] for update in updates])
+        assert own.mean() == pytest.approx(s[i])
+        terms.append(own.mean() ** 2 / (own**2).mean() * s[i] * np.outer(u[:, i], vh[i]))
+    weighted = sum(terms)
+    for norm, length in (
+        ("mean", np.linalg.norm(updates.mean(0))),
+        ("seeds", np.mean([np.linalg.norm(update) for update in updates])),
+    ):
+        expected = weighted * length / np.linalg.norm(weighted)
+        assert np.allclose(study.agreement(stack, norm=norm).dense()[0].numpy(), expected, atol=1e-10)
+
+
+def test_agreement_keeps_the_laws_of_the_methods():
+    stack = factors()
+    found = study.agreement(stack).dense()[0]
+    order, gauge = [2, 0, 1], factors(seed=1, n=3, r=2, d=2, k=2).B
+    assert torch.allclose(study.agreement(LoRAFactors(stack.A[order], stack.B[order])).dense()[0], found)
+    split = LoRAFactors(gauge @ stack.A, stack.B @ gauge.inverse())
+    assert torch.allclose(study.agreement(split).dense()[0], found)
+    assert torch.allclose(study.agreement(LoRAFactors(stack.A, -3 * stack.B)).dense()[0], -3 * found)
+    same = LoRAFactors(stack.A[:1].expand(3, -1, -1), stack.B[:1].expand(3, -1, -1))
+    one = LoRAFactors(stack.A[:1], stack.B[:1])
+    for norm in ("mean", "seeds"):
+        assert torch.allclose(study.agreement(same, norm=norm).dense(), one.dense())
+        assert torch.allclose(study.agreement(one, norm=norm).dense(), one.dense())
+    nothing = LoRAFactors(stack.A, 0 * stack.B)
+    assert not study.agreement(nothing, norm="seeds").dense().any()
+
+
+def test_outputs_are_matched_on_the_prompts_alone(setting):
+    """The gain of a layer against dense products with the layer's inputs, taken from the model by another hook."""
+    module = setting.module(CELL)
+    data = setting.data("chain_sum", module)
+    stacks = study.stack_of(study.train(CELL, setting, module, data))
+    soup = study.fuse(stacks, study.bind("soup"))
+    ids, labels = data.rows["val"].padded(range(4))
+    _, outputs = study.prompt_logits(module, {"soup": soup}, ids, labels, stacks)
+    gains = study.output_gains(outputs)
+    path = "model.layers.1.mlp.down_proj"
+    seen = []
+    hook = module.stack.layers[path].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.stack.load("soup", soup)
+    module.stack.route(["soup"])
+    with torch.no_grad():
+        module.model(input_ids=ids)
+    hook.remove()
+    prompts = [seen[0][i, : int((labels[i] != -100).nonzero()[0])] for i in range(4)]
+    x = torch.cat(prompts).double()
+    updates = stacks[path].dense().double()
+    lengths = [(x @ update.T).norm() for update in updates]
+    assert gains[path] == pytest.approx(float(sum(lengths) / 2 / (x @ updates.mean(0).T).norm()), rel=2e-2)
+    changed = labels.clone()
+    changed[labels != -100] = 1
+    others = ids.clone()
+    others[labels != -100] = 1
+    _, same = study.prompt_logits(module, {"soup": soup}, others, changed, stacks)
+    assert study.output_gains(same) == pytest.approx(gains, rel=1e-5), "answers take no part"
+
+
 def line(task, seeds, epochs, mean_seed, soup, seedlora, cosine):
     """A made-up line; losses are given, matches are 1 - loss / 2."""
     losses = {"base": 4.0, "mean seed": mean_seed, "soup": soup, "seedlora": seedlora}
@@ -113,7 +196,11 @@ def line(task, seeds, epochs, mean_seed, soup, seedlora, cosine):
     }
     cell = {"task": task, "rate": 2e-3, "seeds": list(seeds), "epochs": epochs, "vary": "both"}
     seconds = {"train": 60, "score": 30}
-    return {"cell": cell, "n": {"test": 9}, "seconds": seconds, "cosine": cosine, "test": test}
+    chosen = {"gain p": "soup", "soup x scale": "soup x 1.25", "output gain": 1.353}
+    return {
+        **{"cell": cell, "n": {"test": 9}, "seconds": seconds, "cosine": cosine, "test": test},
+        **{"rho": 0.64, "chosen": chosen},
+    }
 
 
 LINES = [
@@ -136,7 +223,8 @@ def test_pooled_differences_by_hand():
     assert found.mean == pytest.approx((0.25 - 0.1 + 0) / 3)
     assert (found.less, found.more) == (1, 2)
     assert study.compare(LINES, "soup", "soup", "loss") is None
-    assert math.isnan(study.compare(LINES[:1], "soup", "mean seed", "match").low)
+    alone = study.compare(LINES[:1], "soup", "mean seed", "match")
+    assert (alone.mean, alone.low, alone.high) == pytest.approx((0.05, -0.05, 0.15)), "over its items"
 
 
 def test_expected_seconds_by_hand():
@@ -183,7 +271,8 @@ def test_the_summary_prints_and_draws(tmp_path):
     console = Console(record=True, width=200, quiet=False, file=(tmp_path / "out").open("w"))
     study.summary(LINES, console, tmp_path)
     shown = " ".join(console.export_text().split())
-    for text in ("-0.200 (-0.448 to +0.048)", "1 / 1 of 3", "chain_sum_lr0.002_1ep_1-2-3", "figure:"):
+    gains, alone = "│ 1.56 │ 1.35 │", "-0.100 [-0.150 to -0.050]"
+    for text in ("-0.200 (-0.448 to +0.048)", alone, "1 / 1 of 3", "chain_sum_lr0.002_1ep_1-2-3", gains, "figure:"):
         assert text in shown, text
     first = (tmp_path / "by_cosine.svg").read_bytes()
     study.summary(LINES, console, tmp_path)

@@ -36,11 +36,11 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def wait_for_step(process: subprocess.Popen[str], dirpath: Path, step: int) -> None:
-    """Return as soon as the checkpoint of a step, or a later one, is there."""
+def wait_for_step(process: subprocess.Popen[str], dirpath: Path, step: int, *, of: str = "*") -> None:
+    """Return as soon as the checkpoint of a step, or a later one, is there; ``of`` names the adapters in training."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob("checkpoints/*/step=*.ckpt")]
+        steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob(f"checkpoints/{of}/step=*.ckpt")]
         if steps and max(steps) >= step:
             return
         time.sleep(0.002)

@@ -142,6 +142,12 @@ def first_label(text: str, labels: Collection[str]) -> Extraction:
     return Extraction(match[0]) if match else Extraction(None, ("no label",))
 
 
+def first_letter(text: str, letters: Collection[str]) -> Extraction:
+    """The first of the letters that stands alone: not within a word."""
+    match = re.search(rf"\b[{''.join(letters)}]\b", text)
+    return Extraction(match[0]) if match else Extraction(None, ("no letter",))
+
+
 def python_solution(text: str, entry_point: str) -> str:
     """The part of generated text that defines ``entry_point``, by EvalPlus's rules.
 

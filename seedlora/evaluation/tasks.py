@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from seedlora.evaluation.extract import (
     MATH_STOPS,
     first_label,
+    first_letter,
     gsm8k_answer,
     gsm8k_gold,
     is_equiv,
@@ -184,6 +185,27 @@ def _numbered(word: str, count: int) -> Task:
     return _commonsense(*(f"{word}{i + 1}" for i in range(count)))
 
 
+# MMLU, as rows of cais/mmlu, by the letter
+
+_LETTERS = ("A", "B", "C", "D")
+
+
+def _mmlu_item(number: int, row: Mapping[str, Any]) -> Item:
+    question, choices, answer = _field(row, "question"), row["choices"], row["answer"]
+    if len(choices) != len(_LETTERS):
+        raise ValueError(f"has {len(choices)} choices; there should be {len(_LETTERS)}")
+    gold = _LETTERS[answer] if answer in range(len(_LETTERS)) else answer
+    if gold not in _LETTERS:
+        raise ValueError(f"has the answer {answer!r}; answers are 0 to 3 or A to D")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=True)]
+    return Item(str(number), "\n".join([question.strip(), *lines]), gold, str(row.get("subject") or ""))
+
+
+def _mmlu_judge(text: str, item: Item) -> Judgement:
+    letter, quirks = first_letter(text, _LETTERS)
+    return Judgement(letter == item.gold, letter, quirks)
+
+
 # Generated, by reasoning-gym: answered as in training, with the answer alone
 
 
@@ -265,6 +287,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "arc_challenge": _numbered("answer", 5),
         "arc_easy": _numbered("answer", 5),
         "openbookqa": _numbered("answer", 5),
+        "mmlu": Task(
+            _mmlu_item,
+            prefix=" The answer is:",
+            stops=("\n",),
+            max_new_tokens=8,
+            judge=_mmlu_judge,
+            hub=("cais/mmlu", ("all",), "test"),
+        ),
         "chain_sum": _GENERATED,
         "leg_counting": _GENERATED,
         "gsm_symbolic": replace(_GENERATED, made_of=("gsm8k",)),

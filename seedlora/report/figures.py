@@ -27,6 +27,8 @@ LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
 MARKERS = {FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"}
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
+#: More sub-domains than this stand below each other.
+_MOST_ACROSS = 12
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "seedlora",
@@ -146,29 +148,33 @@ def methods(name: str, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, 
 
 
 def domains(name: str, test: Mapping[str, Any]) -> str:
-    """Score of each adapter in each sub-domain; a frame where the best seed is."""
+    """Score of each adapter in each sub-domain, the best seed's in brackets."""
     rows = test["domains"]
-    labels = [row["adapter"] for row in test["scores"]]
-    cells = [[100 * row["scores"][label] for row in rows] for label in labels]
+    labels, names = [row["adapter"] for row in test["scores"]], [row["domain"] for row in rows]
+    across, down = (labels, names) if len(rows) > _MOST_ACROSS else (names, labels)
+    scores = {(row["domain"], label): 100 * row["scores"][label] for row in rows for label in labels}
+    best = {(row["domain"], row["best_seed"]) for row in rows}
+    places = [[(x, y) if across is names else (y, x) for x in across] for y in down]
+    cells = [[scores[place] for place in line] for line in places]
     low, high = min(map(min, cells)), max(map(max, cells))
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
         mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
-        for i, line in enumerate(cells):
-            for j, value in enumerate(line):
-                best = rows[j]["best_seed"] == labels[i]
-                text = f"[{value:.0f}]" if best else f"{value:.0f}"
+        for i, line in enumerate(places):
+            for j, place in enumerate(line):
+                value = scores[place]
+                text = f"[{value:.0f}]" if place in best else f"{value:.0f}"
                 colour = "white" if value < low + 0.55 * (high - low) else "black"
                 axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
-        axes.set_xticks([j + 0.5 for j in range(len(rows))], [row["domain"] for row in rows], rotation=40, ha="right")
-        axes.set_yticks([i + 0.5 for i in range(len(labels))], labels)
-        axes.set_ylim(len(labels), 0)
+        axes.set_xticks([j + 0.5 for j in range(len(across))], across, rotation=40, ha="right")
+        axes.set_yticks([i + 0.5 for i in range(len(down))], down)
+        axes.set_ylim(len(down), 0)
         axes.spines[:].set_visible(False)
         bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label="right items (%)", aspect=30, pad=0.04)
         bar.outline.set_visible(False)
 
-    return _svg(name, draw, height=2.1 + 0.22 * len(labels))
+    return _svg(name, draw, height=2.1 + 0.22 * len(down))
 
 
 def against_score(

@@ -132,6 +132,27 @@ def test_commonsense(tmp_path, name, answer, said):
         items(tmp_path, name, {**row, "answer": "answer9"})
 
 
+def test_mmlu_by_the_letter_in_a_folder_of_subjects(tmp_path):
+    row = {"question": "What is 2 + 2?", "subject": "arithmetic", "choices": ["3", "4", "5", "A pair"], "answer": 1}
+    for folder, rows in (("arithmetic", [row]), ("history", [{**row, "subject": "history", "answer": "D"}])):
+        for split in ("dev", "test"):
+            file = tmp_path / "mmlu" / folder / f"{split}-00000-of-00001.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = load_items("mmlu", path=tmp_path / "mmlu")
+    assert first.request == "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. A pair"
+    assert [(item.gold, item.group) for item in (first, second)] == [("B", "arithmetic"), ("D", "history")]
+    task = TASKS["mmlu"]
+    assert (task.prefix, task.stops) == (" The answer is:", ("\n",))
+    assert task.judge(" B. 4", first) == (True, "B", ())
+    assert not task.judge(" (A)", first).correct
+    assert task.judge(" Because", first) == (False, None, ("no letter",))
+    with pytest.raises(ValueError, match="row 1 of .* has the answer 4; answers are 0 to 3 or A to D"):
+        items(tmp_path, "mmlu", {**row, "answer": 4})
+    with pytest.raises(ValueError, match="row 1 of .* has 2 choices; there should be 4"):
+        items(tmp_path, "mmlu", {**row, "choices": ["3", "4"]})
+
+
 def test_files_of_every_kind(tmp_path):
     rows = [{"question": "a\u2028b?", "answer": "#### 1"}, {"question": "c?", "answer": "#### 2"}]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
