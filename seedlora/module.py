@@ -6,7 +6,6 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens, ``S`` supervised
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -375,12 +374,6 @@ class SeedLoRAModule(pl.LightningModule):
             raise ValueError(
                 f"model.modules_to_save: {min(few)} would be quantised, and weights in {hparams['quantization']} take "
                 "no gradient; embeddings, heads and norms are not quantised"
-            )
-        inside = [path for path in full if re.search(r"\.\d+\.", path)]
-        if hparams["compile"] is not None and inside:
-            raise ValueError(
-                f"model.compile {hparams['compile']}: {inside[0]} is trained in full inside a layer, which then "
-                "cannot be compiled; leave out one of the two"
             )
         for name in ("rank_pattern", "alpha_pattern"):
             used = {get_pattern_key(hparams[name], path) for path in targets}

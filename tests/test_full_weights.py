@@ -248,10 +248,6 @@ def test_the_estimate_of_memory_counts_them(tiny_llama):
         ({"modules_to_save": ["mlp"]}, "mlp: base model .* holds weights itself; it has embed_tokens, q_proj"),
         ({"modules_to_save": ["o_proj"]}, "layers.0.self_attn.o_proj is among model.target_modules too"),
         (
-            {"modules_to_save": ["input_layernorm"], "compile": "aot_eager"},
-            "layers.0.input_layernorm is trained in full",
-        ),
-        (
             {"modules_to_save": ["o_proj"], "target_modules": ["q_proj"], "quantization": "nf4"},
             "layers.0.self_attn.o_proj would be quantised, and weights in nf4 take no gradient",
         ),
