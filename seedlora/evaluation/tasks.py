@@ -134,9 +134,12 @@ _CODE_STOPS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef
 
 
 def _humaneval_item(number: int, row: Mapping[str, Any]) -> Item:
-    request = _CODE_REQUEST.replace("{problem}", _field(row, "prompt").strip())
-    test, entry_point = _field(row, "test"), _field(row, "entry_point")
-    gold = {"entry_point": entry_point, "test": f"{test}\ncheck({entry_point})"}
+    prompt, test, entry_point = (_field(row, key) for key in ("prompt", "test", "entry_point"))
+    request = _CODE_REQUEST.replace("{problem}", prompt.strip())
+    # Tests of HumanEval/50 call a function that the prompt defines and no solution needs.
+    given = [node for node in ast.parse(prompt).body if getattr(node, "name", None) != entry_point]
+    before = "\n".join(map(ast.unparse, given))
+    gold = {"entry_point": entry_point, "before": before, "test": f"{test}\ncheck({entry_point})"}
     return Item(str(row.get("task_id", number)), request, gold)
 
 
@@ -160,7 +163,8 @@ def _tested_function(assertion: str, solution: str) -> str:
 
 
 def _program(text: str, item: Item) -> str:
-    return f"{python_solution(text, item.gold['entry_point'])}\n\n{item.gold['test']}\n"
+    solution = python_solution(text, item.gold["entry_point"])
+    return f"{item.gold.get('before', '')}\n\n{solution}\n\n{item.gold['test']}\n"
 
 
 # Commonsense, by LLM-Adapters
