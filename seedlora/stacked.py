@@ -275,6 +275,8 @@ class AdapterStack:
             like = getattr(self.modules[path].original_module, parameter)
             self._route.weights[name].setdefault(path, {})[parameter] = weight.to(like)
         for path, factors in layers.items():
+            if path not in self.layers and not factors.B.any():
+                continue  # the zeros of a fused adapter, which servers want for layers that nobody trained
             layer, magnitude = self.layers[path], (magnitudes or {}).get(path)
             a, b = (factor[0].to(layer.get_base_layer().weight.device) for factor in (factors.A, factors.B))
             if magnitude is not None:

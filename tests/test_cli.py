@@ -186,6 +186,15 @@ def test_one_more_seed_trains_just_that_seed(tiny_llama):
     assert "seed_3" in json.loads(Path("here/results.json").read_text())["scores"]
 
 
+def test_layers_that_are_not_trained_are_zeros_in_what_is_fused(tiny_llama):
+    options = ["--model.target_modules", "[q_proj,down_proj]", "--compare", "ties", "--controls", "untrained"]
+    assert run(tiny_llama, *options, "--ensemble.dirpath", "here") == 0
+    fused = read_adapter("here/fused").layers
+    assert not fused["model.layers.0.self_attn.v_proj"].dense().any()
+    assert Path("here/report.html").is_file()
+    assert main(PARTS, ["test", "--ensemble.dirpath", "here"]) == 0
+
+
 def test_a_stack_that_is_chosen_by_memory(tiny_llama, capsys):
     assert run(tiny_llama, "--ensemble.stack_size", "auto", "--ensemble.dirpath", "here") == 0
     assert "11, 42, 202 in one stack" in capsys.readouterr().out
