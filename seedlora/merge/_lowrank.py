@@ -72,14 +72,21 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
     return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
 
 
-@once_per_stack
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
     """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
-    b, a_cat = stack.B.double(), stack.A.double().flatten(0, 1)
+    return _grams_and_means(stack)[:2]
+
+
+@once_per_stack
+def _grams_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"], Float[Tensor, " N"]]:
+    """Together, because float64 copies of the factors cost as much as the products."""
+    a, b = stack.A.double(), stack.B.double()
+    a_cat = a.flatten(0, 1)
     # block by block, which spares a transposed copy of B
     blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
     rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
-    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
+    means = (b.sum(1) * a.sum(2)).sum(1) / (stack.shape[0] * stack.shape[1])
+    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T, means
 
 
 @once_per_stack
@@ -98,7 +105,7 @@ def means(stack: Updates) -> Float[Tensor, " N"]:
     r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
     if isinstance(stack, DenseUpdates):
         return _dense_gram_and_means(stack)[1].clone()
-    return (stack.B.double().sum(1) * stack.A.double().sum(2)).sum(1) / (stack.shape[0] * stack.shape[1])
+    return _grams_and_means(stack)[2].clone()
 
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
