@@ -32,7 +32,7 @@ _TINY = 1e-14
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
 CANCELLED = 1e-7
 
-S = TypeVar("S", LoRAFactors, DenseUpdates)
+S = TypeVar("S", LoRAFactors, Updates)
 T = TypeVar("T")
 
 
@@ -65,47 +65,43 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates. Costs what
     :func:`factor_grams` does, or one pass over dense updates; once for a stack that is not written to.
     """
+    return _gram_and_means(stack)[0].clone()
+
+
+def means(stack: Updates) -> Float[Tensor, " N"]:
+    r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`. Costs as the Gram."""
+    return _gram_and_means(stack)[1].clone()
+
+
+@once_per_stack
+def _gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    """Together, because float64 copies of the factors, or a pass over dense updates, cost as much as the products."""
+    n, entries = len(stack), stack.shape[0] * stack.shape[1]
     if isinstance(stack, DenseUpdates):
-        return _dense_gram_and_means(stack)[0].clone()
-    gram_b, gram_a = factor_grams(stack)
-    n = len(stack)
-    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
+        inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+        total = torch.zeros(n, dtype=torch.float64, device=stack.device)
+        for block in stack.blocks():
+            rows = block.flatten(1).double()
+            inner.addmm_(rows, rows.T)
+            total += rows.sum(1)
+        return inner, total / entries
+    a, b = stack.A.double(), stack.B.double()
+    gram_b, gram_a = _grams(a, b)
+    inner = (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
+    return inner, (b.sum(1) * a.sum(2)).sum(1) / entries
 
 
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
     """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
-    return _grams_and_means(stack)[:2]
+    return _grams(stack.A.double(), stack.B.double())
 
 
-@once_per_stack
-def _grams_and_means(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"], Float[Tensor, " N"]]:
-    """Together, because float64 copies of the factors cost as much as the products."""
-    a, b = stack.A.double(), stack.B.double()
-    a_cat = a.flatten(0, 1)
+def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
     # block by block, which spares a transposed copy of B
     blocks = [[b_i.T @ b_j for b_j in b[: i + 1]] for i, b_i in enumerate(b)]
     rows = [blocks[i] + [blocks[j][i].T for j in range(i + 1, len(b))] for i in range(len(b))]
-    means = (b.sum(1) * a.sum(2)).sum(1) / (stack.shape[0] * stack.shape[1])
-    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T, means
-
-
-@once_per_stack
-def _dense_gram_and_means(stack: DenseUpdates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
-    n = len(stack)
-    inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
-    total = torch.zeros(n, dtype=torch.float64, device=stack.device)
-    for block in stack.blocks():
-        rows = block.flatten(1).double()
-        inner.addmm_(rows, rows.T)
-        total += rows.sum(1)
-    return inner, total / (stack.shape[0] * stack.shape[1])
-
-
-def means(stack: Updates) -> Float[Tensor, " N"]:
-    r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
-    if isinstance(stack, DenseUpdates):
-        return _dense_gram_and_means(stack)[1].clone()
-    return _grams_and_means(stack)[2].clone()
+    a_cat = a.flatten(0, 1)
+    return torch.cat([torch.cat(row, 1) for row in rows]), a_cat @ a_cat.T
 
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
