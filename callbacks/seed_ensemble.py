@@ -150,11 +150,6 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError(f"ensemble.checkpoint_every_n_steps must be at least 1, got {checkpoint_every_n_steps}")
         replica_budget(budget, n=1, max_epochs=1, max_steps=-1)
         names = compare.split(",") if isinstance(compare, str) else compare or ()
-        weights = (merge_options or {}).get("weights")
-        if weights is not None and len(weights) != len(self.seeds):
-            raise ValueError(
-                f"ensemble.merge_options weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
-            )
         # Bound now, so that a wrong name or option is known before training and not after it.
         self.comparison = Comparison(
             merge,
@@ -164,6 +159,11 @@ class SeedEnsembleCallback(pl.Callback):
             controls=controls,
             select_by=select_by,
         )
+        weights = None if self.rule is None else self.rule.options.get("weights")
+        if weights is not None and len(weights) != len(self.seeds):
+            raise ValueError(
+                f"ensemble.merge_options weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
+            )
         self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         self.budget, self.vary, self.stack_size = budget, vary, stack_size
         self.keep, self.patience, self.on_divergence = keep, patience, on_divergence
@@ -571,12 +571,7 @@ class SeedEnsembleCallback(pl.Callback):
         about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
         files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
         names = [replica.name for replica in module.replicas]
-        if (
-            set(names) <= set(module.diverged)
-            and self._control is None
-            and not self.trained
-            and not self._others(names)
-        ):
+        if not self.trained and set(map(self._label, self.pending)) <= set(module.diverged):
             raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
         for name in names:
             if name in module.diverged:
@@ -595,10 +590,6 @@ class SeedEnsembleCallback(pl.Callback):
             done = not (self.pending or self.pending_controls)
             shutil.rmtree(self.dirpath / "checkpoints" if done else self._checkpoint_folder(names), ignore_errors=True)
         trainer.strategy.barrier()
-
-    def _others(self, names: Sequence[str]) -> list[int]:
-        """The seeds that are still to be trained after these."""
-        return [seed for seed in self.pending if self._label(seed) not in names]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give SIGTERM back, and answer one that came too late for a checkpoint.
@@ -692,9 +683,8 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
-        folders = self.folders
-        made: dict[str, Callable[[], Layers]]
-        made = {label: partial(module.read_model, folder) for label, folder in folders.items()}
+        made: dict[str, Callable[[], Layers]] = {}
+        made |= {label: partial(module.read_model, folder) for label, folder in self.folders.items()}
         fused = partial(module.fused_model, [self.adapter_path(seed) for seed in self.trained])
         if len(self.trained) > 1:
             if SOUP not in made and (self.rule is not None or self.comparison.compare):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,10 +169,16 @@ def base_model_of(source: str | Path) -> str:
 def adapter_sha256(folder: Path) -> str | None:
     """Of the weights in an adapter's folder; ``None`` without a file of them."""
     file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        return None
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return files_sha256([file]) if file.is_file() else None
+
+
+def files_sha256(files: Sequence[Path]) -> str:
+    """Of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+    return digest.hexdigest()
 
 
 def read_adapter(

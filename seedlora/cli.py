@@ -106,6 +106,14 @@ class Parts:
     generate: Generate
 
 
+#: What undoes the options of a run that say what is scored by generation.
+NO_TASKS = (
+    "--evaluate=",
+    "--evaluate_lm_eval=",
+    "--evaluate_limit=null",
+    "--evaluate_task_path={}",
+    "--evaluate_max_new_tokens=null",
+)
 #: In the folder of a run as long as there is something left to do: what ``--resume`` alone looks for.
 UNFINISHED_NAME = "unfinished"
 
@@ -530,11 +538,9 @@ def _of_finished_run(argv: Sequence[str]) -> list[str]:
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
-    # Tasks asked for now are not those of the run.
+    # Tasks that are given here take the place of the run's, with all that was said about those.
     anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
-    reset = ["--evaluate=", "--evaluate_lm_eval=", "--evaluate_limit=null", "--evaluate_task_path={}"]
-    reset = [*reset, "--evaluate_max_new_tokens=null"] if anew else []
-    return ["--config", str(file), *reset, *argv, "--ensemble.resume=true"]
+    return ["--config", str(file), *(NO_TASKS if anew else ()), *argv, "--ensemble.resume=true"]
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

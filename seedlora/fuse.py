@@ -5,7 +5,6 @@ The only place where the layers of a model are walked.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from seedlora.adapter import (
     Adapter,
     AdapterError,
     base_model_of,
+    files_sha256,
     is_model,
     locate,
     read_adapter,
@@ -513,7 +513,7 @@ def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
     pool = ThreadPoolExecutor(1, "sha256")
     folders = {str(source): locate(source) for source in sources}
     hashes = {
-        name: pool.submit(_sha256, shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
+        name: pool.submit(files_sha256, shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
         for name, folder in folders.items()
     }
     pool.shutdown(wait=False)
@@ -564,12 +564,3 @@ def fusion_record(
     if fused is not None and fused.inputs:
         record["inputs_compressed"] = {"relative_error_max": max(fused.inputs.values()), "layers": fused.inputs}
     return record
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    """Of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            hashlib.file_digest(handle, lambda: digest)
-    return digest.hexdigest()

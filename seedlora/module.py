@@ -714,8 +714,7 @@ class SeedLoRAModule(pl.LightningModule):
         table = torch.cat(columns)
         if self._trainer is not None:
             table = self.all_gather(table).reshape(-1, table.shape[1])
-        table = table[table[:, 0] >= 0].cpu()
-        table = table[table[:, 0].argsort()]
+        table = table[_real_items(table[:, 0])].cpu()
         n, tokens = len(adapters), table[:, 1].long()
         return {name: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, name in enumerate(adapters)}
 
@@ -747,15 +746,12 @@ class SeedLoRAModule(pl.LightningModule):
     def tested_items(self) -> Tensor:
         """After a test: the numbers of the items of :meth:`test_matrix`; not all, if the trainer limits the batches."""
         items = self.test_items.compute().long().view(-1)
-        return items[items >= 0].sort().values
+        return items[_real_items(items)]
 
     def test_matrix(self) -> Tensor:
         """After a test: bool, shape (items, adapters and mixtures scored), in the order of the items, of all ranks."""
         items, correct = self.test_items.compute().long().view(-1), self.test_correct.compute()
-        order = items.argsort()
-        # Rows that fill up the shares of the ranks have negative numbers.
-        order = order[items[order] >= 0]
-        return correct.view(-1, len(self.scored) + len(self.mixtures))[order] > 0
+        return correct.view(-1, len(self.scored) + len(self.mixtures))[_real_items(items)] > 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over all replicas, which it treats element by element, and one schedule stepped per optimizer step."""
@@ -828,6 +824,12 @@ def _in_place(losses: Float[Tensor, " S"], right: Tensor | None, keep: Tensor) -
         losses.new_zeros(keep.shape).masked_scatter(keep, losses),
         all_right if right is None else all_right.masked_scatter(keep, right),
     )
+
+
+def _real_items(items: Tensor) -> Int[Tensor, " I"]:
+    """Where the items are, in their order; those that fill up the shares of the ranks have negative numbers."""
+    order = items.argsort()
+    return order[items[order] >= 0]
 
 
 def learning_rate_factor(step: int, schedule: str, *, warmup: int, total: int) -> float:

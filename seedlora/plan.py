@@ -269,6 +269,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     seen = steps * sampler.rows_per_step
     model = outline(hparams["base_model"])
     stack = min(n, ensemble.stack_size or n)
+    memory = memory_of(module, data)
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -282,8 +283,8 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         padding=sampler.padding(),
         trainable=trainable_parameters(module),
         base_parameters=model.parameters,
-        memory=memory_of(module, data)(stack),
-        memory_alone=memory_of(module, data)(1),
+        memory=memory(stack),
+        memory_alone=memory(1),
         model=hparams["base_model"],
         data=_rows(data),
         merge="; ".join(filter(None, (ensemble.method_name, module.averaged_words))),

@@ -106,7 +106,8 @@ def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
     r"""Population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK - \mu(\Delta_n)^2`."""
-    return _variance(stack, gram(stack).diagonal(), means(stack))
+    inner, mu = _gram_and_means(stack)
+    return _variance(stack, inner.diagonal(), mu)
 
 
 def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -116,7 +117,7 @@ def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, "
 
     1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
     """
-    inner, mu = gram(stack), means(stack)
+    inner, mu = _gram_and_means(stack)
     spread = _variance(stack, inner.diagonal(), mu).sqrt().mean()
     total = _variance(stack, weights @ inner @ weights, weights @ mu).sqrt()
     return spread / total if total > CANCELLED * spread else torch.ones_like(spread)

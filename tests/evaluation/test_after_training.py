@@ -88,7 +88,7 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     assert len(answers("run/evaluation")) == 24
     assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
     assert "24 of 24 answers are there already" in capsys.readouterr().out
-    # Of a run that was scored by the harness, only what is asked for now.
+    # Tasks of the harness that the run was scored on are not scored again when other tasks are given.
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     Path("run/config.yaml").write_text(yaml.safe_dump(config | {"evaluate_lm_eval": "no_such_task"}))
     assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
