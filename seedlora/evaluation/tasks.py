@@ -137,8 +137,8 @@ def _humaneval_item(number: int, row: Mapping[str, Any]) -> Item:
     prompt, test, entry_point = (_field(row, key) for key in ("prompt", "test", "entry_point"))
     request = _CODE_REQUEST.replace("{problem}", prompt.strip())
     # Tests of HumanEval/50 call a function that the prompt defines and no solution needs.
-    given = [node for node in ast.parse(prompt).body if getattr(node, "name", None) != entry_point]
-    before = "\n".join(map(ast.unparse, given))
+    header = re.search(rf"^def {re.escape(entry_point)}\b", prompt, re.MULTILINE)
+    before = prompt[: header.start()] if header else ""
     gold = {"entry_point": entry_point, "before": before, "test": f"{test}\ncheck({entry_point})"}
     return Item(str(row.get("task_id", number)), request, gold)
 
