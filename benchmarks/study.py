@@ -8,8 +8,10 @@ A cell is one stack of seeds on one task with one learning rate, trained and the
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
 not done again; the adapters stay under ``--work`` (30 MB a cell). ``--plan`` says what is left. Of the grid of 48 cells
 32 are chosen, in the order of what one wants to know next (:func:`design`): longer training, seeds that share their
-initial weights (a high cosine), other seeds; then a lower rate, the number of seeds, one order of the data.
-The first cell of each task scores all rules and controls, the others those in which the first three left a question.
+initial weights (a high cosine), other seeds; then a lower rate, the number of seeds, one order of the data. Three more
+train the controls: one seed on the tokens of all, and one of the rank of all.
+The first cell of each task scores all rules, as one of longer training does; the others those in which the first three
+left a question.
 
 - Gains, scales and p are chosen by the loss on the validation split. The test split is scored once, after that.
 - Loss: nats per supervised token, end token included. Match: greedy decoding gives the answer exactly, which needs no
@@ -31,7 +33,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ from seedlora.selection import (
     Score,
     choose,
     gain_family,
+    greedy_soup,
     members,
     scaled_soups,
     score_lazily,
@@ -93,7 +96,7 @@ RATES = (2e-3, 5e-4)
 TRIPLES = ((11, 42, 202), (7, 19, 83), (101, 303, 505))
 FIVE = (1, 2, 3, 4, 5)
 EQUAL, FULL = 1, 3  # epochs of each seed
-BATCH = 8
+BATCH, RANK = 8, 8
 
 SCALES = (0.8, 1.25, 1.6)
 POWERS = (0.25, 0.5, 0.75)
@@ -178,6 +181,8 @@ class Cell:
         seeds: of the stack.
         epochs: of each seed.
         vary: what a seed decides.
+        controls: whether to train the controls too, and to compare with them.
+        rank: of each adapter; ``lora_alpha`` is twice that.
     """
 
     task: str
@@ -185,12 +190,16 @@ class Cell:
     seeds: tuple[int, ...]
     epochs: int
     vary: str = "both"
+    controls: bool = False
+    rank: int = RANK
 
     @property
     def name(self) -> str:
         """For people and folders."""
-        seeds = "-".join(map(str, self.seeds))
-        return f"{self.task}_lr{self.rate:g}_{self.epochs}ep_{seeds}" + ("" if self.vary == "both" else f"_{self.vary}")
+        marks = (
+            [self.vary] * (self.vary != "both") + ["controls"] * self.controls + [f"r{self.rank}"] * (self.rank != RANK)
+        )
+        return "_".join([f"{self.task}_lr{self.rate:g}_{self.epochs}ep_{'-'.join(map(str, self.seeds))}", *marks])
 
 
 def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
@@ -199,9 +208,9 @@ def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
     high, low = RATES
 
     def ask(
-        seeds: tuple[int, ...] = first, *, rate: float = high, epochs: int = EQUAL, vary: str = "both"
+        seeds: tuple[int, ...] = first, *, rate: float = high, epochs: int = EQUAL, vary: str = "both", **more: bool
     ) -> list[Cell]:
-        return [Cell(task, rate, seeds, epochs, vary) for task in tasks]
+        return [Cell(task, rate, seeds, epochs, vary, **more) for task in tasks]
 
     def in_turns(*questions: list[Cell]) -> list[Cell]:
         n = len(tasks)
@@ -216,12 +225,16 @@ def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
         *in_turns(lower_rate, more_seeds, one_order),
         *in_turns(ask(third), ask(second, epochs=FULL), ask(rate=low, epochs=FULL)),
         Cell(JOINT, high, second, EQUAL),
+        *ask(controls=True),
     ]
 
 
 def asks_all(cell: Cell) -> bool:
-    """Whether a cell scores what the first of each task does; the others leave out what these answered alike."""
-    return cell in design()[: len(TASKS)]
+    """Whether a cell scores all rules: the first of each task, and one of longer training.
+
+    The others leave out what the first three answered alike.
+    """
+    return cell in design()[: len(TASKS)] or cell == Cell("leg_counting", RATES[0], TRIPLES[0], FULL)
 
 
 # Training and scoring one cell
@@ -238,7 +251,7 @@ class Setting:
 
     def module(self, cell: Cell) -> SeedLoRAModule:
         """The model of a cell."""
-        return SeedLoRAModule(self.base_model, learning_rate=cell.rate)
+        return SeedLoRAModule(self.base_model, learning_rate=cell.rate, r=cell.rank, lora_alpha=2 * cell.rank)
 
     def data(self, task: str, module: SeedLoRAModule, **sizes: int) -> ReasoningGym:
         """The rows of a task, tokenised; ``sizes`` for other than the usual."""
@@ -360,21 +373,72 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
         "chosen": more.chosen,
         "compression": more.compression,
         "val": more.val,
-        "test": {
-            label: {
-                **{metric: _short(values.mean()) for metric, values in zip(METRICS, columns, strict=True)},
-                "vs": {
-                    reference: {
-                        metric: _difference(*pair)
-                        for metric, *pair in zip(METRICS, columns, found[reference], strict=True)
-                    }
-                    for reference in (MEAN_SEED, SOUP)
-                    if label not in (reference, BASE, *seeds)
-                },
-            }
-            for label, columns in found.items()
-            if label not in dropped
-        },
+        "test": _outcomes({k: v for k, v in found.items() if k not in dropped}, list(seeds), (MEAN_SEED, SOUP)),
+    }
+
+
+def _outcomes(
+    found: Mapping[str, tuple[np.ndarray, ...]], seeds: Sequence[str], references: Sequence[str]
+) -> dict[str, Any]:
+    """Loss and match of each adapter, and its differences from the references, from its outcomes by item."""
+    return {
+        label: {
+            **{metric: _short(values.mean()) for metric, values in zip(METRICS, columns, strict=True)},
+            "vs": {
+                reference: {
+                    metric: _difference(*pair) for metric, *pair in zip(METRICS, columns, found[reference], strict=True)
+                }
+                for reference in references
+                if label not in (reference, BASE, *seeds)
+            },
+        }
+        for label, columns in found.items()
+    }
+
+
+def run_controls(cell: Cell, setting: Setting) -> Line:
+    """Compare the fused seeds with what their budget buys without fusing them.
+
+    ``long seed``: the first seed for as many epochs as all have together. ``wide seed``: the first seed with the rank
+    of all together, for the epochs of one. ``best on validation``: of the seeds. ``greedy soup``: its members are those
+    that validation chose.
+    """
+    began = time.monotonic()
+    alone = replace(cell, seeds=cell.seeds[:1], controls=False)
+    parts = {
+        "long seed": replace(alone, epochs=len(cell.seeds) * cell.epochs),
+        "wide seed": replace(alone, rank=len(cell.seeds) * cell.rank),
+        "seeds": replace(cell, controls=False),
+    }
+    trained_parts = {}
+    for label, part in parts.items():
+        module = setting.module(part)
+        data = setting.data(cell.task, module)
+        trained_parts[label] = stack_of(train(part, setting, module, data))
+    stacks, trained = trained_parts.pop("seeds"), time.monotonic()
+    seeds = {f"seed_{seed}": partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
+    on_validation = scorer(module, data, "val")
+    val = {name: scores.loss for name, scores in score_lazily(seeds, on_validation, at_once=AT_ONCE).items()}
+    greedy = greedy_soup(stacks, on_validation)
+    adapters: dict[str, Callable[[], Layers]] = {
+        BASE: dict,
+        **seeds,
+        SOUP: partial(fuse, stacks, bind("soup")),
+        "seedlora": partial(fuse, stacks, bind("seedlora")),
+        "greedy soup": partial(fuse, stacks, greedy),
+        **{label: partial(dict, layers) for label, layers in trained_parts.items()},
+    }
+    scores = score_lazily(adapters, scorer(module, data, "test"), at_once=AT_ONCE)
+    scores["best on validation"] = scores[min(val, key=val.__getitem__)]
+    found = {label: (per_token(s), s.correct.numpy().astype(float)) for label, s in scores.items()}
+    found[MEAN_SEED] = tuple(np.mean([found[seed][metric] for seed in seeds], axis=0) for metric in (0, 1))
+    return {
+        "cell": asdict(cell),
+        "n": {split: len(rows) for split, rows in data.rows.items()},
+        "seconds": {"train": round(trained - began), "score": round(time.monotonic() - trained)},
+        "chosen": {"greedy soup": [cell.seeds[i] for i in greedy.options["members"]]},
+        "val": {name: _short(loss) for name, loss in val.items()},
+        "test": _outcomes(found, list(seeds), (MEAN_SEED, SOUP)),
     }
 
 
@@ -595,6 +659,13 @@ def _short(value: float) -> float:
 # A session
 
 
+def run(cell: Cell, setting: Setting) -> Line:
+    """Do one cell; returns its line."""
+    if cell.task == JOINT:
+        return run_joint(cell, setting)
+    return (run_controls if cell.controls else run_stack)(cell, setting)
+
+
 def read_lines(results: Path) -> list[Line]:
     """The cells done."""
     if not results.is_file():
@@ -613,7 +684,9 @@ def _seconds(line: Line) -> str:
 
 def seconds_of(cell: Cell, lines: Sequence[Line]) -> float | None:
     """What a cell will take: the median of its like, by tokens of training where epochs or seeds differ."""
-    like = [(cell_of(line), line["seconds"]) for line in lines if cell_of(line).task == cell.task]
+    like = [
+        (c, line["seconds"]) for line in lines if (c := cell_of(line)).task == cell.task and c.controls == cell.controls
+    ]
     if cell.task == JOINT:
         found = [seconds["all"] for _, seconds in like]
     else:
@@ -647,7 +720,7 @@ def session(
             if (most is not None and done >= most) or (minutes and time.monotonic() - began > 60 * minutes):
                 break
             setting.console.print(f"{len(cells) - len(waiting) + i + 1} of {len(cells)}: {cell.name}", highlight=False)
-            line = (run_joint if cell.task == JOINT else run_stack)(cell, setting)
+            line = run(cell, setting)
             lines = [*read_lines(results), line]
             write_text(results, "".join(json.dumps(line) + "\n" for line in lines))
             done += 1
@@ -750,7 +823,7 @@ def against_one_seed(lines: Sequence[Line], label: str, metric: str) -> tuple[fl
 
 def summary(lines: Sequence[Line], console: Console, folder: Path | None = None) -> None:
     """Print all tables, and draw the figures into ``folder``."""
-    stacks = [line for line in lines if line["cell"]["task"] != JOINT]
+    stacks = [line for line in lines if (cell := cell_of(line)).task != JOINT and not cell.controls]
     triples = [line for line in stacks if len(line["cell"]["seeds"]) == 3]
     plain = [line for line in triples if line["cell"]["vary"] == "both"]
     _settings_table(stacks, console)
@@ -765,6 +838,9 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
     _lengths_table(triples, console)
     _compression_table(triples, console)
     _one_seed_table(plain, console)
+    for line in lines:
+        if cell_of(line).controls:
+            _controls_table(line, console)
     _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
     _vary_table(triples, console)
     for line in lines:
@@ -917,6 +993,22 @@ def _one_seed_table(lines: Sequence[Line], console: Console) -> None:
     _table(
         console, title, ("method", "loss", "match, points", "cells"), rows, "the mean of the same seeds, trained longer"
     )
+
+
+def _controls_table(line: Line, console: Console) -> None:
+    rows = []
+    for label, found in line["test"].items():
+        values = (f"{found['loss']:.3f}", f"{100 * found['match']:.1f}")
+        versus = [
+            _spread(found["vs"][reference][metric], factor) if reference in found["vs"] else ""
+            for reference in (MEAN_SEED, SOUP)
+            for metric, factor in zip(METRICS, (1, 100), strict=True)
+        ]
+        rows.append((label, *values, *versus))
+    of = [f"{metric} - {reference}" for reference in (MEAN_SEED, SOUP) for metric in METRICS]
+    members = ", ".join(map(str, line["chosen"]["greedy soup"]))
+    caption = f"test items: {line['n']['test']}; greedy soup of seeds {members}; intervals over items"
+    _table(console, f"Controls: {cell_of(line).name}", ("adapter", "loss", "match, %", *of), rows, caption)
 
 
 def _count_table(lines: Sequence[Line], console: Console) -> None:

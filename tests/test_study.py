@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import study
 from benchmarks.study import Cell, Setting
+from seedlora.adapter import read_adapter
 from seedlora.factors import LoRAFactors
 
 TASKS = {
@@ -70,12 +73,38 @@ def test_a_cell_scores_what_peft_and_transformers_score(setting, tiny_llama, mon
 
 def test_the_design_asks_each_question_on_each_task():
     cells = study.design()
-    assert len(set(cells)) == len(cells) == 32
+    assert len(set(cells)) == len(cells) == 35
     assert [cell.task for cell in cells[:3]] == list(study.TASKS)
     assert list(map(study.asks_all, cells[:5])) == [True, True, True, False, False]
+    assert sum(map(study.asks_all, cells)) == 4
+    assert [cell.controls for cell in cells] == [False] * 32 + [True] * 3
     for turn in (cells[4:7], cells[7:10], cells[10:13]):
         assert {cell.task for cell in turn} == set(study.TASKS)
         assert [(cell.epochs, cell.vary) for cell in turn] == [(3, "both"), (1, "order"), (1, "both")]
+
+
+def test_controls_are_trained_beside_the_seeds_of_the_same_stack(setting, tiny_llama):
+    """Rank, length and score of the controls, the stack's folder shared with the cell without them."""
+    plain = study.run_stack(CELL, setting)
+    adapter = setting.work / CELL.name / "seed_1" / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    line = json.loads(json.dumps(study.run_controls(replace(CELL, controls=True), setting)))
+    assert adapter.stat().st_mtime_ns == before, "trained seeds are not trained again"
+    test = line["test"]
+    for label in ("seed_1", "seed_2", "mean seed", "soup", "seedlora"):
+        assert test[label]["loss"] == pytest.approx(plain["test"][label]["loss"], abs=2e-5)
+    wide = read_adapter(setting.work / "chain_sum_lr0.01_1ep_1_r16" / "seed_1")
+    assert {factors.rank for factors in wide.layers.values()} == {16}
+    alone = study.run_stack(Cell("chain_sum", 1e-2, (1,), 2), replace(setting, work=setting.work / "long"))
+    assert test["long seed"]["loss"] == pytest.approx(alone["test"]["seed_1"]["loss"], abs=2e-5)
+    assert test["best on validation"]["loss"] == test[min(line["val"], key=line["val"].get)]["loss"]
+    assert set(line["chosen"]["greedy soup"]) <= {1, 2}
+    assert test["wide seed"]["vs"]["soup"]["loss"][0] == pytest.approx(
+        test["wide seed"]["loss"] - test["soup"]["loss"], abs=2e-5
+    )
+    with Console(record=True, width=200, quiet=False, file=io.StringIO()) as console:
+        study.summary([line], console)
+    assert "Controls: chain_sum_lr0.01_1ep_1-2_controls" in console.export_text()
 
 
 def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
