@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -21,13 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from callbacks.run_folder import RESULTS_NAME, RunFolder, remove, seed_name, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
-from seedlora.atomic import sync, write_text
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
-from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
+from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
 from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
@@ -41,8 +40,6 @@ VARY = ("both", "init", "order")
 KEEP = ("last", "best")
 ON_DIVERGENCE = ("stop", "exclude")
 AUTO = "auto"
-#: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
-FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 BASE = "base"
@@ -164,7 +161,12 @@ class SeedEnsembleCallback(pl.Callback):
             raise ValueError(
                 f"ensemble.merge_options weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
             )
-        self.dirpath = Path(dirpath) if dirpath else Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        #: What is trained, and what is still to do.
+        self.folder = RunFolder(
+            dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
+            self.seeds,
+            controls=TRAINED_CONTROLS if controls == ALL_CONTROLS and len(self.seeds) > 1 else (),
+        )
         self.budget, self.vary, self.stack_size = budget, vary, stack_size
         self.keep, self.patience, self.on_divergence = keep, patience, on_divergence
         self.checkpoint_every_n_steps, self.resume = checkpoint_every_n_steps, resume
@@ -190,21 +192,20 @@ class SeedEnsembleCallback(pl.Callback):
     @property
     def method_name(self) -> str:
         """The merge method, for people, and what was chosen."""
-        chosen = (self.selection or {}).get("chosen")
+        chosen = (self.folder.selection or {}).get("chosen")
         name = self.comparison.method_name
         return name if chosen is None or not self.comparison.chooses else f"{name}: {chosen['name']}"
 
-    @property
-    def selection(self) -> dict[str, Any] | None:
-        """What the validation rows said when the seeds were fused: :meth:`seedlora.comparison.Comparison.settle`."""
-        file = self.dirpath / SELECTION_NAME
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
     # The folder
+
+    @property
+    def dirpath(self) -> Path:
+        """The folder of the run."""
+        return self.folder.path
 
     def adapter_path(self, seed: int) -> Path:
         """Where the adapter of a seed is, once it is trained."""
-        return self.dirpath / self._label(seed)
+        return self.folder.adapter(seed)
 
     @property
     def fused_path(self) -> Path:
@@ -212,12 +213,57 @@ class SeedEnsembleCallback(pl.Callback):
         return self.dirpath / FUSED
 
     @property
+    def trained(self) -> tuple[int, ...]:
+        """The seeds whose adapters, or whole models, are there."""
+        return self.folder.trained
+
+    @property
+    def excluded(self) -> dict[int, str]:
+        """The seeds that were left out, and why."""
+        reasons = self.folder.left_out
+        return {seed: reasons[label] for seed in self.seeds if (label := seed_name(seed)) in reasons}
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The seeds that are still to be trained."""
+        return self.folder.pending
+
+    @property
+    def pending_controls(self) -> tuple[str, ...]:
+        """The controls that are still to be trained, once the seeds are."""
+        return self.folder.pending_controls
+
+    @property
+    def next_names(self) -> tuple[str, ...]:
+        """The adapters that the next fit trains: seeds, then one control after the other."""
+        return tuple(map(seed_name, self._next_stack)) or self.pending_controls[:1]
+
+    @property
+    def _next_stack(self) -> tuple[int, ...]:
+        """All seeds, as long as ``auto`` has not become a number."""
+        return self.folder.next_stack(None if isinstance(self.stack_size, str) else self.stack_size)
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where the metrics of the next fit belong."""
+        return self.folder.metrics(self.next_names)
+
+    @property
+    def ckpt_path(self) -> Path | None:
+        """The newest checkpoint of what the next fit trains."""
+        return self.folder.checkpoint(self.next_names)
+
+    @property
+    def ckpt_step(self) -> int:
+        """The optimizer steps that are in :attr:`ckpt_path`; 0 without a checkpoint."""
+        return step_of(self.ckpt_path) if self.ckpt_path else 0
+
+    @property
     def fused_otherwise(self) -> str | None:
         """What the fused adapter was made by, if that is not the rule that is given now; None also if none is."""
         if self.rule is None or self.comparison.chooses:
             return None
-        file = self.fused_path / RECORD_NAME
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"method": "nothing"}
+        record = self.folder.fusion or {"method": "nothing"}
         made = record["method"], record.get("options")
         if made == (self.rule.name, json.loads(json.dumps(self.rule.options, default=str))):
             return None
@@ -226,42 +272,20 @@ class SeedEnsembleCallback(pl.Callback):
     @property
     def folders(self) -> dict[str, Path]:
         """The adapters that a test reads, as far as they are there, by label: plain soup is what ``fused`` holds."""
-        found = {self._label(seed): self.adapter_path(seed) for seed in self.trained}
-        if self.trains_controls:
-            found |= {name: self.dirpath / name for name in TRAINED_CONTROLS}
+        found = {seed_name(seed): self.adapter_path(seed) for seed in self.trained}
+        found |= {name: self.dirpath / name for name in self.folder.controls}
         if self.rule is not None and len(self.trained) > 1:
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
         if self.rule is not None and not self.comparison.is_soup:
             found[FUSED] = self.fused_path
         return {label: folder for label, folder in found.items() if is_trained(folder)}
 
-    @property
-    def trained(self) -> tuple[int, ...]:
-        """The seeds whose adapters, or whole models, are there."""
-        return tuple(seed for seed in self.seeds if is_trained(self.adapter_path(seed)))
+    # Training
 
     @property
-    def excluded(self) -> dict[int, str]:
-        """The seeds that were left out, and why."""
-        reasons = self._left_out
-        return {seed: reasons[self._label(seed)] for seed in self.seeds if self._label(seed) in reasons}
-
-    @property
-    def _left_out(self) -> dict[str, str]:
-        """The adapters that were left out, seeds and controls, and why."""
-        file = self.dirpath / "excluded.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-    @property
-    def pending(self) -> tuple[int, ...]:
-        """The seeds that are still to be trained."""
-        done = {*self.trained, *self.excluded}
-        return tuple(seed for seed in self.seeds if seed not in done)
-
-    @property
-    def next_stack(self) -> tuple[int, ...]:
-        """The seeds that the next fit trains; all, as long as ``auto`` has not become a number."""
-        return self.pending[: None if isinstance(self.stack_size, str) else self.stack_size]
+    def trains_controls(self) -> bool:
+        """Whether controls are trained beside the seeds."""
+        return bool(self.folder.controls)
 
     def choose_stack_size(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> None:
         """Turn ``auto`` into a number, by the memory estimate of the data as it is set up; whole models go one by one.
@@ -273,25 +297,6 @@ class SeedEnsembleCallback(pl.Callback):
         if self.stack_size == AUTO:
             self.stack_size = fitting_stack(len(self.seeds), memory_of(module, data), device_memory(trainer))
 
-    @property
-    def trains_controls(self) -> bool:
-        """Whether controls are trained beside the seeds."""
-        return self.comparison.controls == ALL_CONTROLS and len(self.seeds) > 1
-
-    @property
-    def pending_controls(self) -> tuple[str, ...]:
-        """The controls that are still to be trained, once the seeds are."""
-        if not self.trains_controls or self.pending:
-            return ()
-        return tuple(
-            name for name in TRAINED_CONTROLS if name not in self._left_out and not is_trained(self.dirpath / name)
-        )
-
-    @property
-    def next_names(self) -> tuple[str, ...]:
-        """The adapters that the next fit trains: seeds, then one control after the other."""
-        return tuple(map(self._label, self.next_stack)) or self.pending_controls[:1]
-
     def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
         """What the Trainer of the next control needs besides the run's own options.
 
@@ -302,27 +307,6 @@ class SeedEnsembleCallback(pl.Callback):
         limits = {"max_epochs": max_epochs, "max_steps": max_steps}
         return {name: len(self.seeds) * limit for name, limit in limits.items() if limit not in (None, -1)}
 
-    @property
-    def metrics_path(self) -> Path:
-        """Where the metrics of the next fit belong: one file per stack of seeds, one per control."""
-        if self.pending_controls:
-            return self.dirpath / f"metrics-{self.pending_controls[0]}.jsonl"
-        stack = "" if len(self.next_stack) in (0, len(self.seeds)) else "-" + "-".join(map(str, self.next_stack))
-        return self.dirpath / f"metrics{stack}.jsonl"
-
-    @property
-    def ckpt_path(self) -> Path | None:
-        """The newest checkpoint of what the next fit trains."""
-        found = self._checkpoints(self.next_names)
-        return found[-1] if found else None
-
-    @property
-    def ckpt_step(self) -> int:
-        """The optimizer steps that are in :attr:`ckpt_path`; 0 without a checkpoint."""
-        return _step(self.ckpt_path) if self.ckpt_path else 0
-
-    # Training
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give module and data module the seeds of this fit.
 
@@ -330,7 +314,7 @@ class SeedEnsembleCallback(pl.Callback):
             ValueError: if the trainer, the data module or the folder do not fit the ensemble.
         """
         module = _ours(pl_module)
-        self.dirpath = trainer.strategy.broadcast(self.dirpath)
+        self.folder.path = trainer.strategy.broadcast(self.dirpath)
         if stage != "fit":
             return
         data = trainer.datamodule
@@ -350,7 +334,7 @@ class SeedEnsembleCallback(pl.Callback):
             self.open(trainer, module, data)
             if not self.pending:
                 raise ValueError(f"{self.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
-            module.replicas = tuple(self._replica(seed) for seed in self.next_stack)
+            module.replicas = tuple(map(self._replica, self._next_stack))
         else:
             module.replicas = (replace(self._replica(self.trained[0]), name=self._control),)
         module.exclude_diverged = self.on_divergence == "exclude"
@@ -382,23 +366,7 @@ class SeedEnsembleCallback(pl.Callback):
         self._check_adapter(module)
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        file, settings = self.dirpath / "run.json", self._settings(trainer, module, data)
-        if not file.is_file():
-            write_text(file, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        elif not self.resume:
-            raise ValueError(
-                f"{self.dirpath} already holds a run; go on with it by --resume, or choose another --ensemble.dirpath"
-            )
-        else:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            # How many processes train does not matter once all is trained.
-            free = FREE if self.pending or self.pending_controls else {*FREE, "processes"}
-            for key in sorted((set(before) | set(settings)) - free):
-                if before.get(key) != settings.get(key):
-                    raise ValueError(
-                        f"{self.dirpath} was started with {key} = {before.get(key)!r}, now it is "
-                        f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
-                    )
+        self.folder.open(self._settings(trainer, module, data), resume=self.resume)
         self._opened = True
 
     def _check_adapter(self, module: SeedLoRAModule) -> None:
@@ -550,13 +518,14 @@ class SeedEnsembleCallback(pl.Callback):
         names = [r.name for r in module.replicas]
         current = [name for name in names if name not in module.diverged]
         stacks = module.current(current)
-        finished = [self._label(seed) for seed in self.trained if self._label(seed) not in names]
+        finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in names]
         if finished:
             stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *current]
-        seeds = [seed for seed in self.seeds if self._label(seed) in there]
+        seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         module.load(
-            self._live, fuse(members(stacks, [there.index(s) for s in map(self._label, seeds)]), self._rule_of(seeds))
+            self._live,
+            fuse(members(stacks, [there.index(s) for s in map(seed_name, seeds)]), self._rule_of(seeds)),
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -571,7 +540,7 @@ class SeedEnsembleCallback(pl.Callback):
         about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
         files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
         names = [replica.name for replica in module.replicas]
-        if not self.trained and set(map(self._label, self.pending)) <= set(module.diverged):
+        if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
             raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
         for name in names:
             if name in module.diverged:
@@ -581,14 +550,12 @@ class SeedEnsembleCallback(pl.Callback):
             module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
         if trainer.is_global_zero and module.diverged:
             reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
-            write_text(self.dirpath / "excluded.json", json.dumps({**self._left_out, **reasons}, indent=2) + "\n")
+            self.folder.leave_out(reasons)
         trainer.strategy.barrier()
         if self._control is None:
             self._settle(trainer, module)
         if trainer.is_global_zero:
-            # After the last seed also what another stack size left behind.
-            done = not (self.pending or self.pending_controls)
-            shutil.rmtree(self.dirpath / "checkpoints" if done else self._checkpoint_folder(names), ignore_errors=True)
+            self.folder.forget_checkpoints(names)
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -624,11 +591,11 @@ class SeedEnsembleCallback(pl.Callback):
             # What validation said of an earlier choice is not said of this one.
             (self.dirpath / SELECTION_NAME).unlink(missing_ok=True)
         # Nor what a test said of an earlier fusion.
-        (self.dirpath / "results.json").unlink(missing_ok=True)
+        (self.dirpath / RESULTS_NAME).unlink(missing_ok=True)
         folders = [self.adapter_path(seed) for seed in self.trained]
         write: Callable[..., Path] = fuse_folders
         if is_model(folders[0]):
-            settings = json.loads((self.dirpath / "run.json").read_text(encoding="utf-8"))
+            settings = self.folder.settings or {}
             write = partial(_fuse_models, base=resolve(settings["model.base_model"]))
         if self.comparison.is_soup or len(folders) == 1:
             shutil.rmtree(self.dirpath / SOUP, ignore_errors=True)
@@ -645,7 +612,7 @@ class SeedEnsembleCallback(pl.Callback):
             module.scored, module.mixtures = {BASE: None}, {}
             return
         scored = {label: self._read(folder) for label, folder in self.folders.items()}
-        seeds = {label: scored[label] for label in map(self._label, self.trained)}
+        seeds = {label: scored[label] for label in map(seed_name, self.trained)}
         if len(seeds) > 1 and SOUP not in scored and (self.rule is not None or self.comparison.compare):
             fused = fuse(stack_updates(seeds, self._base), soup)
             modules = {key: each[0] for key, each in fused.modules.items()}
@@ -662,14 +629,14 @@ class SeedEnsembleCallback(pl.Callback):
         columns |= self._scored_beside(trainer, module)
         # The fused adapter last, for whoever reads the table.
         columns |= {FUSED: columns.pop(FUSED)} if FUSED in columns else {}
-        seeds = [self._label(seed) for seed in self.trained]
+        seeds = [seed_name(seed) for seed in self.trained]
         correct = np.stack(list(columns.values()), axis=1)
         self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
         domains, items = getattr(trainer.datamodule, "domains", None), module.tested_items().tolist()
         if trainer.is_global_zero:
             kinds = domains("test") if domains else {}
             stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
-            write_text(self.dirpath / "results.json", json.dumps(stored, indent=2) + "\n")
+            self.folder.write(RESULTS_NAME, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
 
@@ -679,7 +646,9 @@ class SeedEnsembleCallback(pl.Callback):
         if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
             return {}
         fused = None if self.rule is None else self._read(self.fused_path).layers
-        return self.comparison.beside(stack_updates(adapters, self._base), list(adapters), fused, self.selection or {})
+        return self.comparison.beside(
+            stack_updates(adapters, self._base), list(adapters), fused, self.folder.selection or {}
+        )
 
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
@@ -703,14 +672,10 @@ class SeedEnsembleCallback(pl.Callback):
         kept = [weight for seed, weight in zip(self.seeds, weights, strict=True) if seed in seeds]
         return replace(self.rule, options={**self.rule.options, "weights": kept})
 
-    @staticmethod
-    def _label(seed: int) -> str:
-        return f"seed_{seed}"
-
     def _replica(self, seed: int) -> Replica:
         first = self.seeds[0]
         return Replica(
-            self._label(seed),
+            seed_name(seed),
             init_seed=first if self.vary == "order" else seed,
             order_seed=first if self.vary == "init" else seed,
         )
@@ -719,7 +684,7 @@ class SeedEnsembleCallback(pl.Callback):
         return read_adapter(folder, base=self._base)
 
     def _read_seeds(self) -> dict[str, Adapter]:
-        return {self._label(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
+        return {seed_name(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
 
     @property
     def _base(self) -> BaseWeights:
@@ -762,7 +727,7 @@ class SeedEnsembleCallback(pl.Callback):
             with self._scorer(trainer, module, batches, "Scoring on validation rows", total) as score:
                 rule, found = self.comparison.settle(stacks, list(adapters), score)
             if trainer.is_global_zero:
-                write_text(self.dirpath / SELECTION_NAME, json.dumps(found, indent=2) + "\n")
+                self.folder.write(SELECTION_NAME, found)
         if trainer.is_global_zero:
             self.fuse(rule)
 
@@ -824,29 +789,17 @@ class SeedEnsembleCallback(pl.Callback):
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
 
-    def _checkpoint_folder(self, names: Sequence[str]) -> Path:
-        return self.dirpath / "checkpoints" / "-".join(names)
-
-    def _checkpoints(self, names: Sequence[str]) -> list[Path]:
-        found = self._checkpoint_folder(names).glob("step=*.ckpt")
-        return sorted(found, key=_step)
-
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
-        """Save beside, flush, rename, then remove the one before; at any moment one whole checkpoint is there."""
+        """Save beside the checkpoint before, then take its place. All ranks must call it."""
         names = [replica.name for replica in _ours(trainer.lightning_module).replicas]
-        path = self._checkpoint_folder(names) / f"step={trainer.global_step}.ckpt"
-        temporary = path.with_suffix(".tmp")
+        temporary = self.folder.new_checkpoint(names, trainer.global_step)
         try:
             trainer.save_checkpoint(temporary)
         except BaseException:
-            _remove(temporary)
+            remove(temporary)
             raise
         if trainer.is_global_zero:
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-            for older in self._checkpoints(names)[:-1]:
-                _remove(older)
+            self.folder.keep(temporary)
         trainer.strategy.barrier()
 
 
@@ -880,15 +833,3 @@ def _validates_now(trainer: pl.Trainer) -> bool:
 def _limited(batches: int, limit: int | float) -> int:
     """How many batches a trainer takes: a number of them, or a part."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step="))
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint: a file, or a folder under DeepSpeed."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -253,7 +253,7 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
-        if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.selection or {})):
+        if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
             anew = f"--resume instead of test fuses it by {cli.ensemble.method_name}"

@@ -70,7 +70,7 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
     callback, module, data = everything
     ids, labels = data.rows["val"].padded(range(8))
     stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
-    found = callback.selection
+    found = callback.folder.selection
     named = {row["name"]: row for row in found["candidates"]}
     on_ffn = bind("seedlora_gain", {"p": 0.75, "layers": "ffn", "rest": "soup"})
     for layers, row in (
@@ -259,7 +259,7 @@ def test_what_is_given_is_not_chosen(tiny_llama, tmp_path):
     assert not Comparison("seedlora_gain", {"p": 1}).chooses
     assert Comparison("seedlora", compare=["seedlora", "soup", "ties"]).compare.keys() == {"ties"}
     callback, *_ = fit(tmp_path / "x", tiny_llama, seeds=[1], merge="auto", controls="all")
-    assert callback.selection["chosen"] is None
+    assert callback.folder.selection["chosen"] is None
     assert list(callback.results.items) == ["base", "seed_1", "fused"]
 
 

@@ -1,0 +1,183 @@
+"""The folder of a run, which is the state of its ensemble."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seedlora.adapter import is_trained
+from seedlora.atomic import sync, write_text
+from seedlora.fuse import RECORD_NAME
+from seedlora.report.results import FUSED, SELECTION_NAME
+
+SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "results.json"
+#: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
+FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
+
+
+class RunFolder:
+    """What a run has finished, has begun and has still to do, read from its files each time.
+
+    - ``run.json``: the settings that decide what is learned.
+    - ``seed_11``, ..., ``long_seed``, ``wide_seed``: an adapter, or a whole model, that is trained. A seed or a trained
+      control is finished when its folder is there.
+    - ``excluded.json``: the adapters that were left out, and why.
+    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone.
+    - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
+    - ``results.json``: what the last test said.
+
+    Each is whole or not there, wherever a process was killed. Only the first rank writes.
+
+    Args:
+        path: of the folder; it need not exist.
+        seeds: those of the ensemble.
+        controls: the controls to train after them, in this order.
+    """
+
+    def __init__(self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = ()) -> None:
+        self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+
+    def adapter(self, seed: int) -> Path:
+        """Where the adapter of a seed is, once it is trained."""
+        return self.path / seed_name(seed)
+
+    # What is to be done
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The seeds whose adapters, or whole models, are there."""
+        return tuple(seed for seed in self.seeds if is_trained(self.adapter(seed)))
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The adapters that were left out, seeds and controls, and why."""
+        return self._read(EXCLUDED_NAME) or {}
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The seeds that are still to be trained."""
+        trained, left_out = self.trained, self.left_out
+        return tuple(seed for seed in self.seeds if seed not in trained and seed_name(seed) not in left_out)
+
+    @property
+    def pending_controls(self) -> tuple[str, ...]:
+        """The controls that are still to be trained, once the seeds are."""
+        if self.pending:
+            return ()
+        left_out = self.left_out
+        return tuple(name for name in self.controls if name not in left_out and not is_trained(self.path / name))
+
+    def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
+        """The seeds to train next, ``stack_size`` at once; all by default."""
+        return self.pending[:stack_size]
+
+    def metrics(self, names: Sequence[str]) -> Path:
+        """Where the metrics of these adapters belong: one file per stack of seeds, one per control."""
+        stack = () if len(names) == len(self.seeds) else names
+        return self.path / ("-".join(["metrics", *(name.removeprefix("seed_") for name in stack)]) + ".jsonl")
+
+    # Settings and outcomes
+
+    def open(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Begin a run here, or go on with the one that is here.
+
+        Args:
+            settings: plain data, all that decides a replica's training.
+            resume: whether a run may be here.
+
+        Raises:
+            ValueError: if one is and may not be, or if it was started differently.
+        """
+        before = self.settings
+        if before is None:
+            write_text(self.path / SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path} already holds a run; go on with it by --resume, or choose another --ensemble.dirpath"
+            )
+        # How many processes train does not matter once all is trained.
+        free = FREE if self.pending or self.pending_controls else {*FREE, "processes"}
+        for key in sorted((set(before) | set(settings)) - free):
+            if before.get(key) != settings.get(key):
+                raise ValueError(
+                    f"{self.path} was started with {key} = {before.get(key)!r}, now it is "
+                    f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
+                )
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What the run was started with; None before."""
+        return self._read(SETTINGS_NAME)
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """What the validation rows said when the seeds were fused."""
+        return self._read(SELECTION_NAME)
+
+    @property
+    def fusion(self) -> dict[str, Any] | None:
+        """How the fused adapter was made."""
+        return self._read(f"{FUSED}/{RECORD_NAME}")
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Write down adapters that are left out, and why."""
+        self.write(EXCLUDED_NAME, {**self.left_out, **reasons})
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one of the JSON files."""
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def _read(self, name: str) -> Any:
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    # Checkpoints
+
+    def checkpoint(self, names: Sequence[str]) -> Path | None:
+        """The newest checkpoint of a stack."""
+        return max(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, default=None)
+
+    def new_checkpoint(self, names: Sequence[str], step: int) -> Path:
+        """Where to save the next one, to be given to :meth:`keep` or removed."""
+        return self._checkpoints(names) / f"step={step}.tmp"
+
+    def keep(self, temporary: Path) -> None:
+        """Flush a new checkpoint, rename it, then remove the older ones: at any moment a whole one is there."""
+        path = temporary.with_suffix(".ckpt")
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+        for other in path.parent.glob("step=*.ckpt"):
+            if other != path:
+                remove(other)
+
+    def forget_checkpoints(self, names: Sequence[str]) -> None:
+        """Remove the checkpoints of a finished stack; after the last one also what other stack sizes left behind."""
+        done = not (self.pending or self.pending_controls)
+        shutil.rmtree(self.path / "checkpoints" if done else self._checkpoints(names), ignore_errors=True)
+
+    def _checkpoints(self, names: Sequence[str]) -> Path:
+        return self.path / "checkpoints" / "-".join(names)
+
+
+def seed_name(seed: int) -> str:
+    """The name of a seed's adapter, and of its folder."""
+    return f"seed_{seed}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in which a checkpoint was taken."""
+    return int(checkpoint.stem.removeprefix("step="))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, if it is there: a file, or a folder under DeepSpeed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

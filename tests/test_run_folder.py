@@ -1,0 +1,81 @@
+"""The folder of a run as the state of its ensemble, without a Trainer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from callbacks.run_folder import RunFolder
+
+SETTINGS = {"model.r": 8, "model.gradient_checkpointing": False, "processes": 2}
+
+
+def train(folder, *names):
+    for name in names:
+        (folder.path / name).mkdir(parents=True)
+        (folder.path / name / "adapter_config.json").write_text("{}")
+
+
+def save(folder, names, step):
+    temporary = folder.new_checkpoint(names, step)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(str(step))
+    folder.keep(temporary)
+
+
+def test_what_is_left_to_do(tmp_path):
+    folder = RunFolder(tmp_path, [3, 1, 2], controls=("long_seed", "wide_seed"))
+    assert (folder.trained, folder.pending, folder.pending_controls) == ((), (3, 1, 2), ())
+    train(folder, "seed_1")
+    assert (folder.trained, folder.pending) == ((1,), (3, 2))
+    assert folder.next_stack(1) == (3,)
+    assert folder.next_stack(None) == (3, 2)
+    folder.leave_out({"seed_2": "diverged"})
+    train(folder, "seed_3")
+    assert (folder.trained, folder.pending) == ((3, 1), ())
+    assert folder.pending_controls == ("long_seed", "wide_seed")
+    folder.leave_out({"long_seed": "diverged too"})
+    assert folder.pending_controls == ("wide_seed",)
+    assert folder.left_out == {"seed_2": "diverged", "long_seed": "diverged too"}
+
+
+def test_metrics_have_a_file_for_each_part_of_the_seeds(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2, 3])
+    names = [(), ("seed_1", "seed_2", "seed_3"), ("seed_1", "seed_3"), ("long_seed",)]
+    files = ["metrics.jsonl", "metrics.jsonl", "metrics-1-3.jsonl", "metrics-long_seed.jsonl"]
+    assert [folder.metrics(part).name for part in names] == files
+
+
+def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2])
+    both = ("seed_1", "seed_2")
+    assert folder.checkpoint(both) is None
+    for step in (9, 10):
+        save(folder, both, step)
+    folder.new_checkpoint(both, 11).write_text("half")
+    assert folder.checkpoint(both).read_text() == "10"
+    assert len(list(tmp_path.glob("checkpoints/*/*.ckpt"))) == 1
+    save(folder, ("seed_1",), 3)
+    train(folder, "seed_1")
+    folder.forget_checkpoints(("seed_1",))
+    assert folder.checkpoint(both).read_text() == "10"
+    train(folder, "seed_2")
+    folder.forget_checkpoints(("seed_2",))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path):
+    folder = RunFolder(tmp_path, [1])
+    folder.open(SETTINGS, resume=True)
+    assert folder.settings == SETTINGS
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
+        folder.open(SETTINGS, resume=False)
+    folder.open({**SETTINGS, "model.gradient_checkpointing": True}, resume=True)
+    with pytest.raises(ValueError, match=r"was started with model\.r = 8, now it is 4"):
+        folder.open({**SETTINGS, "model.r": 4}, resume=True)
+    with pytest.raises(ValueError, match="was started with processes = 2, now it is 1"):
+        folder.open({**SETTINGS, "processes": 1}, resume=True)
+    train(folder, "seed_1")
+    folder.open({**SETTINGS, "processes": 1}, resume=True)
+    assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS
