@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from seedlora.adapter import (
-    BASE_NAME,
     CONFIG_NAME,
     PROMPT_NAME,
     Adapter,
     AdapterError,
     adapter_sha256,
     locate,
+    quantization_of,
     read_adapter,
     universal_config,
     write_adapter,
@@ -98,7 +98,7 @@ class _Named:
     @property
     def quantization(self) -> str:
         """What its base model has to be quantised to."""
-        return str((self._record(BASE_NAME) or {}).get("quantization", "none"))
+        return "none" if self.folder is None else quantization_of(self.folder)
 
     def _record(self, name: str) -> dict[str, Any] | None:
         if self.folder is None or not (file := self.folder / name).is_file():
