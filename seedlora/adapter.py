@@ -114,6 +114,7 @@ class Adapter:
         task_type: PEFT's, which says around which head the model is wrapped; None if it is not said.
         auto_mapping: the class of the base model, which PEFT says where it knows no task.
         start: of PiSSA and OLoRA, as long as it is still in the factors: :func:`without_start` subtracts it.
+        quantization: what the base model has to be quantised to: :func:`quantization_of`.
     """
 
     layers: dict[str, LoRAFactors]
@@ -129,6 +130,7 @@ class Adapter:
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None
     start: Start | None = None
+    quantization: str = "none"
 
     def flipped(self, path: str) -> bool:
         """Whether the base stores this layer's weight as ``(K, D)``."""
@@ -164,6 +166,25 @@ def base_model_of(source: str | Path) -> str:
         AdapterError: if its configuration cannot be read.
     """
     return _read_config(locate(source), more=True).get("base_model_name_or_path") or ""
+
+
+def quantization_of(folder: Path) -> str:
+    """What the base model has to be quantised to for an adapter that belongs on no other: ``nf4``, or else ``none``.
+
+    Raises:
+        AdapterError: if its record says nothing that can be read.
+    """
+    file = folder / BASE_NAME
+    if not file.is_file():
+        return "none"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from None
+    kind = record.get("quantization", "none") if isinstance(record, dict) else None
+    if not isinstance(kind, str):
+        raise AdapterError(f"{file}: {str(record)[:80]!r} is no record of a quantization")
+    return kind
 
 
 def adapter_sha256(folder: Path) -> str | None:
@@ -261,6 +282,7 @@ def read_adapter(
         config.get("task_type"),
         mapping if isinstance(mapping := config.get("auto_mapping"), dict) else None,
         Start(file, _init(config), scalings) if _init(config) in _REPEATED_INITS else None,
+        quantization_of(path),
     )
     _check_vectors(file, adapter, config)
     if base is not None and config.get("use_dora"):

@@ -102,6 +102,14 @@ class BaseWeights:
         return str(method or "an unknown method") if entry else None
 
     @property
+    def bits(self) -> str:
+        """What its weights are stored in: ``nf4``, ``fp4`` or ``int8`` of bitsandbytes, another method, or ``none``."""
+        if self.quantization != "bitsandbytes":
+            return self.quantization or "none"
+        entry = self.config["quantization_config"]
+        return "int8" if entry.get("load_in_8bit") else str(entry.get("bnb_4bit_quant_type", "fp4"))
+
+    @property
     def vocabulary(self) -> int | None:
         """The rows of its embedding, as ``config.json`` says."""
         return next((part["vocab_size"] for part in self._parts if isinstance(part.get("vocab_size"), int)), None)

@@ -47,25 +47,28 @@ def model_card(record: Mapping[str, Any], rank: int | None, *, run: Path | None,
     """
     inputs = [entry["name"] for entry in record["inputs"]]
     base = record["base_model"]
+    full = record.get("kinds") == ["whole models"]
+    what = f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights."
+    if rank is None:
+        what = "What training added to each matrix of the base model is fused, and added to it."
     lines = [
         "---",
         f"base_model: {base}",
         *_HEADS[rank is None],
         "---",
-        f"# {len(inputs)} {'models' if rank is None else 'LoRA adapters'} fused with `{record['method']}`",
+        f"# {len(inputs)} {'models' if full else 'LoRA adapters'} fused with `{record['method']}`",
         "",
-        "What training added to each matrix of the base model is fused, and added to it."
-        if rank is None
-        else f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights.",
+        what,
         "`fusion.json` has the inputs' checksums.",
     ]
-    if (kinds := record.get("kinds")) and rank is not None:
-        result = "" if record.get("averaged") else "; this is plain LoRA on the base model below"
+    if (kinds := record.get("kinds")) and not full:
+        plain = rank is not None and not record.get("averaged")
+        result = "; this is plain LoRA on the base model below" if plain else ""
         lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
     settings = {} if run is None else _read(run / "run.json")
     adapter = settings.get("model.adapter", "")
     note = base_note(adapter, settings.get("model.quantization", "none"))
-    if note and adapter != "pissa":
+    if note and adapter != "pissa" and rank is not None:
         lines += ["", note]
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))

@@ -6,6 +6,7 @@ The only place where the layers of a model are walked.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -74,6 +75,7 @@ class Fused(Stacks[LoRAFactors]):
 
     Attributes:
         compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
+        svd: which SVD each of these got, ``exact`` or ``randomized``.
         inputs: the same of updates of full rank that were compressed before the rule, because it works on factors: the
             largest of a layer's adapters.
     """
@@ -84,9 +86,10 @@ class Fused(Stacks[LoRAFactors]):
         compression: Mapping[str, float],
         inputs: Mapping[str, float] | None = None,
         modules: Mapping[str, Sequence[Tensor]] | None = None,
+        svd: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(layers, modules)
-        self.compression = dict(compression)
+        self.compression, self.svd = dict(compression), dict(svd or {})
         self.inputs = dict(inputs or {})
 
 
@@ -148,17 +151,17 @@ def fuse(
     dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
     if dense and bound.use.rank is None and not bound.method.dense:
         bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))
-    fused, compression, inputs = {}, {}, dict[str, float]()
+    fused, compression, svd, inputs = {}, {}, {}, dict[str, float]()
     for path, update in updates(stacks, bound, inputs=inputs):
         compressed = bound.finish(path, update)
         fused[path] = compressed.factors
         if compressed.factors is not update:
-            compression[path] = compressed.error
+            compression[path], svd[path] = compressed.error, compressed.svd
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
     modules = {key: [mean] for key, mean in averaged(full_weights(stacks), bound).items()}
-    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules)
+    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules, svd)
 
 
 def stack_adapters(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
@@ -218,6 +221,15 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
         if adapter.base_model != first.base_model:
             raise AdapterError(
                 f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
+            )
+        if adapter.quantization != first.quantization:
+            goes = [
+                "the original" if kind == "none" else f"the one in {kind} alone, as its {BASE_NAME} says"
+                for kind in (first.quantization, adapter.quantization)
+            ]
+            raise AdapterError(
+                f"of base model '{first.base_model}', {first_name} belongs on {goes[0]}, and {name} on {goes[1]}; fuse "
+                "those of one kind"
             )
         if adapter.task_type != first.task_type:
             raise AdapterError(f"task_type is {first.task_type} in {first_name} and {adapter.task_type} in {name}")
@@ -475,9 +487,8 @@ def fuse_folders(
     record |= describe_inputs(adapters)
     if unknown:
         record["incomplete_groups"] = unknown
-    gains = [float(gain(stack, fused[path])) for path, stack in stacks.items() if isinstance(stack, LoRAFactors)]
-    if len(adapters) > 1 and gains:
-        record["gain"] = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
+    if len(adapters) > 1:
+        record["gain"] = gain_record([float(gain(stack, fused[path])) for path, stack in stacks.items()])
     card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
@@ -492,6 +503,11 @@ def fuse_folders(
     )
     write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
     return Path(out)
+
+
+def gain_record(gains: Sequence[float]) -> dict[str, float]:
+    """How much longer the fused updates are than the mean updates, over the layers; for ``fusion.json``."""
+    return {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
 
 
 def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
@@ -559,6 +575,7 @@ def fusion_record(
         record["compression"] = {
             "relative_error_mean": sum(errors) / len(errors),
             "relative_error_max": max(errors),
+            "svd": dict(Counter(fused.svd.values())),
             "layers": fused.compression,
         }
     if fused is not None and fused.inputs:

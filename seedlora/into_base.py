@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, AdapterError, is_model, locate
+from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, AdapterError, is_model, locate, quantization_of
 from seedlora.atomic import atomic_folder
 from seedlora.base_weights import MODEL_FILES, BaseWeights
 from seedlora.card import CARD_NAME, model_card
@@ -29,6 +29,7 @@ from seedlora.fuse import (
     common_text,
     describe_inputs,
     fusion_record,
+    gain_record,
     hash_inputs,
     read_adapters,
     recorded,
@@ -36,7 +37,7 @@ from seedlora.fuse import (
     stack_updates,
     updates,
 )
-from seedlora.merge import METHODS, BoundRule, DenseUpdates, MergeRule, Updates, bind, block_rows
+from seedlora.merge import METHODS, BoundRule, DenseUpdates, MergeRule, Updates, bind, block_rows, gram
 
 #: Rows of a factored update that are multiplied out at a time.
 _ROWS = 1024
@@ -53,7 +54,7 @@ def fuse_into_base(
 ) -> Path:
     """Fuse adapters and write the base model with the result added to its weights.
 
-    Holds the adapters, one shard of the base and one layer's update at a time. Dense results, DoRA's among them, are
+    Holds the adapters, one shard of the base twice, as it was and as it becomes, and one layer's update at a time. Dense results, DoRA's among them, are
     added as they are, without compression, unless a ``rank`` is asked for. Sums are taken in float32 and stored in the
     base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
     weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it. Folders of
@@ -79,11 +80,13 @@ def fuse_into_base(
     if sources and all(map(is_model, sources)):
         _fuse_models(sources, weights, out, bound, on_layer)
         return out
-    if weights.quantization is None and (bound_to := [s for s in sources if (locate(s) / BASE_NAME).is_file()]):
-        raise AdapterError(
-            f"{bound_to[0]} belongs on the base model in 4 bits alone, as its {BASE_NAME} says, and {base} is not "
-            "quantised; give a folder of the base that bitsandbytes stored in 4 bits"
-        )
+    for source in sources:
+        if (kind := quantization_of(locate(source))) not in ("none", weights.bits):
+            raise AdapterError(
+                f"{source} belongs on the base model in {kind} alone, as its {BASE_NAME} says, and {base} is "
+                f"{'not quantised' if weights.bits == 'none' else f'in {weights.bits}'}; give a folder of the base "
+                f"that bitsandbytes stored in {kind}"
+            )
     homes: Mapping[str, Path] = weights.files
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     stacks = stack_updates(adapters, weights)
@@ -96,6 +99,7 @@ def fuse_into_base(
     place = {key: i for i, key in enumerate(homes)}
     order = sorted(stacks, key=lambda path: place[keys[path]])
     compression, inputs = dict[str, float](), dict[str, float]()
+    svd, gains = dict[str, str](), list[float]()
 
     def finished() -> Iterator[tuple[str, Updates]]:
         for path, update in updates(stacks, bound, order=order, inputs=inputs):
@@ -103,7 +107,7 @@ def fuse_into_base(
                 yield path, update
             else:
                 compressed = bound.finish(path, update)
-                compression[path] = compressed.error
+                compression[path], svd[path] = compressed.error, compressed.svd
                 yield path, compressed.factors
 
     walk, paths = finished(), {key: path for path, key in keys.items()}
@@ -113,7 +117,9 @@ def fuse_into_base(
         if key in paths:
             path, update = next(walk)
             assert path == paths[key]
-            weight = _added(weight, update, flipped=first.flipped(path))
+            weight, square = _added(weight, update, flipped=first.flipped(path))
+            mean = float(gram(stacks[path]).mean()) if len(adapters) > 1 else 0.0
+            gains.append((square / mean) ** 0.5 if mean > 0 else 1.0)
             if on_layer is not None:
                 on_layer(path)
         weight = weights.restored(key, weight)
@@ -123,14 +129,15 @@ def fuse_into_base(
 
     with atomic_folder(out) as folder:
         write_model(folder, weights, change)
-        fused = Fused({}, compression, inputs)
+        fused = Fused({}, compression, inputs, svd=svd)
         run = run_around(out, sources)
         record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
+        record |= {"gain": gain_record(gains)} if len(adapters) > 1 else {}
         record |= describe_inputs(adapters)
         record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
-        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        _tell(folder, record, sources, run)
     return out
 
 
@@ -231,7 +238,7 @@ def fused_weights(
         if weight.ndim == 2:
             path, update = next(walk)
             assert path == key.removesuffix(".weight")
-            weight = _added(weight, update, flipped=False)
+            weight, _ = _added(weight, update, flipped=False)
             for model in models:
                 model.close(model.files[key])
             if on_layer is not None:
@@ -289,10 +296,15 @@ def _fuse_models(
         vectors = [key for key in base.files if len(base.shape(key)) == 1]
         record |= {"kinds": ["whole models"], "averaged": sorted({key.split(".")[-2] for key in vectors if "." in key})}
         record["into_base"] = recorded(base.source, run)
-        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
-        if prompt := common_text(sources, PROMPT_NAME):
-            (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")
+        _tell(folder, record, sources, run)
+
+
+def _tell(folder: Path, record: Mapping[str, Any], sources: Sequence[str | Path], run: Path | None) -> None:
+    """Put beside a model how it was made, for programs and people, and how it is prompted if its inputs agree."""
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
+    if prompt := common_text(sources, PROMPT_NAME):
+        (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")
 
 
 def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> None:
@@ -362,15 +374,16 @@ def _describe(folder: Path, statistics: set[str], change: Callable[[dict[str, An
         index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _added(weight: Tensor, update: Updates, *, flipped: bool) -> Tensor:
-    """The weight plus the update, block by block in float32 or higher, in the weight's dtype."""
-    result, start = weight.clone(), 0
+def _added(weight: Tensor, update: Updates, *, flipped: bool) -> tuple[Tensor, float]:
+    """The weight plus the update, block by block in float32 or higher, in the weight's dtype; the update's |.|^2."""
+    result, start, square = weight.clone(), 0, 0.0
     rows = result.T if flipped else result
     for block_PK in _blocks(update):
         part = rows[start : start + len(block_PK)]
         part.copy_(part.to(block_PK.dtype) + block_PK)
         start += len(block_PK)
-    return result
+        square += float(block_PK.square().sum(dtype=torch.float64))
+    return result, square
 
 
 def _blocks(update: Updates) -> Iterator[Tensor]:

@@ -461,11 +461,96 @@ def test_what_only_one_of_them_has(kind, said, copy, made, tmp_path):
         fuse_folders([made(kind).folders[0], copy("lora", **base)], tmp_path / "out")
 
 
-def test_loftq_s_adapters_do_not_go_into_another_base(made, copy, tmp_path):
+@pytest.fixture
+def loftq(copy):
+    """An adapter that belongs on nf4 alone; the base model that it names is the original."""
     folder = copy("lora")
     (folder / "base.json").write_text('{"quantization": "nf4"}')
-    with pytest.raises(AdapterError, match="belongs on the base model in 4 bits alone.* is not quantised"):
-        fuse_into_base([folder], made("lora").base, tmp_path / "out")
+    return folder
+
+
+def in_bits(base, folder, **options):
+    """A base model as bitsandbytes stores it."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if "load_in_8bit" not in options:
+        options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32, **options}
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_loftq_s_adapters_do_not_go_into_another_base(made, loftq, tmp_path):
+    base = made("lora").base
+    with pytest.raises(AdapterError, match="belongs on the base model in nf4 alone.* is not quantised; give a folder"):
+        fuse_into_base([loftq], base, tmp_path / "out")
+    for bits, options in {"int8": {"load_in_8bit": True}, "fp4": {"bnb_4bit_quant_type": "fp4"}}.items():
+        folder, _ = in_bits(base, tmp_path / bits, **options)
+        with pytest.raises(AdapterError, match=f"belongs on the base model in nf4 alone.* is in {bits}; give a folder"):
+            fuse_into_base([loftq], folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_loftq_s_adapters_go_into_the_base_in_nf4(made, loftq, tmp_path):
+    folder, model = in_bits(made("lora").base, tmp_path / "nf4", bnb_4bit_quant_type="nf4")
+    fuse_into_base([loftq], folder, tmp_path / "out", method="soup")
+    found = loaded(tmp_path / "out").state_dict()
+    for path, factors in read_adapter(loftq).layers.items():
+        wanted = dequantize_module_weight(model.get_submodule(path)).double() + factors.dense()[0].double()
+        torch.testing.assert_close(found[f"{path}.weight"].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_loftq_is_not_fused_with_adapters_of_the_original_base(first, made, loftq, tmp_path):
+    pair = [loftq, made("lora").folders[0]][:: 1 if first else -1]
+    with pytest.raises(AdapterError, match=r"copy belongs on the one in nf4 alone|copy on the one in nf4 alone"):
+        fuse_folders(pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (loftq / "base.json").write_text('["nf4"]')
+    with pytest.raises(AdapterError, match=r"base.json: .* is no record of a quantization"):
+        read_adapter(loftq)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
+    """The card with the gain, and the prompt of the training, without which it would be asked in another style."""
+    case = made(kind)
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in case.folders]
+    for folder in folders:
+        (folder / "prompt.json").write_text('{"style": "mine"}')
+    fuse_into_base(folders, case.base, tmp_path / "full", options={"mean_shift": False})
+    fuse_folders(folders, tmp_path / "out", options={"mean_shift": False, "rank": 16})
+    gains = []
+    full = loaded(tmp_path / "full").state_dict()
+    for key, mean in case.mean.items():
+        if mean.any():
+            gains.append(float((full[key] - case.before[key]).double().norm() / mean.double().norm()))
+    wanted = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
+    for name in ("full", "out"):
+        record = json.loads((tmp_path / name / RECORD_NAME).read_text())
+        assert record["gain"] == pytest.approx(wanted, rel=1e-4)
+        assert (tmp_path / name / "prompt.json").read_text() == '{"style": "mine"}'
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"The fused update is {wanted['mean']:.3g} times as long as the mean of the inputs" in card
+        assert "# 3 LoRA adapters fused with `seedlora`" in card
+        assert ("Kinds of the inputs: DoRA" in card) == (kind == "dora")
+    assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()
+    assert f"--into-base {case.base}" in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
+    """Matrices of 16 x 16 and 24 x 16 entries; those of more than 256 are large here."""
+    monkeypatch.setattr("seedlora.merge._blocks.EXACT_ENTRIES", 256)
+    folders = made("dora").folders
+    fuse_folders(folders, tmp_path / "out", method="soup", options={"rank": 2})
+    found = json.loads((tmp_path / "out" / RECORD_NAME).read_text())["compression"]
+    assert found["svd"] == {"exact": 4, "randomized": 3}
+    fuse_into_base(folders, made("dora").base, tmp_path / "full", options={"rank": 2, "svd": "exact"}, method="soup")
+    found = json.loads((tmp_path / "full" / RECORD_NAME).read_text())["compression"]
+    assert found["svd"] == {"exact": 7}
 
 
 def test_biases_need_a_place_in_the_base(copy, made, tmp_path):

@@ -189,9 +189,19 @@ def test_passes_give_the_bits_of_standalone_runs(tiny_llama, tmp_path, adapter, 
     assert all(torch.equal(found[key], tensor) for key, tensor in saved(alone.adapter_path(42)).items())
 
 
-@pytest.mark.parametrize(("adapter", "quantization"), [("dora", "nf4"), ("pissa", "none")])
-def test_a_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path, adapter, quantization):
-    options = {"adapter": adapter, "quantization": quantization, "lora_dropout": 0.1, "max_steps": 4}
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "ratio"),
+    [
+        ("dora", "nf4", 1.0),
+        ("pissa", "none", 1.0),
+        ("loftq", "nf4", 1.0),
+        ("lora", "int8", 1.0),
+        ("rslora", "none", 16.0),
+    ],
+)
+def test_a_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path, adapter, quantization, ratio):
+    options = {"adapter": adapter, "quantization": quantization, "lora_plus_ratio": ratio}
+    options |= {"lora_dropout": 0.1, "max_steps": 4}
     whole = train(tiny_llama, tmp_path / "whole", SEEDS[:2], **options)
     with pytest.raises(TimeoutError):
         train(tiny_llama, tmp_path / "stopped", SEEDS[:2], stop=3, **options)

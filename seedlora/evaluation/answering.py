@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from rich.console import Console
 
-from seedlora.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, read_adapter
+from seedlora.adapter import (
+    CONFIG_NAME,
+    PROMPT_NAME,
+    Adapter,
+    AdapterError,
+    adapter_sha256,
+    locate,
+    quantization_of,
+    read_adapter,
+    universal_config,
+    write_adapter,
+)
 from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
+from seedlora.base_weights import BaseWeights
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerator
 from seedlora.evaluation.run import Candidate
@@ -85,7 +98,7 @@ class _Named:
     @property
     def quantization(self) -> str:
         """What its base model has to be quantised to."""
-        return str((self._record(BASE_NAME) or {}).get("quantization", "none"))
+        return "none" if self.folder is None else quantization_of(self.folder)
 
     def _record(self, name: str) -> dict[str, Any] | None:
         if self.folder is None or not (file := self.folder / name).is_file():
@@ -211,7 +224,11 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
         if torch.cuda.is_available():
             model.to("cuda")
         generator = folder_generator(
-            model, tokenizer, {a.name: a.folder for a in adapters if a.folder}, batch_size=arguments["batch_size"]
+            model,
+            tokenizer,
+            {a.name: a.folder for a in adapters if a.folder},
+            base=BaseWeights(resolve(base_model), cached=True),
+            batch_size=arguments["batch_size"],
         )
     if quantization != "none":
         console.print(f"base model in {quantization}, on which these adapters were trained and alone are right")
@@ -227,14 +244,17 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
 
 
 def folder_generator(
-    model: Any, tokenizer: Any, folders: Mapping[str, Path], *, batch_size: int = 16
+    model: Any, tokenizer: Any, folders: Mapping[str, Path], *, base: BaseWeights, batch_size: int = 16
 ) -> StackGenerator:
     """Generates with adapter folders over one loaded base model: stacked, or where that cannot be, one by one.
+
+    Adapters that started at PiSSA or OLoRA are read relative to the original base, so that all share it.
 
     Args:
         model: the base, from transformers; the adapters' layers are put into it.
         tokenizer: of the model.
         folders: PEFT folders by name; the name ``base`` is the model itself.
+        base: the folder of the model, read for PiSSA, OLoRA and DoRA.
         batch_size: prompts of one adapter in one forward.
 
     Raises:
@@ -242,15 +262,27 @@ def folder_generator(
     """
     if not folders:
         return StackGenerator(model, tokenizer, route=lambda _: None, adapters={BASE: None}, batch_size=batch_size)
-    try:
-        layers = {name: read_adapter(folder).layers for name, folder in folders.items()}
-        stack = stack_over(model, layers)
-    except AdapterError as error:
-        return OneAfterTheOther(model, tokenizer, folders, batch_size=batch_size, reason=str(error))
-    adapters: dict[str, str | None] = {BASE: None, **{name: name for name in layers}}
+    read = {name: read_adapter(folder, base=base) for name, folder in folders.items()}
+    for name, adapter in read.items():
+        if more := _more_than_a_stack(adapter):
+            reason = f"{name} has {', '.join(more)}"
+            return OneAfterTheOther(model, tokenizer, folders, read, batch_size=batch_size, reason=reason)
+    stack = stack_over(model, {name: adapter.layers for name, adapter in read.items()})
+    adapters: dict[str, str | None] = {BASE: None, **{name: name for name in read}}
     return StackGenerator(
         model, tokenizer, route=stack.route, frozen=stack.frozen, adapters=adapters, batch_size=batch_size
     )
+
+
+def _more_than_a_stack(adapter: Adapter) -> list[str]:
+    """What of an adapter is more than factors of linear layers."""
+    held = {
+        "DoRA's magnitudes": adapter.magnitudes,
+        "lora_bias": adapter.biases,
+        "modules_to_save": adapter.modules,
+        "factors of an embedding": adapter.embeddings,
+    }
+    return [what for what, there in held.items() if there]
 
 
 def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) -> AdapterStack:
@@ -286,32 +318,45 @@ def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) ->
 
 
 class OneAfterTheOther(StackGenerator):
-    """Generates with one adapter at a time through PEFT's own forward: for DoRA and whatever else PEFT loads.
+    """Generates with one adapter at a time through PEFT's own forward: for DoRA and what else is more than factors.
 
     Args:
         model: the base, from transformers.
         tokenizer: of the model.
         folders: PEFT folders by name.
+        adapters: the same as read relative to the original base.
         batch_size: prompts in one forward.
         reason: why they are not stacked, for people.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, folders: Mapping[str, Path], *, batch_size: int, reason: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        folders: Mapping[str, Path],
+        adapters: Mapping[str, Adapter],
+        *,
+        batch_size: int,
+        reason: str,
     ) -> None:
         from peft import PeftModel
 
-        self.reason, self._folders = reason, dict(folders)
+        self.reason = reason
         wrapped: Any = None
-        for name, folder in folders.items():
-            try:
-                if wrapped is None:
-                    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-                else:
-                    wrapped.load_adapter(str(folder), adapter_name=name)
-            except Exception as error:
-                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise AdapterError(f"{reason}; PEFT cannot load {folder} either: {cause}") from None
+        with tempfile.TemporaryDirectory() as scratch:
+            for i, (name, folder) in enumerate(folders.items()):
+                source = folder
+                if {"PiSSA", "OLoRA"} & set(adapters[name].kinds):
+                    # PEFT would take the start out of the weights that all adapters share.
+                    _write_plain(source := Path(scratch, str(i)), adapters[name])
+                try:
+                    if wrapped is None:
+                        wrapped = PeftModel.from_pretrained(model, str(source), adapter_name=name)
+                    else:
+                        wrapped.load_adapter(str(source), adapter_name=name)
+                except Exception as error:
+                    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise AdapterError(f"{reason}, and PEFT cannot load {folder}: {cause}") from None
 
         def route(names: Sequence[str | None]) -> None:
             (name,) = names
@@ -321,8 +366,8 @@ class OneAfterTheOther(StackGenerator):
                 wrapped.base_model.enable_adapter_layers()
                 wrapped.set_adapter(name)
 
-        adapters: dict[str, str | None] = {BASE: None, **{name: name for name in folders}}
-        super().__init__(model, tokenizer, route=route, adapters=adapters, batch_size=batch_size)
+        routes: dict[str, str | None] = {BASE: None, **{name: name for name in folders}}
+        super().__init__(model, tokenizer, route=route, adapters=routes, batch_size=batch_size)
 
     def __call__(
         self,
@@ -335,3 +380,22 @@ class OneAfterTheOther(StackGenerator):
         """See :class:`seedlora.evaluation.generate.Generator`."""
         for name, asked in prompts.items():
             super().__call__({name: asked}, max_new_tokens=max_new_tokens, stops=stops, on_done=on_done)
+
+
+def _write_plain(folder: Path, adapter: Adapter) -> None:
+    """An adapter as it was read, in a folder that PEFT loads without changing the base model."""
+    rank = max(factors.rank for factors in adapter.layers.values())
+    layers = {path: factors.padded(rank) for path, factors in adapter.layers.items()}
+    config = universal_config(
+        layers,
+        base_model=adapter.base_model,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        lora_bias=bool(adapter.biases),
+        modules_to_save=adapter.modules_to_save,
+        task_type=adapter.task_type,
+        auto_mapping=adapter.auto_mapping,
+    )
+    config.use_dora, config.target_modules = bool(adapter.magnitudes), set(layers)
+    write_adapter(
+        folder, layers, config, magnitudes=adapter.magnitudes, biases=adapter.biases, modules=adapter.modules
+    )

@@ -30,10 +30,12 @@ class Compressed:
     Attributes:
         factors: one adapter.
         error: relative Frobenius error, ``|Delta - B A| / |Delta|``; 0 for a zero update.
+        svd: how it was found, ``exact`` or ``randomized``.
     """
 
     factors: LoRAFactors
     error: float
+    svd: str = "exact"
 
 
 def compress(
@@ -76,6 +78,9 @@ def compress(
         gain, error = _gain_and_error(square, s, match_norm=match_norm)
         root = (s * gain).sqrt()
         return Compressed(in_span(update, whole.left[:, :rank] * root, whole.right[:rank] * root[:, None]), error)
+    if svd == "auto":
+        few = update.shape[0] * update.shape[1] <= EXACT_ENTRIES or rank + _EXTRA >= min(update.shape)
+        svd = "exact" if few else "randomized"
     held = [update.dense()[0]] if update.shape[0] * update.shape[1] <= HELD_ENTRIES else None
 
     def passes() -> Iterator[Tensor]:
@@ -86,7 +91,7 @@ def compress(
     root = (s * gain).sqrt().to(u.dtype)
     a, b = vh * root[:, None], u * root
     error = float((_squared_distance(passes(), b, a) / square).sqrt()) if square > 0 else 0.0
-    return Compressed(LoRAFactors(a[None].to(update.dtype), b[None].to(update.dtype)), error)
+    return Compressed(LoRAFactors(a[None].to(update.dtype), b[None].to(update.dtype)), error, svd)
 
 
 def factored(stack: DenseUpdates, rank: int, *, seed: int = 0) -> tuple[LoRAFactors, float]:
@@ -127,7 +132,7 @@ def _dense_svd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared norm, and ``U``, ``s``, ``Vh`` up to ``rank``, of a dense update whose row blocks every pass gives."""
     d, k = shape
-    if svd == "exact" or (svd == "auto" and (d * k <= EXACT_ENTRIES or rank + _EXTRA >= min(d, k))):
+    if svd == "exact":
         blocks = list(passes())
         dense = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)

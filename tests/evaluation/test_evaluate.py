@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import built
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from datamodules import prompts
 from seedlora.adapter import write_adapter
+from seedlora.base_model import load_model, load_tokenizer
+from seedlora.base_weights import BaseWeights
+from seedlora.evaluation.answering import OneAfterTheOther, folder_generator
 from seedlora.shell import main
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{i} and {i}\n#### {2 * i}"} for i in range(1, 8)]
@@ -142,11 +148,6 @@ def test_json_is_json(adapters, capsys):
 
 
 def test_dora_is_scored_one_by_one_as_peft_computes_it(tiny_llama, adapters, tmp_path, capsys):
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from seedlora.base_model import load_model, load_tokenizer
-
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True, init_lora_weights=False, target_modules=["v_proj"])
     model = get_peft_model(load_model(tiny_llama, dtype=torch.float32), config).eval()
@@ -166,6 +167,63 @@ def test_dora_is_scored_one_by_one_as_peft_computes_it(tiny_llama, adapters, tmp
     assert run(adapters, "--with-base", "--out", "again", names=["seed_1"]) == 0
     for sample in samples("again"):
         assert stacked[sample["adapter"], sample["item"]] == sample["text"]
+
+
+@torch.no_grad()
+def trained_by_peft(base, folder, seed, **config):
+    """A folder that PEFT saved after a step of training, and the logits that its model had then."""
+    options = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "up_proj", "down_proj"], **config}
+    model = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return model.eval()(input_ids=ASKED).logits
+
+
+ASKED = torch.arange(24).view(2, 12)
+PISSA = {"init_lora_weights": "pissa"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kinds", "stacked"),
+    [
+        ([PISSA, PISSA], True),
+        ([PISSA, {}, {"init_lora_weights": "olora", "use_rslora": True, "rank_pattern": {"q_proj": 2}}], True),
+        ([PISSA, {"use_dora": True}], False),
+        ([PISSA | {"use_dora": True, "rank_pattern": {"q_proj": 2}}, PISSA | {"modules_to_save": ["lm_head"]}], False),
+    ],
+    ids=["two PiSSA", "PiSSA, LoRA, OLoRA", "PiSSA beside DoRA", "PiSSA that is more"],
+)
+def test_nobody_is_scored_on_a_base_that_another_changed(kinds, stacked, tiny_llama, tmp_path):
+    wanted = {"base": load_model(tiny_llama, dtype=torch.float32)(input_ids=ASKED).logits}
+    folders = {f"a{i}": tmp_path / str(i) for i in range(len(kinds))}
+    for i, (name, folder) in enumerate(folders.items()):
+        wanted[name] = trained_by_peft(tiny_llama, folder, i, **kinds[i])
+    model, tokenizer = load_model(tiny_llama, dtype=torch.float32).eval(), load_tokenizer(tiny_llama)
+    generator = folder_generator(model, tokenizer, folders, base=BaseWeights(tiny_llama))
+    assert isinstance(generator, OneAfterTheOther) != stacked
+    for name in [*wanted, *reversed(wanted)]:
+        generator.route([name])
+        torch.testing.assert_close(generator.model(input_ids=ASKED).logits, wanted[name], atol=2e-5, rtol=1e-4)
+        assert name == "base" or (wanted[name] - wanted["base"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", [{}, PISSA, {"use_dora": True}])
+def test_broken_folders_are_not_handed_to_peft(kind, tiny_llama, adapters, tmp_path, capsys):
+    trained_by_peft(tiny_llama, tmp_path / "a", 1, **kind)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, file)
+    capsys.readouterr()  # bars of the models' saving
+    assert run(adapters, "--adapter", str(tmp_path / "a")) == 2
+    error = capsys.readouterr().err
+    assert "holds NaN or infinity" in error
+    assert error.count("\n") == 1
+    assert not Path("evaluation").exists()
 
 
 BAD = [
