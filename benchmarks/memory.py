@@ -43,6 +43,10 @@ SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("wide6", 3, 1, 29, 4, False, {}),
     ("wide6", 3, 1, 29, 4, False, {"quantization": "nf4"}),
     ("smollm2", 1, 4, 256, 128, False, {"adapter": "dora"}),
+    # weights in full: some beside the adapter, and all
+    ("smollm2", 3, 1, 29, 4, False, {"modules_to_save": ["embed_tokens"]}),
+    ("smollm2", 1, 4, 256, 128, False, {"adapter": "none"}),
+    ("llama6", 1, 4, 256, 64, False, {"adapter": "none"}),
 )
 SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960), "wide6": (1536, 4096, 6, 40960)}
 
@@ -63,7 +67,7 @@ def model_folder(name: str, root: Path) -> str:
 
 
 def measure(
-    model: str, seeds: int, batch: int, tokens: int, supervised: int, checkpointing: bool, options: dict[str, str]
+    model: str, seeds: int, batch: int, tokens: int, supervised: int, checkpointing: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Estimate and peak of three steps, in bytes."""
     module = SeedLoRAModule(model, r=8, lr_scheduler="constant", gradient_checkpointing=checkpointing, **options)
@@ -120,7 +124,8 @@ def main() -> None:
         for name, *rest in settings:
             seeds, batch, tokens, supervised, checkpointing, choices = rest
             what = f"{name}, {seeds} x {batch} rows of {tokens} tokens ({supervised} scored)"
-            what = ", ".join([what, *choices.values(), *(["checkpointing"] if checkpointing else [])])
+            chosen = [f"{name} {value}" for name, value in choices.items()]
+            what = ", ".join([what, *chosen, *(["checkpointing"] if checkpointing else [])])
             if options.only not in what:
                 continue
             command = [sys.executable, __file__, "--child", json.dumps([model_folder(name, Path(folder)), *rest])]

@@ -295,7 +295,7 @@ class SeedEnsembleCallback(pl.Callback):
         if self.stack_size is None and module.trains_all:
             self.stack_size = 1
         if self.stack_size == AUTO:
-            self.stack_size = fitting_stack(len(self.seeds), memory_of(module, data), device_memory(trainer))
+            self.stack_size = fitting_stack(len(self.seeds), memory_of(trainer, module, data), device_memory(trainer))
 
     def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
         """What the Trainer of the next control needs besides the run's own options.

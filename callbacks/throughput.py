@@ -1,9 +1,10 @@
-"""How fast a run trains, in its log and its progress bar."""
+"""How fast a run trains, in its log and its progress bar, and how long it will take."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from datetime import timedelta
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -13,9 +14,14 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from seedlora.plan import Work, work
 
+#: Optimizer steps after which the rest is foretold; the first is no measure of the others.
+_MEASURED = 4
+
 
 class Throughput(pl.Callback):
-    """Tokens per second over the last micro-batches, all seeds and ranks together, padding included.
+    """Tokens per second over the last micro-batches, all seeds in training and ranks together, padding included.
+
+    After a few steps of a fit it prints once how long the fit will take, validation not counted.
 
     On a GPU whose peak is known also the model FLOP utilisation. It counts what LoRA needs: 4 operations per frozen
     weight and token, because frozen weights take no gradient, and 6 per adapter weight; the head only where a token is
@@ -29,6 +35,7 @@ class Throughput(pl.Callback):
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
         self._work: Work | None = None
         self._peak: int | None = None
+        self._announce_at: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -38,6 +45,7 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look up what the device can do."""
         self._marks.clear()
+        self._announce_at = None if trainer.fast_dev_run else trainer.global_step + _MEASURED
         self._work = work(pl_module)
         self._peak = get_available_flops(trainer.strategy.root_device, pl_module.dtype_base)
 
@@ -49,7 +57,9 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the speed, from the second micro-batch on."""
-        ids, labels = batch["input_ids"], batch["labels"]
+        # Stopped seeds are in the batch, and left out of the forward.
+        active = [i for i, replica in enumerate(pl_module.replicas) if replica.name not in pl_module.idle]
+        ids, labels = batch["input_ids"][active], batch["labels"][active]
         self._marks.append((time.perf_counter(), ids.numel(), int((labels >= 0).sum())))
         elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
         if not elapsed:
@@ -60,3 +70,16 @@ class Throughput(pl.Callback):
         if self._peak:
             done = self._work.operations(tokens=tokens, scored=scored)
             pl_module.log("speed/mfu", done / elapsed / self._peak, prog_bar=True)
+        self._announce(trainer, pl_module)
+
+    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print, once, what is left of this fit."""
+        if self._announce_at is None or trainer.global_step < self._announce_at:
+            return
+        self._announce_at, bar = None, trainer.progress_bar_callback
+        left = (pl_module.total_steps or 0) - trainer.global_step
+        if left > 0 and bar is not None and trainer.is_global_zero:
+            seconds = self.seconds * trainer.accumulate_grad_batches
+            names = ", ".join(replica.name for replica in pl_module.replicas)
+            total = timedelta(seconds=round(seconds * left))
+            bar.print(f"{seconds:.3g} s a step: about {total} (h:mm:ss) to train {names}, {left:,} steps from here")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -331,12 +332,16 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
 
 
 def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) -> None:
-    """Train a few steps for their time and memory, without a trace; the first one warms up."""
+    """Train a few steps for their time and memory, without a trace; the first one warms up.
+
+    Loading is no part of the memory: while files are read, their pages count that can be dropped at any time.
+    """
     ensemble, data = cli.ensemble, cli.datamodule
     accumulate = cli.trainer.accumulate_grad_batches
     trainer = cli.instantiate_trainer(fast_dev_run=(steps + 1) * accumulate)
     trainer.limit_val_batches = 0
     peak = PeakMemory(trainer.strategy.root_device)
+    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: peak.forget()))
     trainer.fit(cli.model, datamodule=data)
     seconds = cli.throughput.seconds * accumulate
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))

@@ -24,6 +24,7 @@ from seedlora.atomic import write_text
 from seedlora.base_model import attention, outline
 from seedlora.head import chunk_rows
 from seedlora.quantization import QUANTIZATIONS
+from seedlora.strategies import ONE_PROCESS, Sharding, sharding
 
 if TYPE_CHECKING:
     from seedlora.module import SeedLoRAModule
@@ -115,6 +116,9 @@ def memory_estimate(
     rescaled: int = 0,
     copies: int = 0,
     all_logits: bool = False,
+    stage: int = 0,
+    processes: int = 1,
+    gathered: int = 0,
 ) -> Memory:
     """Bytes that a training step needs, beside Python and its libraries.
 
@@ -132,6 +136,11 @@ def memory_estimate(
 
     A quantised weight takes ``quantized_bytes``, and the largest layer is whole while it is multiplied. DoRA keeps the
     outputs of its layers before they are rescaled.
+
+    Of several processes each holds its part: of AdamW's moments from ZeRO's stage 1, where DeepSpeed keeps another 4
+    bytes for its part of the trained weights (not in stage 3, where they are the weights), of the gradients from stage
+    2, of the base model in stage 3 and under FSDP2, and there ``gathered`` parameters whole. The trained weights are
+    counted whole: ZeRO-3 keeps parameters whole that are as small as an adapter's.
 
     Args:
         base_parameters: of the frozen model.
@@ -151,7 +160,13 @@ def memory_estimate(
         frozen: parameters of the factors at which adapters start.
         rescaled: outputs of DoRA's layers, for one token, in all layers.
         copies: full weights that are kept in the base's dtype too.
-        all_logits: the head is trained in full.
+        all_logits: the head is trained in full, or held in parts.
+        stage: of ZeRO; FSDP2 is 3.
+        processes: that share.
+        gathered: parameters of the base model that are whole at once in stage 3.
+
+    Returns:
+        What one process holds.
     """
     layer = base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden + scores * (base_bytes + 4)
     layer += base_bytes * rescaled // layers
@@ -159,10 +174,12 @@ def memory_estimate(
     logits = min(supervised, chunk_rows(vocabulary)) * vocabulary * (base_bytes + 8)
     if all_logits:
         logits = supervised * vocabulary * (2 * base_bytes + 12)
+    base = int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes)
+    state = 12 if stage in (1, 2) else 8
     return Memory(
-        base=int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes),
-        adapters=8 * trainable + 4 * frozen,
-        optimizer=8 * trainable,
+        base=base // processes + gathered * base_bytes if stage == 3 else base,
+        adapters=4 * trainable + 4 * trainable // (processes if stage >= 2 else 1) + 4 * frozen,
+        optimizer=state * trainable // (processes if stage >= 1 else 1),
         activations=tokens * per_token + supervised * hidden * 2 * base_bytes + logits + copies * base_bytes,
     )
 
@@ -193,6 +210,7 @@ class RunPlan:
         adapter: what is trained, for people.
         compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
+        processes: that train, each with the memory estimated.
     """
 
     seeds: Sequence[int]
@@ -216,6 +234,7 @@ class RunPlan:
     adapter: str
     compile: str | None
     controls: str | None
+    processes: int = 1
 
     def table(self) -> Table:
         """The plan as a table for the terminal."""
@@ -226,6 +245,7 @@ class RunPlan:
         )
         stacks = "one stack" if self.passes == 1 else f"{self.passes} passes"
         memory = self.memory
+        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
         rows = {
             "base model": f"{self.model}, {self.base_parameters / 1e6:,.1f} M parameters, {self.dtype}, frozen",
             "data": self.data,
@@ -238,7 +258,7 @@ class RunPlan:
             "adapter": self.adapter,
             "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
             "memory": (
-                f"about {_gib(memory.total)}: base {_gib(memory.base)}, adapters {_gib(memory.adapters)}, "
+                f"about {_gib(memory.total)}{each}: base {_gib(memory.base)}, adapters {_gib(memory.adapters)}, "
                 f"optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}; "
                 "beside Python and its libraries"
             ),
@@ -269,7 +289,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     seen = steps * sampler.rows_per_step
     model = outline(hparams["base_model"])
     stack = min(n, ensemble.stack_size or n)
-    memory = memory_of(module, data)
+    memory = memory_of(trainer, module, data)
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -297,6 +317,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
             if ensemble.trains_controls
             else None
         ),
+        processes=trainer.world_size,
     )
 
 
@@ -338,16 +359,23 @@ def trainable_parameters(module: SeedLoRAModule) -> int:
     return factors + sum(module.full_modules.values())
 
 
-def memory_of(module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
-    """:func:`memory_estimate` of a step of this module on this data, by the seeds trained at once."""
-    rows, sampler = data.rows["train"], data.train_dataloader().sampler
+def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
+    """:func:`memory_estimate` of a step of this module on this data in one process, by the seeds trained at once."""
+    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
-        module, stack, tokens=stack * sampler.most_tokens, supervised=int(stack * supervised), longest=longest
+        module,
+        stack,
+        tokens=stack * sampler.most_tokens,
+        supervised=int(stack * supervised),
+        longest=longest,
+        shared=shared,
     )
 
 
-def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: int, longest: int) -> Memory:
+def step_memory(
+    module: SeedLoRAModule, stack: int, *, tokens: int, supervised: int, longest: int, shared: Sharding = ONE_PROCESS
+) -> Memory:
     """:func:`memory_estimate` of a step of this module.
 
     Args:
@@ -356,12 +384,14 @@ def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: 
         tokens: of one forward, padding included.
         supervised: of these, scored.
         longest: tokens of the longest row.
+        shared: what the strategy deals out. In stage 3 two decoder layers are whole at once, the one that computes and
+            the next, and what is outside of them, the head among it, which then takes all logits at once.
     """
     hparams, model = module.hparams, outline(module.hparams["base_model"])
     config, targets, trainable = model.config, module.targets, trainable_parameters(module)
     per_weight = QUANTIZATIONS[hparams["quantization"]]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
-    full = module.full_modules
+    full, body = module.full_modules, sum(d * k for d, k in model.linear.values())
     # What is recomputed is cast again.
     kept = [n for path, n in full.items() if not (hparams["gradient_checkpointing"] and path in model.linear)]
     return memory_estimate(
@@ -382,7 +412,10 @@ def step_memory(module: SeedLoRAModule, stack: int, *, tokens: int, supervised: 
         frozen=trainable - sum(full.values()) if module.starts_at_weights else 0,
         rescaled=sum(d for d, _ in targets.values()) if hparams["adapter"] == "dora" else 0,
         copies=stack * sum(kept) if module.dtype_base != torch.float32 else 0,
-        all_logits=model.head in full,
+        all_logits=model.head in full or shared.stage == 3,
+        stage=shared.stage,
+        processes=shared.processes,
+        gathered=model.parameters - body + 2 * body // config.num_hidden_layers,
     )
 
 
@@ -410,9 +443,18 @@ class Work:
     adapter: int
     head_trained: bool = False
 
-    def operations(self, *, tokens: int, scored: int) -> int:
-        """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one."""
-        return tokens * (4 * self.body + 6 * self.adapter) + scored * (6 if self.head_trained else 4) * self.head
+    def operations(self, *, tokens: int, scored: int, recomputed: bool = False) -> int:
+        """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one.
+
+        Args:
+            tokens: of the training.
+            scored: of these, those that pass the head.
+            recomputed: by gradient checkpointing: 2 more per weight of the layers.
+        """
+        body, adapter = (6, 8) if recomputed else (4, 6)
+        return (
+            tokens * (body * self.body + adapter * self.adapter) + scored * (6 if self.head_trained else 4) * self.head
+        )
 
 
 def work(module: Any) -> Work:
@@ -469,11 +511,14 @@ def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -
 
 
 def device_memory(trainer: pl.Trainer) -> int:
-    """Bytes of the device that the trainer uses, free or not: the same at every start of a run."""
+    """Bytes of the device that a process of the trainer uses, free or not: the same at every start of a run.
+
+    The processes of one machine share its memory where they train on the CPU.
+    """
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // trainer.num_devices
 
 
 def _rows(data: Any) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -196,13 +197,36 @@ def prepare(
     strategy.exclude_frozen_parameters = True
 
 
-def splits_base(trainer: pl.Trainer) -> bool:
-    """Whether each rank holds a part of the base model only: ZeRO-3 and FSDP2."""
-    strategy = trainer.strategy
+@dataclass(frozen=True)
+class Sharding:
+    """What each of the processes holds a part of, in ZeRO's words.
+
+    Args:
+        stage: 0 for nothing, 1 for the optimizer's state, 2 for the gradients too, 3 for the weights too.
+        processes: that share.
+    """
+
+    stage: int = 0
+    processes: int = 1
+
+
+ONE_PROCESS = Sharding()
+
+
+def sharding(trainer: pl.Trainer) -> Sharding:
+    """How the trainer's strategy shares what a run holds; FSDP2 is stage 3."""
+    strategy, stage = trainer.strategy, 0
     if isinstance(strategy, DeepSpeedStrategy):
         assert isinstance(strategy.config, dict)
-        return strategy.config.get("zero_optimization", {}).get("stage") == 3
-    return isinstance(strategy, FSDP2Strategy)
+        stage = int(strategy.config.get("zero_optimization", {}).get("stage", 0))
+    elif isinstance(strategy, FSDP2Strategy):
+        stage = 3
+    return Sharding(stage, trainer.world_size)
+
+
+def splits_base(trainer: pl.Trainer) -> bool:
+    """Whether each rank holds a part of the base model only: ZeRO-3 and FSDP2."""
+    return sharding(trainer).stage == 3
 
 
 def holds_whole_adapters(trainer: pl.Trainer) -> bool:

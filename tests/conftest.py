@@ -65,7 +65,8 @@ def save_tiny_llama(folder: Path, *, seed: int) -> None:
 
 
 def make_module(base_model: str, **options: object) -> SeedLoRAModule:
-    return SeedLoRAModule(base_model, **{"dtype": "float32", "r": 4, "lora_alpha": 12, **options})
+    small = {} if options.get("adapter") == "none" else {"r": 4, "lora_alpha": 12}
+    return SeedLoRAModule(base_model, **{"dtype": "float32", **small, **options})
 
 
 def make_data(**options: object) -> ReasoningGym:

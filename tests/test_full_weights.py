@@ -434,6 +434,9 @@ def test_whole_models_trained_elsewhere_go_through_merge(tiny_llama, whole_run, 
         ({"lora_plus_ratio": 4.0}, "model.lora_plus_ratio 4.0 does not apply"),
         ({"modules_to_save": ["norm"]}, "model.modules_to_save .'norm'. does not apply"),
         ({"lora_dropout": 0.1}, "model.lora_dropout 0.1 does not apply"),
+        ({"r": 16}, "model.r 16 does not apply"),
+        ({"lora_alpha": 32}, "model.lora_alpha 32 does not apply"),
+        ({"target_modules": "all-linear"}, "model.target_modules all-linear does not apply"),
     ],
 )
 def test_options_of_adapters_are_refused_where_there_is_none(tiny_llama, options, message):
