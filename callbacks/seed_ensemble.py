@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -96,9 +97,9 @@ class SeedEnsembleCallback(pl.Callback):
         keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
             loss was ``best``. A seed keeps what it would alone, whenever the others stop.
         patience: validations without a new best loss after which a seed is stopped; default never.
-        on_divergence: what happens when a seed's training loss is not finite: ``stop`` ends the run, its checkpoints
-            untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no other, and the rest are
-            fused.
+        on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the run,
+            its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no other,
+            and the rest are fused.
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
@@ -481,7 +482,8 @@ class SeedEnsembleCallback(pl.Callback):
                 continue
             loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
             best = self._best.get(replica.name)
-            if best is None or loss < best["loss"]:
+            # Nothing would ever be less than NaN.
+            if best is None or loss < best["loss"] or math.isnan(best["loss"]):
                 parameters = module.stack.parameters(replica.name) if self.keep == "best" else []
                 kept = [parameter.detach().cpu().clone() for parameter in parameters]
                 self._best[replica.name] = {"loss": loss, "step": trainer.global_step, "stale": 0, "weights": kept}
@@ -503,7 +505,7 @@ class SeedEnsembleCallback(pl.Callback):
         self._best, self._restored = state_dict["best"], state_dict
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fuse the seeds as they are now, beside those already finished."""
+        """Fuse the seeds as they are now, beside those already finished; leave out those that the last step spoiled."""
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             if module.trains_all:
@@ -511,6 +513,7 @@ class SeedEnsembleCallback(pl.Callback):
             else:
                 self._load(module, self._read_seeds())
             return
+        module.check_weights()
         module.scored = self._validated(module)
         if self._live not in module.scored:
             return
@@ -540,17 +543,17 @@ class SeedEnsembleCallback(pl.Callback):
         about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
         files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
         names = [replica.name for replica in module.replicas]
+        for name in names:
+            if name not in module.idle:
+                self._take_best(module, name)
+        module.check_weights()
         if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
             raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
         for name in names:
-            if name in module.diverged:
-                continue
-            if name not in module.idle:
-                self._take_best(module, name)
-            module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
+            if name not in module.diverged:
+                module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
         if trainer.is_global_zero and module.diverged:
-            reasons = {n: f"training loss not finite in step {step}" for n, step in module.diverged.items()}
-            self.folder.leave_out(reasons)
+            self.folder.leave_out(module.diverged)
         trainer.strategy.barrier()
         if self._control is None:
             self._settle(trainer, module)

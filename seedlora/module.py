@@ -210,8 +210,8 @@ class SeedLoRAModule(pl.LightningModule):
         self.idle: set[str] = set()
         #: Whether a replica whose loss is not finite becomes idle; otherwise it ends the run.
         self.exclude_diverged = False
-        #: Replicas whose loss was not finite, and the optimizer step in which it happened.
-        self.diverged: dict[str, int] = {}
+        #: Replicas whose loss or weights were not finite, and what was found in which optimizer step.
+        self.diverged: dict[str, str] = {}
         #: Optimizer steps of the run, for the schedule; ``None`` takes the trainer's estimate.
         self.total_steps: int | None = None
         #: What validation and test score: label to adapter; ``None`` is the base model.
@@ -560,7 +560,9 @@ class SeedLoRAModule(pl.LightningModule):
         # Shown: the mean over the micro-batch on all ranks.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
         if bad := [replica.name for replica, ok in zip(replicas, shown[0].isfinite().tolist(), strict=True) if not ok]:
-            self._leave_out(bad)
+            # Zero times infinity: weights that are not finite spoil every row, and only their own replica is at fault.
+            bad = [name for name in bad if not self.stack.is_finite(name)] or bad
+            self._leave_out(bad, f"training loss not finite in step {self.trainer.global_step + 1}")
             return self.training_step(batch, batch_idx)
         named = {f"train/loss_{r.name}": loss for r, loss in zip(replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
@@ -578,15 +580,31 @@ class SeedLoRAModule(pl.LightningModule):
             for parameter in self.stack.parameters(name):
                 parameter.grad = None
 
-    def _leave_out(self, names: Sequence[str]) -> None:
-        """Make replicas idle whose loss is not finite, or end the run."""
-        # Zero times infinity: weights that are not finite spoil every row, and only their own replica is at fault.
-        names = [name for name in names if not self.stack.is_finite(name)] or names
-        step = self.trainer.global_step
-        what = f"the training loss of {', '.join(names)} is not finite in step {step + 1}"
+    def check_weights(self) -> None:
+        """Leave out the replicas that the last step spoiled, before their weights are used. All ranks must call it.
+
+        The next training loss would find them too, but nothing follows the last step, and in a validation their rows
+        would spoil all others'. It reads each weight once.
+
+        Raises:
+            StoppedError: if there are any, and :attr:`exclude_diverged` is not set.
+        """
+        active = [replica.name for replica in self.replicas if replica.name not in self.idle]
+        if not active:
+            return
+        bad = torch.tensor([not self.stack.is_finite(name) for name in active], dtype=torch.float32, device=self.device)
+        # What one rank finds, all leave out.
+        found = self.trainer.strategy.reduce(bad, reduce_op="sum").tolist()
+        if names := [name for name, ranks in zip(active, found, strict=True) if ranks]:
+            self._leave_out(names, f"weights not finite after step {self.trainer.global_step}")
+
+    def _leave_out(self, names: Sequence[str], why: str) -> None:
+        """Make replicas idle that are not finite, or end the run."""
         if not self.exclude_diverged:
-            raise StoppedError(f"{what}; lower model.learning_rate, or go on without it by on_divergence exclude")
-        self.diverged |= dict.fromkeys(names, step + 1)
+            raise StoppedError(
+                f"{', '.join(names)}: {why}; lower model.learning_rate, or go on without it by on_divergence exclude"
+            )
+        self.diverged |= dict.fromkeys(names, why)
         self.idle |= set(names)
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:

@@ -346,7 +346,8 @@ class AdapterStack:
 
     def is_finite(self, name: str) -> bool:
         """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
-        return all(bool(whole(parameter).isfinite().all()) for parameter in self.parameters(name))
+        # One answer for all: each is a wait for the device.
+        return bool(torch.stack([whole(parameter).isfinite().all() for parameter in self.parameters(name)]).all())
 
     def parameters(self, name: str, parts: Sequence[str] = PARTS) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer, in the order of the parts: those of :data:`PARTS`."""

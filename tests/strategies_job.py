@@ -63,6 +63,16 @@ class Poison(pl.Callback):
             module.stack.parameters(self.name)[1].data.fill_(float("inf"))
 
 
+class Break(Poison):
+    """Makes one seed's weights infinite just after a step."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """Not yet."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+
+
 class Stop(Poison):
     """Stops one seed before a step, as patience would."""
 

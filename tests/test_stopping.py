@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_data, make_module
 from safetensors.torch import load_file
-from strategies_job import Poison
+from strategies_job import Break, Poison
 from test_callback import trainer
 
 from callbacks import SeedEnsembleCallback
@@ -100,7 +100,7 @@ def test_a_diverged_seed_ends_the_run_by_name(tiny_llama, tmp_path):
     ensemble = SeedEnsembleCallback([1, 2], budget="full", checkpoint_every_n_steps=2, dirpath=tmp_path / "x")
     run = trainer(ensemble, max_epochs=1)
     run.callbacks.append(Poison("seed_2", 5))
-    with pytest.raises(StoppedError, match=r"the training loss of seed_2 is not finite in step 6; lower"):
+    with pytest.raises(StoppedError, match=r"seed_2: training loss not finite in step 6; lower"):
         run.fit(make_module(tiny_llama), datamodule=make_data())
     assert ensemble.ckpt_step == 4
 
@@ -125,6 +125,57 @@ def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp
         assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
     run.test(module, datamodule=data, verbose=False)
     assert set(ensemble.results.scores) == {"base", "seed_1", "seed_3", "soup"}
+
+
+class Finite(list, pl.Callback):
+    """Of each validation, whether all its losses are finite."""
+
+    def on_validation_end(self, trainer, module):
+        self.append(all(value.isfinite() for value in trainer.callback_metrics.values()))
+
+
+#: Broken by a step that no training loss follows: just before a validation, and in the last one.
+UNSEEN = [(6, {"keep": "best", "patience": 9}, {"val_check_interval": 0.25}), (12, {}, {"limit_val_batches": 0})]
+
+
+@pytest.mark.parametrize(("step", "options", "run_options"), UNSEEN)
+def test_weights_broken_before_any_loss_sees_them_end_the_run(tiny_llama, tmp_path, step, options, run_options):
+    ensemble = SeedEnsembleCallback(
+        [1, 2], budget="full", checkpoint_every_n_steps=5, dirpath=tmp_path / "x", **options
+    )
+    run = trainer(ensemble, max_epochs=1, **run_options)
+    run.callbacks.append(Break("seed_2", step))
+    message = f"seed_2: weights not finite after step {step}; lower model.learning_rate, or go on without it by on_div"
+    with pytest.raises(StoppedError, match=message):
+        run.fit(make_module(tiny_llama), datamodule=make_data())
+    assert ensemble.ckpt_step == step // 5 * 5
+    assert ensemble.trained == ()
+
+
+@pytest.mark.parametrize(("step", "options", "run_options"), UNSEEN)
+def test_weights_broken_before_any_loss_sees_them_harm_no_other_seed(tiny_llama, tmp_path, step, options, run_options):
+    alone = SeedEnsembleCallback([1, 3], merge="soup", budget="full", dirpath=tmp_path / "alone", **options)
+    trainer(alone, max_epochs=1, **run_options).fit(make_module(tiny_llama), datamodule=make_data())
+    ensemble = SeedEnsembleCallback(
+        [1, 2, 3], merge="soup", budget="full", on_divergence="exclude", dirpath=tmp_path / "x", **options
+    )
+    run, finite = trainer(ensemble, max_epochs=1, **run_options), Finite()
+    run.callbacks += [Break("seed_2", step), finite]
+    run.fit(make_module(tiny_llama), datamodule=make_data())
+    assert all(finite)
+    assert ensemble.excluded == {2: f"weights not finite after step {step}"}
+    assert ensemble.trained == (1, 3)
+    for path in (alone.fused_path, *map(alone.adapter_path, (1, 3))):
+        wanted = load_file(path / "adapter_model.safetensors")
+        found = load_file(ensemble.dirpath / path.name / "adapter_model.safetensors")
+        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+
+
+def test_a_first_validation_loss_that_is_no_number_is_not_the_best_for_ever(tiny_llama, tmp_path):
+    ensemble = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
+    losses = {"seed_1": [float("nan"), 3, 1, 2], "seed_2": [float("nan")]}
+    module, _ = fit(tiny_llama, ensemble, losses, max_epochs=1)
+    assert same(written(ensemble, 1), module.weights[2]["seed_1"])
 
 
 def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
