@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from seedlora.adapter import is_trained
-from seedlora.atomic import sync, write_text
+from seedlora.atomic import saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
 from seedlora.report.results import FUSED, SELECTION_NAME
 
@@ -72,7 +74,19 @@ class RunFolder:
         return tuple(name for name in self.controls if name not in left_out and not is_trained(self.path / name))
 
     def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
-        """The seeds to train next, ``stack_size`` at once; all by default."""
+        """The seeds to train next, ``stack_size`` at once; all by default.
+
+        A stack that was killed while its adapters were written goes on as it was: those that were not written would be
+        trained from the start otherwise.
+        """
+        pending, trained = {*self.pending}, {*self.trained}
+        seeds = {seed_name(seed): seed for seed in self.seeds}
+        for folder in self._checkpoints(()).glob("*-*"):
+            names = folder.name.split("-")
+            stack = tuple(seeds[name] for name in names if name in seeds)
+            partly = pending.intersection(stack) and trained.intersection(stack)
+            if partly and len(stack) <= (stack_size or len(seeds)) and self.checkpoint(names) is not None:
+                return stack
         return self.pending[:stack_size]
 
     def metrics(self, names: Sequence[str]) -> Path:
@@ -142,9 +156,26 @@ class RunFolder:
         """The newest checkpoint of a stack."""
         return max(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, default=None)
 
-    def new_checkpoint(self, names: Sequence[str], step: int) -> Path:
-        """Where to save the next one, to be given to :meth:`keep` or removed."""
-        return self._checkpoints(names) / f"step={step}.tmp"
+    @contextmanager
+    def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
+        """Where to save the next one, to be given to :meth:`keep`; it is removed after an error.
+
+        Raises:
+            OSError: as :func:`seedlora.atomic.saving`.
+        """
+        path, before = self._checkpoints(names) / f"step={step}.ckpt", self.checkpoint(names)
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Lightning writes to a temporary file first: on the disk where it belongs, which has room for it.
+        elsewhere, tempfile.tempdir = tempfile.tempdir, str(path.parent)
+        try:
+            with saving(path, size=before.stat().st_size if before is not None and before.is_file() else None):
+                yield temporary
+        except BaseException:
+            remove(temporary)
+            raise
+        finally:
+            tempfile.tempdir = elsewhere
 
     def keep(self, temporary: Path) -> None:
         """Flush a new checkpoint, rename it, then remove the older ones: at any moment a whole one is there."""

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from callbacks.run_folder import RESULTS_NAME, RunFolder, remove, seed_name, step_of
+from callbacks.run_folder import RESULTS_NAME, RunFolder, seed_name, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
@@ -44,6 +44,7 @@ AUTO = "auto"
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 BASE = "base"
+_TERMINATED = "terminated by SIGTERM after training; the adapters are written"
 
 
 class SeedEnsembleCallback(pl.Callback):
@@ -60,7 +61,7 @@ class SeedEnsembleCallback(pl.Callback):
       are left out from then on, and the others go on; the fit ends when all are stopped.
     - *every* ``checkpoint_every_n_steps``: a checkpoint of adapters, optimizer, schedule and position, without base
       weights; the one before it is removed once it is whole. A SIGTERM, as a preempted job gets it, is answered by one
-      after the step at hand, and the run ends.
+      after the step at hand, and the run ends; when training is over, at once.
     - *train end*: each seed's PEFT folder, or its whole model's, is written, with the data module's prompt in
       ``prompt.json``; after the last one, seeds, soup and fused adapter are scored on the validation rows, with what is
       to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are written; then the checkpoints are
@@ -97,9 +98,9 @@ class SeedEnsembleCallback(pl.Callback):
         keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
             loss was ``best``. A seed keeps what it would alone, whenever the others stop.
         patience: validations without a new best loss after which a seed is stopped; default never.
-        on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the run,
-            its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no other,
-            and the rest are fused.
+        on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the
+            run, its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no
+            other, and the rest are fused.
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
@@ -422,8 +423,7 @@ class SeedEnsembleCallback(pl.Callback):
         module.idle |= set(self._restored.get("idle", ()))
         module.diverged |= self._restored.get("diverged", {})
         self._terminated = False
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        self._listen(self._terminate)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -467,6 +467,10 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._settle(trainer, module)
+            if trainer.is_global_zero and not (self.pending or self.pending_controls):
+                # Of a run that was killed after its last adapter was written.
+                self.folder.forget_checkpoints(())
+            self._listen_no_more()
             return
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -508,6 +512,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Fuse the seeds as they are now, beside those already finished; leave out those that the last step spoiled."""
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
+            self._listen(_leave)
             if module.trains_all:
                 module.scored = {BASE: None}
             else:
@@ -532,7 +537,12 @@ class SeedEnsembleCallback(pl.Callback):
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the adapters of this stack and, if they are the last, fuse all."""
+        """Write the adapters of this stack and, if they are the last, fuse all.
+
+        Raises:
+            StoppedError: after a SIGTERM that came too late for a checkpoint, when the adapters are written. One that
+                comes later raises SystemExit at once: choosing and fusing may take longer than a job is given to end.
+        """
         module = _ours(pl_module)
         if trainer.fast_dev_run:
             return
@@ -555,21 +565,18 @@ class SeedEnsembleCallback(pl.Callback):
         if trainer.is_global_zero and module.diverged:
             self.folder.leave_out(module.diverged)
         trainer.strategy.barrier()
-        if self._control is None:
-            self._settle(trainer, module)
         if trainer.is_global_zero:
             self.folder.forget_checkpoints(names)
+        self._listen(_leave)
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            raise StoppedError(_TERMINATED)
+        if self._control is None:
+            self._settle(trainer, module)
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give SIGTERM back, and answer one that came too late for a checkpoint.
-
-        Raises:
-            StoppedError: if there was one; the adapters of this stack are written.
-        """
+        """Give SIGTERM back."""
         self._listen_no_more()
-        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
-            raise StoppedError("terminated by SIGTERM at the end of training; the adapters are written")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give SIGTERM back."""
@@ -611,6 +618,7 @@ class SeedEnsembleCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
+        self._listen(_leave)
         if module.trains_all:  # the others one by one, after the base model
             module.scored, module.mixtures = {BASE: None}, {}
             return
@@ -642,6 +650,7 @@ class SeedEnsembleCallback(pl.Callback):
             self.folder.write(RESULTS_NAME, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
+        self._listen_no_more()
 
     def beside(self) -> dict[str, Callable[[], Layers]]:
         """What is compared beside base, seeds, soup, fused and trained controls, by label; made when it is called."""
@@ -765,6 +774,12 @@ class SeedEnsembleCallback(pl.Callback):
     def _terminate(self, signum: int, frame: Any) -> None:
         self._terminated = True
 
+    def _listen(self, handler: Callable[[int, Any], None]) -> None:
+        """Answer SIGTERM in Lightning's place, which gets it back."""
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, handler)
+            self._handler = before if self._handler is None else self._handler
+
     def _listen_no_more(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
@@ -795,15 +810,16 @@ class SeedEnsembleCallback(pl.Callback):
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         """Save beside the checkpoint before, then take its place. All ranks must call it."""
         names = [replica.name for replica in _ours(trainer.lightning_module).replicas]
-        temporary = self.folder.new_checkpoint(names, trainer.global_step)
-        try:
+        with self.folder.new_checkpoint(names, trainer.global_step) as temporary:
             trainer.save_checkpoint(temporary)
-        except BaseException:
-            remove(temporary)
-            raise
         if trainer.is_global_zero:
             self.folder.keep(temporary)
         trainer.strategy.barrier()
+
+
+def _leave(*_: object) -> None:
+    """No error of the kinds that are caught on the way, as a file that cannot be read would be."""
+    raise SystemExit(_TERMINATED)
 
 
 def _ours(module: pl.LightningModule) -> SeedLoRAModule:

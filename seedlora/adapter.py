@@ -472,7 +472,7 @@ def write_adapter(
     more |= {name + _BIAS: bias for name, bias in (biases or {}).items()}
     # A tied head is its embedding, and the format takes no tensor twice.
     tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in more.items()}
-    with atomic_folder(Path(path)) as folder:
+    with atomic_folder(Path(path), size=sum(tensor.nbytes for tensor in tensors.values())) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
         for name, text in (files or {}).items():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+#: No space left, none left of the user's share, a file above the limit on files.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,42 +28,72 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def saving(path: Path, *, size: int | None = None) -> Iterator[None]:
+    """Inside, a write that fails for want of room ends in one sentence, whichever library wrote.
+
+    safetensors and torch.save raise errors of their own then.
+
+    Args:
+        path: what is being written, for the message; its folder exists.
+        size: about how many bytes that takes, if it is known.
+
+    Raises:
+        OSError: saying what was not written, why, and how much room there is. Other errors pass.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (reason := _no_room(error)) is None:
+            raise
+        takes = "" if size is None else f"it takes {_mib(size)}, "
+        kept = "; the older one is untouched" if path.exists() else ""
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} was not written: {reason}; {takes}{_mib(free)} are free there{kept}") from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with saving(path):
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """Give an empty temporary folder to fill; it becomes ``path`` when the block ends without an error.
 
     An older folder of that name is replaced. Between its removal and the rename neither exists, so a crash in that
     moment loses the old one but never shows a mixture.
+
+    Args:
+        path: the folder.
+        size: about how many bytes it will take, for the message of :func:`saving`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        sync(temporary)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with saving(path, size=size):
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            sync(temporary)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -64,6 +101,21 @@ def sync(path: Path) -> None:
     for item in path.rglob("*"):
         _fsync(item)
     _fsync(path)
+
+
+def _no_room(error: Exception) -> str | None:
+    """The system's words for it, if that is what an error says."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (said := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(said[1])
+    if number in _NO_ROOM:
+        return os.strerror(number)
+    # torch.save's writer, which does not say why, and whose error hides the system's.
+    return "torch.save could not write all of it" if "inline_container" in str(error) else None
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _fsync(path: Path) -> None:

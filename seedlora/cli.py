@@ -10,11 +10,13 @@ import inspect
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -244,6 +246,11 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         write. The last two say so in one sentence on stderr; any other error is a fault of ours and shows its
         traceback.
     """
+    with _leaving_on_sigterm():
+        return _main(parts, argv)
+
+
+def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
@@ -281,7 +288,8 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
             (cli.ensemble.dirpath / UNFINISHED_NAME).unlink(missing_ok=True)
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
-        _stopped(cli, _one_line(str(error)) if isinstance(error, OSError | StoppedError) else "interrupted")
+        told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
+        _stopped(cli, _one_line(str(error)) if told else "interrupted")
         return 1
     except RuntimeError as error:
         if not lost_connection(error):
@@ -294,9 +302,32 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
 
 
 def _stopped(cli: SeedLoRACLI, reason: str) -> None:
-    rank = f" (process {cli.trainer.global_rank})" if cli.trainer.world_size > 1 else ""
-    again = f"repeat the command with --resume --ensemble.dirpath {cli.ensemble.dirpath}"
-    print(f"train.py: stopped{rank}: {reason}; what was saved before is whole; {again}", file=sys.stderr, flush=True)  # noqa: T201
+    """Say why, and what to do next. A report is not written now: who stops a run waits, and a disk may be full."""
+    run, rank = cli.ensemble.dirpath, ""
+    if cli.trainer.world_size > 1:
+        rank = f" (process {cli.trainer.global_rank})"
+    words = [f"train.py: stopped{rank}: {reason}"]
+    if (run / UNFINISHED_NAME).is_file():
+        again = f"repeat the command with --resume --ensemble.dirpath {run}"
+        words += ["what was saved before is whole", again, f"python -m seedlora report {run} shows how far it came"]
+    print("; ".join(words), file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """A SIGTERM ends the run as Ctrl-C does, wherever the ensemble does not save a checkpoint first."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit("terminated by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:

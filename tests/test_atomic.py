@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from conftest import files_of_at_most
+from safetensors.torch import save_file
 
-from seedlora.atomic import atomic_file, atomic_folder, write_text
+from seedlora.atomic import atomic_file, atomic_folder, saving, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_rest(tmp_path):
@@ -24,6 +27,33 @@ def test_an_error_leaves_the_old_folder_and_no_rest(tmp_path):
         raise OSError("disk full")
     assert (tmp_path / "d" / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def with_open(tensors, path):
+    with open(path, "wb") as file:
+        torch.save(tensors, file)
+
+
+def text(tensors, path):
+    path.write_text(str(tensors["x"].tolist()))
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save, with_open, text])
+def test_a_full_disk_is_one_sentence_whoever_writes(tmp_path, write):
+    (tmp_path / "x").write_text("old")
+    message = (
+        r"x was not written: (File too large|torch.save could not write all of it); it takes 0\.1 MiB, [\d,.]+ MiB are"
+    )
+    with pytest.raises(OSError, match=message + " free there; the older one is untouched$"):  # noqa: SIM117
+        with files_of_at_most(10_000), saving(tmp_path / "x", size=80_000):
+            write({"x": torch.arange(20_000).float()}, tmp_path / "y")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of another kind"), FileNotFoundError(2, "No such file", "z")])
+def test_other_errors_are_what_they_were(tmp_path, error):
+    with pytest.raises(type(error)) as caught, saving(tmp_path / "x"):
+        raise error
+    assert caught.value is error
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

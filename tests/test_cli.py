@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import files_of_at_most
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from datamodules.prompts import render
+from seedlora import shell
 from seedlora.adapter import read_adapter
 from seedlora.cli import main
+from seedlora.module import SeedLoRAModule
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -256,29 +264,72 @@ def test_the_default_config_says_what_the_defaults_are(tmp_path):
     assert written["trainer"].items() <= defaults["trainer"].items()
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, capsys):
-    import errno
+def stopped(capsys, *, where):
+    """What a stopped run says, once the commands that it names were found to work."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("train.py: stopped: ")]
+    assert f"; what was saved before is whole; repeat the command with --resume --ensemble.dirpath {where}; " in line
+    assert line.endswith(f"; python -m seedlora report {where} shows how far it came")
+    assert shell.main(["report", where]) == 0
+    assert (Path(where) / "report.html").is_file()
+    assert not list(Path(where).rglob(".*.tmp"))
+    return line
 
-    from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, capsys):
     save, calls = TorchCheckpointIO.save_checkpoint, []
 
     def full(self, checkpoint, path, storage_options=None):
         calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, checkpoint, path, storage_options)
+        with files_of_at_most(20_000) if len(calls) == 2 else nullcontext():
+            save(self, checkpoint, path, storage_options)
 
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", full)
     same = ["--ensemble.dirpath", "here", "--ensemble.checkpoint_every_n_steps", "1"]
     assert run(tiny_llama, *same) == 1
-    error = capsys.readouterr().err
-    assert "No space left on device" in error
-    assert "--resume --ensemble.dirpath here" in error
+    line = stopped(capsys, where="here")
+    assert re.search(
+        r"/step=2\.ckpt was not written: File too large; it takes 0\.[1-9] MiB, [\d,.]+ MiB are free there;", line
+    )
     assert [path.name for path in Path("here").glob("checkpoints/*/*")] == ["step=1.ckpt"]
     assert run(tiny_llama, *same, "--resume") == 0
     assert (Path("here") / "fused").is_dir()
+
+
+# an adapter takes 30 KB, one of three times the rank 90 KB
+@pytest.mark.parametrize(("size", "folder", "there"), [(20_000, "seed_11", 0), (60_000, "fused", 3)])
+def test_a_disk_that_is_full_at_the_end_is_said_and_the_run_goes_on_later(tiny_llama, capsys, size, folder, there):
+    same = ["--merge", "soup", "--ensemble.dirpath", "here"]
+    with files_of_at_most(size):
+        assert run(tiny_llama, *same) == 1
+    assert f"stopped: here/{folder} was not written: File too large; it takes 0." in stopped(capsys, where="here")
+    assert len(list(Path("here").glob("seed_*"))) == there
+    assert not Path("here/fused").exists()
+    assert run(tiny_llama, *same, "--resume") == 0
+    assert Path("here/fused").is_dir()
+
+
+def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny_llama, monkeypatch, capsys):
+    score, calls = SeedLoRAModule.score_rows, []
+
+    def terminated(self, *args, **kwargs):
+        if not calls:
+            calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(SeedLoRAModule, "score_rows", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(tiny_llama, "--ensemble.dirpath", "here") == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped: terminated by SIGTERM after training; the adapters are written;" in stopped(capsys, where="here")
+    assert not Path("here/fused").exists()
+    written = Path("here/seed_42/adapter_model.safetensors").stat().st_mtime_ns
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume") == 0
+    assert run(tiny_llama, "--ensemble.dirpath", "whole") == 0
+    assert Path("here/seed_42/adapter_model.safetensors").stat().st_mtime_ns == written
+    fused = [Path(name, "fused/adapter_model.safetensors").read_bytes() for name in ("here", "whole")]
+    assert fused[0] == fused[1]
 
 
 def test_a_finished_run_is_fused_again_by_another_method(tiny_llama):

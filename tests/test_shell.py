@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import files_of_at_most
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -36,6 +37,22 @@ def base(tmp_path_factory):
     llama().save_pretrained(folder, max_shard_size="4KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder
+
+
+@pytest.mark.parametrize("words", [[], ["--into-base", "BASE"]])
+def test_a_full_disk_is_said_and_leaves_the_older_result(folders, base, tmp_path, capsys, words):
+    out = tmp_path / "o"
+    words = ["merge", *folders, "--method", "soup", *(str(base) if word == "BASE" else word for word in words)]
+    assert main([*words, "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    with files_of_at_most(1500):
+        assert main([*words, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out} was not written: File too large; ")
+    assert line.endswith(" MiB are free there; the older one is untouched")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "greedy_soup"])
