@@ -42,9 +42,9 @@ def text(tensors, path):
 def test_a_full_disk_is_one_sentence_whoever_writes(tmp_path, write):
     (tmp_path / "x").write_text("old")
     message = (
-        r"x was not written: (File too large|torch.save could not write all of it); it takes 0\.1 MiB, [\d,.]+ MiB are"
+        r"x was not written: (File too large|torch.save could not write all of it); it takes 0\.1 MiB, [\d,.]+ MiB"
     )
-    with pytest.raises(OSError, match=message + " free there; the older one is untouched$"):  # noqa: SIM117
+    with pytest.raises(OSError, match=message + " are free there; the older one is untouched$"):  # noqa: SIM117
         with files_of_at_most(10_000), saving(tmp_path / "x", size=80_000):
             write({"x": torch.arange(20_000).float()}, tmp_path / "y")
 

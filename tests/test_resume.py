@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -14,8 +20,8 @@ ROWS = ("--data.num_train", "48", "--data.num_val", "4", "--data.num_test", "4")
 CONTROLS = ("--controls", "--ensemble.seeds", "[1,2]")
 
 
-def start(base_model, dirpath, *options):
-    return training_process.start(base_model, dirpath, *ROWS, *options)
+def start(base_model, dirpath, *options, dying=None):
+    return training_process.fork(base_model, dirpath, *ROWS, *options, dying=dying)
 
 
 def kill_at(process, dirpath, step, **options):
@@ -35,30 +41,79 @@ def whole(tiny_llama, tmp_path_factory):
     return dirpath
 
 
-# 12 steps an epoch: in the first, just before its end, in the second
-@pytest.mark.parametrize("step", [3, 11, 17])
-def test_a_killed_run_resumes_to_the_same_bits(tiny_llama, whole, tmp_path, step):
-    dirpath = tmp_path / "killed"
-    kill_at(start(tiny_llama, dirpath), dirpath, step)
-    assert not (dirpath / "fused").exists()
+#: Of the drawn kills, so that one that fails can be repeated.
+DRAW = os.environ.get("SEEDLORA_TEST_KILLS", date.today().isoformat())
+
+
+# 12 steps an epoch: just before the end of the first one; and drawn ones, with a time to wait from there on
+@pytest.mark.parametrize("draw", [None, 1, 2])
+def test_a_killed_run_resumes_to_the_same_bits(tiny_llama, whole, tmp_path, draw):
+    dirpath, random = tmp_path / "killed", Random(f"{DRAW} {draw}")
+    step, delay = (11, 0.0) if draw is None else (random.randrange(1, 23), random.uniform(0, 0.3))
+    drawn = f"killed {delay:.3f} s after step {step}; again: SEEDLORA_TEST_KILLS={DRAW}"
+    process = start(tiny_llama, dirpath)
+    wait_for_step(process, dirpath, step)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    assert not (dirpath / "fused").exists(), drawn
     output = finish(start(tiny_llama, dirpath, "--resume"))
-    assert "Going on from" in output
-    assert adapters(dirpath) == adapters(whole)
-    assert json.loads((dirpath / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    assert "Going on from" in output, drawn
+    assert adapters(dirpath) == adapters(whole), drawn
+    scores = [json.loads((run / "results.json").read_text()) for run in (dirpath, whole)]
+    assert scores[0] == scores[1], drawn
     lines = [(dirpath / "metrics.jsonl").read_text(), (whole / "metrics.jsonl").read_text()]
     steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
-    assert steps[0] == sorted(steps[0])
+    assert steps[0] == sorted(steps[0]), drawn
     # a line is written after the checkpoint of its step, so the kill may have come between the two
-    assert len(set(steps[1]) - set(steps[0])) <= 1
+    assert len(set(steps[1]) - set(steps[0])) <= 1, drawn
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(tiny_llama, whole, tmp_path):
+def kill_me():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_at(name):
+    """Be killed when a file or folder of this name is whole, and only its name is not its own yet."""
+    replace = os.replace
+
+    def dying(source, destination):
+        if Path(destination).name == name:
+            kill_me()
+        replace(source, destination)
+
+    os.replace = dying
+
+
+def dying_within(name):
+    """Be killed when half of the temporary file of this checkpoint is written."""
+    from lightning.fabric.plugins.io import torch_io
+
+    save = torch_io._atomic_save
+
+    def dying(checkpoint, path):
+        save(checkpoint, path)
+        if Path(path).name == name:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            kill_me()
+
+    torch_io._atomic_save = dying
+
+
+@pytest.mark.parametrize(
+    ("dying", "there"),
+    [
+        (partial(dying_within, "step=9.tmp"), {"step=8.ckpt", "step=9.tmp"}),
+        (partial(dying_at, "step=9.ckpt"), {"step=8.ckpt", "step=9.tmp"}),
+    ],
+)
+def test_a_checkpoint_that_is_not_finished_is_not_taken_for_one(tiny_llama, whole, tmp_path, dying, there):
     dirpath = tmp_path / "killed"
-    kill_at(start(tiny_llama, dirpath), dirpath, 5)
-    # the kill may have come between writing a checkpoint and removing the one before it
-    checkpoint = max(dirpath.glob("checkpoints/*/step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    checkpoint.with_name("step=99.tmp").write_bytes(checkpoint.read_bytes()[:1000])
-    finish(start(tiny_llama, dirpath, "--resume"))
+    process = start(tiny_llama, dirpath, dying=dying)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert {path.name for path in dirpath.glob("checkpoints/*/*")} == there
+    assert "step=8.ckpt" in finish(start(tiny_llama, dirpath, "--resume"))
     assert adapters(dirpath) == adapters(whole)
 
 
@@ -74,17 +129,42 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_llama, whole
     assert adapters(dirpath) == adapters(whole)
 
 
-def test_a_run_killed_between_training_and_fusion_only_fuses(tiny_llama, whole, tmp_path):
-    import shutil
-
+# between the seeds, between them and the soup, between the soup and the fused adapter
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("seed_42", {"seed_11"}),
+        ("soup", {"seed_11", "seed_42", "seed_202"}),
+        ("fused", {"seed_11", "seed_42", "seed_202", "soup"}),
+    ],
+)
+def test_a_run_killed_while_it_writes_the_adapters_ends_with_the_same_bits(tiny_llama, whole, tmp_path, name, there):
     dirpath = tmp_path / "killed"
-    shutil.copytree(whole, dirpath)
-    shutil.rmtree(dirpath / "fused")
-    (dirpath / "results.json").unlink()
-    before = (dirpath / "seed_42" / "adapter_model.safetensors").stat().st_mtime_ns
-    finish(start(tiny_llama, dirpath, "--resume"))
+    process = start(tiny_llama, dirpath, dying=partial(dying_at, name))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert adapters(dirpath).keys() == there
+    written = {seed: (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns for seed in there}
+    output = finish(start(tiny_llama, dirpath, "--resume"))
     assert adapters(dirpath) == adapters(whole)
-    assert (dirpath / "seed_42" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert ("Going on from" in output) == (name == "seed_42")
+    if name != "seed_42":
+        for seed in there - {"soup"}:
+            assert (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns == written[seed]
+    assert not (dirpath / "checkpoints").exists()
+
+
+def test_a_run_in_two_passes_killed_in_the_second_resumes_to_the_same_bits(tiny_llama, tmp_path):
+    options = ("--ensemble.stack_size", "2", "--model.dtype", "bfloat16")
+    whole, dirpath = tmp_path / "whole", tmp_path / "killed"
+    finish(start(tiny_llama, whole, *options))
+    kill_at(start(tiny_llama, dirpath, *options), dirpath, 7, of="seed_202")
+    written = {seed: (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns for seed in adapters(dirpath)}
+    assert written.keys() == {"seed_11", "seed_42"}
+    assert "checkpoints/seed_202/step=" in finish(start(tiny_llama, dirpath, *options, "--resume"))
+    assert adapters(dirpath) == adapters(whole)
+    for seed, time_ns in written.items():
+        assert (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns == time_ns
 
 
 @pytest.fixture(scope="module")

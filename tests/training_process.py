@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 #: A run of a few seconds with dropout, accumulation and a checkpoint at every step.
@@ -15,13 +19,15 @@ OPTIONS = [
     *("--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "6"),
     *("--ensemble.checkpoint_every_n_steps", "1"),
 ]
+#: Forks a process that has imported what takes longer than such a run.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["train", "peft", "transformers.models.llama", "reasoning_gym"])
 
 
 def start(base_model: str, dirpath: Path, *options: str) -> subprocess.Popen[str]:
     """Start a run; later options override earlier ones."""
-    command = [sys.executable, str(ROOT / "train.py"), "--model.base_model", base_model, *OPTIONS]
     return subprocess.Popen(
-        [*command, "--ensemble.dirpath", str(dirpath), *options],
+        [sys.executable, str(ROOT / "train.py"), *_words(base_model, dirpath, options)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -29,14 +35,77 @@ def start(base_model: str, dirpath: Path, *options: str) -> subprocess.Popen[str
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+@dataclass
+class Forked:
+    """A run in a forked process, with what is used here of a Popen."""
+
+    process: Any
+    log: Path
+
+    @property
+    def returncode(self) -> int | None:
+        """Negative for a signal."""
+        code: int | None = self.process.exitcode
+        return code
+
+    def poll(self) -> int | None:
+        """Whether it has ended, and how."""
+        return self.returncode
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+
+    def wait(self) -> None:
+        """For its end."""
+        self.process.join()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait for its end; returns what it printed."""
+        self.process.join(timeout)
+        return self.log.read_text(), None
+
+
+def fork(base_model: str, dirpath: Path, *options: str, dying: Callable[[], None] | None = None) -> Forked:
+    """As :func:`start`, a run of one process, which begins at once.
+
+    Args:
+        base_model: its folder.
+        dirpath: of the run.
+        options: later ones override earlier ones.
+        dying: called in the process first, to have it killed at some point; it is pickled.
+    """
+    dirpath.parent.mkdir(parents=True, exist_ok=True)
+    log = dirpath.with_name(f"{dirpath.name}-{time.monotonic_ns()}.log")
+    process = _FORKS.Process(target=_run, args=(_words(base_model, dirpath, options), log, dying))
+    process.start()
+    return Forked(process, log)
+
+
+def _words(base_model: str, dirpath: Path, options: tuple[str, ...]) -> list[str]:
+    return ["--model.base_model", base_model, *OPTIONS, "--ensemble.dirpath", str(dirpath), *options]
+
+
+def _run(words: list[str], log: Path, dying: Callable[[], None] | None) -> None:
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    from seedlora.cli import main
+    from train import PARTS
+
+    if dying is not None:
+        dying()
+    sys.exit(main(PARTS, words))
+
+
+def finish(process: subprocess.Popen[str] | Forked) -> str:
     """Wait for its good end; returns what it printed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
-def wait_for_step(process: subprocess.Popen[str], dirpath: Path, step: int, *, of: str = "*") -> None:
+def wait_for_step(process: subprocess.Popen[str] | Forked, dirpath: Path, step: int, *, of: str = "*") -> None:
     """Return as soon as the checkpoint of a step, or a later one, is there; ``of`` names the adapters in training."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
