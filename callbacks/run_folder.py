@@ -85,7 +85,8 @@ class RunFolder:
             names = folder.name.split("-")
             stack = tuple(seeds[name] for name in names if name in seeds)
             partly = pending.intersection(stack) and trained.intersection(stack)
-            if partly and len(stack) <= (stack_size or len(seeds)) and self.checkpoint(names) is not None:
+            fits = len(stack) == len(names) <= (stack_size or len(names))
+            if partly and fits and self.checkpoint(names) is not None:
                 return stack
         return self.pending[:stack_size]
 

@@ -42,7 +42,12 @@ KINDS = {
     "compiled": {"compile": "aot_eager", "target_modules": ["q_proj", "down_proj"]},
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "none": {"adapter": "none", "learning_rate": 2e-4},
+    "bf16": {"dtype": "bfloat16"},
 }
+
+
+#: With steps so long that the validation loss soon rises.
+WATCHED = {"learning_rate": 0.02}
 
 
 def strategies_of(kind):
@@ -89,12 +94,17 @@ def run(
     strategy,
     devices: int,
     poison: tuple[Poison, ...] = (),
+    watched: bool = False,
     **options: object,
 ) -> dict[str, object]:
-    """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly."""
+    """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly.
+
+    Watched, each seed keeps its best weights of up to ten validations and stops after one that is no better.
+    """
     exclude = "exclude" if poison else "stop"
+    patience = {"keep": "best", "patience": 1} if watched else {}
     callback = SeedEnsembleCallback(
-        SEEDS, compare="ties", dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude
+        SEEDS, compare="ties", dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude, **patience
     )
     module = make_module(base_model, gradient_checkpointing=True, **options)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
@@ -102,7 +112,8 @@ def run(
     while callback.pending:
         trainer = pl.Trainer(
             accelerator="cpu",
-            max_epochs=1,
+            max_epochs=5 if watched else 1,
+            val_check_interval=0.5 if watched else 1.0,
             accumulate_grad_batches=2,
             # AdamW takes any scale of the gradient for the same: the first pass is clipped, the second is not.
             gradient_clip_val=0.05 if len(callback.pending) == len(SEEDS) else None,
@@ -119,6 +130,8 @@ def run(
         )
         trainer.fit(module, datamodule=data)
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
+        metrics |= {f"best step of {name}": best["step"] for name, best in callback._best.items()}
+        metrics |= {f"stopped {name}": True for name in module.idle - set(module.diverged)}
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
@@ -137,6 +150,11 @@ def main(base_model: str, folder: str) -> None:
         metrics = run(base_model, dirpath, batch_size=2, strategy=make, devices=2)
         # every rank has the same numbers; the last to write wins
         (dirpath / "metrics.json").write_text(json.dumps(metrics))
+    broken = Path(folder) / "broken"
+    run(base_model, broken, batch_size=2, strategy=FSDP2Strategy, devices=2, poison=(Break("seed_42", 3),))
+    watched = Path(folder) / "watched"
+    metrics = run(base_model, watched, batch_size=2, strategy=lambda: "ddp", devices=2, watched=True, **WATCHED)
+    (watched / "metrics.json").write_text(json.dumps(metrics))
     excluded = Path(folder) / "excluded"
     run(base_model, excluded, batch_size=2, strategy=lambda: "ddp", devices=2, poison=(Poison("seed_42", 2),))
     stopped = Path(folder) / "stopped"

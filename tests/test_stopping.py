@@ -270,6 +270,55 @@ def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama
     assert found == wanted
 
 
+def test_a_resume_leaves_a_seed_stopped_that_had_no_patience_left(tiny_llama, tmp_path):
+    options = {"max_epochs": 1}
+    whole = SeedEnsembleCallback([1, 2], budget="full", patience=1, keep="best", dirpath=tmp_path / "whole")
+    fit(tiny_llama, whole, {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}, **options)
+    first = SeedEnsembleCallback([1, 2], budget="full", patience=1, keep="best", dirpath=tmp_path / "x")
+    module = Scripted(tiny_llama, dtype="float32", r=4)
+    module.losses, module.weights = {"seed_1": [1, 2], "seed_2": [4, 3]}, []
+    run = trainer(first, val_check_interval=0.25, num_sanity_val_steps=0, **options)
+    run.callbacks.append(Terminate(7))  # validations after 3, 6, 9 and 12
+    with pytest.raises(StoppedError, match="step 8 is saved"):
+        run.fit(module, datamodule=make_data())
+    assert module.idle == {"seed_1"}
+    again = SeedEnsembleCallback([1, 2], budget="full", patience=1, keep="best", dirpath=tmp_path / "x", resume=True)
+    module = Scripted(tiny_llama, dtype="float32", r=4)
+    module.losses, module.weights = {"seed_1": [0], "seed_2": [2, 1]}, []  # better than ever, and not looked at
+    run = trainer(again, val_check_interval=0.25, num_sanity_val_steps=0, **options)
+    run.fit(module, datamodule=make_data(), ckpt_path=again.ckpt_path, weights_only=True)
+    assert module.idle == {"seed_1"}
+    assert len(module.weights) == 2
+    for name in ("seed_1", "seed_2", "fused"):
+        file = "adapter_model.safetensors"
+        assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+
+
+def test_a_resume_leaves_an_excluded_seed_out(tiny_llama, tmp_path):
+    found = {}
+    for name, batch in (("whole", None), ("x", 7)):
+        options = {"budget": "full", "on_divergence": "exclude", "dirpath": tmp_path / name}
+        ensemble = SeedEnsembleCallback([1, 2, 3], **options)
+        run = trainer(ensemble, max_epochs=1)
+        run.callbacks.append(Poison("seed_2", 5))
+        if batch is None:
+            run.fit(make_module(tiny_llama), datamodule=make_data())
+        else:
+            run.callbacks.append(Terminate(batch))
+            with pytest.raises(StoppedError, match="step 8 is saved"):
+                run.fit(make_module(tiny_llama), datamodule=make_data())
+            ensemble = SeedEnsembleCallback([1, 2, 3], resume=True, **options)
+            checkpoint = ensemble.ckpt_path
+            trainer(ensemble, max_epochs=1).fit(
+                make_module(tiny_llama), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True
+            )
+        assert ensemble.excluded == {2: "training loss not finite in step 6"}
+        files = (tmp_path / name).glob("*/adapter_model.safetensors")
+        found[name] = {file.parent.name: file.read_bytes() for file in files}
+    assert found["x"].keys() == {"seed_1", "seed_3", "soup", "fused"}
+    assert found["x"] == found["whole"]
+
+
 def test_sigterm_in_the_last_step_is_answered_when_the_seeds_are_written(tiny_llama, tmp_path):
     ensemble = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x")
     run = trainer(ensemble, max_epochs=1)

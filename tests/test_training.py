@@ -132,10 +132,32 @@ def test_gradient_checkpointing_trains_the_same(tiny_llama, tmp_path):
     assert difference(plain[42], checkpointed[42]) < 1e-5
 
 
-@pytest.mark.parametrize(("vary", "same_init", "same_order"), [("both", 0, 0), ("init", 0, 1), ("order", 1, 0)])
-def test_vary_fixes_the_init_or_the_order(vary, same_init, same_order):
-    a, b = (SeedEnsembleCallback((1, 2), vary=vary)._replica(seed) for seed in (1, 2))
-    assert (a.init_seed == b.init_seed, a.order_seed == b.order_seed) == (same_init, same_order)
+class Seen(pl.Callback):
+    """Whether two seeds began at the same weights, and whether they saw the same rows in every step."""
+
+    def on_train_start(self, trainer, module):
+        first, second = (module.stack.parameters(replica.name) for replica in module.replicas)
+        self.same_init, self.same_order = all(map(torch.equal, first, second)), True
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.same_order &= torch.equal(*batch["input_ids"])
+
+
+def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
+    updates = {}
+    for vary, same_init, same_order in (("both", False, False), ("init", False, True), ("order", True, False)):
+        callback, seen = SeedEnsembleCallback((1, 2), vary=vary, budget="full", dirpath=tmp_path / vary), Seen()
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        run = pl.Trainer(max_epochs=1, callbacks=[callback, seen], accelerator="cpu", **dict.fromkeys(quiet, False))
+        run.fit(make_module(tiny_llama), datamodule=make_data())
+        assert (seen.same_init, seen.same_order) == (same_init, same_order)
+        updates[vary] = [read_adapter(callback.adapter_path(seed)).layers for seed in (1, 2)]
+    for vary in ("init", "order"):
+        assert difference(updates[vary][0], updates["both"][0]) < 1e-5
+        # A moves little from where it starts
+        assert (difference(updates[vary][1], updates[vary][0]) < 0.5) == (vary == "order")
+        assert difference(updates[vary][1], updates[vary][0]) > 1e-3
+        assert difference(updates[vary][1], updates["both"][1]) > 1e-3
 
 
 def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama):
