@@ -55,11 +55,12 @@ ROWS: tuple[tuple[str, str, dict[str, str], int, tuple[int, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a run: hours, tokens of all seeds, and GiB on each GPU."""
+    """Of a run: hours, tokens of all seeds, and GiB on each GPU, in all and of the base model."""
 
     hours: float
     tokens: float
     memory: float
+    base: float
 
 
 def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PROCESS, **model: str) -> Estimate:
@@ -85,7 +86,7 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
     # One token as the longest row: attention on a GPU keeps no scores, on the machine that counts it may.
     memory = step_memory(module, stack, tokens=large, supervised=int(SCORED * large), longest=1, shared=shared)
     hours = operations / (PEAK * REACHED) / 3600 / shared.processes
-    return Estimate(hours, tokens, memory.total / 2**30)
+    return Estimate(hours, tokens, memory.total / 2**30, memory.base / 2**30)
 
 
 def of_config(config: Mapping[str, Any], root: Path) -> Estimate:
@@ -116,7 +117,7 @@ def table(root: Path) -> str:
                 cells.append("does not fit")
                 continue
             found = estimate(config, root, shared=Sharding(stage, gpus), base_model=name, **options)
-            cells.append(f"{shown(found.hours)} h, {found.memory:.0f} GiB")
+            cells.append(f"{shown(found.hours)} h, {found.memory:.0f} GiB ({found.base:.0f})")
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -2,7 +2,10 @@
 
     python benchmarks/train.py                                    # both models, micro-batches 1, 4, 16, short rows
     python benchmarks/train.py --tokens 512 --micro-batch 1 4     # long rows
+    python benchmarks/train.py --tokens mixed --micro-batch 4     # rows of many lengths, padded
+    python benchmarks/train.py --seeds 1                          # one seed alone
     python benchmarks/train.py --stack 1 2 4 8 --plot stack.svg   # how the cost of a step grows with the seeds
+    python benchmarks/train.py --profile --tokens 512 --micro-batch 1   # where the time of a stacked step goes
 
 Same rows, tokens, ranks, optimizer and dtype for all, in one process, in turns, so that a busy machine is as busy for
 each; what is printed is the median over turns of the seconds for one step of all seeds, and ratios of the same turn.
@@ -11,6 +14,10 @@ each; what is printed is the median over turns of the seconds for one step of al
 - passes: the same with one seed at a time
 - trainer: Hugging Face's Trainer with PEFT, once per seed
 - plain: a PyTorch loop with PEFT, once per seed
+
+Rows of mixed lengths come in optimizer steps of several micro-batches. All pad a micro-batch to its longest row; this
+project's data modules sort the rows of a step by length before, which changes neither the rows nor the gradient, and a
+stack pads to the longest row of all its seeds.
 """
 
 from __future__ import annotations
@@ -40,8 +47,10 @@ from seedlora.module import PROJECTIONS, SeedLoRAModule
 
 SEEDS = (11, 42, 202)
 RANK, ALPHA, RATE = 8, 16, 2e-4
-#: tokens of a row: (all, supervised); a short row is a two-digit sum with its answer
-ROWS = {"short": (29, 4), "512": (512, 256)}
+#: tokens of a row: (all, supervised); a short row is a two-digit sum with its answer, mixed ones are up to so long
+ROWS = {"short": (29, 4), "512": (512, 256), "mixed": (512, 256)}
+#: The shortest of mixed rows, and the micro-batches of their optimizer steps.
+SHORTEST, ACCUMULATED = 32, 4
 METHODS = ("stack", "passes", "trainer", "plain")
 
 
@@ -63,13 +72,36 @@ def small_llama(folder: Path) -> str:
     return str(folder)
 
 
-def rows_of(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random token ids and labels of shape (rows, T)."""
+def accumulated(kind: str) -> int:
+    """Micro-batches of an optimizer step."""
+    return ACCUMULATED if kind == "mixed" else 1
+
+
+def rows_of(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random token ids and labels of shape (rows, T), and the tokens of each row; what follows them is padding."""
     tokens, supervised = ROWS[kind]
-    ids = torch.randint(100, 40000, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    labels = torch.full_like(ids, -100)
-    labels[:, -supervised:] = ids[:, -supervised:]
-    return ids, labels
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(100, 40000, (rows, tokens), generator=generator)
+    lengths = torch.full((rows,), tokens)
+    if kind == "mixed":
+        lengths = torch.randint(SHORTEST, tokens + 1, (rows,), generator=generator)
+    place, end = torch.arange(tokens), lengths[:, None]
+    scored = (place < end) & (place >= end - supervised * end // tokens)
+    return ids.where(place < end, 0), ids.where(scored, -100), lengths
+
+
+def micro_batches(kind: str, batch: int, seed: int, *, by_length: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The micro-batches of one optimizer step of one seed: ids and labels (b, T), and lengths (b,)."""
+    ids, labels, lengths = rows_of(kind, batch * accumulated(kind), seed)
+    order = lengths.argsort(stable=True) if by_length else torch.arange(len(lengths))
+    parts = [(ids[part], labels[part], lengths[part]) for part in order.split(batch)]
+    return [(i[:, : n.max()], label[:, : n.max()], n) for i, label, n in parts]
+
+
+def tokens_of(kind: str, batch: int, seeds: tuple[int, ...], steps: int) -> float:
+    """Tokens of one optimizer step of all seeds, padding not counted, on average."""
+    drawn = (rows_of(kind, batch * accumulated(kind), seed * 1000 + step) for seed in seeds for step in range(steps))
+    return sum(int(lengths.sum()) for *_, lengths in drawn) / steps
 
 
 class StackedRows(pl.LightningDataModule):
@@ -81,19 +113,31 @@ class StackedRows(pl.LightningDataModule):
         self.seeds: tuple[int, ...] = ()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """One batch (N, b, T) per step."""
+        """One batch (N, b, T) per micro-batch."""
 
-        def batch(step: int) -> dict[str, Any]:
-            parts = [rows_of(self.kind, self.batch, seed * 1000 + step) for seed in self.seeds]
-            ids, labels = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-            items = (labels != -100).sum((1, 2))
-            return {"input_ids": ids, "labels": labels, "lengths": (ids.shape[2],) * len(ids), "num_items": items}
+        def batches(step: int) -> list[dict[str, Any]]:
+            seeds = [micro_batches(self.kind, self.batch, seed * 1000 + step, by_length=True) for seed in self.seeds]
+            items = torch.tensor([sum(int((labels != -100).sum()) for _, labels, _ in micro) for micro in seeds])
+            found = []
+            for parts in zip(*seeds, strict=True):
+                lengths = tuple(ids.shape[1] for ids, _, _ in parts)
+                ids, labels = (
+                    torch.stack(
+                        [
+                            nn.functional.pad(part[i], (0, max(lengths) - part[i].shape[1]), value=empty)
+                            for part in parts
+                        ]
+                    )
+                    for i, empty in enumerate((0, -100))
+                )
+                found.append({"input_ids": ids, "labels": labels, "lengths": lengths, "num_items": items})
+            return found
 
-        return DataLoader([batch(step) for step in range(self.steps)], batch_size=None)
+        return DataLoader([batch for step in range(self.steps) for batch in batches(step)], batch_size=None)
 
 
 class Clock(pl.Callback):
-    """The seconds of each training step, the optimizer's included."""
+    """The seconds of each micro-batch, the optimizer's included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -107,7 +151,35 @@ class Clock(pl.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def lightning_steps(model: str, seeds: tuple[int, ...], stack: int, kind: str, batch: int, steps: int) -> list[float]:
+class Profiled(pl.Callback):
+    """Profiles the last micro-batch of a fit."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.profiler = torch.profiler.profile()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
+        """Start."""
+        if i == self.last:
+            self.profiler.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        """Stop."""
+        if i == self.last:
+            self.profiler.stop()
+
+
+def lightning_steps(
+    model: str,
+    seeds: tuple[int, ...],
+    stack: int,
+    kind: str,
+    batch: int,
+    steps: int,
+    callbacks: tuple[pl.Callback, ...] = (),
+) -> list[float]:
     """Seconds of every step of all seeds: one fit per stack of them."""
     module = SeedLoRAModule(model, r=RANK, lora_alpha=ALPHA, learning_rate=RATE, lr_scheduler="constant")
     total: list[float] = [0.0] * steps
@@ -122,15 +194,18 @@ def lightning_steps(model: str, seeds: tuple[int, ...], stack: int, kind: str, b
                 accelerator="cpu" if not torch.cuda.is_available() else "gpu",
                 devices=1,
                 gradient_clip_val=1.0,
+                accumulate_grad_batches=accumulated(kind),
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 enable_progress_bar=False,
                 use_distributed_sampler=False,
-                callbacks=[ensemble, clock],
+                callbacks=[ensemble, clock, *callbacks],
             )
             trainer.fit(module, datamodule=StackedRows(kind, batch, steps))
-            total = [a + b for a, b in zip(total, clock.seconds, strict=True)]
+            micro = accumulated(kind)
+            taken = [sum(clock.seconds[i : i + micro]) for i in range(0, steps * micro, micro)]
+            total = [a + b for a, b in zip(total, taken, strict=True)]
     return total
 
 
@@ -154,16 +229,23 @@ def plain_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps
         parameters = [p for p in peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
         for step in range(steps):
-            ids, labels = (t.to(device) for t in rows_of(kind, batch, seed * 1000 + step))
+            parts = micro_batches(kind, batch, seed * 1000 + step, by_length=False)
             start = time.perf_counter()
-            loss = peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-            loss.backward()
+            for part in parts:
+                ids, labels, lengths = (t.to(device) for t in part)
+                loss = peft(input_ids=ids, attention_mask=mask(ids, lengths), labels=labels).loss / len(parts)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             float(loss)
             total[step] += time.perf_counter() - start
     return total
+
+
+def mask(ids: Tensor, lengths: Tensor) -> Tensor:
+    """1 for a token, 0 for padding."""
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int) -> list[float]:
@@ -174,8 +256,8 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
 
     class Rows(Dataset[dict[str, Tensor]]):
         def __init__(self, seed: int) -> None:
-            parts = [rows_of(kind, batch, seed * 1000 + step) for step in range(steps)]
-            self.ids, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            parts = [rows_of(kind, batch * accumulated(kind), seed * 1000 + step) for step in range(steps)]
+            self.ids, self.labels, self.lengths = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
         def __len__(self) -> int:
             return len(self.ids)
@@ -183,9 +265,14 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
         def __getitem__(self, i: int) -> dict[str, Tensor]:
             return {
                 "input_ids": self.ids[i],
-                "attention_mask": torch.ones_like(self.ids[i]),
+                "attention_mask": mask(self.ids, self.lengths[i])[0],
                 "labels": self.labels[i],
             }
+
+    def to_the_longest(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        longest = int(batch["attention_mask"].sum(1).max())
+        return {key: tensor[:, :longest] for key, tensor in batch.items()}
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -199,6 +286,7 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
             arguments = TrainingArguments(
                 folder,
                 per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulated(kind),
                 num_train_epochs=1,
                 learning_rate=RATE,
                 lr_scheduler_type="constant",
@@ -211,7 +299,8 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
                 dataloader_pin_memory=False,
                 seed=seed,
             )
-            Trainer(peft_model(model, seed), arguments, train_dataset=Rows(seed), callbacks=[Stopwatch()]).train()
+            rows, clock = Rows(seed), Stopwatch()
+            Trainer(peft_model(model, seed), arguments, to_the_longest, train_dataset=rows, callbacks=[clock]).train()
     return total
 
 
@@ -240,16 +329,17 @@ def in_turns(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[st
 def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
     """The table of all settings."""
     records = []
+    seeds = SEEDS if options.seeds == len(SEEDS) else tuple(range(1, options.seeds + 1))
     for label in options.model:
         for kind in options.tokens:
             for batch in options.micro_batch:
                 model, steps = models[label], options.steps + 1
                 common = {"kind": kind, "batch": batch, "steps": steps}
                 runs: dict[str, Callable[[], list[float]]] = {
-                    "stack": partial(lightning_steps, model, SEEDS, len(SEEDS), **common),
-                    "passes": partial(lightning_steps, model, SEEDS, 1, **common),
-                    "trainer": partial(trainer_steps, model, SEEDS, **common),
-                    "plain": partial(plain_steps, model, SEEDS, **common),
+                    "stack": partial(lightning_steps, model, seeds, len(seeds), **common),
+                    "passes": partial(lightning_steps, model, seeds, 1, **common),
+                    "trainer": partial(trainer_steps, model, seeds, **common),
+                    "plain": partial(plain_steps, model, seeds, **common),
                 }
                 found = in_turns({name: runs[name] for name in options.method}, options.rounds)
                 seconds = {name: statistics.median(values) for name, values in found.items()}
@@ -257,9 +347,10 @@ def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
                     name: statistics.median(a / b for a, b in zip(found[name], found["stack"], strict=True))
                     for name in found
                 }
-                tokens = len(SEEDS) * batch * ROWS[kind][0]
+                tokens = tokens_of(kind, batch, seeds, steps)
                 records.append(
                     {"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds, "ratio": ratios}
+                    | {"seeds": len(seeds)}
                     | {"tokens_per_second": {name: tokens / s for name, s in seconds.items()}}
                 )
                 shown = "  ".join(
@@ -283,6 +374,27 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
             records.append({"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds})
             shown = "  ".join(f"{name}: {s:.3g} s" for name, s in seconds.items())
             print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: seeds {shown}", flush=True)
+    return records
+
+
+def profile(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
+    """Where the time of one stacked step goes: the operations that take most of it by themselves."""
+    records = []
+    for label in options.model:
+        for kind in options.tokens:
+            for batch in options.micro_batch:
+                watch, steps = Profiled(last=3 * accumulated(kind) - 1), 3
+                with quiet():
+                    lightning_steps(models[label], SEEDS, len(SEEDS), kind, batch, steps, callbacks=(watch,))
+                events = sorted(watch.profiler.key_averages(), key=lambda e: e.self_cpu_time_total, reverse=True)
+                total = sum(event.self_cpu_time_total for event in events)
+                print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {total / 1e6:.2f} s in operations")
+                top = [(event.key, event.self_cpu_time_total / total, event.count) for event in events[:10]]
+                for name, part, calls in top:
+                    print(f"    {part:6.1%}  {name}  ({calls} calls)", flush=True)
+                records.append(
+                    {"model": label, "tokens": kind, "micro_batch": batch, "seconds": total / 1e6, "top": top}
+                )
     return records
 
 
@@ -311,6 +423,10 @@ def main() -> None:
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", nargs="+", choices=list(ROWS), default=["short"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead of the comparison: operations of a stacked step"
+    )
     parser.add_argument("--stack", nargs="+", type=int, help="numbers of seeds, instead of the comparison")
     parser.add_argument("--steps", type=int, default=4, help="timed steps in a turn")
     parser.add_argument("--rounds", type=int, default=3)
@@ -319,7 +435,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = {"smollm2": EMBEDDED, "llama6": small_llama(Path(folder) / "llama6")}
-        records = (growth if options.stack else compare)(options, models)
+        records = (profile if options.profile else growth if options.stack else compare)(options, models)
     if options.stack and options.plot:
         plot(records, options.plot)
     if options.out:

@@ -59,7 +59,8 @@ class Throughput(pl.Callback):
         """Log the speed, from the second micro-batch on."""
         # Stopped seeds are in the batch, and left out of the forward.
         active = [i for i, replica in enumerate(pl_module.replicas) if replica.name not in pl_module.idle]
-        ids, labels = batch["input_ids"][active], batch["labels"][active]
+        tensors = (batch["input_ids"], batch["labels"])
+        ids, labels = (t if len(t) == len(active) else t[active] for t in tensors)
         self._marks.append((time.perf_counter(), ids.numel(), int((labels >= 0).sum())))
         elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
         if not elapsed:
