@@ -203,6 +203,8 @@ def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str,
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} is no PEFT adapter folder that can be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'adapter_config.json'} holds no JSON object but {str(config)[:80]}")
     layers = {}
     for key, shape in shapes.items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)

@@ -568,6 +568,14 @@ def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
         fuse_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
 
 
+def test_modules_of_different_shapes_are_named_with_both(made, copy, tmp_path):
+    key = "base_model.model.lm_head.weight"
+    one, other = made("modules_to_save").folders[0], copy("modules_to_save", lambda t: t.update({key: t[key][:31]}))
+    with pytest.raises(AdapterError) as caught:
+        fuse_folders([one, other], tmp_path / "out")
+    assert str(caught.value) == f"lm_head.weight has shape (32, 16) in {one} and (31, 16) in {other}"
+
+
 @pytest.mark.parametrize("targets", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
 @pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}])
 def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from seedlora.adapter import CONFIG_NAME, TASKS, WEIGHTS_NAME, AdapterError, locate, read_adapter
 from seedlora.base_weights import BaseWeights
 from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
-from seedlora.serving import base_shapes
+from seedlora.serving import base_shapes, servable
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -313,6 +313,10 @@ def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
     save_adapter(tmp_path / "k", r=2, lora_alpha=6, target_modules=["q_proj", "k_proj"])
     with pytest.raises(AdapterError, match=r"adapt different layers: only .*k_proj"):
         stack_adapters(read_adapters([good, tmp_path / "k"]))
+    folder = broken(config={"task_type": None}, tensors=lambda t: t.update({KEY: torch.ones(2, 20)}))
+    with pytest.raises(AdapterError) as caught:
+        stack_adapters(read_adapters([good, folder]))
+    assert str(caught.value) == f"{Q} has shape (16, 16) in {good} and (16, 20) in {folder}"
     save_adapter(tmp_path / "w", r=2, lora_alpha=6, fan_in_fan_out=True, target_modules=["q_proj", "v_proj"])
     config = json.loads((tmp_path / "w" / CONFIG_NAME).read_text()) | {"fan_in_fan_out": True}
     (tmp_path / "w" / CONFIG_NAME).write_text(json.dumps(config))
@@ -366,6 +370,10 @@ KEYS = st.sampled_from(
         "use_dora",
         "modules_to_save",
         "task_type",
+        "lora_bias",
+        "target_modules",
+        "auto_mapping",
+        "trainable_token_indices",
     ]
 )
 FUZZ = settings(
@@ -378,6 +386,8 @@ def only_adapter_errors(folder):
         with contextlib.suppress(AdapterError):
             adapter = read_adapter(folder, base=base)
             assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
+    with contextlib.suppress(ValueError):
+        servable(folder)
 
 
 @FUZZ

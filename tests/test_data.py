@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import make_data, make_module
+from conftest import EOS, make_data, make_module
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from datamodules.prompts import exchange, prompt_record
 from datamodules.rows import tokenise
@@ -48,6 +50,33 @@ def test_alpaca_is_byte_exact(tokenizer):
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay hi.\n\n### Response:hi<eos>"
     )
+
+
+def merging_tokenizer():
+    """One that begins with a bos and merges ``:h``, the last of Alpaca's prompt with the first of an answer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([EOS, "<s>", *alphabet, ":h", "hi"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[(":", "h"), ("h", "i")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, bos_token="<s>")
+
+
+def test_a_token_that_holds_the_end_of_the_prompt_and_the_begin_of_the_answer_is_supervised():
+    """The prompt alone has as many tokens as prompt and ``:h`` together: a mask of its length would miss the answer's."""
+    tokenizer = merging_tokenizer()
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay hi.\n\n### Response:"
+    )
+    rows = tokens([exchange("Say hi.", "hi, hi")], tokenizer, style="alpaca", max_length=512)
+    ids, labels = (tensor[0].tolist() for tensor in rows.padded([0]))
+    said = tokenizer.convert_tokens_to_ids([":h", "i", ",", "Ġ", "hi", EOS])
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-6:] == said
+    # one bos, one token a byte but for "hi" in the instruction, and the colon is in the token that is supervised
+    assert labels == [-100] * (1 + len(prompt) - 1 - 1) + said
+    assert len(tokenizer(prompt)["input_ids"]) == len(labels) - len(said) + 1
 
 
 def test_long_rows_are_cut_and_counted_and_dropped_without_a_supervised_token(tokenizer):

@@ -163,3 +163,6 @@ def test_ranks_that_differ_and_keys_of_another_name(tmp_path):
     (path / "adapter_config.json").write_text(json.dumps({})[:1])
     with pytest.raises(ValueError, match="is no PEFT adapter folder"):
         servable(path)
+    (path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"adapter_config.json holds no JSON object but \[1\]"):
+        servable(path)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import built
 
+from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
+from seedlora.stacked import _Block, _gain
 
 SEEDS = (11, 42, 202)
 ROWS = torch.arange(3 * 2 * 7).view(6, 7) % 257
@@ -139,3 +141,30 @@ def test_a_frozen_stack_computes_the_same_and_thaws(tiny_llama):
     torch.testing.assert_close(
         module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
     )
+
+
+def test_dora_s_norms_take_no_matrix_of_the_size_of_a_weight():
+    """200,000 rows and columns, 160 GB; W = u v^T is known by its products alone, and the norms by hand."""
+    size, g = 200_000, torch.Generator().manual_seed(0)
+    u, v, a, b, m = (torch.randn(size, generator=g, dtype=torch.float64) for _ in range(5))
+    scale = 2.5
+    norms = (u**2 * v.dot(v) + 2 * scale * u * b * v.dot(a) + scale**2 * b**2 * a.dot(a)).sqrt()
+
+    class Layer:
+        stack_norms = (u.abs() * v.norm()).float()
+        base_layer = staticmethod(lambda x: (x @ v.float())[:, None] * u.float())
+        get_base_layer = staticmethod(lambda: torch.nn.Linear(1, 1, bias=False))
+
+    block = _Block(a.float()[None], b.float()[:, None], scale, m.float())
+    gain = _gain(Layer, [block, None], block.A)
+    assert gain.shape == (2, 1, size)
+    torch.testing.assert_close(gain[0, 0].double(), m / norms - 1, atol=1e-3, rtol=1e-3)
+    assert not gain[1].any()
+    # And of their fusion, where blocks of rows are read, the first block.
+    stack = LoRAFactors(torch.stack([a, a])[:, None], scale * torch.stack([b, -b])[..., None])
+    updates = dora_updates(stack, torch.stack([m, m]), lambda start, stop: u[start:stop, None] * v)
+    first = next(updates.blocks())
+    rows = first.shape[1]
+    assert rows <= 4
+    wanted = (m / norms)[:rows, None] * (u[:rows, None] * v + scale * b[:rows, None] * a) - u[:rows, None] * v
+    torch.testing.assert_close(first[0], wanted)

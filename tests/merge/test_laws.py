@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from seedlora.factors import LoRAFactors
-from seedlora.merge import METHODS
+from seedlora.fuse import fuse
+from seedlora.merge import METHODS, bind, greedy_members
 from tests.merge.cases import dense, make_stack, relative
 
 TRIM = "the default density drops entries of any update"
@@ -40,9 +41,16 @@ KEPT = {
 }
 
 
+def direction(layers):
+    """A score that takes any length and sign of an update for the same: how near it is to one line."""
+    update = layers["layer"].dense()[0].double()
+    line = torch.randn(update.shape, generator=torch.Generator().manual_seed(14), dtype=torch.float64)
+    return float((update * line).sum().abs() / update.norm().clamp_min(1e-300))
+
+
 def apply(name, stack, **options):
     if name == "greedy_soup":
-        options = {"members": range(len(stack)), **options}
+        return dense(fuse({"layer": stack}, bind(name, {"score": direction}))["layer"])
     return dense(METHODS[name].rule(stack, **options))
 
 
@@ -79,6 +87,7 @@ def one_adapter(name, **options):
     return apply(name, one, **options), one.dense()[0]
 
 
+MEMBERS = {"greedy_soup": {"members": range(2)}}
 LAWS = {
     "order": order,
     "gauge": gauge,
@@ -101,6 +110,28 @@ def test_law(law, name):
 @pytest.mark.parametrize(("law", "name"), KEPT)
 def test_law_kept_with_options(law, name):
     assert relative(*LAWS[law](name, **KEPT[law, name])) < 1e-6
+
+
+def test_greedy_soup_is_none_of_its_trivial_cases():
+    """Or the laws above would hold for a soup of all, or for the best alone."""
+    for n in (3, 4):
+        members = greedy_members(lambda n=n: [("layer", make_stack(n=n, r=2))], score=direction)
+        assert 1 < len(members) < n
+
+
+FACTORED = [name for name in METHODS if isinstance(METHODS[name].rule(make_stack(), **MEMBERS.get(name, {})), LoRAFactors)]
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_no_matrix_of_the_size_of_a_weight_is_built(name):
+    """Of 200,000 rows and columns it would have 160 GB."""
+    size, g = 200_000, torch.Generator().manual_seed(0)
+    stack = LoRAFactors(torch.randn(2, 1, size, generator=g), torch.randn(2, size, 1, generator=g))
+    found = fuse({"layer": stack}, bind(name, {"score": lambda layers: 0.0} if name == "greedy_soup" else {}))["layer"]
+    assert found.shape == (size, size)
+    assert found.rank <= 3
+    assert found.A.isfinite().all()
+    assert found.B.isfinite().all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -139,8 +170,7 @@ def test_opposite_adapters_give_numbers_of_their_size(name, off):
     one = make_stack(n=1, r=2)
     noise = off * torch.randn(one.B.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     opposite = LoRAFactors(torch.cat([one.A, one.A]), torch.cat([one.B, noise - one.B]))
-    options = {"members": range(2)} if name == "greedy_soup" else {}
-    update = METHODS[name].rule(opposite, **options)
+    update = METHODS[name].rule(opposite, **MEMBERS.get(name, {}))
     assert float(dense(update).norm()) <= 2 * float(one.dense().norm())
     if isinstance(update, LoRAFactors):
         assert float(update.B.norm() * update.A.norm()) <= 10 * float(opposite.B.norm() * opposite.A.norm())
