@@ -123,6 +123,9 @@ class RunFolder:
                     f"{self.path} was started with {key} = {before.get(key)!r}, now it is "
                     f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
                 )
+        # What a killed process was writing: a whole model, perhaps.
+        for rest in self.path.glob(".*.tmp"):
+            remove(rest)
 
     @property
     def settings(self) -> dict[str, Any] | None:

@@ -63,9 +63,9 @@ class SeedEnsembleCallback(pl.Callback):
       weights; the one before it is removed once it is whole. A SIGTERM, as a preempted job gets it, is answered by one
       after the step at hand, and the run ends; when training is over, at once.
     - *train end*: each seed's PEFT folder, or its whole model's, is written, with the data module's prompt in
-      ``prompt.json``; after the last one, seeds, soup and fused adapter are scored on the validation rows, with what is
-      to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are written; then the checkpoints are
-      removed. ``Trainer.validate`` does the same for seeds that are all trained.
+      ``prompt.json``, and the checkpoints are removed; after the last one, seeds, soup and fused adapter are scored on
+      the validation rows, with what is to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are
+      written. ``Trainer.validate`` does the same for seeds that are all trained.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
       what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time, whole models one by one. Nothing is
       chosen any more.

@@ -31,7 +31,7 @@ def kill_at(process, dirpath, step, **options):
 
 
 def adapters(dirpath):
-    return {path.parent.name: path.read_bytes() for path in sorted(dirpath.glob("*/adapter_model.safetensors"))}
+    return {path.parent.name: path.read_bytes() for path in sorted(dirpath.glob("[!.]*/adapter_model.safetensors"))}
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,7 @@ def test_a_run_killed_while_it_writes_the_adapters_ends_with_the_same_bits(tiny_
         for seed in there - {"soup"}:
             assert (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns == written[seed]
     assert not (dirpath / "checkpoints").exists()
+    assert not list(dirpath.glob(".*.tmp"))
 
 
 def test_a_run_in_two_passes_killed_in_the_second_resumes_to_the_same_bits(tiny_llama, tmp_path):
