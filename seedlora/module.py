@@ -560,7 +560,7 @@ class SeedLoRAModule(pl.LightningModule):
         rows = ((t if n == len(t) else t[active]).flatten(0, 1) for t in tensors)
         losses, _, keep = self.token_losses(*rows, greedy=False)
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
-        # Shown: the mean over the micro-batch on all ranks. From here on it is on the CPU, where looking at a number and
+        # Shown: the mean over the micro-batch on all ranks. On the CPU from here on, where looking at a number and
         # logging it does not wait for the device once more.
         shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum").cpu()
         if bad := [replica.name for replica, ok in zip(replicas, shown[0].isfinite().tolist(), strict=True) if not ok]:
