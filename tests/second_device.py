@@ -5,7 +5,8 @@ tensors are on two devices, a generator of one device for tensors of another, ``
 CPU. What a GPU's host would have to wait for is counted.
 
 Torch's own fake tensors have no values, which choices between merge rules and losses that are not finite need; and
-without a CUDA build they take no backward pass.
+without a CUDA build they take no backward pass. Not possible here: gradient checkpointing, in whose backward pass torch
+ends the process.
 """
 
 from __future__ import annotations

@@ -21,12 +21,10 @@ SMALL = {"num_train": 8, "num_val": 4, "num_test": 4}
 ON_CPU = {"accelerator": lambda: "cpu"}
 ON_DEVICE = {"strategy": on_second_device}
 KINDS = {
-    "rslora": {"adapter": "rslora"},
+    "rslora": {"adapter": "rslora", "lora_dropout": 0.2, "lora_plus_ratio": 4},
     "dora": {"adapter": "dora"},
     "pissa": {"adapter": "pissa"},
-    "dropout": {"lora_dropout": 0.2},
     "bfloat16": {"dtype": "bfloat16"},
-    "checkpointing": {"gradient_checkpointing": True, "lora_plus_ratio": 4},
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "none": {"adapter": "none", "learning_rate": 2e-4},
 }
@@ -106,7 +104,7 @@ def test_kinds_of_adapters(tiny_llama, tmp_path, kind):
 def test_packed_rows_a_seed_that_is_stopped_and_one_that_diverges(tiny_llama, tmp_path):
     options = {
         "ensemble": {"on_divergence": "exclude", "patience": 1, "keep": "best", "checkpoint_every_n_steps": 1},
-        "data": {**SMALL, "pack_tokens": 256},
+        "data": {**SMALL, "pack_tokens": 512},
         "lora_dropout": 0.1,
     }
     trainer = {"val_check_interval": 1, "callbacks": [Break()]}
