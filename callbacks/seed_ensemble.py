@@ -625,7 +625,7 @@ class SeedEnsembleCallback(pl.Callback):
         scored = {label: self._read(folder) for label, folder in self.folders.items()}
         seeds = {label: scored[label] for label in map(seed_name, self.trained)}
         if len(seeds) > 1 and SOUP not in scored and (self.rule is not None or self.comparison.compare):
-            fused = fuse(stack_updates(seeds, self._base), soup)
+            fused = fuse(stack_updates(seeds, self._base, device=module.device), soup)
             modules = {key: each[0] for key, each in fused.modules.items()}
             scored[SOUP] = replace(next(iter(seeds.values())), magnitudes={}, layers=fused, modules=modules)
         self._load(module, scored)
@@ -652,15 +652,16 @@ class SeedEnsembleCallback(pl.Callback):
                 refresh_card(self.fused_path)
         self._listen_no_more()
 
-    def beside(self) -> dict[str, Callable[[], Layers]]:
-        """What is compared beside base, seeds, soup, fused and trained controls, by label; made when it is called."""
+    def beside(self, device: torch.device) -> dict[str, Callable[[], Layers]]:
+        """What is compared beside base, seeds, soup, fused and trained controls, by label; made when called, there."""
         adapters = self._read_seeds()
         if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
             return {}
-        fused = None if self.rule is None else self._read(self.fused_path).layers
-        return self.comparison.beside(
-            stack_updates(adapters, self._base), list(adapters), fused, self.folder.selection or {}
-        )
+        fused = None
+        if self.rule is not None:
+            fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
+        stacks = stack_updates(adapters, self._base, device=device)
+        return self.comparison.beside(stacks, list(adapters), fused, self.folder.selection or {})
 
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
@@ -734,7 +735,7 @@ class SeedEnsembleCallback(pl.Callback):
         rule, batches = None, self._validation_batches(trainer, trainer.datamodule)
         if batches and not module.adds_dense:
             adapters = self._read_seeds()
-            stacks = stack_adapters(adapters)
+            stacks = stack_adapters(adapters, device=module.device)
             total = len(batches) * self.comparison.adapters_to_score(list(stacks), len(adapters))
             with self._scorer(trainer, module, batches, "Scoring on validation rows", total) as score:
                 rule, found = self.comparison.settle(stacks, list(adapters), score)
@@ -745,7 +746,10 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, np.ndarray]:
         """Outcomes of the methods and controls that are not in the test's own pass."""
-        beside, loader = self._models(module) if module.trains_all else self.beside(), trainer.test_dataloaders
+        beside, loader = (
+            self._models(module) if module.trains_all else self.beside(module.device),
+            trainer.test_dataloaders,
+        )
         if not beside:
             return {}
         batches = list(loader)[: _limited(len(loader), trainer.limit_test_batches)]

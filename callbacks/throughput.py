@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from seedlora.plan import Work, work
@@ -32,7 +33,7 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self, window: int = 20) -> None:
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
+        self._marks: deque[tuple[float, int, float]] = deque(maxlen=window + 1)
         self._work: Work | None = None
         self._peak: int | None = None
         self._announce_at: int | None = None
@@ -57,20 +58,17 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the speed, from the second micro-batch on."""
-        # Stopped seeds are in the batch, and left out of the forward.
-        active = [i for i, replica in enumerate(pl_module.replicas) if replica.name not in pl_module.idle]
-        tensors = (batch["input_ids"], batch["labels"])
-        ids, labels = (t if len(t) == len(active) else t[active] for t in tensors)
-        self._marks.append((time.perf_counter(), ids.numel(), int((labels >= 0).sum())))
+        self._marks.append((time.perf_counter(), *pl_module.last_forward))
         elapsed, marks = self._marks[-1][0] - self._marks[0][0], list(self._marks)[1:]
         if not elapsed:
             return
         assert self._work is not None
         tokens, scored = sum(mark[1] for mark in marks), sum(mark[2] for mark in marks)
-        pl_module.log("speed/tokens_per_s", tokens * trainer.world_size / elapsed, prog_bar=True)
+        # Tensors of the CPU: Lightning would put numbers on the GPU, and wait for it to show them.
+        pl_module.log("speed/tokens_per_s", torch.tensor(tokens * trainer.world_size / elapsed), prog_bar=True)
         if self._peak:
             done = self._work.operations(tokens=tokens, scored=scored)
-            pl_module.log("speed/mfu", done / elapsed / self._peak, prog_bar=True)
+            pl_module.log("speed/mfu", torch.tensor(done / elapsed / self._peak), prog_bar=True)
         self._announce(trainer, pl_module)
 
     def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

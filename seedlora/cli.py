@@ -506,7 +506,7 @@ def _evaluate(cli: SeedLoRACLI, asked: _Tasks, console: Console) -> int:
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
     ensemble.on_test_start(trainer, module)
-    for label, make in ensemble.beside().items():
+    for label, make in ensemble.beside(module.device).items():
         module.load(label, make())
         module.scored[label] = label
     mixtures, module.mixtures = module.mixtures, {}

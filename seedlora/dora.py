@@ -33,7 +33,7 @@ def dora_updates(
     Args:
         stack: the adapters' factors, scaling folded into ``B``.
         magnitudes: :math:`m_n`, one per output feature.
-        weight: rows ``start`` to ``stop`` of the base weight, in float32 or higher.
+        weight: rows ``start`` to ``stop`` of the base weight, in float32 or higher, on any device.
 
     Raises:
         ValueError: if the magnitudes are not of shape ``(N, D)``.
@@ -50,7 +50,7 @@ def dora_updates(
         for start in range(0, d, step):
             w_PK = weight(start, min(start + step, d))
             compute = torch.promote_types(torch.promote_types(w_PK.dtype, stack.dtype), torch.float32)
-            w_PK = w_PK.to(compute)
+            w_PK = w_PK.to(stack.device, compute)
             low_NPK = stack.B[:, start : start + step].to(compute) @ stack.A.to(compute)
             norms = torch.linalg.vector_norm(w_PK + low_NPK, dim=-1, dtype=torch.float64)
             m_NP = magnitudes[:, start : start + step].double()

@@ -164,11 +164,12 @@ def fuse(
     return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules, svd)
 
 
-def stack_adapters(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
+def stack_adapters(adapters: Mapping[str, Adapter], *, device: torch.device | None = None) -> Stacks[LoRAFactors]:
     """Stack the factors of adapters layer by layer, after checking that they belong together.
 
     Args:
         adapters: by name, for the messages.
+        device: where they are to be fused. Default: where they are.
 
     Raises:
         AdapterError: if there is none, two of them differ in base model, layers or shapes (the message names both), or
@@ -176,28 +177,31 @@ def stack_adapters(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
     """
     if dora := [name for name, adapter in adapters.items() if adapter.magnitudes]:
         raise AdapterError(f"{dora[0]} is DoRA, whose update is not B @ A alone; it needs the base weights")
-    return _stacked(adapters)
+    return _stacked(adapters, device)
 
 
-def stack_updates(adapters: Mapping[str, Adapter], base: BaseWeights) -> Stacks[Any]:
+def stack_updates(
+    adapters: Mapping[str, Adapter], base: BaseWeights, *, device: torch.device | None = None
+) -> Stacks[Any]:
     """As :func:`stack_adapters`, also for DoRA: the updates in row blocks, as they act on the base weights.
 
     Args:
         adapters: by name, for the messages.
         base: their base model; read only for DoRA, and block by block when the updates are.
+        device: where they are to be fused. Default: where they are.
 
     Raises:
         AdapterError: as :func:`stack_adapters`, and if some adapters are DoRA and others are not.
         ValueError: if the base model cannot be read or lacks a layer.
     """
-    stacks = _stacked(adapters)
+    stacks = _stacked(adapters, device)
     members = list(adapters.values())
     if not members[0].magnitudes:
         return stacks
     dense = {
         path: dora_updates(
             stack,
-            torch.stack([member.magnitudes[path] for member in members]),
+            torch.stack([member.magnitudes[path] for member in members]).to(stack.device),
             base.rows(path, flipped=members[0].flipped(path)),
         )
         for path, stack in stacks.items()
@@ -271,12 +275,12 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
                 )
 
 
-def _stacked(adapters: Mapping[str, Adapter]) -> Stacks[LoRAFactors]:
+def _stacked(adapters: Mapping[str, Adapter], device: torch.device | None) -> Stacks[LoRAFactors]:
     check_together(adapters)
     members = list(adapters.values())
     return Stacks(
-        {path: LoRAFactors.stack([member.layers[path] for member in members]) for path in members[0].layers},
-        {key: [member.modules[key] for member in members] for key in members[0].modules},
+        {path: LoRAFactors.stack([member.layers[path].to(device) for member in members]) for path in members[0].layers},
+        {key: [member.modules[key].to(device) for member in members] for key in members[0].modules},
     )
 
 

@@ -220,6 +220,8 @@ class SeedLoRAModule(pl.LightningModule):
         self.mixtures: dict[str, tuple[str, ...]] = {}
         #: Rank and ``lora_alpha`` of the replicas in units of their hyperparameters, at the same scaling.
         self.rank_factor = 1
+        #: Tokens of the last training forward, padding included, and how many a rank scored, on average.
+        self.last_forward: tuple[int, float] = (0, 0.0)
         self.test_correct, self.test_items = CatMetric(), CatMetric()
         self._tokenizer: Any = None
         #: Whether nothing follows the head; unknown until the first forward.
@@ -462,8 +464,9 @@ class SeedLoRAModule(pl.LightningModule):
             position_ids: shape (M, T), for rows that hold several samples: they restart with each, and attention stays
                 within one. transformers makes its masks so when it is given positions and no mask.
         """
+        at = keep.flatten().nonzero()[:, 0]
         with self.stack.head_sees(keep):
-            return self._forward(input_ids, position_ids, lambda hidden: hidden[keep])
+            return self._forward(input_ids, position_ids, lambda hidden: hidden.flatten(0, 1)[at])
 
     def _forward(
         self, input_ids: Tensor, position_ids: Tensor | None, before_head: Callable[[Tensor], Tensor]
@@ -500,12 +503,12 @@ class SeedLoRAModule(pl.LightningModule):
             most likely token (all True unless ``greedy``), and whether there is one; all of shape (M, T) and shifted
             by one: position ``t`` predicts the label of ``t + 1``.
         """
-        targets, keep = _next_tokens(labels)
-        losses, right = self._kept_losses(input_ids, keep, targets, position_ids, greedy=greedy)
-        return *_in_place(losses, right, keep), keep
+        targets, keep, at = _next_tokens(labels)
+        losses, right = self._kept_losses(input_ids, keep, at, targets, position_ids, greedy=greedy)
+        return *_in_place(losses, right, keep, at), keep
 
     def _kept_losses(
-        self, input_ids: Tensor, keep: Tensor, targets: Tensor, position_ids: Tensor | None, *, greedy: bool
+        self, input_ids: Tensor, keep: Tensor, at: Tensor, targets: Tensor, position_ids: Tensor | None, *, greedy: bool
     ) -> tuple[Float[Tensor, " S"], Tensor | None]:
         """Losses at the positions kept, from chunks of logits where the model's logits are those of its head.
 
@@ -516,7 +519,7 @@ class SeedLoRAModule(pl.LightningModule):
             caught: list[Tensor] = []
 
             def catch(hidden: Tensor) -> Tensor:
-                caught.append(hidden[keep])
+                caught.append(hidden.flatten(0, 1)[at])
                 return caught[0][:1].detach()
 
             logits = self._forward(input_ids, position_ids, catch)
@@ -557,8 +560,9 @@ class SeedLoRAModule(pl.LightningModule):
         rows = ((t if n == len(t) else t[active]).flatten(0, 1) for t in tensors)
         losses, _, keep = self.token_losses(*rows, greedy=False)
         sums, tokens = losses.view(n, -1).sum(1), keep.view(n, -1).sum(1)
-        # Shown: the mean over the micro-batch on all ranks.
-        shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum")
+        # Shown: the mean over the micro-batch on all ranks. On the CPU from here on, where looking at a number and
+        # logging it does not wait for the device once more.
+        shown = self.trainer.strategy.reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)]), reduce_op="sum").cpu()
         if bad := [replica.name for replica, ok in zip(replicas, shown[0].isfinite().tolist(), strict=True) if not ok]:
             # Zero times infinity: weights that are not finite spoil every row, and only their own replica is at fault.
             bad = [name for name in bad if not self.stack.is_finite(name)] or bad
@@ -566,6 +570,7 @@ class SeedLoRAModule(pl.LightningModule):
             return self.training_step(batch, batch_idx)
         named = {f"train/loss_{r.name}": loss for r, loss in zip(replicas, shown[0] / shown[1], strict=True)}
         self.log_dict(named, prog_bar=True)
+        self.last_forward = keep.numel(), shown[1].sum().item() / self.trainer.world_size
         total = (sums / batch["num_items"][active]).sum() * step_scale(self.trainer)
         return total + self._no_loss() if self.idle and self.trainer.world_size > 1 else total
 
@@ -637,7 +642,7 @@ class SeedLoRAModule(pl.LightningModule):
         self, input_ids: Int[Tensor, "b T"], labels: Int[Tensor, "b T"], members: Sequence[str]
     ) -> tuple[Float[Tensor, "b T"], Tensor, Tensor]:
         """As :meth:`token_losses`, of a mixture: a forward of each member, whose whole logits are needed."""
-        targets, keep = _next_tokens(labels)
+        targets, keep, at = _next_tokens(labels)
         mixed_SV = None
         for member in members:
             self.stack.route([self.scored[member]])
@@ -645,7 +650,7 @@ class SeedLoRAModule(pl.LightningModule):
             mixed_SV = logp_SV if mixed_SV is None else torch.logaddexp(mixed_SV, logp_SV)
         assert mixed_SV is not None
         losses = math.log(len(members)) - mixed_SV.gather(1, targets[:, None])[:, 0]
-        return *_in_place(losses, mixed_SV.argmax(-1) == targets, keep), keep
+        return *_in_place(losses, mixed_SV.argmax(-1) == targets, keep, at), keep
 
     def places(self, weights: BaseWeights) -> dict[str, str]:
         """Where a folder of the base model, or of one like it, has what is trained in full: its key by our name."""
@@ -748,10 +753,10 @@ class SeedLoRAModule(pl.LightningModule):
             return
         losses, correct, tokens = self.score(batch)
         real = tokens[0] > 0
-        weight, rows = int(tokens[0].sum()), int(real.sum())
+        weight, rows = torch.stack([tokens[0].sum(), real.sum()]).tolist()
         for label, loss, match in zip((*self.scored, *self.mixtures), losses, correct, strict=True):
             self.log(f"val/loss_{label}", loss.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
-            self.log(f"val/match_{label}", match[real].sum() / max(rows, 1), batch_size=rows, sync_dist=True)
+            self.log(f"val/match_{label}", (match & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
         """Forget an earlier test."""
@@ -830,20 +835,27 @@ class SeedLoRAModule(pl.LightningModule):
             raise ValueError(f"the checkpoint does not belong to this run: only {where} has '{odd[0]}'")
 
 
-def _next_tokens(labels: Int[Tensor, "M T"]) -> tuple[Int[Tensor, " S"], Tensor]:
-    """The tokens that are scored, one after the other, and where they are predicted: the position before each."""
-    targets = labels.roll(-1, dims=1)
-    keep = targets != IGNORED
+def _next_tokens(labels: Int[Tensor, "M T"]) -> tuple[Int[Tensor, " S"], Tensor, Int[Tensor, " S"]]:
+    """The tokens that are scored, where they are predicted (the position before each), and the places of these.
+
+    The places are those in the rows one after the other. How many there are is what a GPU's host has to wait for; with
+    them at hand, nothing that follows asks again, as a mask would in each use and once more in the backward pass.
+    """
+    following = labels.roll(-1, dims=1)
+    keep = following != IGNORED
     keep[:, -1] = False
-    return targets[keep], keep
+    at = keep.flatten().nonzero()[:, 0]
+    return following.flatten()[at], keep, at
 
 
-def _in_place(losses: Float[Tensor, " S"], right: Tensor | None, keep: Tensor) -> tuple[Float[Tensor, "M T"], Tensor]:
+def _in_place(
+    losses: Float[Tensor, " S"], right: Tensor | None, keep: Tensor, at: Int[Tensor, " S"]
+) -> tuple[Float[Tensor, "M T"], Tensor]:
     """Losses and outcomes at the positions kept, 0 and True elsewhere."""
     all_right = torch.ones_like(keep)
     return (
-        losses.new_zeros(keep.shape).masked_scatter(keep, losses),
-        all_right if right is None else all_right.masked_scatter(keep, right),
+        losses.new_zeros(keep.numel()).index_put((at,), losses).view(keep.shape),
+        all_right if right is None else all_right.flatten().index_put((at,), right).view(keep.shape),
     )
 
 

@@ -443,7 +443,7 @@ class Work:
     adapter: int
     head_trained: bool = False
 
-    def operations(self, *, tokens: int, scored: int, recomputed: bool = False) -> int:
+    def operations(self, *, tokens: int, scored: float, recomputed: bool = False) -> float:
         """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one.
 
         Args:
@@ -477,6 +477,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # or there are no statistics to reset, which is an error
         self.forget()
         cuda = device.type == "cuda"
         self._before = torch.cuda.memory_allocated(device) if cuda else _process_memory("VmRSS")

@@ -1,0 +1,78 @@
+"""One small run of the main job, on whatever device: for test_devices.py and test_gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from conftest import make_data, make_module
+from safetensors.torch import load_file
+from torch import Tensor
+
+from callbacks import SeedEnsembleCallback
+
+
+def fit(
+    base_model: str,
+    dirpath: Path,
+    seeds: Sequence[int] = (1, 2),
+    *,
+    on: Mapping[str, Any],
+    ensemble: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    test: bool = True,
+    **options: object,
+) -> SeedEnsembleCallback:
+    """Train seeds, pass by pass, fuse them, and test.
+
+    Args:
+        base_model: its folder.
+        dirpath: of the run.
+        seeds: of the replicas.
+        on: the Trainer's options that say which device, by name: what makes each, because a Trainer wants its own.
+        ensemble: further options of the callback.
+        data: of the data module.
+        trainer: of the Trainer.
+        test: whether to test.
+        options: of the module.
+    """
+    callback = SeedEnsembleCallback(seeds, **{"budget": "full", "dirpath": dirpath, **(ensemble or {})})
+    module, rows = make_module(base_model, **options), make_data(**(data or {}))
+    extra = dict(trainer or {})
+    callbacks = [callback, *extra.pop("callbacks", ())]
+    while callback.pending:
+        run = pl.Trainer(
+            **{
+                "max_epochs": 1,
+                "gradient_clip_val": 1.0,
+                "logger": False,
+                "log_every_n_steps": 1,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                **{name: make() for name, make in on.items()},
+                **extra,
+                "callbacks": callbacks,
+            }
+        )
+        run.fit(module, datamodule=rows, ckpt_path=callback.ckpt_path, weights_only=True)
+    if test:
+        run.test(module, datamodule=rows, verbose=False)
+    return callback
+
+
+def weights(run: SeedEnsembleCallback, name: str) -> dict[str, Tensor]:
+    """Of one adapter of a run, from its folder."""
+    return load_file(run.dirpath / name / "adapter_model.safetensors")
+
+
+def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, atol: float) -> None:
+    """The same keys, and values that differ by at most ``atol``."""
+    assert found.keys() == wanted.keys()
+    worst = {key: float((found[key].float() - wanted[key].float()).abs().max()) for key in wanted}
+    assert max(worst.values()) <= atol, max(worst, key=worst.__getitem__)
