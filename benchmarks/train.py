@@ -47,6 +47,8 @@ from seedlora.module import PROJECTIONS, SeedLoRAModule
 
 SEEDS = (11, 42, 202)
 RANK, ALPHA, RATE = 8, 16, 2e-4
+#: of both models
+VOCABULARY = 49152
 #: tokens of a row: (all, supervised); a short row is a two-digit sum with its answer, mixed ones are up to so long
 ROWS = {"short": (29, 4), "512": (512, 256), "mixed": (512, 256)}
 #: The shortest of mixed rows, and the micro-batches of their optimizer steps.
@@ -60,7 +62,7 @@ def small_llama(folder: Path) -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=6,
@@ -156,7 +158,7 @@ class Profiled(pl.Callback):
 
     def __init__(self, last: int) -> None:
         self.last = last
-        self.profiler = torch.profiler.profile()
+        self.profiler = torch.profiler.profile(record_shapes=True)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
         """Start."""
@@ -377,6 +379,14 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
     return records
 
 
+def place_of(shapes: list[Any]) -> str:
+    """Where an operation belongs, by the sizes of its tensors: vocabulary, or columns of all adapters."""
+    sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
+    if VOCABULARY in sizes:
+        return " (head)"
+    return " (adapters)" if len(SEEDS) * RANK in sizes else ""
+
+
 def profile(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
     """Where the time of one stacked step goes: the operations that take most of it by themselves."""
     records = []
@@ -386,15 +396,16 @@ def profile(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
                 watch, steps = Profiled(last=3 * accumulated(kind) - 1), 3
                 with quiet():
                     lightning_steps(models[label], SEEDS, len(SEEDS), kind, batch, steps, callbacks=(watch,))
-                events = sorted(watch.profiler.key_averages(), key=lambda e: e.self_cpu_time_total, reverse=True)
-                total = sum(event.self_cpu_time_total for event in events)
-                print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {total / 1e6:.2f} s in operations")
-                top = [(event.key, event.self_cpu_time_total / total, event.count) for event in events[:10]]
-                for name, part, calls in top:
-                    print(f"    {part:6.1%}  {name}  ({calls} calls)", flush=True)
-                records.append(
-                    {"model": label, "tokens": kind, "micro_batch": batch, "seconds": total / 1e6, "top": top}
-                )
+                seconds: dict[str, float] = {}
+                for event in watch.profiler.key_averages(group_by_input_shape=True):
+                    name = f"{event.key}{place_of(event.input_shapes)}"
+                    seconds[name] = seconds.get(name, 0.0) + event.self_cpu_time_total / 1e6
+                total = sum(seconds.values())
+                print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {total:.2f} s in operations")
+                top = sorted(seconds.items(), key=lambda item: -item[1])[:12]
+                for name, each in top:
+                    print(f"    {each / total:6.1%}  {name}", flush=True)
+                records.append({"model": label, "tokens": kind, "micro_batch": batch, "seconds": total, "top": top})
     return records
 
 

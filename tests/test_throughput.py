@@ -25,7 +25,7 @@ def run(tiny_llama, monkeypatch):
     monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: PEAK)
     module, callback, logged, lines = make_module(tiny_llama), Throughput(window=4), {}, []
     module.replicas, module.total_steps = replicas(1, 2), 100
-    module.log = lambda name, value, **_: logged.update({name: value})
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
     trainer = SimpleNamespace(
         global_step=0,
         fast_dev_run=False,
