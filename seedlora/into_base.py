@@ -54,9 +54,9 @@ def fuse_into_base(
 ) -> Path:
     """Fuse adapters and write the base model with the result added to its weights.
 
-    Holds the adapters, one shard of the base twice, as it was and as it becomes, and one layer's update at a time. Dense results, DoRA's among them, are
-    added as they are, without compression, unless a ``rank`` is asked for. Sums are taken in float32 and stored in the
-    base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
+    Holds the adapters, one shard of the base twice, as it was and as it becomes, and one layer's update at a time.
+    Dense results, DoRA's among them, are added as they are, without compression, unless a ``rank`` is asked for. Sums
+    are taken in float32 and stored in the base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
     weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it. Folders of
     whole models that were trained from this base are fused, too: :func:`fused_weights`.
 

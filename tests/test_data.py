@@ -63,7 +63,7 @@ def merging_tokenizer():
 
 
 def test_a_token_that_holds_the_end_of_the_prompt_and_the_begin_of_the_answer_is_supervised():
-    """The prompt alone has as many tokens as prompt and ``:h`` together: a mask of its length would miss the answer's."""
+    """The prompt alone has as many tokens as prompt and ``:h`` together: a mask of its length would miss that one."""
     tokenizer = merging_tokenizer()
     prompt = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."

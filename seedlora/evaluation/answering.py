@@ -396,6 +396,4 @@ def _write_plain(folder: Path, adapter: Adapter) -> None:
         auto_mapping=adapter.auto_mapping,
     )
     config.use_dora, config.target_modules = bool(adapter.magnitudes), set(layers)
-    write_adapter(
-        folder, layers, config, magnitudes=adapter.magnitudes, biases=adapter.biases, modules=adapter.modules
-    )
+    write_adapter(folder, layers, config, magnitudes=adapter.magnitudes, biases=adapter.biases, modules=adapter.modules)

@@ -96,6 +96,7 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
         raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
     if harness and arguments["endpoint"]:
         raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
+    _check_read(arguments)
     if not arguments["adapter"] and not arguments["base_model"]:
         raise ValueError("give at least one --adapter, or a --base-model to score alone")
     console = Console(stderr=True) if arguments["json"] else Console()
@@ -123,6 +124,25 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
         found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
     if arguments["json"]:
         print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
+
+
+#: Options that the harness, which has its own ways, does not read.
+_OF_TASKS = ("task_path", "prompt_style", "max_new_tokens", "execute_code", "without_sandbox", "against", "joint")
+
+
+def _check_read(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that is given and that nothing of what is asked for would read."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    idle: dict[str, Sequence[str]] = {
+        "--endpoint asks a server, which has its own": ("dtype", "batch_size") if arguments["endpoint"] else (),
+        "only --endpoint reads it": () if arguments["endpoint"] else ("concurrency", "timeout"),
+        "only --task reads it": () if arguments["task"] else _OF_TASKS,
+        "only --lm-eval reads it": () if arguments["lm_eval"] else ("lm_eval_path",),
+    }
+    for reason, keys in idle.items():
+        if given := [key for key in keys if arguments[key] != parser.get_default(key)]:
+            raise ValueError(f"--{given[0].replace('_', '-')} would change nothing: {reason}")
 
 
 def task_runs(

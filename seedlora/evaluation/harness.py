@@ -44,7 +44,7 @@ def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
             not read, which takes seconds.
 
     Raises:
-        ValueError: if the harness is not installed, or has no such task.
+        ValueError: if the harness is not installed, has no such task, or would run generated code for one.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -57,8 +57,29 @@ def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
             manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
             missing = [task for task in tasks if not manager.match_tasks([task])]
             if not missing:
+                _check_code(tasks, manager)
                 return manager
     raise ValueError(f"lm-evaluation-harness has no task '{missing[0]}'; lm-eval ls tasks lists them")
+
+
+def _check_code(tasks: Sequence[str], manager: Any) -> None:
+    """Raise ValueError for a task that runs what the model wrote; the harness itself refuses only when it starts."""
+
+    def runs_code(asked: str | Mapping[str, Any]) -> bool:
+        entry = manager.task_index.get(asked) if isinstance(asked, str) else None
+        config = asked if isinstance(asked, Mapping) else (entry.cfg if entry is not None else None) or {}
+        parts = config.get("task", [])
+        if isinstance(parts, str):  # a task of a group may be one of the table with changes
+            parts = [parts] if isinstance(asked, Mapping) else []
+        members = [*parts, *(entry.tags if entry is not None and entry.cfg is None else ())]
+        return bool(config.get("unsafe_code")) or any(map(runs_code, members))
+
+    for task in tasks:
+        if any(map(runs_code, manager.match_tasks([task]))):
+            raise ValueError(
+                f"lm-eval's {task} runs generated code outside a sandbox; score it by --task humaneval,mbpp "
+                "--execute-code instead"
+            )
 
 
 def harness_scores(

@@ -31,8 +31,11 @@ def knots_ties(
 
     Readings taken: the trim keeps one share of each adapter's entries over all layers together, as in the authors'
     code (``scope="model"`` of :func:`knots_thresholds`); called on a single layer, this function takes that layer's
-    own. A sum of exactly zero elects +1, where the authors' code takes the majority over the whole model. The scaling
-    ``alpha / r`` is included; the authors' code leaves it out, because it is 1 there.
+    own. A sum of exactly zero elects +1, where the authors' code takes the sign that most sums of the whole model have.
+    That matters only where kept entries cancel to the last bit, since what everyone trimmed is 0 either way; and the
+    majority is no fact about the updates, because an SVD leaves the sign of each row of the :math:`C_n` open. It would
+    cost one more pass over the layers. The scaling ``alpha / r`` is included; the authors' code leaves it out, because
+    it is 1 there.
 
     Args:
         stack: the adapters of one layer.
@@ -72,6 +75,9 @@ def knots_dare_ties(
     stack: LoRAFactors, *, p: float = 0.5, scale: float = 1.0, generator: torch.Generator | None = None
 ) -> LoRAFactors:
     r"""As :func:`knots_ties`, with DARE's random drop on the :math:`C_n` in the place of the trim.
+
+    The authors' code can trim what is left after the drop; here it is not, as in each of their configurations that
+    drops: these keep all of it (``topK`` 100), with p and scale .1/.7 (ViT-B/32), .1/.5 (ViT-L/14), .8/.4 (Llama3-8B).
 
     Cost: ``(D + K) * (N*R)**2`` multiplications and four copies of ``(N, N*R, K)``.
 

@@ -40,9 +40,8 @@ def run(adapters, *words, names=("seed_1", "seed_2", "fused"), tokens="12"):
     given = [word for name in names for word in ("--adapter", str(adapters / name))]
     data = ["--task-path", "gsm8k=gsm8k.jsonl"] if "--task" not in words else []
     task = ["--task", "gsm8k"] if "--task" not in words else []
-    return main(
-        ["evaluate", *given, *task, *data, "--max-new-tokens", tokens, "--dtype", "float32", *words], prompts=prompts
-    )
+    here = [] if "--endpoint" in words else ["--dtype", "float32"]
+    return main(["evaluate", *given, *task, *data, "--max-new-tokens", tokens, *here, *words], prompts=prompts)
 
 
 def samples(folder="evaluation"):
@@ -241,8 +240,27 @@ BAD = [
     (["--base-model", "./nowhere"], "Base model './nowhere' does not exist"),
     (["--without-sandbox"], "add --execute-code"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--concurrency", "4"], "--concurrency would change nothing: only --endpoint reads it"),
+    (["--timeout", "5"], "--timeout would change nothing: only --endpoint reads it"),
+    (["--lm-eval-path", "."], "--lm-eval-path would change nothing: only --lm-eval reads it"),
+    (["--endpoint", "http://x", "--batch-size", "4"], "--batch-size would change nothing: --endpoint asks a server"),
+    (["--endpoint", "http://x", "--dtype", "float16"], "--dtype would change nothing: --endpoint asks a serv"),
     (["--endpoint", "localhost:8000"], "is no address of a server; one is http://localhost:8000"),
 ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max-new-tokens", "9"],
+        ["--prompt-style", "plain"],
+        ["--execute-code"],
+        ["--against", "seed_1"],
+    ],
+)
+def test_options_of_tasks_are_not_taken_for_the_harness(adapters, words, capsys):
+    assert main(["evaluate", "--adapter", str(adapters / "seed_1"), "--lm-eval", "mmlu", *words], prompts=prompts) == 2
+    assert f"{words[0]} would change nothing: only --task reads it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])

@@ -113,6 +113,22 @@ def test_after_training_all_but_mixtures_are_scored(tiny_llama, folder, tmp_path
     assert alone["seed_42"]["our_choice"] == found["seed_42"]["our_choice"]
 
 
+def test_tasks_that_run_generated_code_are_refused_before_the_model_is_loaded(folder, capsys):
+    """Also in a group, a group of groups, an inline change, and by a tag."""
+    ours = (folder / "ours.yaml").read_text()
+    (folder / "code.yaml").write_text(ours.replace("our_choice", "our_code") + "tag: tagged\nunsafe_code: true\n")
+    (folder / "safe.yaml").write_text("group: safe\ntask: [our_choice]\n")
+    (folder / "inner.yaml").write_text("group: inner\ntask:\n  - our_choice\n  - task: our_code\n    num_fewshot: 1\n")
+    (folder / "outer.yaml").write_text("group: outer\ntask: [our_choice, inner]\n")
+    check_harness(["safe", "our_choice"], folder)
+    for task in ("our_code", "tagged", "inner", "outer", "our_c*"):
+        with pytest.raises(ValueError, match="runs generated code outside a sandbox; score it by --task humaneval"):
+            check_harness(["our_choice", task], folder)
+    words = ["evaluate", "--base-model", "nowhere", "--lm-eval", "outer", "--lm-eval-path", str(folder)]
+    assert main(words, prompts=prompts) == 2
+    assert "lm-eval's outer runs generated code" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_refused_before_the_model_is_loaded(folder):
     with pytest.raises(ValueError, match="nowhere is no folder with tasks"):
         check_harness(["our_choice"], folder / "nowhere")

@@ -119,7 +119,9 @@ def test_greedy_soup_is_none_of_its_trivial_cases():
         assert 1 < len(members) < n
 
 
-FACTORED = [name for name in METHODS if isinstance(METHODS[name].rule(make_stack(), **MEMBERS.get(name, {})), LoRAFactors)]
+FACTORED = [
+    name for name in METHODS if isinstance(METHODS[name].rule(make_stack(), **MEMBERS.get(name, {})), LoRAFactors)
+]
 
 
 @pytest.mark.parametrize("name", FACTORED)
