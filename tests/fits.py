@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from conftest import make_data, make_module
 from safetensors.torch import load_file
 from torch import Tensor
 
 from callbacks import SeedEnsembleCallback
+from seedlora.factors import LoRAFactors
+from seedlora.fuse import Fused, fuse
+from seedlora.merge import bind
 
 
 def fit(
@@ -76,3 +80,14 @@ def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, a
     assert found.keys() == wanted.keys()
     worst = {key: float((found[key].float() - wanted[key].float()).abs().max()) for key in wanted}
     assert max(worst.values()) <= atol, max(worst, key=worst.__getitem__)
+
+
+def fused_on(device: torch.device | str, method: str) -> Fused:
+    """What a method makes of two layers of three random adapters there."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = {
+        path: LoRAFactors(*(torch.randn(3, *shape, generator=generator) for shape in ((4, 40), (24, 4)))).to(device)
+        for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
+    }
+    options = {"score": lambda layers: float(next(iter(layers.values())).B.sum())} if method == "greedy_soup" else {}
+    return fuse(stacks, bind(method, options))

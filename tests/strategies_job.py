@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 from conftest import make_data, make_module
 
 from callbacks import SeedEnsembleCallback
-from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy
+from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
 
 SEEDS = (11, 42, 202)
 
@@ -95,6 +96,7 @@ def run(
     devices: int,
     poison: tuple[Poison, ...] = (),
     watched: bool = False,
+    accelerator: str = "cpu",
     **options: object,
 ) -> dict[str, object]:
     """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly.
@@ -111,7 +113,7 @@ def run(
     metrics = {}
     while callback.pending:
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=accelerator,
             max_epochs=5 if watched else 1,
             val_check_interval=0.5 if watched else 1.0,
             accumulate_grad_batches=2,
@@ -135,6 +137,14 @@ def run(
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
+
+
+def main_of_devices(base_model: str, folder: str, accelerator: str, names: str) -> None:
+    """Strategies, by their names in Lightning, on two devices of a kind."""
+    for name in names.split(","):
+        strategy = partial(choose_strategy, name, accelerator=accelerator)
+        dirpath = Path(folder) / name
+        run(base_model, dirpath, batch_size=2, strategy=strategy, devices=2, accelerator=accelerator)
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:
@@ -162,4 +172,4 @@ def main(base_model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    (main_of_kind if len(sys.argv) > 3 else main)(*sys.argv[1:])
+    {2: main, 3: main_of_kind, 4: main_of_devices}[len(sys.argv) - 1](*sys.argv[1:])

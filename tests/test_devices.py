@@ -8,14 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import built
-from fits import assert_close, fit, weights
+from fits import assert_close, fit, fused_on, weights
 from second_device import CPU, DEVICE, OnDevice, on_second_device, second_device
 
 from callbacks import EnsembleProgressBar, JSONLinesLogger, Throughput
 from seedlora.evaluation.generate import Prompt, StackGenerator
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse
-from seedlora.merge import METHODS, bind
+from seedlora.merge import METHODS
 
 SMALL = {"num_train": 8, "num_val": 4, "num_test": 4}
 ON_CPU = {"accelerator": lambda: "cpu"}
@@ -129,19 +127,10 @@ def test_the_host_waits_three_times_in_a_micro_batch(tiny_llama, tmp_path, devic
         }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_merge_rules(device, name):
-    options = {"members": [0, 2]} if name == "greedy_soup" else {}
-    generator = torch.Generator().manual_seed(0)
-    here = {
-        path: LoRAFactors(*(torch.randn(3, *shape, generator=generator) for shape in ((4, 40), (24, 4))))
-        for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
-    }
-    there = {path: factors.to(DEVICE) for path, factors in here.items()}
-    if name == "greedy_soup":
-        options = {"score": lambda layers: float(next(iter(layers.values())).B.sum())}
-    wanted, found = fuse(here, bind(name, options)), fuse(there, bind(name, options))
-    for path, factors in found.items():
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_rules(device, method):
+    wanted = fused_on(CPU, method)
+    for path, factors in fused_on(DEVICE, method).items():
         assert isinstance(factors.A, OnDevice)
         assert isinstance(factors.B, OnDevice)
         assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), atol=1e-5)

@@ -1,82 +1,179 @@
-"""The same code on a CUDA device; left out where there is none."""
+"""The same code on a CUDA device: ``pytest -m gpu``; left out where there is none.
+
+With ``SEEDLORA_TEST_DEVICE=cpu`` the same tests run on the CPU, as far as there is something to run, on a smaller model.
+"""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import built, make_data, make_module, replicas
-from safetensors.torch import load_file
+from conftest import built, make_data, make_module, replicas, save_tiny_llama
+from fits import assert_close, fit, fused_on, weights
 
-from callbacks import SeedEnsembleCallback
-from seedlora.plan import PeakMemory
+from callbacks import Throughput
+from seedlora.merge import METHODS
+from seedlora.plan import PeakMemory, memory_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def fit(base_model, dirpath, seeds, accelerator="gpu", **options):
-    ensemble = SeedEnsembleCallback(seeds, budget="full", dirpath=dirpath)
-    run = pl.Trainer(
-        max_epochs=1,
-        accelerator=accelerator,
-        devices=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[ensemble],
-    )
-    module, data = make_module(base_model, **options), make_data()
-    run.fit(module, datamodule=data)
-    run.test(module, datamodule=data, verbose=False)
-    return ensemble
-
-
-def weights(ensemble, name):
-    return load_file(ensemble.dirpath / name / "adapter_model.safetensors")
+DEVICE = torch.device(os.environ.get("SEEDLORA_TEST_DEVICE", "cuda"))
+CUDA = DEVICE.type == "cuda"
+ON = {"accelerator": lambda: "gpu" if CUDA else "cpu", "devices": lambda: 1}
+#: Attention's backward pass on a GPU adds in any order unless it is told not to.
+SAME_BITS = {"deterministic": "warn"}
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*deterministic"),
+]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_replica_of_a_stack_is_its_standalone_run(tiny_llama, tmp_path, dropout):
-    stack = fit(tiny_llama, tmp_path / "stack", [1, 2, 3], lora_dropout=dropout)
-    alone = fit(tiny_llama, tmp_path / "alone", [2], lora_dropout=dropout)
-    wanted = weights(alone, "seed_2")
-    found = weights(stack, "seed_2")
-    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-5) for key in wanted)
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """No TF32, which is torch's default too."""
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.fixture
+def smollm2(tmp_path):
+    """Random weights in the shape of the main job's model."""
+    save_tiny_llama(tmp_path / "model", seed=0, **(SMOLLM2 if CUDA else {}))
+    return str(tmp_path / "model")
+
+
+class Interrupted(Exception):
+    """What ends a run."""
+
+
+class Interrupt(pl.Callback):
+    """Ends a run before its fourth step."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise Interrupted
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.1}, {"adapter": "dora"}, {"gradient_checkpointing": True}], ids=str
+)
+def test_a_replica_of_a_stack_is_its_standalone_run(tiny_llama, tmp_path, options):
+    stack = fit(tiny_llama, tmp_path / "stack", [1, 2, 3], on=ON, trainer=SAME_BITS, test=False, **options)
+    alone = fit(tiny_llama, tmp_path / "alone", [2], on=ON, trainer=SAME_BITS, test=False, **options)
+    assert_close(weights(stack, "seed_2"), weights(alone, "seed_2"), atol=1e-5)
 
 
 def test_the_device_changes_nothing_but_rounding(tiny_llama, tmp_path):
-    gpu = fit(tiny_llama, tmp_path / "gpu", [1, 2])
-    cpu = fit(tiny_llama, tmp_path / "cpu", [1, 2], accelerator="cpu")
-    wanted, found = weights(cpu, "fused"), weights(gpu, "fused")
-    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-3) for key in wanted)
-    assert gpu.results.scores["fused"].n == 12
+    there = fit(tiny_llama, tmp_path / "there", on=ON)
+    here = fit(tiny_llama, tmp_path / "here", on={"accelerator": lambda: "cpu"})
+    assert_close(weights(there, "fused"), weights(here, "fused"), atol=1e-3)
+    assert there.results.scores["fused"].n == 12
 
 
-def test_seeds_in_passes_are_fused_live_with_those_on_disk(tiny_llama, tmp_path):
-    ensemble = SeedEnsembleCallback([1, 2], budget="full", stack_size=1, dirpath=tmp_path / "x")
-    module, data = make_module(tiny_llama), make_data()
-    for _ in ensemble.seeds:
-        run = pl.Trainer(
-            max_epochs=1, accelerator="gpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[ensemble]
-        )
-        run.fit(module, datamodule=data)
-        assert "val/loss_fused" in run.callback_metrics
-    together = fit(tiny_llama, tmp_path / "together", [1, 2])
-    wanted, found = weights(together, "fused"), weights(ensemble, "fused")
-    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-4) for key in wanted)
+def test_passes_live_fusion_choice_and_controls(tiny_llama, tmp_path):
+    choice = {"merge": "auto", "compare": "ties,dare_linear", "controls": "untrained"}
+    seeds = [1, 2, 3]
+    passes = fit(tiny_llama, tmp_path / "x", seeds, on=ON, ensemble={**choice, "stack_size": 2}, trainer=SAME_BITS)
+    together = fit(tiny_llama, tmp_path / "y", seeds, on=ON, ensemble={"merge": "soup"}, trainer=SAME_BITS)
+    assert_close(weights(passes, "soup"), weights(together, "fused"), atol=1e-4)
+    assert {"ties", "dare_linear", "greedy_soup"} <= passes.results.scores.keys()
 
 
-def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path):
-    first, second = (fit(tiny_llama, tmp_path / name, [1, 2], dtype="bfloat16") for name in ("a", "b"))
-    for key, value in weights(first, "fused").items():
-        assert torch.equal(weights(second, "fused")[key], value)
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "lora_dropout": 0.1}], ids=str)
+def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path, options):
+    first, second = (fit(tiny_llama, tmp_path / name, on=ON, trainer=SAME_BITS, test=False, **options) for name in "ab")
+    assert_close(weights(second, "fused"), weights(first, "fused"), atol=0)
+
+
+def test_a_resumed_run_has_the_same_bits(tiny_llama, tmp_path):
+    options = {"on": ON, "test": False, "lora_dropout": 0.1}
+    ensemble = {"checkpoint_every_n_steps": 1, "resume": True}
+    whole = fit(tiny_llama, tmp_path / "whole", ensemble=ensemble, trainer=SAME_BITS, **options)
+    with pytest.raises(Interrupted):
+        fit(tiny_llama, tmp_path / "x", ensemble=ensemble, trainer={**SAME_BITS, "callbacks": [Interrupt()]}, **options)
+    resumed = fit(tiny_llama, tmp_path / "x", ensemble=ensemble, trainer=SAME_BITS, **options)
+    assert_close(weights(resumed, "fused"), weights(whole, "fused"), atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_fused_is_what_the_cpu_fuses(method):
+    wanted = fused_on("cpu", method)
+    for path, factors in fused_on(DEVICE, method).items():
+        assert factors.B.device.type == DEVICE.type
+        assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), atol=1e-5)
+
+
+def test_the_main_job_and_its_memory(smollm2, tmp_path):
+    small = {} if CUDA else {"num_train": 24, "num_val": 8, "num_test": 8}
+    data = {"num_train": 200, "num_val": 16, "num_test": 32, "batch_size": 16, "eval_batch_size": 16, **small}
+    ensemble, options = {"merge": "seedlora"}, {"dtype": "bfloat16", "r": 8, "lora_alpha": 16}
+    log = {"callbacks": [Throughput()]}
+    module, rows = make_module(smollm2, **options), make_data(**data)
+    rows.tokenizer = module.tokenizer
+    rows.setup()
+    estimate, peak = memory_of(module, rows)(3).total, PeakMemory(DEVICE)
+    seeds = [11, 42, 202]
+    run = fit(smollm2, tmp_path / "run", seeds, on=ON, ensemble=ensemble, data=data, trainer=log, **options)
+    assert run.results.scores["fused"].n == data["num_test"]
+    assert all(tensor.isfinite().all() for tensor in weights(run, "fused").values())
+    if CUDA:
+        print(f"peak {peak.bytes / 2**30:.2f} GiB, estimated {estimate / 2**30:.2f}")
+        assert 0.7 < estimate / peak.bytes < 1.4
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_quantised_base(tiny_llama, tmp_path, quantization):
+    options = {"on": ON, "trainer": SAME_BITS, "quantization": quantization}
+    stack = fit(tiny_llama, tmp_path / "stack", [1, 2], ensemble={"stack_size": 1}, **options)
+    alone = fit(tiny_llama, tmp_path / "alone", [2], test=False, **options)
+    assert_close(weights(stack, "seed_2"), weights(alone, "seed_2"), atol=1e-5)
+
+
+def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path):
+    backend = "inductor" if CUDA else "aot_eager"
+    eager = fit(tiny_llama, tmp_path / "eager", on=ON, test=False)
+    compiled = fit(tiny_llama, tmp_path / "compiled", on=ON, test=False, compile=backend)
+    assert_close(weights(compiled, "fused"), weights(eager, "fused"), atol=1e-3)
+
+
+@pytest.mark.parametrize("strategies", ["ddp", "deepspeed_stage_2,fsdp2"])
+@pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_give_what_one_gives(tiny_llama, tmp_path, strategies):
+    accelerator, job = ON["accelerator"](), str(Path(__file__).parent / "strategies_job.py")
+    command = [sys.executable, job, tiny_llama, str(tmp_path), accelerator, strategies]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ensemble = {"stack_size": 2, "compare": "ties"}
+    trainer = {"accumulate_grad_batches": 2}
+    data = {"num_val": 9, "num_test": 13, "batch_size": 4, "eval_batch_size": 2}
+    one = fit(tiny_llama, tmp_path / "one", (11, 42, 202), on=ON, ensemble=ensemble, trainer=trainer, data=data)
+    for name in strategies.split(","):
+        folder = tmp_path / name
+        assert json.loads((folder / "results.json").read_text())["scores"].keys() == one.results.scores.keys()
+        for seed in ("seed_11", "seed_202"):
+            found = type(one)((11, 42, 202), dirpath=folder)
+            assert weights(found, seed).keys() == weights(one, seed).keys()
+            assert all(tensor.isfinite().all() for tensor in weights(found, seed).values())
 
 
 def test_rows_of_a_stack_see_their_own_adapter(tiny_llama):
-    module = built(tiny_llama, 1, 2, dtype="bfloat16").cuda()
+    module = built(tiny_llama, 1, 2, dtype="bfloat16").to(DEVICE)
     assert module.replicas == replicas(1, 2)
-    ids = torch.randint(0, 257, (2, 9), device="cuda")
+    ids = torch.randint(0, 257, (2, 9), device=DEVICE)
     with torch.no_grad():
         module.stack.route(["seed_1", "seed_2"])
         together = module.model(input_ids=ids).logits
@@ -85,8 +182,9 @@ def test_rows_of_a_stack_see_their_own_adapter(tiny_llama):
             assert torch.allclose(module.model(input_ids=ids[i : i + 1]).logits[0], together[i], atol=2e-2)
 
 
+@pytest.mark.skipif(not CUDA, reason="a CPU's memory is the process's")
 def test_peak_memory_is_the_device_s():
-    peak = PeakMemory(torch.device("cuda"))
-    block = torch.empty(2**24, dtype=torch.uint8, device="cuda")
+    peak = PeakMemory(DEVICE)
+    block = torch.empty(2**24, dtype=torch.uint8, device=DEVICE)
     del block
     assert 2**24 <= peak.bytes < 2**26
