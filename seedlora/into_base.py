@@ -56,9 +56,10 @@ def fuse_into_base(
 
     Holds the adapters, one shard of the base twice, as it was and as it becomes, and one layer's update at a time.
     Dense results, DoRA's among them, are added as they are, without compression, unless a ``rank`` is asked for. Sums
-    are taken in float32 and stored in the base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised: nothing is ever added to quantised
-    weights. Averaged ``modules_to_save`` take the place of the base's, averaged biases are added to it. Folders of
-    whole models that were trained from this base are fused, too: :func:`fused_weights`.
+    are taken in float32 and stored in the base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised:
+    nothing is ever added to quantised weights. Averaged ``modules_to_save`` take the place of the base's, averaged
+    biases are added to it. Folders of whole models that were trained from this base are fused, too:
+    :func:`fused_weights`.
 
     Args:
         sources: adapter folders or hub ids, or folders of whole models, of one base model.
@@ -145,6 +146,8 @@ def write_model(
     folder: Path, base: BaseWeights, change: Callable[[str, Tensor], Tensor], *, dtype: str | None = None
 ) -> None:
     """Write a base model with other weights into a folder, a shard at a time, its configuration and tokenizer too.
+
+    Of a shard, what was read of the old one and all of the new one are held until it is written: twice its size.
 
     Args:
         folder: that exists and is empty.
