@@ -111,12 +111,40 @@ def test_comparisons_against_scipy():
     first = min(1, 3 * wanted[order[0]])
     second = max(first, min(1, 2 * wanted[order[1]]))
     third = max(second, wanted[order[2]])
-    adjusted = [row["p_value_holm"] for row in found["comparisons"] if row["p_value"] is not None]
+    adjusted = [row["p_value_holm_table"] for row in found["comparisons"] if row["p_value"] is not None]
     assert [adjusted[i] for i in order] == pytest.approx([first, second, third])
     counts = sum(right[seed] for seed in SEEDS)
     for row in found["by_right_seeds"]:
         where = counts == row["right_seeds"]
         assert (row["items"], row["right"]["fused"]) == (where.sum(), right["fused"][where].sum())
+
+
+def outcomes(**only: tuple[int, int]) -> dict[str, str]:
+    """Items that seeds and soup get right, then those that only the fused adapter does, and only soup."""
+    ((fused, soup),) = only.values()
+    return {
+        "seed_11": "1" * (20 + fused + soup),
+        "seed_42": "1" * 20 + "0" * (fused + soup),
+        "soup": "1" * 20 + "0" * fused + "1" * soup,
+        "fused": "1" * 20 + "1" * fused + "0" * soup,
+    }
+
+
+def test_holm_is_over_tasks_and_the_same_in_report_and_evaluation(run, tiny_llama):
+    """By hand: 9 against 1 items have p = 2 (1 + 10) / 2^10, 5 against 0 have p = 2 / 2^5."""
+    (run / "evaluation").mkdir()
+    tasks = {name: {"items": outcomes(n=n)} for name, n in {"one": (9, 1), "two": (5, 0)}.items()}
+    (run / "evaluation" / "results.json").write_text(json.dumps({"tasks": tasks}))
+    own, one, two = (
+        {(row["adapter"], row["against"]): row for row in test["comparisons"]} for test in facts(run)["tests"]
+    )
+    pair = "fused", "soup"
+    assert (one[pair]["p_value"], two[pair]["p_value"]) == pytest.approx((22 / 1024, 1 / 16))
+    assert (one[pair]["p_value_holm"], two[pair]["p_value_holm"]) == pytest.approx((44 / 1024, 1 / 16))
+    # The run's own test set is scored by another protocol: one task.
+    assert own[pair]["p_value_holm"] == own[pair]["p_value"]
+    assert own[pair]["p_value_holm_table"] >= own[pair]["p_value"]
+    assert one["fused", "mean seed"]["p_value_holm"] is None
 
 
 def test_weights_against_the_dense_updates(stored):

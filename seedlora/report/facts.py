@@ -19,12 +19,13 @@ import yaml
 
 from seedlora.adapter import AdapterError, adapter_sha256, is_model, is_trained
 from seedlora.diagnostics import LayerFacts, layer_facts, module_facts, natural, sampled_entries
-from seedlora.evaluation import Difference, holm, paired_difference, wilson
+from seedlora.evaluation import Difference, adjust_over_tasks, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, base_of, hash_inputs, read_adapters, stack_adapters
 from seedlora.report.advice import advice
 from seedlora.report.results import (
     BASE,
+    BEST_SEED,
     FUSED,
     LOGITS,
     LONG_SEED,
@@ -38,7 +39,7 @@ from seedlora.report.results import (
 #: Plain data, as JSON has it.
 Facts: TypeAlias = dict[str, Any]
 
-BEST_SEED, COST_NAME = "best seed", "cost.json"
+COST_NAME = "cost.json"
 #: Points of a curve; longer ones are averaged over equal stretches.
 POINTS = 200
 #: Entries of every layer that the distributions are made of.
@@ -173,14 +174,24 @@ def _replaced(run: Path, merged: str | None) -> list[str]:
 def _tests(run: Path, seeds: Sequence[str], *, answered: bool) -> list[Facts]:
     """Those with the outcome of each item: the run's own and, if ``answered``, the tasks scored by generation."""
     tasks = _read(run / "evaluation" / "results.json").get("tasks", {}) if answered else {}
-    found = {"test set": _read(run / "results.json"), **tasks}
-    return [test_facts(name, stored, seeds) for name, stored in found.items() if stored.get("items")]
+    own, *others = (
+        [test_facts(name, stored, seeds) for name, stored in part.items() if stored.get("items")]
+        for part in ({"test set": _read(run / "results.json")}, tasks)
+    )
+    # Exact matches and generated answers are two protocols, so two families of tests.
+    for family in (own, *others):
+        adjust_over_tasks(((row["adapter"], row["against"]), row) for test in family for row in test["comparisons"])
+        for test in family:
+            test["tasks"] = len(family)
+    return [*own, *(test for family in others for test in family)]
 
 
 def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Facts:
     """Scores and comparisons on one test set, from each item's outcome.
 
-    Holm's rule adjusts for all McNemar tests that are listed for this test set.
+    Two adjustments of McNemar's p-values by Holm's rule: ``p_value_holm`` over tasks, for the same two adapters, which
+    is added where all tasks are at hand (:func:`seedlora.evaluation.adjust_over_tasks`), and ``p_value_holm_table``
+    over all tests that are listed for this test set.
 
     Args:
         name: of the test set.
@@ -211,7 +222,7 @@ def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Fa
     ]
     tested = [row for row in comparisons if row["p_value"] is not None]
     for row, p_value in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
-        row["p_value_holm"] = p_value
+        row["p_value_holm_table"] = p_value
     right_seeds = np.sum([items[seed] for seed in seeds], axis=0) if seeds else np.zeros(0)
     return {
         "name": name,
@@ -277,7 +288,7 @@ def _items(stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _difference(difference: Difference) -> Facts:
-    return {**asdict(difference), "shown": difference.shown, "p_value_holm": None}
+    return {**asdict(difference), "shown": difference.shown, "p_value_holm": None, "p_value_holm_table": None}
 
 
 # Training

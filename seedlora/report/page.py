@@ -279,21 +279,25 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
     if controls := [[label, meaning] for label, meaning in MEANING.items() if label in scored]:
         tables.append(Table(["control", "what it is"], controls, words=True))
     if test["comparisons"]:
+        over_tasks = test["tasks"] > 1
         lines.append(
-            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test, Holm the "
-            "same adjusted for all tests of the table. The mean seed is not right or wrong on an item, so it has no "
-            f"such test. The best seed, {test['best_seed']}, was picked by this test set, which flatters it."
+            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test"
+            + (f", Holm the same adjusted over the {test['tasks']} tasks" if over_tasks else "")
+            + ", Holm (table) the same adjusted for all tests of this table. The mean seed is not right or wrong on an "
+            f"item, so it has no such test. The best seed, {test['best_seed']}, was picked by this test set, which "
+            "flatters it."
         )
         tables.append(
             Table(
-                ["adapter", "against", "difference", "p", "Holm", "shown"],
+                ["adapter", "against", "difference", "p", *(["Holm"] if over_tasks else []), "Holm (table)", "shown"],
                 [
                     [
                         row["adapter"],
                         row["against"],
                         _interval(row),
                         _number(row["p_value"]),
-                        _number(row["p_value_holm"]),
+                        *([_number(row["p_value_holm"])] if over_tasks else []),
+                        _number(row["p_value_holm_table"]),
                         "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
                     # The fused adapter first; the others as they were scored.
