@@ -404,6 +404,8 @@ def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any
     """One task of ``results.json``."""
     found: dict[str, Any] = {
         "n": len(run.items),
+        "items_sha256": run.sha256,
+        "chance": run.task.chance,
         **run.settings,
         "protocol_max_new_tokens": run.task.max_new_tokens,
         "scores": None,

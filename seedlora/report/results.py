@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +23,22 @@ MEANING = {
     GAIN_SOUP: "soup times the factor that is best on the validation rows",
     GREEDY: "soup of the seeds that do not harm on the validation rows",
 }
+NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
 #: The file of a run that holds what the validation rows said when the seeds were fused.
 SELECTION_NAME = "selection.json"
+#: The file that holds how long each adapter was trained, on how many tokens, and which step was kept.
+TRAINED_NAME = "trained.json"
+
+
+def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
+    """What was asked for and does nothing where there is one seed, in a sentence.
+
+    Args:
+        options: of the command line, and whether each was given.
+    """
+    asked = [option for option, given in options.items() if given]
+    does = "does" if len(asked) == 1 else "do"
+    return f"With one seed {', '.join(asked)} {does} nothing: there is nothing to fuse or compare." if asked else None
 
 
 @dataclass(frozen=True)
