@@ -363,14 +363,15 @@ def _training(run: Path, seeds: Sequence[str], merged: str) -> Facts:
 def _shares(found: Facts, cost: Mapping[str, Any]) -> list[Facts]:
     """What the ensemble takes, and what one of its seeds takes alone; ``None`` where that is not known.
 
-    Tokens are those that were seen; until a seed is trained, those of the plan. The times of one seed are those of the
-    control that is trained for the tokens of all.
+    Tokens are those that were seen, for one seed their mean; until all seeds are trained, those of the plan. The times
+    of one seed are those of the control that is trained for the tokens of all.
     """
     if not (plan := found["cost"]):
         return []
     n, seen = len(plan["seeds"]), [found["trained_on"].get(seed, {}) for seed in found["seeds"]]
     estimates = (sum(plan.get(key, {}).values()) / 2**30 for key in ("memory", "memory_alone"))
-    took, alone = found["took"].get("seeds", {}), found["took"].get(LONG_SEED, {})
+    took, peak = found["took"].get("seeds", {}), cost.get("peak_bytes", 0) / 2**30
+    alone = took if n == 1 else found["took"].get(LONG_SEED, {})
     rows: list[tuple[str, float | None, float | None]] = []
     for key, planned, what in (("tokens", "tokens", "tokens"), ("scored", "supervised", "of these scored")):
         counts = [row[key] for row in seen if key in row]
@@ -381,7 +382,7 @@ def _shares(found: Facts, cost: Mapping[str, Any]) -> list[Facts]:
     rows += [
         ("trainable parameters", n * plan["trainable"], plan["trainable"]),
         ("memory of training, estimated, GiB", *estimates),
-        ("memory of training, its peak as measured, GiB", cost.get("peak_bytes", 0) / 2**30, None),
+        ("memory of training, its peak as measured, GiB", peak, peak if n == 1 else None),
         ("training on the tokens of all, seconds", took.get("training"), alone.get("training")),
         ("validating meanwhile, seconds", took.get("validation"), alone.get("validation")),
     ]
@@ -613,7 +614,7 @@ def _missing(found: Facts, *, excluded: Facts, config: Facts, record: Facts) -> 
         said.append("No test set was scored, or the outcomes of its items are not stored.")
     if found["cost"] is None:
         said.append("The plan and the versions of the libraries are not stored.")
-    elif not found["took"].get(LONG_SEED):
+    elif len(found["cost"]["seeds"]) > 1 and not found["took"].get(LONG_SEED):
         said.append(
             "No seed was trained alone, so what one takes is known in tokens and estimated in memory; the time is not "
             "known."
