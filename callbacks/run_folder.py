@@ -14,7 +14,7 @@ from typing import Any
 from seedlora.adapter import is_trained
 from seedlora.atomic import saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
-from seedlora.report.results import FUSED, SELECTION_NAME
+from seedlora.report.results import FUSED, SELECTION_NAME, TRAINED_NAME
 
 SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "results.json"
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
@@ -28,6 +28,7 @@ class RunFolder:
     - ``seed_11``, ..., ``long_seed``, ``wide_seed``: an adapter, or a whole model, that is trained. A seed or a trained
       control is finished when its folder is there.
     - ``excluded.json``: the adapters that were left out, and why.
+    - ``trained.json``: how long each adapter was trained, on how many tokens, and which step was kept.
     - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone.
     - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
     - ``results.json``: what the last test said.
@@ -145,6 +146,10 @@ class RunFolder:
     def leave_out(self, reasons: Mapping[str, str]) -> None:
         """Write down adapters that are left out, and why."""
         self.write(EXCLUDED_NAME, {**self.left_out, **reasons})
+
+    def add_trained(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write down how adapters were trained."""
+        self.write(TRAINED_NAME, {**(self._read(TRAINED_NAME) or {}), **rows})
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the JSON files."""

@@ -26,14 +26,23 @@ from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_train
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
-from seedlora.comparison import ALL_CONTROLS, NO_CONTROLS, Comparison
+from seedlora.comparison import Comparison
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
 from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
-from seedlora.report.results import FUSED, LOGITS, LONG_SEED, SELECTION_NAME, SOUP, WIDE_SEED
+from seedlora.report.results import (
+    ALL_CONTROLS,
+    FUSED,
+    LOGITS,
+    LONG_SEED,
+    NO_CONTROLS,
+    SELECTION_NAME,
+    SOUP,
+    WIDE_SEED,
+)
 from seedlora.selection import Layers, Score, members, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters
 
@@ -495,6 +504,7 @@ class SeedEnsembleCallback(pl.Callback):
             best["stale"] += 1
             if self.patience and best["stale"] >= self.patience:
                 module.idle.add(replica.name)
+                best["stopped"] = trainer.global_step
                 self._take_best(module, replica.name)
         if len(module.idle) == len(module.replicas):
             trainer.should_stop = True
@@ -562,6 +572,8 @@ class SeedEnsembleCallback(pl.Callback):
         for name in names:
             if name not in module.diverged:
                 module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            self.folder.add_trained(self._trained_on(trainer, module))
         if trainer.is_global_zero and module.diverged:
             self.folder.leave_out(module.diverged)
         trainer.strategy.barrier()
@@ -647,6 +659,8 @@ class SeedEnsembleCallback(pl.Callback):
         if trainer.is_global_zero:
             kinds = domains("test") if domains else {}
             stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
+            if rows := getattr(trainer.datamodule, "rows", None):
+                stored["items_sha256"] = rows["test"].take(np.array(items)).sha256()
             self.folder.write(RESULTS_NAME, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
@@ -775,6 +789,24 @@ class SeedEnsembleCallback(pl.Callback):
             for parameter, best in zip(module.stack.parameters(name), weights, strict=False):
                 parameter.copy_(best)
 
+    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, dict[str, Any]]:
+        """How long each adapter of this fit was trained, on how many tokens if that is known, which step is kept."""
+        loader = trainer.datamodule.train_dataloader()
+        batches = _limited(len(loader), trainer.limit_train_batches)
+        found = {}
+        for replica in module.replicas:
+            if replica.name in module.diverged:
+                continue
+            best = self._best.get(replica.name, {})
+            steps = best.get("stopped", trainer.global_step)
+            row = {"steps": steps, "stopped": "stopped" in best}
+            row["kept_step"] = best.get("step") if self.keep == "best" else None
+            if seen := getattr(loader.sampler, "seen", None):
+                per_epoch = -(-batches // trainer.accumulate_grad_batches)
+                row["tokens"], row["scored"] = seen(replica.order_seed, steps, steps_per_epoch=per_epoch)
+            found[replica.name] = row
+        return found
+
     def _terminate(self, signum: int, frame: Any) -> None:
         self._terminated = True
 
@@ -808,6 +840,9 @@ class SeedEnsembleCallback(pl.Callback):
             "trainer.limit_train_batches": trainer.limit_train_batches,
             "processes": trainer.world_size,
         }
+        # The same path may hold other rows by now.
+        rows = getattr(data, "rows", {})
+        settings |= {f"sha256 of the {part} rows": rows[part].sha256() for part in ("train", "val") if part in rows}
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
 

@@ -28,11 +28,18 @@ class Throughput(pl.Callback):
     weight and token, because frozen weights take no gradient, and 6 per adapter weight; the head only where a token is
     scored; attention's own products and recomputation are not counted.
 
+    It also keeps apart what a fit spends its time on, in :attr:`took`: ``starting``, ``training`` with its checkpoints,
+    ``validation`` with the fusion that is validated, and ``fusing``: writing the adapters, and choosing and fusing on
+    the validation rows. It must come before the callback that fuses.
+
     Args:
         window: micro-batches of the moving average.
     """
 
     def __init__(self, window: int = 20) -> None:
+        self._phase: tuple[str, float] | None = None
+        #: Seconds of the last fit by phase.
+        self.took: dict[str, float] = {}
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=window + 1)
         self._work: Work | None = None
         self._peak: int | None = None
@@ -43,16 +50,46 @@ class Throughput(pl.Callback):
         """Of one micro-batch, the median: one that waits for a compiler is no measure of the others."""
         return median(later - earlier for (earlier, *_), (later, *_) in pairwise(self._marks))
 
+    def enter(self, phase: str | None) -> None:
+        """Book the time until now, and begin another phase; ``None`` is the end."""
+        now = time.perf_counter()
+        if self._phase is not None:
+            name, since = self._phase
+            self.took[name] = self.took.get(name, 0.0) + now - since
+        self._phase = None if phase is None else (phase, now)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin to count."""
+        if stage == "fit":
+            self._phase, self.took = None, {}
+            self.enter("starting")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look up what the device can do."""
+        self.enter("training")
         self._marks.clear()
         self._announce_at = None if trainer.fast_dev_run else trainer.global_step + _MEASURED
         self._work = work(pl_module)
         self._peak = get_available_flops(trainer.strategy.root_device, pl_module.dtype_base)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The time of a validation is none of training's."""
+        if self._phase is not None and self._phase[0] == "training":
+            self.enter("validation")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew: the time of a validation is none of training's."""
+        """Begin anew."""
         self._marks.clear()
+        if self._phase is not None and self._phase[0] == "validation":
+            self.enter("training")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What follows is done once, whatever the training took."""
+        self.enter("fusing")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self.enter(None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

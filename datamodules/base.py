@@ -49,6 +49,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
 
     #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
     on_bad_row = "error"
+    #: Distributions whose version decides what the rows are.
+    libraries: tuple[str, ...] = ()
 
     def __init__(
         self,

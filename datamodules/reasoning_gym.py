@@ -55,6 +55,8 @@ class ReasoningGym(InstructionDataModule):
     The other arguments are those of :class:`~datamodules.base.InstructionDataModule`.
     """
 
+    libraries = ("reasoning-gym",)
+
     def __init__(
         self,
         *,

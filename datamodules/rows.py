@@ -5,6 +5,7 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens of the longest of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -121,6 +122,16 @@ class TokenRows:
         """Token ids of one row, and which are supervised."""
         part = slice(int(self.starts[row]), int(self.starts[row] + self.lengths[row]))
         return self.tokens[part], self.supervised[part]
+
+    def sha256(self) -> str:
+        """Of token ids and supervised places, row after row: the same for the same rows in the same order."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            ids, supervised = self.row(i)
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i4").tobytes())
+            digest.update(supervised.astype(np.bool_).tobytes())
+        return digest.hexdigest()
 
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The rows as input ids and labels of shape (len(rows), T), padded on the right.

@@ -83,11 +83,26 @@ class ReplicaSampler(Sampler[MicroBatch]):
         """The rows of one optimizer step of one replica, sorted by length (ties in the order drawn)."""
         if (seed, self.epoch) not in self._permutations:
             others = {key: drawn for key, drawn in self._permutations.items() if key[1] == self.epoch}
-            drawn = np.random.default_rng([seed, self.epoch]).permutation(len(self.lengths))
-            self._permutations = {**others, (seed, self.epoch): drawn}
+            self._permutations = {**others, (seed, self.epoch): self._permutation(seed, self.epoch)}
         permutation = self._permutations[seed, self.epoch]
         rows = permutation[step * self.rows_per_step : (step + 1) * self.rows_per_step]
         return rows[np.argsort(self.lengths[rows], kind="stable")]
+
+    def seen(self, seed: int, steps: int, *, steps_per_epoch: int) -> tuple[int, int]:
+        """Tokens that a replica has seen after so many optimizer steps from the start, and how many were scored.
+
+        Costs one permutation per epoch.
+        """
+        tokens = scored = 0
+        for epoch in range(-(-steps // steps_per_epoch)):
+            taken = min(steps - epoch * steps_per_epoch, steps_per_epoch) * self.rows_per_step
+            rows = self._permutation(seed, epoch)[:taken]
+            tokens += int(self.lengths[rows].sum())
+            scored += int(self.num_items[rows].sum())
+        return tokens, scored
+
+    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self.lengths))
 
     @property
     def packs_per_micro_batch(self) -> int:

@@ -32,7 +32,6 @@ from rich.console import Console
 from seedlora.adapter import CONFIG_NAME, adapter_sha256
 from seedlora.atomic import atomic_file
 from seedlora.card import CARD_NAME
-from seedlora.comparison import ALL_CONTROLS
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
 from seedlora.evaluation.command import make_sandbox, score, score_with_harness, task_runs
 from seedlora.evaluation.generate import StackGenerator
@@ -45,7 +44,7 @@ from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import model_commands, next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
-from seedlora.report.results import BASE
+from seedlora.report.results import ALL_CONTROLS, BASE
 from seedlora.strategies import ProcessWatch, choose_strategy, is_partitioned, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -178,7 +177,7 @@ class SeedLoRACLI(LightningCLI):
             args=["--data", parts.default_data, *args],
             parser_class=_Parser,
             save_config_callback=None,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress(), self.throughput]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress()]},
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -230,7 +229,8 @@ class SeedLoRACLI(LightningCLI):
         options = self.config_init.trainer
         # Lightning adds to the list that it is given, also when it makes the next trainer.
         chosen = options.callbacks or []
-        kwargs["callbacks"] = [*chosen] if isinstance(chosen, list) else [chosen]
+        # The clock comes before the ensemble, which fuses when training ends; those of the defaults come after it.
+        kwargs["callbacks"] = [self.throughput, *(chosen if isinstance(chosen, list) else [chosen])]
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
         if options.logger in (None, True):
@@ -357,7 +357,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
-        write_cost(ensemble.dirpath / COST_NAME, plan)
+        write_cost(ensemble.dirpath / COST_NAME, plan, getattr(data, "libraries", ()))
     console.print(plan.table())
     return plan
 
@@ -410,7 +410,11 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
         device = trainer.strategy.root_device
-        with timed(ensemble.dirpath / COST_NAME, device, control) if trainer.is_global_zero else nullcontext():
+        with (
+            timed(ensemble.dirpath / COST_NAME, device, cli.throughput, control)
+            if trainer.is_global_zero
+            else nullcontext()
+        ):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if trainer.fast_dev_run:
             return

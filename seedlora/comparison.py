@@ -10,11 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from seedlora.evaluation import paired_difference
+import numpy as np
+
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import Stacks, full_weights, fuse
 from seedlora.merge import BoundRule, MergeRule, Updates, bind
-from seedlora.report.results import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
+from seedlora.report.results import (
+    ALL_CONTROLS,
+    FUSED,
+    GAIN_SEED,
+    GAIN_SOUP,
+    GREEDY,
+    NO_CONTROLS,
+    SOUP,
+    UNTRAINED,
+    nothing_for_one_seed,
+)
 from seedlora.selection import (
     SCALES,
     Layers,
@@ -36,7 +47,6 @@ from seedlora.selection import (
 )
 
 AUTO, GAIN, NO_MERGE = "auto", "seedlora_gain", "none"
-NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
 #: Adapters in a forward while choosing: in bfloat16 those beside change a loss a little, by 0.003 on 203 tokens once.
 ALONE = 1
 CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS)
@@ -129,6 +139,11 @@ class Comparison:
             return "ensemble.controls"
         return "ensemble.compare greedy_soup" if GREEDY in self.compare else None
 
+    def nothing_for(self, n: int) -> str | None:
+        """What was asked for and does nothing with so many seeds, in a sentence."""
+        options = {f"--merge {self.merge}": self.chooses, "--compare": self.compare, "--controls": self.has_controls}
+        return nothing_for_one_seed(options) if n == 1 else None
+
     def lacks(self, selection: Mapping[str, Any]) -> str | None:
         """What is to be compared and was not settled on validation rows when the seeds were fused."""
         settled = selection.get("controls") or {}
@@ -171,9 +186,9 @@ class Comparison:
 
         Returns:
             The rule, and what was found on the way as plain data: ``candidates`` with their scores and the one
-            ``chosen``; ``scores`` by label; ``against``: loss of the fused adapter minus that of soup and of the best
-            seed, in nats per token with a bootstrap interval over rows; the ``controls`` as they were tuned; and the
-            losses of soup and rule over ``subsets`` of the seeds.
+            ``chosen``; the names of all whose loss is ``not_finite``; ``scores`` by label; ``against``: loss of the
+            fused adapter minus that of soup and of the best seed, in nats per token with a bootstrap interval over
+            rows; the ``controls`` as they were tuned; and the losses of soup and rule over ``subsets`` of the seeds.
         """
         assert self.rule is not None
         n, by, lazily = len(seeds), self.select_by, partial(score_lazily, score=score, at_once=ALONE)
@@ -181,6 +196,7 @@ class Comparison:
         best_seed = choose({seed: found[seed] for seed in seeds}, by=by)
         rules = self.candidates(list(stacks), n)
         scores = score_rules(stacks, rules, score, at_once=ALONE)
+        tuned: dict[str, RowScores] = {}
         controls: dict[str, Any] = {GAIN_SEED: {"seed": best_seed}} if self.has_controls and n > 1 else {}
         if self._wants_greedy and n > 1:
             greedy = greedy_soup(stacks, score, by=by)
@@ -198,7 +214,7 @@ class Comparison:
             soups = scaled_soups(n)
             tuned = score_rules(stacks, soups, score, at_once=ALONE)
             best = choose(tuned, by=by)
-            controls[GAIN_SOUP] = {**described(soups[best]), "candidates": _rows(soups, tuned)}
+            controls[GAIN_SOUP] = {"name": best, **described(soups[best]), "candidates": _rows(soups, tuned)}
             found[GAIN_SOUP] = tuned[best]
             last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
             last[GREEDY] = partial(fuse, stacks, soup_of(controls[GREEDY]["members"]))
@@ -208,6 +224,7 @@ class Comparison:
         others = [best_seed, *([SOUP] if n > 1 else [])]
         return rule, {
             "by": by,
+            "not_finite": sorted(name for name, row in {**scores, **tuned, **found}.items() if not _is_finite(row)),
             "rows": len(first.tokens),
             "tokens": int(first.tokens.sum()),
             "asked": self.method_name,
@@ -302,10 +319,23 @@ def _is_finite(row: RowScores) -> bool:
     return math.isfinite(row.loss)
 
 
-def _loss_difference(a: RowScores, b: RowScores) -> dict[str, Any]:
-    """Loss per token of ``a`` minus ``b`` with its interval."""
-    tokens = float(a.tokens.double().mean())
-    first, second = ((row.losses.double() / tokens).numpy() for row in (a, b))
-    # Memory is resamples times rows.
-    found = paired_difference(first, second, resamples=max(200, min(10_000, 20_000_000 // len(first))))
-    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "shown": found.shown}
+def _loss_difference(a: RowScores, b: RowScores, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    r"""Loss per token of ``a`` minus ``b`` with its 95 % bootstrap interval over rows.
+
+    A resample has its own number of tokens, so it is a ratio of sums:
+
+    .. math:: \frac{\sum_{i \in S} (l^a_i - l^b_i)}{\sum_{i \in S} t_i}
+
+    Args:
+        a: on the same rows as ``b``.
+        b: what it is compared with.
+        resamples: at most, and at least 200; memory is resamples times rows.
+        seed: of the resampling.
+    """
+    differences, tokens = (a.losses.double() - b.losses.double()).numpy(), a.tokens.double().numpy()
+    n = len(tokens)
+    size = max(200, min(resamples, 20_000_000 // n))
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size)
+    low, high = np.quantile((draws @ differences) / (draws @ tokens), [0.025, 0.975]).tolist()
+    value = float(differences.sum() / tokens.sum())
+    return {"value": value, "low": low, "high": high, "n": n, "shown": low > 0 or high < 0}

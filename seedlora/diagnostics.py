@@ -1,6 +1,7 @@
 """What a set of adapters looks like, computed from its factors.
 
-Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``S`` sampled entries.
+Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``P`` rows of one block, ``S``
+sampled entries, ``E`` edges.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from seedlora.factors import LoRAFactors
 from seedlora.merge import (
+    Updates,
     cosines,
     gram,
     mean_cosine,
     means,
+    row_blocks,
     shrinkage,
     singular_values,
     spread_gain,
@@ -92,6 +95,31 @@ class ModuleFacts:
     merged_effective_rank: float | None
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How the entries of updates are distributed.
+
+    Attributes:
+        edges: of the bins, ascending.
+        counts: entries of each update in each bin; an entry on an edge is in the bin above it, one on the last edge in
+            the last bin.
+        entries: of each update, those beyond the edges too.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    entries: int
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """The entries of both, over the same edges."""
+        if self.edges != other.edges or len(self.counts) != len(other.counts):
+            raise ValueError("histograms can be added if they are of as many updates over the same edges")
+        counts = (
+            tuple(a + b for a, b in zip(*rows, strict=True)) for rows in zip(self.counts, other.counts, strict=True)
+        )
+        return Histogram(self.edges, tuple(counts), self.entries + other.entries)
+
+
 def natural(text: str) -> list[tuple[bool, int, str]]:
     """A key that sorts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
@@ -160,6 +188,28 @@ def sampled_entries(
     d, k = stack.shape
     i, j = (torch.randint(size, (samples,), generator=generator).to(stack.A.device) for size in (d, k))
     return torch.einsum("nsr,nrs->ns", stack.B[:, i].double(), stack.A[:, :, j].double())
+
+
+def histogram(stack: Updates, edges: Float[Tensor, " E"]) -> Histogram:
+    """Count every entry of every update, exactly, a block of rows at a time.
+
+    Costs ``N*D*K*R`` multiplications and as many binary searches in the edges as there are entries; one block is held.
+
+    Args:
+        stack: the adapters of one layer.
+        edges: of the bins, ascending.
+
+    Raises:
+        ValueError: if there are fewer than two edges, or they do not ascend.
+    """
+    if edges.ndim != 1 or len(edges) < 2 or not bool((edges.diff() > 0).all()):
+        raise ValueError("histogram needs at least two ascending edges")
+    counts = torch.zeros(len(stack), len(edges) - 1, dtype=torch.long)
+    for block_NPK in row_blocks(stack):
+        block_NPK, bins = block_NPK.cpu(), edges.to(block_NPK.dtype).cpu()
+        counts += torch.stack([torch.histogram(rows_PK, bins).hist.long() for rows_PK in block_NPK.flatten(1)])
+    rows, columns = stack.shape
+    return Histogram(tuple(edges.tolist()), tuple(map(tuple, counts.tolist())), rows * columns)
 
 
 def sign_agreement(stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None) -> float:

@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,7 +20,7 @@ import torch
 from rich.table import Table
 
 from seedlora.atomic import write_text
-from seedlora.base_model import attention, outline
+from seedlora.base_model import attention, identity, outline
 from seedlora.head import chunk_rows
 from seedlora.quantization import QUANTIZATIONS
 from seedlora.strategies import ONE_PROCESS, Sharding, sharding
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("equal", "full")
 #: Whose versions a run writes down.
-LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "peft")
+LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 
 
 @dataclass(frozen=True)
@@ -211,6 +210,8 @@ class RunPlan:
         compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
         processes: that train, each with the memory estimated.
+        left_out: what became of rows that are not used as they are, a sentence for each source that has some.
+        note: what was asked for and does nothing.
     """
 
     seeds: Sequence[int]
@@ -235,6 +236,8 @@ class RunPlan:
     compile: str | None
     controls: str | None
     processes: int = 1
+    left_out: Sequence[str] = ()
+    note: str | None = None
 
     def table(self) -> Table:
         """The plan as a table for the terminal."""
@@ -265,6 +268,7 @@ class RunPlan:
             "merge": self.merge,
             "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
             "controls": self.controls,
+            "note": self.note,
         }
         for name, value in rows.items():
             if value is not None:
@@ -318,37 +322,53 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
             else None
         ),
         processes=trainer.world_size,
+        left_out=_left_out(data),
+        note=ensemble.comparison.nothing_for(n),
     )
 
 
-def write_cost(file: Path, plan: RunPlan) -> None:
-    """Write down what a run is going to do and by which libraries; what an earlier part took is kept."""
-    versions = {name: version(name) for name in LIBRARIES}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"seconds": 0.0, "controls": {}}
-    taken = {key: before[key] for key in ("seconds", "controls", "peak_bytes") if key in before}
-    cost = {"plan": asdict(plan), "versions": {"python": python_version(), **versions}, **taken}
+def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
+    """Write down what a run is going to do and by which libraries; what an earlier part took is kept.
+
+    Args:
+        file: to write.
+        plan: of the run.
+        libraries: further ones, which decide the data.
+    """
+    versions = {name: version(name) for name in (*LIBRARIES, *libraries)}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    taken = {"took": before.get("took", {}), "peak_bytes": before.get("peak_bytes", 0)}
+    cost = {
+        "plan": asdict(plan),
+        "versions": {"python": python_version(), **versions},
+        "base": identity(plan.model),
+        **taken,
+    }
     write_text(file, json.dumps(cost, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def timed(file: Path, device: torch.device, control: str | None = None) -> Iterator[None]:
-    """Add the seconds that the block takes to those in a cost file, also when it is interrupted.
+def timed(file: Path, device: torch.device, clock: Any, control: str | None = None) -> Iterator[None]:
+    """Add the seconds that a fit takes, phase by phase, to those in a cost file, also when it is interrupted.
 
     Args:
         file: written by :func:`write_cost`.
         device: whose memory is watched, while seeds are trained.
+        clock: the callback that knows the seconds of each phase: ``took``, and ``enter(None)`` to stop it.
         control: the control that is trained; default: the seeds.
     """
-    started, peak = time.monotonic(), PeakMemory(device)
+    peak = PeakMemory(device)
     try:
         yield
     finally:
+        clock.enter(None)
         if file.is_file():
             cost = json.loads(file.read_text(encoding="utf-8"))
-            where, key = (cost, "seconds") if control is None else (cost["controls"], control)
-            where[key] = where.get(key, 0.0) + time.monotonic() - started
+            before = cost["took"].get(control or "seeds", {})
+            added = {phase: before.get(phase, 0.0) + seconds for phase, seconds in clock.took.items()}
+            cost["took"][control or "seeds"] = {**before, **added}
             if control is None:
-                cost["peak_bytes"] = max(cost.get("peak_bytes", 0), peak.bytes)
+                cost["peak_bytes"] = max(cost["peak_bytes"], peak.bytes)
             write_text(file, json.dumps(cost, indent=2) + "\n")
 
 
@@ -525,8 +545,11 @@ def device_memory(trainer: pl.Trainer) -> int:
 
 def _rows(data: Any) -> str:
     parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
-    lost = "; ".join(filter(None, (counts.sentence() for counts in data.counts.values())))
-    return f"{type(data).__name__}: {parts}" + (f"; {lost}" if lost else "")
+    return "; ".join([f"{type(data).__name__}: {parts}", *_left_out(data)])
+
+
+def _left_out(data: Any) -> list[str]:
+    return [sentence for counts in data.counts.values() if (sentence := counts.sentence())]
 
 
 def _counted(number: int, noun: str) -> str:

@@ -40,7 +40,7 @@ from seedlora.fuse import RECORD_NAME, base_of, fuse, fuse_folders, read_adapter
 from seedlora.gguf import convert, gguf_command
 from seedlora.into_base import fuse_into_base
 from seedlora.merge import COMMON, METHODS, Updates, bind, factored
-from seedlora.report.facts import weight_facts
+from seedlora.report.facts import LAYERS, weight_facts
 from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.page import runs_table, write_comparison, write_report
 from seedlora.report.results import FUSED
@@ -50,6 +50,7 @@ from seedlora.serving import NOT_KNOWN, servable, vllm_rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Options that only Python can give: functions and generators.
 _PYTHON_ONLY = {"generator", "score"}
+_LAYERS_HELP = "of the middle, whose entries are counted: attention, ffn, all, or a regular expression"
 _BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
 #: The rank at which updates of full rank are shown.
 _SHOWN_RANK = 64
@@ -122,12 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--method", default="seedlora", help="the merge that is shown beside them")
     compare.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
     compare.add_argument("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
+    compare.add_argument("--layers", default=LAYERS, help=_LAYERS_HELP)
     compare.add_argument("--json", action="store_true", help="print every layer as JSON")
 
     add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
 
     report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
     report.add_argument("runs", nargs="+", help="folders of runs of train.py")
+    report.add_argument("--layers", default=LAYERS, help=_LAYERS_HELP)
     report.add_argument("--out", default="comparison", help="folder of the comparison of several runs")
     report.add_argument("--json", action="store_true", help="print what is in report.json")
 
@@ -270,7 +273,7 @@ def _compare(arguments: Mapping[str, Any]) -> None:
     merged = fuse(stacks, bind(arguments["method"]))
     layers = _facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
-    drawn = [] if arguments["plot"] is None else _plot(Path(arguments["plot"]), stacks, merged, names)
+    drawn = [] if arguments["plot"] is None else _plot(arguments, stacks, merged, names)
     if arguments["json"]:
         modules = [asdict(row) for row in module_facts(layers)]
         found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
@@ -325,15 +328,16 @@ def _report(arguments: Mapping[str, Any]) -> None:
     with _progress() as progress:
         for run in runs:
             task = progress.add_task(run.name, total=None)
-            found.append(write_report(run, on_layer=lambda _path: progress.advance(task)))  # noqa: B023 - called now
-    several = write_comparison(found, arguments["out"]) if len(runs) > 1 else None
+            advance = lambda _path: progress.advance(task)  # noqa: B023, E731 - called now
+            found.append(write_report(run, layers=arguments["layers"], on_layer=advance))
+    several = write_comparison(found, runs, arguments["out"]) if len(runs) > 1 else None
     if arguments["json"]:
         _print_json(several or found[0])
         return
     console = Console()
     for run, facts in zip(runs, found, strict=True):
         console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False, soft_wrap=True)
-        for sentence in facts["missing"]:
+        for sentence in (*facts["advice"]["sentences"], *facts["left_out"], *facts["missing"]):
             console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
     if several is not None:
         rows = runs_table(several["runs"])
@@ -348,12 +352,16 @@ def _report(arguments: Mapping[str, Any]) -> None:
 
 
 def _plot(
-    folder: Path, stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors], names: Sequence[str]
+    arguments: Mapping[str, Any],
+    stacks: Mapping[str, LoRAFactors],
+    merged: Mapping[str, LoRAFactors],
+    names: Sequence[str],
 ) -> list[str]:
     """Draw the report's figures of the weights, each as a file."""
-    short = [Path(name).name for name in names]
+    folder, short = Path(arguments["plot"]), [Path(name).name for name in names]
     names = short if len(set(short)) == len(short) else names
-    drawn = weight_figures(weight_facts(stacks, names, merged=FUSED, fused=merged), colours(names))
+    found = weight_facts(stacks, names, merged=FUSED, fused=merged, layers=arguments["layers"])
+    drawn = weight_figures(found, colours(names))
     for name, svg in drawn.items():
         write_text(folder / f"{name}.svg", standalone(svg) + "\n")
     return [str(folder / f"{name}.svg") for name in drawn]

@@ -58,12 +58,12 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
     ):
         assert text in shown
     written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
-    written |= {"soup", "selection.json", "cost.json", "report.html", "report.md", "report.json"}
+    written |= {"soup", "selection.json", "cost.json", "report.html", "report.md", "report.json", "trained.json"}
     assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
     results = json.loads((folder / "results.json").read_text())
     assert list(results["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]
     assert all(score["n"] == 12 for score in results["scores"].values())
-    assert set(results["differences"]["fused"]) == {"mean seed", "soup"}
+    assert set(results["differences"]["fused"]) == {"mean seed", "best seed", "soup"}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"train/loss_seed_42", "val/loss_seed_42", "val/loss_fused"} <= {key for line in metrics for key in line}
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -181,6 +181,18 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_llama, capsys):
     assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume", "--model.r", "4") == 2
     assert "here was started with model.r = 8, now it is 4" in capsys.readouterr().err
     assert Path("here/fused/adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_does_not_go_on_with_other_rows_at_the_same_path(tiny_llama, capsys):
+    rows = [{"prompt": f"{i}?", "response": "yes"} for i in range(12)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "rows.jsonl", "--merge"]
+    options += ["none", "--ensemble.seeds", "[1]", "--ensemble.dirpath", "here", "--trainer.max_steps", "1"]
+    assert main(PARTS, options) == 0
+    rows[3]["response"] = "no"
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(PARTS, [*options, "--resume"]) == 2
+    assert "here was started with sha256 of the train rows = '" in capsys.readouterr().err
 
 
 def test_one_more_seed_trains_just_that_seed(tiny_llama):

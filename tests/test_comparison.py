@@ -16,10 +16,11 @@ from conftest import built, make_data, make_module
 from callbacks import SeedEnsembleCallback
 from datamodules import ReasoningGym
 from seedlora.adapter import read_adapter
-from seedlora.comparison import Comparison
+from seedlora.comparison import Comparison, _loss_difference
 from seedlora.fuse import fuse, stack_adapters
 from seedlora.merge import bind, soup
 from seedlora.report.advice import advice
+from seedlora.selection import RowScores
 from tests.test_selection import rows, stacks
 
 SEEDS = [1, 2, 3]
@@ -279,6 +280,7 @@ def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
         json.dumps(found, allow_nan=False)
         assert found["best_seed"] == "seed_1"
         assert "seed_2" not in found["scores"]
+        assert "seed_2" in found["not_finite"]
         assert found["controls"]["greedy_soup"]["members"][0] != 1
         assert found["against"]["soup"]["value"] == 0
         assert rule.name == (merge if merge == "seedlora" else "soup" if merge != "greedy_soup" else merge)
@@ -322,3 +324,30 @@ def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="controls all trains an adapter of another rank.*pissa.*use untrained"):
         callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_interval_of_a_loss_difference_resamples_rows_with_their_tokens():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, size=80)
+    first, second = (torch.tensor(tokens * rng.normal(mean, 0.4, size=80)) for mean in (2.0, 1.8))
+    a, b = (RowScores(losses, torch.zeros(80, dtype=torch.bool), torch.tensor(tokens)) for losses in (first, second))
+    found = _loss_difference(a, b)
+    draws = []
+    for _ in range(4000):
+        some = rng.integers(80, size=80)
+        draws.append(float((first - second)[some].sum()) / tokens[some].sum())
+    assert found["value"] == pytest.approx(a.loss - b.loss)
+    np.testing.assert_allclose([found["low"], found["high"]], np.quantile(draws, [0.025, 0.975]), atol=0.012)
+    # One difference per token, whatever the row's length: no resample can say otherwise.
+    c = RowScores(second + 0.25 * torch.tensor(tokens), b.correct, b.tokens)
+    same = _loss_difference(c, b)
+    assert (same["low"], same["high"]) == pytest.approx((0.25, 0.25))
+
+
+def test_what_one_seed_cannot_use_is_said():
+    asked = Comparison("auto", compare=["ties"], controls="untrained")
+    assert asked.nothing_for(1) == (
+        "With one seed --merge auto, --compare, --controls do nothing: there is nothing to fuse or compare."
+    )
+    assert asked.nothing_for(2) is None
+    assert Comparison("seedlora").nothing_for(1) is None

@@ -159,3 +159,25 @@ def test_lengths_are_sorted_within_a_step(data):
     sampler = ReplicaSampler(data.rows["train"], seeds=[1], batch_size=24)
     (micro,) = sampler
     assert (np.diff(lengths[list(micro.rows[0])]) >= 0).all()
+
+
+def test_tokens_seen_are_those_of_the_steps_over_the_epochs(data):
+    rows = data.rows["train"]
+    sampler = ReplicaSampler(rows, seeds=[1], batch_size=2, accumulate=3)
+    taken = []
+    for epoch, steps in ((0, 3), (1, 3), (2, 1)):
+        sampler.set_epoch(epoch)
+        taken += [row for step in range(steps) for micro in sampler.micro_batches(step) for row in micro.rows[0]]
+    assert len(taken) == 7 * 6
+    wanted = rows.lengths[taken].sum(), rows.num_items[taken].sum()
+    assert sampler.seen(1, 7, steps_per_epoch=3) == wanted
+
+
+def test_the_hash_of_rows_is_of_what_is_trained_on(tokenizer):
+    ends = [
+        tokens([exchange("a b", response)], tokenizer, style="plain", max_length=50) for response in ("c", "d", "c")
+    ]
+    assert ends[0].sha256() == ends[2].sha256() != ends[1].sha256()
+    both = tokens([exchange("a b", "c"), exchange("a b", "d")], tokenizer, style="plain", max_length=50)
+    assert both.take(np.array([1, 0])).sha256() != both.sha256()
+    assert both.take(np.array([0])).sha256() == ends[0].sha256()

@@ -1,9 +1,11 @@
 """Every fact against the dense matrices."""
 
+import numpy as np
 import pytest
 import torch
 
 from seedlora import diagnostics
+from seedlora.diagnostics import histogram
 from seedlora.factors import LoRAFactors
 from seedlora.merge import soup
 from tests.merge.cases import dense_list, make_stack
@@ -65,3 +67,22 @@ def test_zero_updates():
 def test_layers_are_sorted_as_people_count():
     paths = ["model.layers.10.x", "model.layers.2.x", "model.layers.2.a"]
     assert sorted(paths, key=diagnostics.natural) == [paths[2], paths[1], paths[0]]
+
+
+def test_histogram_counts_every_entry(monkeypatch):
+    """In blocks of rows, the last one smaller, against the dense updates."""
+    monkeypatch.setattr("seedlora.merge._dense.BLOCK_ENTRIES", 3 * 2 * 7)
+    generator = torch.Generator().manual_seed(0)
+    stack = LoRAFactors(torch.randn(2, 3, 7, generator=generator), torch.randn(2, 10, 3, generator=generator))
+    edges = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    found = histogram(stack, edges)
+    assert found.entries == 70
+    for counts, dense in zip(found.counts, stack.dense(), strict=True):
+        assert list(counts) == np.histogram(dense.numpy(), edges.numpy())[0].tolist()
+    assert sum(found.counts[0]) < 70, "some are beyond the edges"
+    both = found + found
+    assert (both.entries, both.counts[1][3]) == (140, 2 * found.counts[1][3])
+    with pytest.raises(ValueError, match="over the same edges"):
+        found + histogram(stack, edges[1:])
+    with pytest.raises(ValueError, match="at least two ascending edges"):
+        histogram(stack, edges.flip(0))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from conftest import built, make_data
+from rich.console import Console
 from scipy import stats
 
-from seedlora.evaluation import mcnemar, paired_difference, wilson
-from seedlora.report import results, verdict
+from seedlora.evaluation import adjust_over_tasks, mcnemar, paired_difference, wilson
+from seedlora.report import results, results_table, verdict
 
 
 def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
@@ -86,11 +89,29 @@ def test_results_compare_the_merged_adapters_with_mean_seed_and_soup():
     assert fused["mean seed"].value == pytest.approx(correct[:, 4].mean() - correct[:, 1:3].mean())
     assert fused["mean seed"].p_value is None
     assert fused["soup"].p_value is not None
-    assert set(found.differences["soup"]) == {"mean seed"}
-    assert "The fused adapter: better than mean seed by" in verdict(found)
+    assert set(found.differences["soup"]) == {"mean seed", "best seed"}
+    best = max(("seed_1", 1), ("seed_2", 2), key=lambda seed: correct[:, seed[1]].sum())
+    assert found.best_seed == best[0]
+    assert fused["best seed"].value == pytest.approx(correct[:, 4].mean() - correct[:, best[1]].mean())
+    said = verdict(found)
+    assert "The fused adapter: better than mean seed by" in said
+    assert f"Against {best[0]}, the best seed of these very items, which flatters it: +" in said
+    assert f"McNemar's exact test, p against {best[0]} {fused['best seed'].p_value:.2g}, soup " in said
+    stored = found.to_dict()["differences"]["fused"]
+    assert stored["best seed"]["p_value_holm"] == stored["best seed"]["p_value"] == fused["best seed"].p_value
+    assert "p_value_holm" not in stored["mean seed"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table(found))
+    assert "best seed" not in console.export_text()
+
+
+def test_holm_over_tasks_is_for_the_same_two_adapters():
+    rows = [{"p_value": p} for p in (0.02, 0.03, 0.01, None)]
+    adjust_over_tasks(zip(["a", "a", "b", "b"], rows, strict=True))
+    assert [row.get("p_value_holm") for row in rows] == [0.04, 0.04, 0.01, None]
 
 
 def test_a_difference_whose_interval_covers_0_is_not_claimed():
     correct = np.array([[i % 2, i % 2, i % 3 == 0] for i in range(40)], dtype=bool)
     found = results(correct, ["seed_1", "seed_2", "soup"], ["seed_1", "seed_2"], metric="x")
-    assert verdict(found) == "Soup: no difference from mean seed shown."
+    assert verdict(found).splitlines()[0] == "Soup: no difference from mean seed shown."

@@ -6,21 +6,24 @@ import json
 import re
 import shutil
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from scipy import stats
 
-from datamodules import ReasoningGym
+from datamodules import ReasoningGym, prompts
 from seedlora import cli, shell
 from seedlora.fuse import read_adapters
 from seedlora.report.facts import POINTS, facts, test_facts
-from seedlora.report.figures import colours, domains, figures
+from seedlora.report.figures import _line, _marker, colours, domains, figures
 from seedlora.report.page import write_report
+from seedlora.report.results import MEANING
+from tests.report_page import Page, check_page, comparison_tables, heat_maps, run_numbers, run_tables
 from tests.test_cli import SMALL
 from train import PARTS
 
@@ -111,12 +114,40 @@ def test_comparisons_against_scipy():
     first = min(1, 3 * wanted[order[0]])
     second = max(first, min(1, 2 * wanted[order[1]]))
     third = max(second, wanted[order[2]])
-    adjusted = [row["p_value_holm"] for row in found["comparisons"] if row["p_value"] is not None]
+    adjusted = [row["p_value_holm_table"] for row in found["comparisons"] if row["p_value"] is not None]
     assert [adjusted[i] for i in order] == pytest.approx([first, second, third])
     counts = sum(right[seed] for seed in SEEDS)
     for row in found["by_right_seeds"]:
         where = counts == row["right_seeds"]
         assert (row["items"], row["right"]["fused"]) == (where.sum(), right["fused"][where].sum())
+
+
+def outcomes(**only: tuple[int, int]) -> dict[str, str]:
+    """Items that seeds and soup get right, then those that only the fused adapter does, and only soup."""
+    ((fused, soup),) = only.values()
+    return {
+        "seed_11": "1" * (20 + fused + soup),
+        "seed_42": "1" * 20 + "0" * (fused + soup),
+        "soup": "1" * 20 + "0" * fused + "1" * soup,
+        "fused": "1" * 20 + "1" * fused + "0" * soup,
+    }
+
+
+def test_holm_is_over_tasks_and_the_same_in_report_and_evaluation(run, tiny_llama):
+    """By hand: 9 against 1 items have p = 2 (1 + 10) / 2^10, 5 against 0 have p = 2 / 2^5."""
+    (run / "evaluation").mkdir()
+    tasks = {name: {"items": outcomes(n=n)} for name, n in {"one": (9, 1), "two": (5, 0)}.items()}
+    (run / "evaluation" / "results.json").write_text(json.dumps({"tasks": tasks}))
+    own, one, two = (
+        {(row["adapter"], row["against"]): row for row in test["comparisons"]} for test in facts(run)["tests"]
+    )
+    pair = "fused", "soup"
+    assert (one[pair]["p_value"], two[pair]["p_value"]) == pytest.approx((22 / 1024, 1 / 16))
+    assert (one[pair]["p_value_holm"], two[pair]["p_value_holm"]) == pytest.approx((44 / 1024, 1 / 16))
+    # The run's own test set is scored by another protocol: one task.
+    assert own[pair]["p_value_holm"] == own[pair]["p_value"]
+    assert own[pair]["p_value_holm_table"] >= own[pair]["p_value"]
+    assert one["fused", "mean seed"]["p_value_holm"] is None
 
 
 def test_weights_against_the_dense_updates(stored):
@@ -137,8 +168,16 @@ def test_weights_against_the_dense_updates(stored):
     assert found["spectra"]["singular_values"]["seed_42"] == pytest.approx(values.tolist(), rel=1e-4)
     drawn = found["distributions"]
     assert list(drawn["density"]) == [*SEEDS, "soup", "fused"]
+    assert drawn["layers"] == [f"model.layers.1.self_attn.{name}_proj" for name in "koqv"]
     width = drawn["edges"][1] - drawn["edges"][0]
-    assert all(0.95 < sum(density) * width <= 1 + 1e-9 for density in drawn["density"].values())
+    soup = {path: sum(update[path] for update in dense[:3]) / 3 for path in paths}
+    for label, updates in zip(drawn["density"], (*dense[:3], soup, dense[3]), strict=True):
+        entries = torch.cat([updates[path].flatten() for path in drawn["layers"]]).numpy()
+        assert drawn["entries"] == len(entries)
+        assert drawn["std"][label] == pytest.approx(entries.std(), rel=1e-4)
+        counts = np.histogram(entries, drawn["edges"])[0]
+        # An entry within rounding of an edge may be on its other side.
+        assert np.abs(np.array(drawn["density"][label]) * width * len(entries) - counts).sum() <= 6
 
 
 def test_the_same_run_gives_the_same_bytes(stored, run):
@@ -147,67 +186,56 @@ def test_the_same_run_gives_the_same_bytes(stored, run):
         assert (run / name).read_bytes() == (stored / name).read_bytes()
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.ids, self.links, self.inside = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        if tag in ("svg", "style", "pre"):
-            self.inside.append(tag)
-        self.ids += [value for name, value in attrs if name == "id"]
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag):
-        if self.inside and self.inside[-1] == tag:
-            self.inside.pop()
-
-    def handle_data(self, data):
-        if not self.inside:
-            self.text.append(data)
-
-
-def numbers_of(value):
-    """All numbers below a JSON value, those within its strings apart."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        pairs = [numbers_of(item) for item in value]
-        return [n for numbers, _ in pairs for n in numbers], [s for _, strings in pairs for s in strings]
-    if isinstance(value, str):
-        return [], [value]
-    return ([], []) if value is None or isinstance(value, bool) else ([value], [])
+def check(folder: Path, html: str | None = None, text: str | None = None) -> None:
+    found = json.loads((folder / "report.json").read_text())
+    html = html or (folder / "report.html").read_text()
+    text = text or (folder / "report.md").read_text()
+    if "tests" in found:
+        tables, allowed, cells = run_tables(found, MEANING), run_numbers(found), heat_maps(found)
+    else:
+        tables, allowed, cells = comparison_tables(found), {str(len(found["runs"]))}, {}
+    check_page(found, tables, allowed, html, text, cells)
 
 
 @pytest.mark.parametrize("which", ["stored", "compared"])
 def test_every_number_is_in_report_json(which, request):
-    stored = request.getfixturevalue(which)
-    numbers, strings = numbers_of(json.loads((stored / "report.json").read_text()))
-    forms = (".1f", ".3g", ".3f", ".4f", ",.0f")
-    known = {format(abs(n) * scale, form) for n in numbers for scale in (1, 100) for form in forms}
-    known |= {f"{n:,}" for n in numbers} | {str(n) for n in numbers}
-    pattern = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-    known |= {number for text in strings for number in pattern.findall(text)}
-    page = _Page()
-    page.feed((stored / "report.html").read_text())
-    for text in (" ".join(page.text), (stored / "report.md").read_text()):
-        found = [number.rstrip(",") for number in pattern.findall(text)]
-        assert len(found) > 100
-        assert [number for number in found if number not in known] == []
+    check(request.getfixturevalue(which))
+
+
+def test_a_number_that_is_not_in_report_json_is_found(compared):
+    html, text = (compared / "report.html").read_text(), (compared / "report.md").read_text()
+    found = json.loads((compared / "report.json").read_text())
+    lead = f"<td>{100 * found['tests'][0]['domains'][0]['lead']:.1f}</td>"
+    seed = found["tests"][0]["scores"][1]["right"]
+    (best, *_) = re.findall(r">\[\d+\]</text>", html)
+    for place, other in (
+        (lead, lead.replace("<td>", "<td>1")),
+        (f"<td>{seed}</td>", f"<td>{seed + 1}</td>"),
+        ("Mean seed ", "Mean seed 12.3, "),
+        ("paired by item.", "paired by item 7."),
+        ("<pre>python train.py", "<pre>python train.py --model.r 4"),
+        (best, ">[7]</text>"),  # in the heat map
+    ):
+        assert place in html, place
+        with pytest.raises(AssertionError):
+            check(compared, html=html.replace(place, other, 1))
+    for place, other in ((f"| {seed} |", f"| {seed + 1} |"), ("Mean seed ", "Mean seed 12.3, ")):
+        assert place in text, place
+        with pytest.raises(AssertionError):
+            check(compared, text=text.replace(place, other, 1))
 
 
 def test_the_page_stands_alone_and_its_figures_share_colours(stored):
     text = (stored / "report.html").read_text()
-    page = _Page()
-    page.feed(text)
+    page = Page(text)
     inside = [link[1:] for link in page.links if link.startswith("#")]
-    assert [link[:22] for link in page.links if link[0] != "#"] == ["data:image/png;base64,"] * 2
+    assert [link[:22] for link in page.links if link[0] != "#"] == ["data:image/png;base64,"] * 3
     assert len(page.ids) == len(set(page.ids))
     assert set(inside) <= set(page.ids)
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
     found = json.loads((stored / "report.json").read_text())
     drawn = figures(found)
-    weights = ["cosines", "spectra", "distributions", "gains"]
+    weights = ["pairs", "cosines", "spectra", "distributions", "gains"]
     assert list(drawn) == ["scores-0", "train", "validation", "loss-score", *weights]
     palette = colours(SEEDS)
     assert len({palette[seed] for seed in SEEDS}) == 3
@@ -238,14 +266,22 @@ def test_the_figures_of_a_comparison(compared):
         assert sentence in text
     cost = {row["adapter"]: row["tokens"] for row in found["adapters"]}
     assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
-    assert found["control_seconds"].keys() == {"long_seed", "wide_seed"}
+    phases = {"starting", "training", "validation", "fusing"}
+    assert {label: set(took) for label, took in found["took"].items()} == {
+        "seeds": phases,
+        "long_seed": phases,
+        "wide_seed": phases,
+    }
+    # Choosing among thirty rules took longer than four steps did, and is no part of the training.
+    assert found["took"]["seeds"]["fusing"] > found["took"]["seeds"]["training"]
     shares = {row["what"]: (row["all"], row["one"]) for row in found["shares"]}
     plan = json.loads((compared / "cost.json").read_text())["plan"]
     estimates = tuple(sum(plan[key].values()) / 2**30 for key in ("memory", "memory_alone"))
     assert shares["tokens"] == (cost["fused"], cost["seed_11"])
     assert shares["memory of training, estimated, GiB"] == estimates
     assert estimates[0] > estimates[1] > estimates[0] / 3
-    assert shares["training on the tokens of all, seconds"] == (found["seconds"], found["control_seconds"]["long_seed"])
+    took = (found["took"][label]["training"] for label in ("seeds", "long_seed"))
+    assert shares["training on the tokens of all, seconds"] == tuple(took)
     assert "its peak as measured" in text
     ends = found["training"]["train"]["seed_11"][-1:]
     assert {row["adapter"]: row["train_loss"] for row in found["adapters"]}["seed_11"] == ends[0][1]
@@ -275,10 +311,126 @@ def test_the_verdict_is_the_comparison_with_its_interval(stored):
     found = json.loads((stored / "report.json").read_text())
     row = next(r for r in found["tests"][0]["comparisons"] if (r["adapter"], r["against"]) == ("fused", "mean seed"))
     assert found["verdict"].startswith("The fused adapter (seedlora): better than the mean seed, ")
-    assert f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}, n = 120" in found["verdict"]
-    assert found["missing"] == []
-    assert found["seconds"] > 0
+    soup = next(r for r in found["tests"][0]["comparisons"] if (r["adapter"], r["against"]) == ("fused", "soup"))
+    for half in (row, soup):
+        interval = f"{100 * half['low']:+.1f} to {100 * half['high']:+.1f}"
+        assert f"{100 * half['value']:+.1f} points (95 % interval {interval})" in found["verdict"]
+    assert found["verdict"].endswith("(n = 120).")
+    assert [sentence[:30] for sentence in found["missing"]] == ["No seed was trained alone, so "]
+    assert "| training on the tokens of all, seconds | " in (text := (stored / "report.md").read_text())
+    assert re.search(r"training on the tokens of all, seconds \| [\d.]+ \| not known \|", text)
+    assert [sentence.rpartition(": ")[2] for sentence in found["more"]] == [
+        "--compare ties,knots_ties.",
+        "--controls.",
+        "--controls untrained, with validation rows.",
+    ]
+    assert found["reproduce"]["versions"].keys() >= {"python", "torch", "reasoning-gym"}
     assert found["cost"]["steps"] == 4
+
+
+def test_without_a_test_the_verdict_is_of_validation(run):
+    (run / "results.json").unlink()
+    found = facts(run)
+    row = found["selection"]["against"]["soup"]
+    assert found["verdict"].startswith(
+        "The fused adapter (seedlora) was not tested. Its loss on the 4 validation rows: "
+    )
+    assert f"{row['value']:+.4f} (95 % interval {row['low']:+.4f} to {row['high']:+.4f})" in found["verdict"]
+    selection = json.loads((run / "selection.json").read_text())
+    selection["against"] = {"soup": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 4, "shown": True}}
+    selection["chosen"] = {"name": "ties"}
+    (run / "selection.json").write_text(json.dumps(selection))
+    wanted = "which flatters it: higher than soup's, +0.2000 (95 % interval +0.1000 to +0.3000)."
+    assert facts(run)["verdict"].endswith(f"rows, on which it was chosen, {wanted}")
+
+
+def test_a_run_whose_fused_adapter_loses_says_so_and_names_the_better_one(run, capsys):
+    results = json.loads((run / "results.json").read_text())
+    results["items"] |= {"fused": results["items"]["soup"], "soup": results["items"]["fused"]}
+    (run / "results.json").write_text(json.dumps(results))
+    selection = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps(selection | {"against": {}}))
+    this = SimpleNamespace(dirpath=run), SimpleNamespace(fast_dev_run=False, is_global_zero=True)
+    cli._report(SimpleNamespace(ensemble=this[0], trainer=this[1]), Console(width=500))
+    shown = capsys.readouterr().out
+    assert "The fused adapter (seedlora) is worse than soup: it gets 16.7 points less of the test items (" in shown
+    assert f"The better adapter is in {run / 'soup'}\n" in shown
+    assert "The better adapter is in soup, beside fused." in (run / "report.md").read_text()
+
+
+def test_what_was_left_out_is_said(run):
+    trained = json.loads((run / "trained.json").read_text())
+    assert trained["seed_42"]["steps"] == 4
+    trained["seed_42"] |= {"steps": 3, "tokens": 700, "stopped": True}
+    trained["seed_11"]["kept_step"] = 2
+    (run / "trained.json").write_text(json.dumps(trained))
+    cost = json.loads((run / "cost.json").read_text())
+    cost["plan"]["left_out"] = ["5 too long left out"]
+    (run / "cost.json").write_text(json.dumps(cost))
+    selection = json.loads((run / "selection.json").read_text())
+    selection |= {
+        "not_finite": ["ties"],
+        "controls": {"greedy_soup": {"members": [0, 2]}, "gain_seed": {"seed": "seed_202"}},
+    }
+    (run / "selection.json").write_text(json.dumps(selection))
+    text = said(run)
+    for sentence in (
+        "- Of the rows of the data: 5 too long left out.",
+        "- seed_42 was stopped after step 3: its validation loss improved no more.",
+        "- Of seed_11 the weights of step 2 were kept, its best validation.",
+        "- Without a finite validation loss, and so not chosen: ties.",
+        "- The greedy soup is of seed_11, seed_202; seed_42 would harm.",
+        "gain_seed is seed_202, the best seed of these rows.",
+        f"| tokens | {trained['seed_11']['tokens'] + trained['seed_202']['tokens'] + 700:,} |",
+        "| seed_42 | 3 | 700 |",
+    ):
+        assert sentence in text, sentence
+
+
+def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
+    """From a file of MMLU's form through evaluate into the report."""
+    rows = [
+        {"question": f"{i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4, "subject": "law" if i < 3 else "art"}
+        for i in range(5)
+    ]
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapters = [word for name in (*SEEDS, "soup", "fused") for word in ("--adapter", str(run / name))]
+    task = ["--task", "mmlu", "--task-path", f"mmlu={tmp_path / 'mmlu.jsonl'}", "--out", str(run / "evaluation")]
+    assert shell.main(["evaluate", *adapters, *task, "--dtype", "float32"], prompts=prompts) == 0
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert len(results["tasks"]["mmlu"]["items_sha256"]) == 64
+    right = {"seed_11": "11000", "seed_42": "00000", "seed_202": "01100", "soup": "00001", "fused": "00001"}
+    results["tasks"]["mmlu"]["items"] = right
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    write_report(run)
+    check(run)
+    found = json.loads((run / "report.json").read_text())
+    test = found["tests"][1]
+    assert (test["name"], test["chance"]) == ("mmlu", 0.25)
+    assert [(row["domain"], row["winners"]) for row in test["domains"]] == [
+        ("sub-domain art", ["soup", "fused"]),
+        ("sub-domain law", ["seed_11", "seed_202"]),
+    ]
+    drawn = figures(found)["domains-1"]
+    assert "line: chance, 25" in drawn
+    assert (drawn.count("[50]"), drawn.count("[67]"), drawn.count("[")) == (2, 2, 4)
+
+
+def test_sixteen_seeds_and_controls_can_be_told_apart():
+    seeds = [f"seed_{i}" for i in range(16)]
+    palette = colours(seeds)
+    looks = {(palette[label], _line(label, palette)) for label in palette}
+    assert len(looks) == len(palette)
+    assert len({(palette[label], _marker(label, palette)) for label in seeds}) == 16
+    assert len({palette[label] for label in ("seed_0", "long_seed", "wide_seed")}) == 3
+
+
+def test_the_validation_curve_of_plain_soup_is_soups(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["ensemble"]["merge"] = "soup"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(run / "fused")
+    assert set(facts(run)["training"]["validation"]) == {*SEEDS, "soup"}
 
 
 def said(run: Path) -> str:
@@ -321,11 +473,14 @@ def test_seeds_left_out_and_adapters_that_cannot_be_read(run):
 
 def test_one_seed_without_validation_or_test(tiny_llama, tmp_path, capsys):
     options = ["--ensemble.seeds", "[11]", "--merge", "none", "--data.num_val", "0", "--data.num_test", "0"]
-    assert train(tmp_path / "one", tiny_llama, *options) == 0
-    assert "report: " in capsys.readouterr().out
+    assert train(tmp_path / "one", tiny_llama, *options, "--compare", "ties") == 0
+    assert "report: " in (shown := capsys.readouterr().out)
     text = (tmp_path / "one" / "report.md").read_text()
     for sentence in ("Only one seed was trained", "Nothing was fused.", "There was no validation.", "No test set"):
         assert sentence in text
+    idle = "With one seed --compare does nothing: there is nothing to fuse or compare."
+    assert idle in text
+    assert idle in " ".join(re.sub("[│]", " ", shown).split())
 
 
 def test_sub_domains_of_a_part_of_the_test_rows(tiny_llama, tmp_path):
@@ -378,6 +533,9 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     other = shutil.copytree(run, tmp_path / "other|<run>")
     for name in ("report.html", "report.md", "report.json"):
         (run / name).unlink()
+    results = json.loads((other / "results.json").read_text())
+    results["items"]["fused"] = results["items"]["fused"].replace("1", "0", 9)
+    (other / "results.json").write_text(json.dumps(results))
     assert shell.main(["report", str(run), str(other)]) == 0
     shown = capsys.readouterr().out
     assert (run / "report.html").read_bytes() == (stored / "report.html").read_bytes()
@@ -386,6 +544,16 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     found = json.loads(Path("comparison/report.json").read_text())
     assert [row["run"] for row in found["runs"]] == ["a_run", "other|<run>"]
     assert found["runs"][0]["against_mean_seed"]["n"] == 120
+    # The same items: nine that only the first has right.
+    (paired,) = found["paired"]
+    assert (paired["run"], paired["against"]) == ("other|<run>", "a_run")
+    assert (paired["value"], paired["p_value"]) == pytest.approx((-9 / 120, 2 / 2**9))
+    check(Path("comparison"))
+    (other / "results.json").write_text(json.dumps(results | {"items_sha256": "of others"}))
+    assert shell.main(["report", str(run), str(other)]) == 0
+    found = json.loads(Path("comparison/report.json").read_text())
+    assert found["paired"] == []
+    assert found["missing"][0].startswith("other|<run> was not tested on the items of a run before it")
     assert "other|&lt;run&gt;" in Path("comparison/report.html").read_text()
     assert "other\\|<run>" in Path("comparison/report.md").read_text()
 
@@ -402,8 +570,8 @@ def test_what_cannot_be_reported(words, message, run, tmp_path, capsys, monkeypa
 
 def test_many_sub_domains_stand_below_each_other():
     def drawn(count):
-        rows = [{"domain": f"kind {i}", "best_seed": "b", "scores": {"a": i / 60, "b": 1.0}} for i in range(count)]
-        text = domains("it", {"domains": rows, "scores": [{"adapter": "a"}, {"adapter": "b"}]})
+        rows = [{"domain": f"kind {i}", "winners": ["b"], "scores": {"a": i / 60, "b": 1.0}} for i in range(count)]
+        text = domains("it", {"chance": None, "domains": rows, "scores": [{"adapter": "a"}, {"adapter": "b"}]})
         width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups())
         assert text.count("[100]") == count, "the best seed's are in brackets"
         assert all(f">{row['domain']}<" in text for row in rows)

@@ -70,6 +70,16 @@ def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(
     module, run = fit(tiny_llama, ensemble, {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}, max_epochs=1)
     assert module.idle == {"seed_1"}
     assert same(written(ensemble, 1), module.weights[1]["seed_1"])
+    trained = json.loads((ensemble.dirpath / "trained.json").read_text())
+    assert {name: (row["steps"], row["stopped"]) for name, row in trained.items()} == {
+        "seed_1": (6, True),
+        "seed_2": (12, False),
+    }
+    lengths, sampler = run.datamodule.rows["train"].lengths, run.datamodule.train_dataloader().sampler
+    sampler.set_epoch(0)
+    for seed, steps in ((1, 6), (2, 12)):
+        saw = sum(int(lengths[sampler.order(seed, step)].sum()) for step in range(steps))
+        assert trained[f"seed_{seed}"]["tokens"] == saw
     assert all(map(torch.equal, module.weights[1]["seed_1"], module.weights[3]["seed_1"]))
     assert run.global_step == 12
     for key, value in written(plain, 2).items():
@@ -85,6 +95,8 @@ def test_a_seed_stopped_within_an_optimizer_step_moves_no_more(tiny_llama, tmp_p
     assert run.global_step == 3
     assert same(written(ensemble, 1), module.weights[0]["seed_1"])
     assert same(written(ensemble, 2), module.weights[3]["seed_2"])
+    trained = json.loads((ensemble.dirpath / "trained.json").read_text())
+    assert [row["kept_step"] for row in trained.values()] == [0, 3]
 
 
 def test_the_fit_ends_when_all_seeds_are_stopped(tiny_llama, tmp_path):
@@ -116,6 +128,8 @@ def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp
     run.fit(module, datamodule=data)
     assert ensemble.trained == (1, 3)
     assert ensemble.excluded == {2: "training loss not finite in step 6"}
+    trained = json.loads((ensemble.dirpath / "trained.json").read_text())
+    assert {name: row["steps"] for name, row in trained.items()} == dict.fromkeys(("seed_1", "seed_3"), run.global_step)
     assert ensemble.pending == ()
     assert "val/loss_seed_1" in run.callback_metrics
     for path in (alone.fused_path, *map(alone.adapter_path, (1, 3))):

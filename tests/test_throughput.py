@@ -101,3 +101,22 @@ def test_a_dry_run_is_not_foretold(run):
     run.trainer.global_step = 4
     run.steps(5)
     assert not run.lines
+
+
+def test_validation_and_fusion_are_no_part_of_the_training(run):
+    callback, trainer, module = run.callback, run.trainer, run.module
+    run.clock.now = 100.0
+    callback.setup(trainer, module, "fit")
+    for seconds, hook in (
+        (1, callback.on_validation_start),  # Lightning's sanity check
+        (2, callback.on_validation_end),
+        (4, callback.on_train_start),
+        (8, callback.on_validation_start),
+        (16, callback.on_validation_end),
+        (32, callback.on_train_end),
+        (64, callback.on_fit_end),
+        (128, callback.on_validation_start),  # a Trainer.validate afterwards
+    ):
+        run.clock.now += seconds
+        hook(trainer, module)
+    assert callback.took == {"starting": 7, "training": 40, "validation": 16, "fusing": 64}

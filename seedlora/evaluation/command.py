@@ -37,7 +37,7 @@ from seedlora.evaluation.run import (
     write_solutions,
 )
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.statistics import holm, wilson
+from seedlora.evaluation.statistics import adjust_over_tasks, wilson
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
 from seedlora.report.results import BASE, Results, results
 from seedlora.report.tables import results_table, verdict
@@ -265,7 +265,12 @@ def score(
             "prompt_styles": {**before.get("prompt_styles", {}), **styles},
             "tasks": {**before.get("tasks", {}), **now},
         }
-        _adjust([task["differences"] for task in found["tasks"].values()])
+        adjust_over_tasks(
+            ((label, against), difference)
+            for task in found["tasks"].values()
+            for label, references in task["differences"].items()
+            for against, difference in references.items()
+        )
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
         if union is not None:
             found["joint"] = union.to_dict()
@@ -399,6 +404,8 @@ def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any
     """One task of ``results.json``."""
     found: dict[str, Any] = {
         "n": len(run.items),
+        "items_sha256": run.sha256,
+        "chance": run.task.chance,
         **run.settings,
         "protocol_max_new_tokens": run.task.max_new_tokens,
         "scores": None,
@@ -421,19 +428,6 @@ def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any
             for group, where in rows.items()
         }
     return found
-
-
-def _adjust(differences: Sequence[dict[str, dict[str, Any]]]) -> None:
-    """Add McNemar's p-values adjusted over tasks, comparison by comparison."""
-    by_pair: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for task in differences:
-        for label, references in task.items():
-            for reference, difference in references.items():
-                if difference["p_value"] is not None:
-                    by_pair.setdefault((label, reference), []).append(difference)
-    for found in by_pair.values():
-        for difference, p_value in zip(found, holm([d["p_value"] for d in found]), strict=True):
-            difference["p_value_holm"] = p_value
 
 
 def _show(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:

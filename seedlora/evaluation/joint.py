@@ -20,11 +20,22 @@ from seedlora.evaluation.statistics import Score, wilson
 
 @dataclass(frozen=True)
 class Ratio:
-    """A score relative to another on the same items, with its 95 % bootstrap interval."""
+    """A score relative to another on the same items, with its 95 % bootstrap interval.
+
+    Args:
+        value: the ratio.
+        low: end of the interval.
+        high: end of the interval.
+        undefined: resamples, of :attr:`resamples`, in which some own adapter has nothing right, so that there is no
+            ratio; the interval is of the others.
+        resamples: all that were drawn.
+    """
 
     value: float
     low: float
     high: float
+    undefined: int
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,10 @@ def _mean_ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, 
         drawn = generator.multinomial(len(a), counts / len(a), size=resamples)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws += (drawn[:, 2] + drawn[:, 3]) / (drawn[:, 1] + drawn[:, 3]) / len(pairs)
-    low, high = np.quantile(draws[np.isfinite(draws)], [0.025, 0.975])
-    return Ratio(float(np.mean([a.mean() / own.mean() for a, own in pairs])), float(low), float(high))
+    defined = draws[np.isfinite(draws)]
+    low, high = np.quantile(defined, [0.025, 0.975])
+    value = float(np.mean([a.mean() / own.mean() for a, own in pairs]))
+    return Ratio(value, float(low), float(high), resamples - len(defined), resamples)
 
 
 def joint_table(found: Joint) -> Table:
@@ -123,5 +136,10 @@ def joint_table(found: Joint) -> Table:
         captions.append(f"no adapter is named {', '.join(alone)}, so these are not relative to their own")
     if silent := [task for task in found.own if not found.scores[task][task]]:
         captions.append(f"the own adapter of {', '.join(silent)} has nothing right, so nothing is relative to it")
+    dropped = max((mean.undefined / mean.resamples for mean in found.mean.values() if mean is not None), default=0)
+    if dropped:
+        captions.append(
+            f"{100 * dropped:.2g} % of the resamples have an own adapter with nothing right and are in no interval"
+        )
     table.caption, table.caption_justify = "; ".join(captions), "left"
     return table

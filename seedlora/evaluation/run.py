@@ -60,6 +60,12 @@ class TaskRun:
         return TASKS[self.name]
 
     @property
+    def sha256(self) -> str:
+        """Of the items, in order: what is asked, and what is right."""
+        asked = [[item.request, item.gold, item.group] for item in self.items]
+        return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides a generation, as plain data."""
         return {**self.task.settings, "max_new_tokens": self.max_new_tokens}

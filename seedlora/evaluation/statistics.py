@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -86,3 +87,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (n - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def adjust_over_tasks(tested: Iterable[tuple[Hashable, dict[str, Any]]]) -> None:
+    """Add ``p_value_holm`` to differences that have a ``p_value``: one family are those of the same two adapters.
+
+    Args:
+        tested: what is compared with what, and the difference on one task.
+    """
+    families: dict[Hashable, list[dict[str, Any]]] = {}
+    for compared, difference in tested:
+        if difference["p_value"] is not None:
+            families.setdefault(compared, []).append(difference)
+    for family in families.values():
+        for difference, p_value in zip(family, holm([row["p_value"] for row in family]), strict=True):
+            difference["p_value_holm"] = p_value

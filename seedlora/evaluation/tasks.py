@@ -72,6 +72,7 @@ class Task:
         generated: the items come from a generator, which whoever starts the program hands over.
         made_of: tasks whose test items its own are variants of: who trains on it has seen them.
         hub: repository, configurations (``None`` for its only one) and split on the hub.
+        chance: what guessing among the answers gets right, where they are few.
     """
 
     item: Callable[[int, Mapping[str, Any]], Item]
@@ -85,6 +86,7 @@ class Task:
     generated: bool = False
     made_of: tuple[str, ...] = ()
     hub: tuple[str, tuple[str | None, ...], str] | None = None
+    chance: float | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _commonsense(*labels: str) -> Task:
         label, quirks = first_label(text, labels)
         return Judgement(label == item.gold, label, quirks)
 
-    return Task(item, stops=(), max_new_tokens=32, judge=judge)
+    return Task(item, stops=(), max_new_tokens=32, judge=judge, chance=1 / len(labels))
 
 
 def _numbered(word: str, count: int) -> Task:
@@ -298,6 +300,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             max_new_tokens=8,
             judge=_mmlu_judge,
             hub=("cais/mmlu", ("all",), "test"),
+            chance=1 / len(_LETTERS),
         ),
         "chain_sum": _GENERATED,
         "leg_counting": _GENERATED,

@@ -23,12 +23,18 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
 _GREY, _PALE = "#8a8a8a", "#b9b9b9"
+#: Of the controls that are trained.
+CONTROL_COLOURS = {LONG_SEED: "#AA3377", WIDE_SEED: "#999933"}
 LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
 MARKERS = {FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"}
+#: Of seeds: the colours come again from the eighth on, with the next of each.
+SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
 #: More sub-domains than this stand below each other.
 _MOST_ACROSS = 12
+#: More adapters than this leave no room for a number in each cell.
+_MOST_WRITTEN = 9
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "seedlora",
@@ -49,17 +55,27 @@ _STYLE: dict[Any, Any] = {
 
 
 def colours(seeds: Sequence[str]) -> dict[str, str]:
-    """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one.
-
-    The two controls that are trained take the first seed's, whose start and data they have.
-    """
+    """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
     return {
         **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(seeds)},
-        **dict.fromkeys((LONG_SEED, WIDE_SEED), COLOURS[0]),
+        **CONTROL_COLOURS,
         SOUP: _GREY,
         BASE: _PALE,
         FUSED: INK,
     }
+
+
+def _line(label: str, palette: Mapping[str, str]) -> str:
+    return LINES.get(label) or SEED_LINES[_round(label, palette) % len(SEED_LINES)]
+
+
+def _marker(label: str, palette: Mapping[str, str]) -> str:
+    return MARKERS.get(label) or SEED_MARKERS[_round(label, palette) % len(SEED_MARKERS)]
+
+
+def _round(label: str, palette: Mapping[str, str]) -> int:
+    """How often the colours were used up before this seed, the first in the palette; 0 for who is no seed."""
+    return list(palette).index(label) // len(COLOURS) if palette.get(label) in COLOURS else 0
 
 
 def figures(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -99,6 +115,7 @@ def weight_figures(weights: Mapping[str, Any], palette: Mapping[str, str]) -> di
     """Cosines, spectra, distributions and gains of adapters, as SVG by name."""
     drawn = {}
     if weights["cosines"]:
+        drawn["pairs"] = cosine_matrix("pairs", weights["seeds"], weights["cosines"])
         drawn["cosines"] = heat_map("cosines", weights["layers"], "mean_cosine", "mean pairwise cosine")
     drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
     drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
@@ -124,7 +141,7 @@ def scores(name: str, test: Mapping[str, Any], palette: Mapping[str, str]) -> st
         for i, row in enumerate(rows):
             colour, value = palette.get(row["adapter"], _GREY), 100 * row["value"]
             spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
-            marker = "D" if row["adapter"] in (FUSED, SOUP) else "o"
+            marker = _marker(row["adapter"], palette)
             axes.errorbar([value], [i], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
         if test["mean_seed"] is not None:
             axes.axvline(100 * test["mean_seed"], color=INK, linewidth=0.8, linestyle=":")
@@ -148,19 +165,21 @@ def methods(name: str, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, 
 
 
 def domains(name: str, test: Mapping[str, Any]) -> str:
-    """Score of each adapter in each sub-domain, the best seed's in brackets."""
+    """Score of each adapter in each sub-domain, in brackets all that are best; the scale shows chance."""
     rows = test["domains"]
     labels, names = [row["adapter"] for row in test["scores"]], [row["domain"] for row in rows]
     across, down = (labels, names) if len(rows) > _MOST_ACROSS else (names, labels)
     scores = {(row["domain"], label): 100 * row["scores"][label] for row in rows for label in labels}
-    best = {(row["domain"], row["best_seed"]) for row in rows}
+    best = {(row["domain"], label) for row in rows for label in row["winners"]}
+    chance = None if test["chance"] is None else 100 * test["chance"]
     places = [[(x, y) if across is names else (y, x) for x in across] for y in down]
     cells = [[scores[place] for place in line] for line in places]
-    low, high = min(map(min, cells)), max(map(max, cells))
+    shown = [*(value for line in cells for value in line), *([] if chance is None else [chance])]
+    low, high = min(shown), max(shown)
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
         for i, line in enumerate(places):
             for j, place in enumerate(line):
                 value = scores[place]
@@ -171,8 +190,11 @@ def domains(name: str, test: Mapping[str, Any]) -> str:
         axes.set_yticks([i + 0.5 for i in range(len(down))], down)
         axes.set_ylim(len(down), 0)
         axes.spines[:].set_visible(False)
-        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label="right items (%)", aspect=30, pad=0.04)
+        label = "right items (%)" if chance is None else f"right items (%); line: chance, {chance:.0f}"
+        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
         bar.outline.set_visible(False)
+        if chance is not None:
+            bar.ax.axvline(chance, color="#D55E00", linewidth=2.0)
 
     return _svg(name, draw, height=2.1 + 0.22 * len(down))
 
@@ -194,7 +216,7 @@ def against_score(
             spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
             colour = palette.get(row["adapter"], _GREY)
             style: dict[str, Any] = {
-                "marker": MARKERS.get(row["adapter"], "o"),
+                "marker": _marker(row["adapter"], palette),
                 "color": colour,
                 "markersize": 5,
                 "linestyle": "none",
@@ -271,7 +293,7 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
             x, y = zip(*curve, strict=True)
             marker = "." if longest <= 30 else ""
             width = 2.0 if label == FUSED else 1.2
-            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": LINES.get(label, "-")}
+            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": _line(label, palette)}
             axes.plot(x, y, marker=marker, label=label, linewidth=width, **style)
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.locator_params(axis="x", integer=True)
@@ -305,12 +327,37 @@ def heat_map(name: str, layers: Sequence[Mapping[str, Any]], key: str, label: st
     return _svg(name, draw, height=1.5 + 0.24 * len(modules))
 
 
+def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
+    """Cosine of every pair of adapters, each taken as one vector; the scale leaves the diagonal out."""
+    apart = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
+    low, high = min(apart), max(*apart, min(apart) + 1e-6)
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(cosines, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        for i, row in enumerate(cosines):
+            for j, value in enumerate(row):
+                colour = "white" if value < low + 0.55 * (high - low) else "black"
+                if len(labels) <= _MOST_WRITTEN:
+                    axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        places = [i + 0.5 for i in range(len(labels))]
+        axes.set_xticks(places, labels, rotation=40, ha="right")
+        axes.set_yticks(places, labels)
+        axes.set_ylim(len(labels), 0)
+        axes.spines[:].set_visible(False)
+        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label="cosine of two updates", aspect=30, pad=0.04)
+        bar.outline.set_visible(False)
+
+    return _svg(name, draw, height=1.9 + 0.26 * len(labels))
+
+
 def spectra(name: str, values: Mapping[str, Sequence[float]], palette: Mapping[str, str]) -> str:
     """Singular values of each adapter in one layer."""
 
     def draw(axes: Axes) -> None:
         for label, row in values.items():
-            axes.plot(range(1, 1 + len(row)), row, marker=".", color=palette.get(label, _GREY), label=label)
+            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": _line(label, palette)}
+            axes.plot(range(1, 1 + len(row)), row, marker=".", label=label, **style)
         axes.set(xlabel="index", ylabel="singular value of the update", ylim=(0, None))
         axes.locator_params(axis="x", integer=True)
         _legend(axes)
@@ -323,8 +370,9 @@ def distributions(name: str, counted: Mapping[str, Any], palette: Mapping[str, s
 
     def draw(axes: Axes) -> None:
         for label, density in counted["density"].items():
-            colour = palette.get(label, _GREY)
-            axes.stairs(density, counted["edges"], color=colour, label=label, linewidth=2.0 if label == FUSED else 1.2)
+            style: dict[str, Any] = {"color": palette.get(label, _GREY), "linestyle": _line(label, palette)}
+            width = 2.0 if label == FUSED else 1.2
+            axes.stairs(density, counted["edges"], label=label, linewidth=width, **style)
         axes.set(xlabel="entry of the update", ylabel="density", ylim=(0, None))
         axes.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=False)
         axes.locator_params(nbins=6)

@@ -12,9 +12,9 @@ import jinja2
 from markupsafe import Markup
 
 from seedlora.atomic import write_text
-from seedlora.report.facts import Facts, comparison, facts
+from seedlora.report.facts import LAYERS, Facts, comparison, facts, first_items
 from seedlora.report.figures import INK, colours, figures, run_differences
-from seedlora.report.results import FUSED, GAIN_SOUP, MEANING
+from seedlora.report.results import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, MEANING
 
 NAME = "report"
 
@@ -48,11 +48,14 @@ class Section:
     code: str | None = None
 
 
-def write_report(run: str | Path, *, on_layer: Callable[[str], object] = lambda _path: None) -> Facts:
+def write_report(
+    run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], object] = lambda _path: None
+) -> Facts:
     """Write ``report.json``, ``report.md`` and ``report.html`` into a run's folder; the same run gives the same bytes.
 
     Args:
         run: the folder, of a finished or an unfinished run.
+        layers: whose entries are counted, as in :func:`seedlora.report.facts.facts`.
         on_layer: called with each layer's path when it is done.
 
     Returns:
@@ -61,21 +64,23 @@ def write_report(run: str | Path, *, on_layer: Callable[[str], object] = lambda 
     Raises:
         ValueError: as :func:`seedlora.report.facts.facts`.
     """
-    found = facts(run, on_layer=on_layer)
+    found = facts(run, layers=layers, on_layer=on_layer)
     _write(Path(run), found, f"SeedLoRA run {found['run']}", found["verdict"], _sections(found))
     return found
 
 
-def write_comparison(runs: Sequence[Facts], out: str | Path) -> Facts:
-    """The same three files about several runs side by side, from the facts of each."""
-    found = comparison(runs)
+def write_comparison(runs: Sequence[Facts], folders: Sequence[str | Path], out: str | Path) -> Facts:
+    """The same three files about several runs side by side, from the facts of each and the outcomes in its folder."""
+    found = comparison(runs, [first_items(folder) for folder in folders])
     picture = run_differences("runs", found["runs"])
     sections = [
         Section("Verdicts", items=[f"{row['run']}: {row['verdict']}" for row in found["runs"]]),
         Section(
             "Scores",
-            ["The runs can be compared where their test sets are the same."],
-            [runs_table(found["runs"])],
+            ["A difference from another run is paired by item: both were tested on the same ones."]
+            if found["paired"]
+            else [],
+            [runs_table(found["runs"]), *([paired_table(found["paired"])] if found["paired"] else [])],
             [] if picture is None else [Picture(Markup(picture), "Fused adapter against mean seed, paired by item.")],  # noqa: S704 - drawn by us
         ),
         Section("What is missing", items=found["missing"]),
@@ -100,6 +105,23 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 _percent(row["fused"] and row["fused"]["value"]),
                 _interval(row["against_mean_seed"]),
                 _number(row["mean_cosine"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def paired_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Fused adapters of two runs on the same items."""
+    return Table(
+        ["fused adapter of", "against that of", "difference", "p", "Holm (table)"],
+        [
+            [
+                row["run"],
+                row["against"],
+                _interval(row),
+                _number(row["p_value"]),
+                _number(row["p_value_holm_table"]),
             ]
             for row in rows
         ],
@@ -144,7 +166,7 @@ def _sections(found: Facts) -> list[Section]:
                         *picture(f"methods-{i}", against),
                     ],
                 ),
-                _domains(test, picture(f"domains-{i}", "Right items by sub-domain; the best seed's in brackets.")),
+                _domains(test, picture(f"domains-{i}", _domains_caption(test))),
             )
         ),
         *_selection(found, picture),
@@ -152,7 +174,9 @@ def _sections(found: Facts) -> list[Section]:
         _training(found, picture),
         *_weights(found, picture),
         _cost(found),
+        Section("What was left out", items=found["left_out"]),
         Section("What is missing", items=found["missing"]),
+        Section("What else can be compared", items=found["more"]),
         *_reproduce(found),
     ]
 
@@ -162,6 +186,11 @@ def _advice(found: Facts) -> Section:
     if (better := found["advice"]["better"]) is not None:
         lines.append(f"The better adapter is in {better}, beside fused.")
     return Section("Which adapter to use", lines)
+
+
+def _domains_caption(test: Facts) -> str:
+    chance = "" if test["chance"] is None else f" The line in the scale is chance, {_percent(test['chance'])}."
+    return f"Right items by sub-domain; in brackets all that get most.{chance}"
 
 
 def _domains(test: Facts, pictures: Sequence[Picture]) -> Section:
@@ -212,6 +241,14 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
     rules = lambda rows: [[row["name"], f"{row['loss']:.4f}", _percent(row["match"])] for row in rows]  # noqa: E731
     scores = [[label, f"{row['loss']:.4f}", _percent(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]
+    controls = selection["controls"]
+    if GAIN_SEED in controls:
+        lines.append(f"{GAIN_SEED} is {controls[GAIN_SEED]['seed']}, the best seed of these rows.")
+    if GREEDY in controls:
+        members = ", ".join(found["trained"][i] for i in controls[GREEDY]["members"])
+        lines.append(f"{GREEDY} is the soup of {members}.")
+    if (best := controls.get(GAIN_SOUP, {}).get("name")) is not None:
+        lines.append(f"{GAIN_SOUP} is {best}, the best of those in its table.")
     if selection["candidates"]:
         tables.append(Table(["rule", "loss", "match"], rules(selection["candidates"])))
     if (control := selection["controls"].get(GAIN_SOUP)) is not None:
@@ -279,21 +316,25 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
     if controls := [[label, meaning] for label, meaning in MEANING.items() if label in scored]:
         tables.append(Table(["control", "what it is"], controls, words=True))
     if test["comparisons"]:
+        over_tasks = test["tasks"] > 1
         lines.append(
-            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test, Holm the "
-            "same adjusted for all tests of the table. The mean seed is not right or wrong on an item, so it has no "
-            f"such test. The best seed, {test['best_seed']}, was picked by this test set, which flatters it."
+            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test"
+            + (f", Holm the same adjusted over the {test['tasks']} tasks" if over_tasks else "")
+            + ", Holm (table) the same adjusted for all tests of this table. The mean seed is not right or wrong on an "
+            f"item, so it has no such test. The best seed, {test['best_seed']}, was picked by this test set, which "
+            "flatters it."
         )
         tables.append(
             Table(
-                ["adapter", "against", "difference", "p", "Holm", "shown"],
+                ["adapter", "against", "difference", "p", *(["Holm"] if over_tasks else []), "Holm (table)", "shown"],
                 [
                     [
                         row["adapter"],
                         row["against"],
                         _interval(row),
                         _number(row["p_value"]),
-                        _number(row["p_value_holm"]),
+                        *([_number(row["p_value_holm"])] if over_tasks else []),
+                        _number(row["p_value_holm_table"]),
                         "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
                     # The fused adapter first; the others as they were scored.
@@ -320,10 +361,9 @@ def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Sec
     training = found["training"]
     stretch = training["steps_per_point"]
     averaged = "" if stretch == 1 else f" Each point is the mean of {stretch} steps."
-    validation = training["validation"]
     rows = [
-        [label, str(curve[-1][0]), f"{curve[-1][1]:.4f}", f"{min(loss for _, loss in curve):.4f}"]
-        for label, curve in validation.items()
+        [label, f"{end['step']:,}", f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
+        for label, end in training["ends"].items()
     ]
     return Section(
         "Training",
@@ -343,7 +383,7 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
     merged = found["merged"]
     cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
     ranks = weights["spectra"]["effective_rank"]
-    samples = weights["distributions"]["samples"]
+    counted = weights["distributions"]
     header = ["module", "layers", "cosine", "gain", "effective rank", "fused"]
     modules = Table(
         header if merged else [name for name in header if name not in ("gain", "fused")],
@@ -364,7 +404,10 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
             "How alike the seeds are",
             ["Cosines of the updates, each adapter taken as one vector; unrelated ones have zero."] if several else [],
             [Table(["cosine", *seeds], cosines)] if several else [],
-            picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
+            [
+                *picture("pairs", "Cosine of every pair of seeds."),
+                *picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
+            ],
         ),
         Section(
             "Weights",
@@ -372,8 +415,8 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
                 "Means over the layers of each module type. The effective rank is the exponential of the entropy of "
                 "the singular values."
                 + (" The gain is the norm of the fused update over that of the seeds' mean." if merged else ""),
-                "Below, each adapter's effective rank in the layer in the middle, and the standard deviation of its "
-                "entries, drawn from all layers.",
+                f"Below, each adapter's effective rank in {weights['spectra']['path']}, the layer in the middle, and "
+                f"the standard deviation of its entries in {', '.join(counted['layers'])}.",
             ],
             [
                 modules,
@@ -387,7 +430,9 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
             ],
             [
                 *picture("spectra", f"Singular values in {weights['spectra']['path']}, the layer in the middle."),
-                *picture("distributions", f"{samples:,} entries of each update, drawn from all layers."),
+                *picture(
+                    "distributions", f"All {counted['entries']:,} entries of each update in the layers named above."
+                ),
                 *picture("gains", "Gain of the fusion in every layer."),
             ],
         ),
@@ -395,7 +440,7 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
 
 
 def _cost(found: Facts) -> Section:
-    plan, seconds, rows = found["cost"], found["seconds"], []
+    plan, rows = found["cost"], []
     if plan is not None:
         rows = [
             ["budget", plan["budget"]],
@@ -405,12 +450,32 @@ def _cost(found: Facts) -> Section:
             ["passes", str(plan["passes"])],
             ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
         ]
-    if seconds is not None:
-        rows.append(["training, wall time", f"{seconds:,.0f} s"])
-    rows += [[f"training {control}, wall time", f"{took:,.0f} s"] for control, took in found["control_seconds"].items()]
-    shares = [[row["what"], _amount(row["all"]), _amount(row["one"])] for row in found["shares"]]
-    tables = [Table(["what", "how much"], rows)] if rows else []
-    return Section("Cost", tables=[*tables, Table(["what", "all seeds", "one seed"], shares)] if shares else tables)
+    for label, phases in found["took"].items():
+        what = "seeds" if label == "seeds" else f"control {label}"
+        rows += [[f"{what}: {phase}, wall time", f"{seconds:,.1f} s"] for phase, seconds in phases.items()]
+    shares = [[row["what"], _known(row["all"]), _known(row["one"])] for row in found["shares"]]
+    trained = [
+        [label, f"{row['steps']:,}", _known(row.get("tokens")), _known(row.get("scored")), _count(row["kept_step"])]
+        for label, row in found["trained_on"].items()
+    ]
+    header = ["adapter", "steps", "tokens seen", "of these scored", "step kept"]
+    kept = any(row[-1] for row in trained)
+    return Section(
+        "Cost",
+        tables=[
+            *([Table(["what", "how much"], rows)] if rows else []),
+            *([Table(["what", "all seeds", "one seed"], shares)] if shares else []),
+            *(
+                [Table(header if kept else header[:-1], trained if kept else [row[:-1] for row in trained])]
+                if trained
+                else []
+            ),
+        ],
+    )
+
+
+def _known(value: float | None) -> str:
+    return "not known" if value is None else _amount(value)
 
 
 def _reproduce(found: Facts) -> list[Section]:
@@ -424,6 +489,11 @@ def _reproduce(found: Facts) -> list[Section]:
             "Versions and hashes",
             tables=[
                 *([Table(["library", "version"], list(versions.items()), words=True)] if versions else []),
+                *(
+                    [Table(["base model", "what tells it from another"], _base(record["base"]), words=True)]
+                    if record["base"]
+                    else []
+                ),
                 *([Table(["adapter", "sha256 of the weights"], list(hashes.items()), words=True)] if hashes else []),
             ],
         ),
@@ -432,6 +502,13 @@ def _reproduce(found: Facts) -> list[Section]:
             tables=[Table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()], words=True)],
         ),
     ]
+
+
+def _base(record: Mapping[str, Any]) -> list[list[str]]:
+    if "revision" in record:
+        return [["commit on the hub", str(record["revision"])]]
+    files = [[name, f"{size:,} bytes"] for name, size in record["bytes"].items()]
+    return [["config.json", f"sha256 {record['config_sha256']}"], *files]
 
 
 # Numbers

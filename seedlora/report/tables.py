@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from seedlora.evaluation import Difference, Score
-from seedlora.report.results import FUSED, MEANING, SOUP, Results
+from seedlora.report.results import BEST_SEED, FUSED, MEANING, SOUP, Results
 from seedlora.serving import VLLM_RANKS, vllm_rank
 
 #: Rows up to which each score's interval fits beside the differences.
@@ -23,7 +23,8 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
     # Many adapters have controls and methods among them, with longer names; the report has every interval.
     spread = ["interval"] if len(results.scores) <= SHORT_TABLE else []
-    references = list(dict.fromkeys(name for found in results.differences.values() for name in found))
+    # The best seed has no column, for want of room; the verdict names it.
+    references = list(dict.fromkeys(name for d in results.differences.values() for name in d if name != BEST_SEED))
     for header in ("score", *spread, *(f"vs {name}" for name in references)):
         table.add_column(header, justify="right", no_wrap=True)
     for label, score in results.scores.items():
@@ -46,7 +47,10 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
 
 
 def verdict(results: Results) -> str:
-    """What the test showed about the fused adapter, or else all that were compared: one sentence each."""
+    """What the test showed about the fused adapter, or else all that were compared: one sentence each.
+
+    Of the fused adapter also the difference from the best seed, and McNemar's p-values.
+    """
     main = [label for label in (FUSED, SOUP) if results.differences.get(label)][:1]
     labels = main or [label for label, found in results.differences.items() if found]
     if not labels:
@@ -58,9 +62,17 @@ def verdict(results: Results) -> str:
             if d.shown
             else f"no difference from {reference} shown"
             for reference, d in results.differences[label].items()
+            if reference != BEST_SEED
         ]
         name = {FUSED: "The fused adapter", SOUP: "Soup"}.get(label, label)
         sentences.append(f"{name}: {'; '.join(parts)}.")
+    if main and (best := results.differences[labels[0]].get(BEST_SEED)) is not None:
+        sentences.append(
+            f"Against {results.best_seed}, the best seed of these very items, which flatters it: {_points(best)}."
+        )
+        tests = {results.best_seed: best, SOUP: results.differences[labels[0]].get(SOUP)}
+        tested = [f"{name} {d.p_value:.2g}" for name, d in tests.items() if d is not None and d.p_value is not None]
+        sentences.append(f"McNemar's exact test, p against {', '.join(tested)}.")
     return "\n".join(sentences)
 
 

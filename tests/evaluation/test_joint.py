@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import built
+from rich.console import Console
 
 from datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.adapter import write_adapter
-from seedlora.evaluation.joint import joint
+from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS, load_items
 from seedlora.shell import main
 
@@ -147,3 +149,14 @@ def test_what_cannot_be_joint_is_one_sentence(adapters, tasks, message, capsys):
     assert run(adapters, *path, tasks=tasks) == 2
     assert message in capsys.readouterr().err
     assert not Path("evaluation").exists()
+
+
+def test_resamples_without_a_ratio_are_counted():
+    """The own adapter has one of four items: a resample misses it with probability (3/4)^4."""
+    correct = {"a": np.stack([column("1000"), column("1100")], axis=1)}
+    found = joint(correct, ["a", "fused"], resamples=20_000)
+    assert found.mean["fused"].resamples == 20_000
+    assert found.mean["fused"].undefined / 20_000 == pytest.approx(0.75**4, abs=0.01)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(joint_table(found))
+    assert "32 % of the resamples have an own adapter with nothing right" in " ".join(console.export_text().split())
