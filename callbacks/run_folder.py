@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from seedlora.adapter import is_trained
-from seedlora.atomic import saving, sync, write_text
+from seedlora.atomic import remove_folder, saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
-from seedlora.report.results import FUSED, SELECTION_NAME, TRAINED_NAME
+from seedlora.report.results import FUSED, SELECTION_NAME, SOUP, TRAINED_NAME
 
 SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "results.json"
+#: In the folder of a trained control: how many seeds it stands for.
+CONTROL_NAME = "control.json"
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
 
@@ -72,7 +74,14 @@ class RunFolder:
         if self.pending:
             return ()
         left_out = self.left_out
-        return tuple(name for name in self.controls if name not in left_out and not is_trained(self.path / name))
+        return tuple(name for name in self.controls if name not in {*left_out, *self.trained_controls})
+
+    @property
+    def trained_controls(self) -> tuple[str, ...]:
+        """The controls that are there, for as many seeds as there are now: of fewer they were trained for less."""
+        alike = {"seeds": len(self.seeds)}
+        there = (name for name in self.controls if is_trained(self.path / name))
+        return tuple(name for name in there if self._read(f"{name}/{CONTROL_NAME}") in (None, alike))
 
     def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
         """The seeds to train next, ``stack_size`` at once; all by default.
@@ -151,6 +160,15 @@ class RunFolder:
         """Write down how adapters were trained."""
         self.write(TRAINED_NAME, {**(self._read(TRAINED_NAME) or {}), **rows})
 
+    def forget_fusion(self) -> list[str]:
+        """Remove what these seeds were fused to before, and what was said of it; the names of the folders removed."""
+        found = [name for name in (FUSED, SOUP) if (self.path / name / RECORD_NAME).is_file()]
+        for name in (SELECTION_NAME, RESULTS_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        for name in found:
+            remove_folder(self.path / name)
+        return found
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of the JSON files."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
@@ -198,8 +216,14 @@ class RunFolder:
 
     def forget_checkpoints(self, names: Sequence[str]) -> None:
         """Remove the checkpoints of a finished stack; after the last one also what other stack sizes left behind."""
-        done = not (self.pending or self.pending_controls)
-        shutil.rmtree(self.path / "checkpoints" if done else self._checkpoints(names), ignore_errors=True)
+        finished = [names]
+        if not {*names} & {*self.controls}:
+            # A control that was begun before these seeds stands for fewer.
+            finished += [[control] for control in self.controls]
+        for stack in finished:
+            shutil.rmtree(self._checkpoints(stack), ignore_errors=True)
+        if not (self.pending or self.pending_controls):
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _checkpoints(self, names: Sequence[str]) -> Path:
         return self.path / "checkpoints" / "-".join(names)

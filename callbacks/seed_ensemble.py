@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from callbacks.run_folder import RESULTS_NAME, RunFolder, seed_name, step_of
+from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, seed_name, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
+from seedlora.atomic import remove_folder
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
-from seedlora.comparison import Comparison
+from seedlora.comparison import NO_MERGE, Comparison, rule_of_seeds
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
@@ -167,11 +167,16 @@ class SeedEnsembleCallback(pl.Callback):
             controls=controls,
             select_by=select_by,
         )
-        weights = None if self.rule is None else self.rule.options.get("weights")
-        if weights is not None and len(weights) != len(self.seeds):
-            raise ValueError(
-                f"ensemble.merge_options weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
-            )
+        rules = [
+            ("merge_options", self.rule),
+            *(("compare_options", rule) for rule in self.comparison.compare.values()),
+        ]
+        for option, rule in rules:
+            weights = None if rule is None else rule.options.get("weights")
+            if weights is not None and len(weights) != len(self.seeds):
+                raise ValueError(
+                    f"ensemble.{option} weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
+                )
         #: What is trained, and what is still to do.
         self.folder = RunFolder(
             dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
@@ -271,12 +276,13 @@ class SeedEnsembleCallback(pl.Callback):
 
     @property
     def fused_otherwise(self) -> str | None:
-        """What the fused adapter was made by, if that is not the rule that is given now; None also if none is."""
-        if self.rule is None or self.comparison.chooses:
+        """What the fused adapter was made by, if not by the rule that is given now; None if that is to be chosen."""
+        if self.comparison.chooses:
             return None
-        record = self.folder.fusion or {"method": "nothing"}
+        record, rule = self.folder.fusion or {"method": "nothing"}, self._compared.rule
         made = record["method"], record.get("options")
-        if made == (self.rule.name, json.loads(json.dumps(self.rule.options, default=str))):
+        asked = ("nothing", None) if rule is None else (rule.name, json.loads(json.dumps(rule.options, default=str)))
+        if made == asked:
             return None
         return " ".join([made[0], *([json.dumps(made[1])] if made[1] else [])])
 
@@ -284,7 +290,7 @@ class SeedEnsembleCallback(pl.Callback):
     def folders(self) -> dict[str, Path]:
         """The adapters that a test reads, as far as they are there, by label: plain soup is what ``fused`` holds."""
         found = {seed_name(seed): self.adapter_path(seed) for seed in self.trained}
-        found |= {name: self.dirpath / name for name in self.folder.controls}
+        found |= {name: self.dirpath / name for name in self.folder.trained_controls}
         if self.rule is not None and len(self.trained) > 1:
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
         if self.rule is not None and not self.comparison.is_soup:
@@ -448,9 +454,10 @@ class SeedEnsembleCallback(pl.Callback):
         terminated = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
         if self._share.steps is not None and step >= self._share.steps:
             trainer.should_stop = True
-        elif not trainer.is_last_batch and (terminated or step % self.checkpoint_every_n_steps == 0):
-            # A validation that is due now would not be made up for by a resume: it belongs into the checkpoint.
-            if _validates_now(trainer):
+        elif not trainer.fast_dev_run and (terminated or step % self.checkpoint_every_n_steps == 0):
+            # A validation or an end of an epoch that is due now would not be made up for by a resume: they belong into
+            # the checkpoint.
+            if trainer.is_last_batch or _validates_now(trainer):
                 self._due = terminated
             else:
                 self._checkpoint(trainer, terminated)
@@ -463,9 +470,15 @@ class SeedEnsembleCallback(pl.Callback):
             raise StoppedError(f"terminated by SIGTERM; step {trainer.global_step} is saved")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop when the replicas have had their epochs."""
+        """Stop when the replicas have had their epochs; otherwise save the checkpoint that was due.
+
+        Raises:
+            StoppedError: after a SIGTERM, when the checkpoint is written.
+        """
         if self._share.epochs is not None and trainer.current_epoch + 1 >= self._share.epochs:
             trainer.should_stop = True
+        elif self._due is not None:
+            self._checkpoint(trainer, self._due)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember each seed's best weights, stop the seeds that no longer improve, save the checkpoint that was due.
@@ -485,7 +498,7 @@ class SeedEnsembleCallback(pl.Callback):
             return
         if self.keep == "best" or self.patience:
             self._watch(trainer, module)
-        if self._due is not None:
+        if self._due is not None and not trainer.is_last_batch:
             self._checkpoint(trainer, self._due)
 
     def _watch(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
@@ -532,7 +545,6 @@ class SeedEnsembleCallback(pl.Callback):
         module.scored = self._validated(module)
         if self._live not in module.scored:
             return
-        assert self.rule is not None
         names = [r.name for r in module.replicas]
         current = [name for name in names if name not in module.diverged]
         stacks = module.current(current)
@@ -541,9 +553,11 @@ class SeedEnsembleCallback(pl.Callback):
             stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *current]
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
+        rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
+        assert rule is not None
         module.load(
             self._live,
-            fuse(members(stacks, [there.index(s) for s in map(seed_name, seeds)]), self._rule_of(seeds)),
+            fuse(members(stacks, [there.index(s) for s in map(seed_name, seeds)]), rule),
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -562,6 +576,8 @@ class SeedEnsembleCallback(pl.Callback):
             files[BASE_NAME] = json.dumps(base) + "\n"
         about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
         files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
+        if self._control is not None:
+            files[CONTROL_NAME] = json.dumps({"seeds": len(self.seeds)}) + "\n"
         names = [replica.name for replica in module.replicas]
         for name in names:
             if name not in module.idle:
@@ -597,7 +613,7 @@ class SeedEnsembleCallback(pl.Callback):
     def fuse(self, rule: BoundRule | None = None) -> Path | None:
         """Fuse the seeds' folders, if all that were not excluded are there and a method was asked for.
 
-        Their soup is written beside, unless it is what was asked for.
+        Their soup is written beside, unless it is what was asked for. With ``none`` an older fusion is removed.
 
         Args:
             rule: what was chosen. Default: the rule of the run.
@@ -605,7 +621,13 @@ class SeedEnsembleCallback(pl.Callback):
         Raises:
             ValueError: if the rule is still to be chosen.
         """
-        if self.rule is None or self.pending or not self.trained:
+        if self.pending or not self.trained:
+            return None
+        if self.rule is None:
+            made = self.fused_otherwise
+            if removed := self.folder.forget_fusion():
+                said = f"--merge {NO_MERGE} fuses nothing: removed {' and '.join(removed)}, which were made by {made}"
+                Console(stderr=True, soft_wrap=True).print(said, highlight=False, markup=False)
             return None
         if rule is None and self.comparison.chooses:
             raise ValueError(f"{self.comparison.validated_for} chooses on validation rows: call Trainer.validate")
@@ -620,10 +642,10 @@ class SeedEnsembleCallback(pl.Callback):
             settings = self.folder.settings or {}
             write = partial(_fuse_models, base=resolve(settings["model.base_model"]))
         if self.comparison.is_soup or len(folders) == 1:
-            shutil.rmtree(self.dirpath / SOUP, ignore_errors=True)
+            remove_folder(self.dirpath / SOUP)
         else:
             write(folders, self.dirpath / SOUP, method=SOUP)
-        return write(folders, self.fused_path, method=rule or self._rule_of(self.trained))
+        return write(folders, self.fused_path, method=rule or self._compared.rule)
 
     # Testing
 
@@ -675,7 +697,7 @@ class SeedEnsembleCallback(pl.Callback):
         if self.rule is not None:
             fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
         stacks = stack_updates(adapters, self._base, device=device)
-        return self.comparison.beside(stacks, list(adapters), fused, self.folder.selection or {})
+        return self._compared.beside(stacks, list(adapters), fused, self.folder.selection or {})
 
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
@@ -685,19 +707,15 @@ class SeedEnsembleCallback(pl.Callback):
         if len(self.trained) > 1:
             if SOUP not in made and (self.rule is not None or self.comparison.compare):
                 made[SOUP] = partial(fused, bind(SOUP))
-            made |= {name: partial(fused, rule) for name, rule in self.comparison.compare.items() if rule is not None}
+            made |= {name: partial(fused, rule) for name, rule in self._compared.compare.items() if rule is not None}
         return made
 
     # Inside
 
-    def _rule_of(self, seeds: Sequence[int]) -> BoundRule:
-        """The rule of the run for some of its seeds: weights are given for all."""
-        assert self.rule is not None
-        weights = self.rule.options.get("weights")
-        if weights is None or len(weights) == len(seeds):
-            return self.rule
-        kept = [weight for seed, weight in zip(self.seeds, weights, strict=True) if seed in seeds]
-        return replace(self.rule, options={**self.rule.options, "weights": kept})
+    @property
+    def _compared(self) -> Comparison:
+        """What is compared among the seeds that are trained."""
+        return self.comparison.of_seeds([self.seeds.index(seed) for seed in self.trained])
 
     def _replica(self, seed: int) -> Replica:
         first = self.seeds[0]
@@ -743,16 +761,16 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _settle(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Once all seeds are there: choose what is to be chosen, and fuse."""
-        if self.rule is None or self.pending or not self.trained:
+        if self.pending or not self.trained or trainer.fast_dev_run:
             return
-        self.comparison.rule = self._rule_of(self.trained)
-        rule, batches = None, self._validation_batches(trainer, trainer.datamodule)
+        rule, comparison = None, self._compared
+        batches = [] if self.rule is None else self._validation_batches(trainer, trainer.datamodule)
         if batches and not module.adds_dense:
             adapters = self._read_seeds()
             stacks = stack_adapters(adapters, device=module.device)
-            total = len(batches) * self.comparison.adapters_to_score(list(stacks), len(adapters))
+            total = len(batches) * comparison.adapters_to_score(list(stacks), len(adapters))
             with self._scorer(trainer, module, batches, "Scoring on validation rows", total) as score:
-                rule, found = self.comparison.settle(stacks, list(adapters), score)
+                rule, found = comparison.settle(stacks, list(adapters), score)
             if trainer.is_global_zero:
                 self.folder.write(SELECTION_NAME, found)
         if trainer.is_global_zero:

@@ -96,6 +96,14 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, as one step: a crash leaves all of it under its name, or nothing."""
+    if path.is_dir():
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        os.replace(path, temporary / path.name)
+        shutil.rmtree(temporary)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder and all that is in it, to the disk."""
     for item in path.rglob("*"):

@@ -264,7 +264,8 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
-            anew = f"--resume instead of test fuses it by {cli.ensemble.method_name}"
+            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {cli.ensemble.method_name}"
+            anew = f"--resume instead of test {does}"
             raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise}; {anew}")
         asked = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
@@ -284,7 +285,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         watch.finish()
         code = _evaluate(cli, asked, console)
         _report(cli, console)
-        if cli.trainer.is_global_zero:
+        if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:
             (cli.ensemble.dirpath / UNFINISHED_NAME).unlink(missing_ok=True)
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
@@ -368,6 +369,9 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     Loading is no part of the memory: while files are read, their pages count that can be dropped at any time.
     """
     ensemble, data = cli.ensemble, cli.datamodule
+    if not ensemble.next_names:
+        console.print("All is trained already, so there was nothing to measure.")
+        return
     accumulate = cli.trainer.accumulate_grad_batches
     trainer = cli.instantiate_trainer(fast_dev_run=(steps + 1) * accumulate)
     trainer.limit_val_batches = 0
@@ -388,6 +392,10 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
 def _train(cli: SeedLoRACLI, console: Console) -> None:
     """Train what is not trained yet: seeds, one stack after the other, the last one fuses all; then controls."""
     ensemble, first = cli.ensemble, True
+    if cli.trainer.fast_dev_run:
+        if ensemble.next_names:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        return
     if not ensemble.pending:
         # Perhaps this is not the method, or the choice, that they were fused by.
         first = False
@@ -416,8 +424,6 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
             else nullcontext()
         ):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-        if trainer.fast_dev_run:
-            return
 
 
 def _test(cli: SeedLoRACLI, console: Console) -> None:

@@ -5,8 +5,10 @@ Pure functions of adapters and of how they are scored; when they are called is t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -119,6 +121,13 @@ class Comparison:
                 continue
             bound[name] = None if name == GREEDY else bind(name, given)
         return bound
+
+    def of_seeds(self, kept: Sequence[int]) -> Comparison:
+        """The same among some of the seeds, given by their places: see :func:`rule_of_seeds`."""
+        found = copy.copy(self)
+        found.rule = rule_of_seeds(self.rule, kept)
+        found.compare = {name: rule_of_seeds(rule, kept) for name, rule in self.compare.items()}
+        return found
 
     @property
     def method_name(self) -> str:
@@ -295,6 +304,13 @@ class Comparison:
             if rule is not None:
                 made[name] = partial(fuse, stacks, rule)
         return made if len(seeds) > 1 else {}
+
+
+def rule_of_seeds(rule: BoundRule | None, kept: Sequence[int]) -> BoundRule | None:
+    """A rule for some of the seeds, given by their places: the option ``weights`` is given for all."""
+    if rule is None or (weights := rule.options.get("weights")) is None:
+        return rule
+    return replace(rule, options={**rule.options, "weights": [weights[place] for place in kept]})
 
 
 def _several(n: int) -> list[tuple[int, ...]]:

@@ -345,12 +345,39 @@ def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny
     assert fused[0] == fused[1]
 
 
-def test_a_finished_run_is_fused_again_by_another_method(tiny_llama):
+def test_a_finished_run_is_fused_again_by_another_method(tiny_llama, capsys):
     assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none") == 0
     assert not Path("here/fused").exists()
     for method in ("soup", "seedlora"):
         assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", method, "--resume") == 0
         assert json.loads(Path("here/fused/fusion.json").read_text())["method"] == method
+    assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--merge", "none"]) == 2
+    assert "here was fused by seedlora; --resume instead of test removes that" in capsys.readouterr().err
+    assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none", "--resume") == 0
+    said = "--merge none fuses nothing: removed fused and soup, which were made by seedlora"
+    assert said in capsys.readouterr().err
+    assert not [name for name in ("fused", "soup", "selection.json") if (Path("here") / name).exists()]
+    assert list(json.loads(Path("here/results.json").read_text())["scores"]) == [
+        "base",
+        "seed_11",
+        "seed_42",
+        "seed_202",
+    ]
+    assert "Nothing was fused." in Path("here/report.md").read_text()
+
+
+def test_a_trial_leaves_no_trace(tiny_llama, capsys):
+    here = ["--ensemble.checkpoint_every_n_steps", "1", "--ensemble.dirpath", "here"]
+    assert run(tiny_llama, *here, "--plan") == 0
+    assert not Path("here").exists()
+    assert run(tiny_llama, *here) == 0
+    Path("here/unfinished").touch()
+    state = lambda: {path: path.stat().st_mtime_ns for path in Path("here").rglob("*")}  # noqa: E731
+    before = state()
+    for trial in (["--plan"], ["--trainer.fast_dev_run", "true"]):
+        assert run(tiny_llama, *here, "--resume", "--merge", "auto", *trial) == 0
+        assert state() == before
+    assert "All is trained already, so there was nothing to measure." in capsys.readouterr().out
 
 
 def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):

@@ -99,6 +99,7 @@ def test_a_trained_control_is_the_run_it_stands_for(everything, tiny_llama, tmp_
     one = {"seeds": [1], "merge": "none", "test": False}
     fit(tmp_path / "long", tiny_llama, **one)
     assert weights(tmp_path / "long" / "seed_1") == weights(callback.dirpath / "long_seed")
+    assert json.loads((callback.dirpath / "long_seed" / "control.json").read_text()) == {"seeds": 3}
     wide = make_module(tiny_llama, learning_rate=2e-2, r=12, lora_alpha=36)
     plain, *_ = fit(tmp_path / "wide", tiny_llama, module=wide, seeds=[1, 5, 6], merge="none", test=False, stack_size=1)
     assert weights(plain.adapter_path(1)) == weights(callback.dirpath / "wide_seed")

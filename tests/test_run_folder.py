@@ -18,9 +18,8 @@ def train(folder, *names):
 
 
 def save(folder, names, step):
-    temporary = folder.new_checkpoint(names, step)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(str(step))
+    with folder.new_checkpoint(names, step) as temporary:
+        temporary.write_text(str(step))
     folder.keep(temporary)
 
 
@@ -40,6 +39,35 @@ def test_what_is_left_to_do(tmp_path):
     assert folder.left_out == {"seed_2": "diverged", "long_seed": "diverged too"}
 
 
+def test_a_control_of_fewer_seeds_is_trained_anew(tmp_path):
+    for number, seeds in enumerate(([1, 2], [1, 2, 3]), start=2):
+        folder = RunFolder(tmp_path, seeds, controls=("long_seed", "wide_seed"))
+        train(folder, *(name for name in map("seed_{}".format, seeds) if not (tmp_path / name).exists()))
+        assert folder.pending_controls == ("long_seed", "wide_seed")
+        for name in folder.controls:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "adapter_config.json").write_text("{}")
+            (tmp_path / name / "control.json").write_text(json.dumps({"seeds": number}))
+        assert folder.pending_controls == ()
+        assert folder.trained_controls == ("long_seed", "wide_seed")
+    # and what was begun of it is of no use
+    again = RunFolder(tmp_path, [1, 2, 3, 4], controls=("long_seed", "wide_seed"))
+    save(again, ("wide_seed",), 7)
+    again.forget_checkpoints(("seed_4",))
+    assert again.checkpoint(("wide_seed",)) is None
+
+
+def test_what_was_fused_before_is_forgotten(tmp_path):
+    folder = RunFolder(tmp_path, [1])
+    train(folder, "seed_1", "fused", "soup")
+    (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')
+    folder.write("selection.json", {})
+    assert folder.forget_fusion() == ["fused"]
+    # whatever else has that name was not made by a fusion
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed_1", "soup"]
+    assert folder.fusion is None
+
+
 def test_metrics_have_a_file_for_each_part_of_the_seeds(tmp_path):
     folder = RunFolder(tmp_path, [1, 2, 3])
     names = [(), ("seed_1", "seed_2", "seed_3"), ("seed_1", "seed_3"), ("long_seed",)]
@@ -53,7 +81,8 @@ def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
     assert folder.checkpoint(both) is None
     for step in (9, 10):
         save(folder, both, step)
-    folder.new_checkpoint(both, 11).write_text("half")
+    with folder.new_checkpoint(both, 11) as temporary:
+        temporary.write_text("half")
     assert folder.checkpoint(both).read_text() == "10"
     assert len(list(tmp_path.glob("checkpoints/*/*.ckpt"))) == 1
     save(folder, ("seed_1",), 3)

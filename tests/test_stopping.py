@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from strategies_job import Break, Poison
 from test_callback import trainer
 
-from callbacks import SeedEnsembleCallback
+from callbacks import JSONLinesLogger, SeedEnsembleCallback
 from seedlora.adapter import read_adapter
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import Memory, fitting_stack
@@ -202,7 +202,9 @@ def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
 
 
 def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
-    options = {"budget": "full", "on_divergence": "exclude", "stack_size": 1, "merge_options": {"weights": [1, 5, 2]}}
+    weights = {"weights": [1, 5, 2]}
+    options = {"budget": "full", "on_divergence": "exclude", "stack_size": 1, "merge_options": weights}
+    options |= {"compare": "seedlora", "compare_options": {"seedlora": weights}}
     ensemble = SeedEnsembleCallback([1, 2, 3], merge="soup", dirpath=tmp_path / "x", **options)
     module, data = make_module(tiny_llama), make_data()
     for seed in (1, 2, 3):
@@ -218,6 +220,11 @@ def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
         # the weights of the seeds that are left, over their number
         wanted = (first.layers[path].dense() + 2 * third.layers[path].dense()) / 2
         assert torch.allclose(factors.dense(), wanted, rtol=1e-4, atol=1e-6)
+
+    # a command that only tests finds what it asks for, and what is compared has the weights of these seeds too
+    assert SeedEnsembleCallback([1, 2, 3], merge="soup", dirpath=tmp_path / "x", **options).fused_otherwise is None
+    run.test(module, datamodule=data, verbose=False)
+    assert "seedlora" in ensemble.results.scores
 
 
 def test_a_stopped_seed_is_written_when_the_last_one_diverges(tiny_llama, tmp_path):
@@ -235,6 +242,10 @@ def test_a_stopped_seed_is_written_when_the_last_one_diverges(tiny_llama, tmp_pa
 def test_weights_are_one_per_seed():
     with pytest.raises(ValueError, match=r"weights must be 2 numbers, one per seed, got \[1, 2, 3\]"):
         SeedEnsembleCallback([1, 2], merge="soup", merge_options={"weights": [1, 2, 3]})
+    with pytest.raises(ValueError, match=r"compare_options weights must be 2 numbers, one per seed, got \[1, 2, 3\]"):
+        SeedEnsembleCallback(
+            [1, 2], merge="soup", compare="seedlora", compare_options={"seedlora": {"weights": [1, 2, 3]}}
+        )
 
 
 class Terminate(pl.Callback):
@@ -250,7 +261,42 @@ class Validations(list, pl.Callback):
     """The optimizer steps at which validations ended."""
 
     def on_validation_end(self, trainer, module):
-        self.append(trainer.global_step)
+        if not trainer.sanity_checking:
+            self.append(trainer.global_step)
+
+
+class Fail(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 15:
+            raise RuntimeError("killed")
+
+
+def test_the_last_step_of_an_epoch_is_saved_too(tiny_llama, tmp_path):
+    """Epochs of 12 steps and a checkpoint every 12: there would be none."""
+
+    def fit(name, *callbacks, ckpt_path=None, **options):
+        ensemble = SeedEnsembleCallback(
+            [1, 2], patience=9, keep="best", checkpoint_every_n_steps=12, dirpath=tmp_path / name, **options
+        )
+        logger = JSONLinesLogger(ensemble.metrics_path)
+        logger.rewind(ensemble.ckpt_step)
+        run = trainer(ensemble, max_epochs=4, logger=logger, log_every_n_steps=1)
+        run.callbacks += callbacks
+        data = make_data()
+        run.fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+
+    validations, wanted = Validations(), Validations()
+    fit("whole", wanted)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit("x", validations, Fail())
+    (checkpoint,) = tmp_path.glob("x/checkpoints/*/*")
+    assert checkpoint.name == "step=12.ckpt"
+    fit("x", validations, ckpt_path=checkpoint, resume=True)
+    for name in ("seed_1", "seed_2", "fused"):
+        file = "adapter_model.safetensors"
+        assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+    assert validations == wanted
+    assert (tmp_path / "x" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
 # validations between two steps, and just after the one that is saved

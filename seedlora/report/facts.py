@@ -186,7 +186,9 @@ def _replaced(run: Path, merged: str | None) -> list[str]:
     """The adapters whose weights are no longer those that answered the tasks scored by generation."""
     known = _read(run / "evaluation" / "settings.json").get("adapters", {})
     now = {label: adapter_sha256(run / (FUSED if label == merged else label)) for label in known}
-    return [label for label in known if now[label] and known[label].get("weights_sha256") not in (None, now[label])]
+    # What was compared has no folder; the fused adapter has none once it was removed.
+    there = [label for label in known if now[label] or label == FUSED]
+    return [label for label in there if known[label].get("weights_sha256") not in (None, now[label])]
 
 
 def _tests(run: Path, seeds: Sequence[str], *, answered: bool) -> list[Facts]:
