@@ -225,7 +225,7 @@ def test_into_base_is_what_peft_merges(folders, base, tmp_path):
     for key in before:
         assert torch.allclose(found[key], before[key] + ref.mean([a[key] for a in added]), atol=1e-4)
     names = {f.name for f in base.iterdir()}
-    assert names | {RECORD_NAME} == {f.name for f in (tmp_path / "o").iterdir()}
+    assert names | {RECORD_NAME, "README.md"} == {f.name for f in (tmp_path / "o").iterdir()}
 
 
 def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
