@@ -1,6 +1,6 @@
 """The same code on a CUDA device: ``pytest -m gpu``; left out where there is none.
 
-With ``SEEDLORA_TEST_DEVICE=cpu`` the same tests run on the CPU, as far as there is something to run, on a smaller model.
+With ``SEEDLORA_TEST_DEVICE=cpu`` the same tests run on the CPU, as far as they mean something there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def smollm2(tmp_path):
     return str(tmp_path / "model")
 
 
-class Interrupted(Exception):
+class CutOffError(Exception):
     """What ends a run."""
 
 
@@ -64,7 +64,7 @@ class Interrupt(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 3:
-            raise Interrupted
+            raise CutOffError
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_llama, tmp_path):
     options = {"on": ON, "test": False, "lora_dropout": 0.1}
     ensemble = {"checkpoint_every_n_steps": 1, "resume": True}
     whole = fit(tiny_llama, tmp_path / "whole", ensemble=ensemble, trainer=SAME_BITS, **options)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CutOffError):
         fit(tiny_llama, tmp_path / "x", ensemble=ensemble, trainer={**SAME_BITS, "callbacks": [Interrupt()]}, **options)
     resumed = fit(tiny_llama, tmp_path / "x", ensemble=ensemble, trainer=SAME_BITS, **options)
     assert_close(weights(resumed, "fused"), weights(whole, "fused"), atol=0)
@@ -124,7 +124,8 @@ def test_the_main_job_and_its_memory(smollm2, tmp_path):
     module, rows = make_module(smollm2, **options), make_data(**data)
     rows.tokenizer = module.tokenizer
     rows.setup()
-    estimate, peak = memory_of(module, rows)(3).total, PeakMemory(DEVICE)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    estimate, peak = memory_of(trainer, module, rows)(3).total, PeakMemory(DEVICE)
     seeds = [11, 42, 202]
     run = fit(smollm2, tmp_path / "run", seeds, on=ON, ensemble=ensemble, data=data, trainer=log, **options)
     assert run.results.scores["fused"].n == data["num_test"]
