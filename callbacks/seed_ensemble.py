@@ -569,6 +569,7 @@ class SeedEnsembleCallback(pl.Callback):
         """
         module = _ours(pl_module)
         if trainer.fast_dev_run:
+            self._listen_no_more()
             return
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
@@ -601,9 +602,7 @@ class SeedEnsembleCallback(pl.Callback):
         if self._control is None:
             self._settle(trainer, module)
         trainer.strategy.barrier()
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give SIGTERM back."""
+        # Before the end of the fit, where Lightning gives it back itself.
         self._listen_no_more()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

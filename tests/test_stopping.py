@@ -303,11 +303,12 @@ def test_the_last_step_of_an_epoch_is_saved_too(tiny_llama, tmp_path):
 @pytest.mark.parametrize("interval", [6, 4])
 def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_bits(tiny_llama, tmp_path, interval):
     options = {"max_epochs": 4, "accumulate_grad_batches": 4, "val_check_interval": interval}
+    before = signal.getsignal(signal.SIGTERM)
     whole = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "whole")
     run, wanted, found = trainer(whole, **options), Validations(), Validations()
     run.callbacks.append(wanted)
     run.fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=make_data())
-    before = signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
     ensemble = SeedEnsembleCallback([1, 2], patience=9, keep="best", dirpath=tmp_path / "x")
     run = trainer(ensemble, **options)
     run.callbacks[:0] = [Terminate(), found]  # before the one that leaves

@@ -154,8 +154,9 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
         updates[vary] = [read_adapter(callback.adapter_path(seed)).layers for seed in (1, 2)]
     for vary in ("init", "order"):
         assert difference(updates[vary][0], updates["both"][0]) < 1e-5
-        # A moves little from where it starts
-        assert (difference(updates[vary][1], updates[vary][0]) < 0.5) == (vary == "order")
+        first, second = (torch.cat([f.A.flatten() for f in layers.values()]) for layers in updates[vary])
+        # A moves little from where it starts.
+        assert ((second - first).norm() / first.norm() < 0.5) == (vary == "order")
         assert difference(updates[vary][1], updates[vary][0]) > 1e-3
         assert difference(updates[vary][1], updates["both"][1]) > 1e-3
 
