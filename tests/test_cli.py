@@ -166,6 +166,13 @@ def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
         assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
 
 
+def test_the_clock_comes_before_the_ensemble_whose_phases_it_times():
+    from seedlora.cli import SeedLoRACLI
+
+    kinds = [type(callback).__name__ for callback in SeedLoRACLI(PARTS, []).trainer.callbacks]
+    assert kinds.index("Throughput") < kinds.index("SeedEnsembleCallback")
+
+
 def test_an_empty_data_file(tiny_llama, capsys):
     Path("empty.jsonl").write_text("")
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "empty.jsonl"]

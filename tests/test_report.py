@@ -272,8 +272,6 @@ def test_the_figures_of_a_comparison(compared):
         "long_seed": phases,
         "wide_seed": phases,
     }
-    # Choosing among thirty rules took longer than four steps did, and is no part of the training.
-    assert found["took"]["seeds"]["fusing"] > found["took"]["seeds"]["training"]
     shares = {row["what"]: (row["all"], row["one"]) for row in found["shares"]}
     plan = json.loads((compared / "cost.json").read_text())["plan"]
     estimates = tuple(sum(plan[key].values()) / 2**30 for key in ("memory", "memory_alone"))

@@ -195,7 +195,7 @@ def test_inspect_and_compare(folders, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "rho" in shown
     assert {f.name for f in (tmp_path / "p").iterdir()} == {
-        *("cosines.svg", "spectra.svg", "distributions.svg", "gains.svg")
+        *("pairs.svg", "cosines.svg", "spectra.svg", "distributions.svg", "gains.svg")
     }
     assert all("currentColor" not in f.read_text() for f in (tmp_path / "p").iterdir())
     assert main(["compare", *folders, "--json", "--method", "soup"]) == 0
