@@ -267,7 +267,7 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
         def __getitem__(self, i: int) -> dict[str, Tensor]:
             return {
                 "input_ids": self.ids[i],
-                "attention_mask": mask(self.ids, self.lengths[i])[0],
+                "attention_mask": mask(self.ids, self.lengths[i : i + 1])[0],
                 "labels": self.labels[i],
             }
 
