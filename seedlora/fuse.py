@@ -6,6 +6,7 @@ The only place where the layers of a model are walked.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -259,9 +260,15 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
         raise AdapterError("no adapter was given; fusing needs at least one")
     (first_name, first), *others = adapters.items()
     for name, adapter in others:
-        if adapter.base_model != first.base_model:
+        if Path(adapter.base_model) != Path(first.base_model):
             raise AdapterError(
-                f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
+                f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'; if these "
+                "are one model, say so in adapter_config.json (base_model_name_or_path)"
+            )
+        if adapter.revision != first.revision:
+            raise AdapterError(
+                f"the base model's revision is {first.revision or 'main'} in {first_name} and "
+                f"{adapter.revision or 'main'} in {name}"
             )
         if adapter.quantization != first.quantization:
             goes = [
@@ -392,9 +399,12 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
         base: the base model's folder or hub id.
 
     Raises:
-        ValueError: if ``out`` is or holds one of these, or anything else that no merge made.
+        ValueError: if ``out`` is or holds one of these, or anything else that no merge made, or cannot be written.
     """
     target = Path(out).resolve()
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"the output {out} cannot be written: {above} is no folder that may be written to")
     for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
         if folder.is_dir() and folder.resolve().is_relative_to(target):
             holds = "is" if folder.resolve() == target else "holds"
@@ -539,6 +549,7 @@ def fuse_folders(
     config = universal_config(
         layers,
         base_model=first.base_model,
+        revision=first.revision,
         fan_in_fan_out=first.fan_in_fan_out,
         lora_bias=bool(biases),
         modules_to_save=first.modules_to_save,

@@ -94,8 +94,8 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     homes = {label: home for label, home in homes.items() if (home / WEIGHTS_NAME).is_file()}
     digests = hash_inputs([*stored, *homes.values()])
     now = {label: digests[str(home)].result() for label, home in homes.items()}
-    # Whose weights are no longer those that answered the tasks scored by generation. What was compared has no folder; the
-    # fused adapter has none once it was removed.
+    # Whose weights are no longer those that answered the tasks scored by generation. What was compared has no folder;
+    # the fused adapter has none once it was removed.
     replaced = [
         label
         for label, known in answered.items()
