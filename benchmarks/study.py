@@ -709,7 +709,7 @@ def session(
     """
     began, done = time.monotonic(), 0
     results.parent.mkdir(parents=True, exist_ok=True)
-    with (results.parent / ".lock").open("w") as lock:
+    with results.with_name(f".{results.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.atomic import atomic_folder
+from seedlora.atomic import atomic_folder, save_tensors
 from seedlora.base_weights import BaseWeights
 from seedlora.factors import LoRAFactors
 from seedlora.hub import local_folder
@@ -115,6 +114,7 @@ class Adapter:
         auto_mapping: the class of the base model, which PEFT says where it knows no task.
         start: of PiSSA and OLoRA, as long as it is still in the factors: :func:`without_start` subtracts it.
         quantization: what the base model has to be quantised to: :func:`quantization_of`.
+        revision: of the base model on the hub; None for its main one.
     """
 
     layers: dict[str, LoRAFactors]
@@ -131,6 +131,7 @@ class Adapter:
     auto_mapping: Mapping[str, str] | None = None
     start: Start | None = None
     quantization: str = "none"
+    revision: str | None = None
 
     def flipped(self, path: str) -> bool:
         """Whether the base stores this layer's weight as ``(K, D)``."""
@@ -241,7 +242,7 @@ def read_adapter(
     for key in sorted(tensors):
         suffix = next((s for s in (_A, _B, _EMBEDDING_A, _EMBEDDING_B) if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX) or len(key) <= len(_PREFIX) + len(suffix):
-            raise AdapterError(f"{file}: '{key}' is no factor of plain LoRA on a linear or embedding layer")
+            raise AdapterError(f"{file}: '{key}' is no factor of plain LoRA on a linear or embedding layer{_why(key)}")
         name = key.removeprefix(_PREFIX).removesuffix(suffix)
         partner = {_A: _B, _B: _A, _EMBEDDING_A: _EMBEDDING_B, _EMBEDDING_B: _EMBEDDING_A}[suffix]
         if (other := tensors.get(_PREFIX + name + partner)) is None:
@@ -283,6 +284,7 @@ def read_adapter(
         mapping if isinstance(mapping := config.get("auto_mapping"), dict) else None,
         Start(file, _init(config), scalings) if _init(config) in _REPEATED_INITS else None,
         quantization_of(path),
+        None if (revision := config.get("revision")) == "main" else revision,
     )
     _check_vectors(file, adapter, config)
     if base is not None and config.get("use_dora"):
@@ -314,6 +316,18 @@ def without_start(adapter: Adapter, base: BaseWeights, *, on_layer: Callable[[st
         if on_layer is not None:
             on_layer(name)
     return replace(adapter, layers=layers, start=None)
+
+
+def _why(key: str) -> str:
+    """What a key of another form probably is, and what to do; the end of a sentence."""
+    if "lora_" in key:
+        return f"; PEFT's own keys begin with {_PREFIX} and end in {_A} or {_B}: save it with PEFT's save_pretrained"
+    if key.startswith(_PREFIX) and key.endswith(".weight"):
+        name = key.split(".")[-2]
+        return f" but a full weight, as PEFT saves it of a resized vocabulary; add '{name}' to modules_to_save in " + (
+            f"{CONFIG_NAME}, and python -m seedlora merge averages it"
+        )
+    return ""
 
 
 def _take(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
@@ -473,7 +487,7 @@ def write_adapter(
     # A tied head is its embedding, and the format takes no tensor twice.
     tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in more.items()}
     with atomic_folder(Path(path), size=sum(tensor.nbytes for tensor in tensors.values())) as folder:
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -483,6 +497,7 @@ def universal_config(
     layers: Mapping[str, LoRAFactors],
     *,
     base_model: str,
+    revision: str | None = None,
     fan_in_fan_out: bool = False,
     lora_bias: bool = False,
     modules_to_save: Collection[str] = (),
@@ -496,6 +511,7 @@ def universal_config(
     Args:
         layers: what it describes.
         base_model: name or path of the base model.
+        revision: as in :class:`Adapter`.
         fan_in_fan_out: as in :class:`Adapter`.
         lora_bias: the layers carry biases.
         modules_to_save: names of modules whose full weights are in the folder.
@@ -514,6 +530,7 @@ def universal_config(
         task_type=task_type,
         auto_mapping=None if auto_mapping is None else dict(auto_mapping),
         base_model_name_or_path=base_model,
+        revision=revision,
         r=ranks[0],
         lora_alpha=ranks[0],
         target_modules=sorted(set(map(_suffix, layers))),
@@ -605,8 +622,9 @@ def _read_config(path: Path, *, more: bool = False) -> dict[str, Any]:
         raise AdapterError(f"{file}: init_lora_weights is {init!r}, which changes the base weights; {how}")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{file}: bias is {config['bias']!r}; only 'none' can be fused")
-    if not isinstance(config.get("base_model_name_or_path"), str | None):
-        raise AdapterError(f"{file}: base_model_name_or_path is {config['base_model_name_or_path']!r}, text is needed")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise AdapterError(f"{file}: {key} is {str(config[key])[:80]!r}, text is needed")
     if config.get("task_type") not in (None, *TASKS):
         raise AdapterError(
             f"{file}: task_type is {str(config['task_type'])[:80]!r}, one of {', '.join(TASKS)} is needed"
@@ -635,7 +653,9 @@ def _check_rank(file: Path, key: str, value: object) -> None:
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, str]]]:
     """The tensors of the file, and rows and sha256 of the base weights among them, by layer path."""
     if not file.is_file():
-        raise AdapterError(f"{file} is missing; pickled weights (.bin) are not read")
+        found = sorted(other.name for other in file.parent.glob("adapter_model*"))
+        there = f"; there is {', '.join(found)}: load it with PEFT and save_pretrained" if found else ""
+        raise AdapterError(f"{file} is missing; pickled weights (.bin) and parts of weights are not read{there}")
     try:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict

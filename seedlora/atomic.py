@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 #: No space left, none left of the user's share, a file above the limit on files.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -53,7 +55,11 @@ def saving(path: Path, *, size: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes ``path`` when the block ends without an error."""
+    """Give a temporary path to write to; it becomes ``path`` when the block ends without an error.
+
+    What a link points to is replaced, not the link.
+    """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with saving(path):
@@ -71,12 +77,13 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """Give an empty temporary folder to fill; it becomes ``path`` when the block ends without an error.
 
     An older folder of that name is replaced. Between its removal and the rename neither exists, so a crash in that
-    moment loses the old one but never shows a mixture.
+    moment loses the old one but never shows a mixture. What a link points to is replaced, not the link.
 
     Args:
         path: the folder.
         size: about how many bytes it will take, for the message of :func:`saving`.
     """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     with saving(path, size=size):
@@ -102,6 +109,14 @@ def remove_folder(path: Path) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.replace(path, temporary / path.name)
         shutil.rmtree(temporary)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, with the permissions of any new file; the library's own gives it to its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 def sync(path: Path) -> None:

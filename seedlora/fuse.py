@@ -6,9 +6,11 @@ The only place where the layers of a model are walked.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +38,12 @@ from seedlora.base_weights import BaseWeights, shards
 from seedlora.card import CARD_NAME, model_card
 from seedlora.dora import dora_updates
 from seedlora.factors import LoRAFactors
-from seedlora.merge import BoundRule, MergeRule, Updates, bind, factored, gain
+from seedlora.merge import BoundRule, Compressed, MergeRule, Updates, bind, factored, gain
 from seedlora.serving import base_shapes, complete
 
 RECORD_NAME = "fusion.json"
+#: Layers that are fused at a time, at most: each holds some copies of its factors.
+_LAYERS_AT_A_TIME = 4
 
 
 _Form = TypeVar("_Form", bound=Updates)
@@ -112,7 +116,13 @@ def updates(
     Raises:
         ValueError: if the rule's ``layers`` selects none.
     """
-    bound = bind(rule)
+    merged = _merged(stacks, bind(rule), {} if inputs is None else inputs)
+    for path in order if order is not None else stacks:
+        yield path, merged(path)
+
+
+def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, float]) -> Callable[[str], Updates]:
+    """Look at all layers, if the rule has to; what is left is a function of one path, as :func:`updates` applies it."""
     chosen = [path for path in stacks if bound.selects(path)]
     if stacks and not chosen:
         raise ValueError(f"layers={bound.use.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}")
@@ -124,13 +134,31 @@ def updates(
             return stack
         if path not in made:
             made[path], error = factored(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
-            if inputs is not None:
-                inputs[path] = error
+            inputs[path] = error
         return made[path]
 
     facts = bound.survey(lambda: ((path, taken(path)) for path in chosen)) if chosen else {}
-    for path in order if order is not None else stacks:
-        yield path, bound.update(path, taken(path), facts) if bound.selects(path) else bound.left_out(stacks[path])
+
+    def merged(path: str) -> Updates:
+        return bound.update(path, taken(path), facts) if bound.selects(path) else bound.left_out(stacks[path])
+
+    return merged
+
+
+@contextmanager
+def layer_threads() -> Iterator[Callable[..., Iterator[Any]]]:
+    """A ``map`` over layers that is done by several threads of one core each, for CPU tensors.
+
+    Matrices of a layer are too small to be worth dividing among cores. The results come in order, with the bits of the
+    plain ``map`` on one core.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, _LAYERS_AT_A_TIME), "layers", torch.set_num_threads, (1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # threads that start from now on take what was said last, by any thread
 
 
 def fuse(
@@ -138,6 +166,7 @@ def fuse(
     rule: MergeRule | BoundRule,
     *,
     on_layer: Callable[[str], object] | None = None,
+    each: Callable[..., Iterator[Any]] = map,
 ) -> Fused:
     """Apply a merge rule to the stack of every layer; ranks are padded with zeros to the largest, as servers need.
 
@@ -146,16 +175,25 @@ def fuse(
         rule: a rule, or one with options as :func:`seedlora.merge.bind` gives it. Dense results are compressed to its
             ``rank``, by default ``N*R`` (one more where the rule adds a constant); the result says with which error.
         on_layer: called with each layer's path when it is done.
+        each: how to go through the layers, as :func:`layer_threads` gives it. What may be dense, and as large as the
+            layer, is done one after the other all the same.
     """
     bound = bind(rule)
     dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
     if dense and bound.use.rank is None and not bound.method.dense:
         bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))
     fused, compression, svd, inputs = {}, {}, {}, dict[str, float]()
-    for path, update in updates(stacks, bound, inputs=inputs):
+    merged = _merged(stacks, bound, inputs)
+
+    def finished(path: str) -> tuple[Compressed, bool]:
+        update = merged(path)
         compressed = bound.finish(path, update)
+        return compressed, compressed.factors is not update
+
+    walk = map(finished, stacks) if dense or bound.method.elementwise else each(finished, stacks)
+    for path, (compressed, changed) in zip(stacks, walk, strict=True):
         fused[path] = compressed.factors
-        if compressed.factors is not update:
+        if changed:
             compression[path], svd[path] = compressed.error, compressed.svd
         if on_layer is not None:
             on_layer(path)
@@ -222,9 +260,15 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
         raise AdapterError("no adapter was given; fusing needs at least one")
     (first_name, first), *others = adapters.items()
     for name, adapter in others:
-        if adapter.base_model != first.base_model:
+        if Path(adapter.base_model) != Path(first.base_model):
             raise AdapterError(
-                f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'"
+                f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'; if these "
+                "are one model, say so in adapter_config.json (base_model_name_or_path)"
+            )
+        if adapter.revision != first.revision:
+            raise AdapterError(
+                f"the base model's revision is {first.revision or 'main'} in {first_name} and "
+                f"{adapter.revision or 'main'} in {name}"
             )
         if adapter.quantization != first.quantization:
             goes = [
@@ -355,9 +399,12 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
         base: the base model's folder or hub id.
 
     Raises:
-        ValueError: if ``out`` is or holds one of these, or anything else that no merge made.
+        ValueError: if ``out`` is or holds one of these, or anything else that no merge made, or cannot be written.
     """
     target = Path(out).resolve()
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"the output {out} cannot be written: {above} is no folder that may be written to")
     for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
         if folder.is_dir() and folder.resolve().is_relative_to(target):
             holds = "is" if folder.resolve() == target else "holds"
@@ -476,7 +523,10 @@ def fuse_folders(
         compute = torch.promote_types(dtype, torch.float32)
         stacks = Stacks({path: stack.to(compute) for path, stack in stacks.items()})
     biases, modules = average(adapters, bound)
-    fused = fuse(stacks, bound, on_layer=on_layer)
+    with layer_threads() as each:
+        fused = fuse(stacks, bound, on_layer=on_layer, each=each)
+        walk = map if first.magnitudes else each
+        gains = list(walk(lambda path: float(gain(stacks[path], fused[path])), stacks if len(adapters) > 1 else ()))
     shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
     layers, unknown = complete(fused, shapes)
     if dtype is not None:
@@ -492,13 +542,14 @@ def fuse_folders(
     if unknown:
         record["incomplete_groups"] = unknown
     if len(adapters) > 1:
-        record["gain"] = gain_record([float(gain(stack, fused[path])) for path, stack in stacks.items()])
+        record["gain"] = gain_record(gains)
     card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
     files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
     files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
     config = universal_config(
         layers,
         base_model=first.base_model,
+        revision=first.revision,
         fan_in_fan_out=first.fan_in_fan_out,
         lora_bias=bool(biases),
         modules_to_save=first.modules_to_save,
@@ -532,12 +583,13 @@ def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
     """Start to hash the weights of folders or hub ids, beside what else is done; sha256 by name."""
     pool = ThreadPoolExecutor(1, "sha256")
     folders = {str(source): locate(source) for source in sources}
-    hashes = {
-        name: pool.submit(files_sha256, shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
-        for name, folder in folders.items()
-    }
+    hashes = {name: pool.submit(_weights_sha256, folder) for name, folder in folders.items()}
     pool.shutdown(wait=False)
     return hashes
+
+
+def _weights_sha256(folder: Path) -> str:
+    return files_sha256(shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
 
 
 def common_text(sources: Sequence[str | Path], name: str) -> str | None:

@@ -249,7 +249,8 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"alpha_pattern": {"(": 4}}, "is no regex"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
-        ({"base_model_name_or_path": 3}, "text is needed"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is '3', text is needed"),
+        ({"revision": ["v1"]}, "revision is .*, text is needed"),
         ({"task_type": "CHESS"}, "task_type is 'CHESS', one of CAUSAL_LM, SEQ_CLS"),
         ({"task_type": ["SEQ_CLS"]}, "task_type is .*, one of CAUSAL_LM"),
     ],
@@ -271,6 +272,11 @@ def test_refused_configurations(config, message, broken):
         (lambda t: t.update({"other": torch.ones(2)}), "'other' is no factor"),
         (lambda t: t.update({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(2)}), "is no factor"),
         (lambda t: t.update({"base_model.model.lora_A.weight": torch.ones(2, 2)}), "is no factor|has no"),
+        (lambda t: t.update({KEY.replace(".weight", ".default.weight"): t.pop(KEY)}), "PEFT's own keys begin with"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
+            "but a full weight, as PEFT saves it of a resized vocabulary; add 'lm_head' to modules_to_save",
+        ),
         (lambda t: t.clear(), "holds no LoRA factors"),
     ],
 )
@@ -292,7 +298,9 @@ def test_scaling_that_overflows(broken):
 def test_pickles_and_missing_folders(good, tmp_path):
     shutil.copy(good / CONFIG_NAME, tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"pickled weights"):
+    with pytest.raises(
+        AdapterError, match=r"pickled weights .* not read; there is adapter_model.bin: load it with PEFT"
+    ):
         read_adapter(tmp_path)
     with pytest.raises(AdapterError, match=r"has no adapter_config.json"):
         read_adapter(tmp_path / "nowhere")
@@ -308,6 +316,13 @@ def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
     folder = broken(config={"base_model_name_or_path": "other"})
     with pytest.raises(AdapterError, match=r"belongs to base model '', .* to 'other'"):
         stack_adapters(read_adapters([good, folder]))
+    broken(config={"base_model_name_or_path": "", "revision": "v1"})
+    with pytest.raises(AdapterError, match=r"revision is main in .* and v1 in"):
+        stack_adapters(read_adapters([good, folder]))
+    assert fuse_folders([folder], tmp_path / "v1", method="soup")
+    assert json.loads((tmp_path / "v1" / CONFIG_NAME).read_text())["revision"] == "v1"
+    broken(config={"revision": "main"})
+    assert stack_adapters(read_adapters([good, folder]))
     with pytest.raises(AdapterError, match=r"task_type is None in .* and SEQ_CLS in"):
         stack_adapters(read_adapters([good, broken(config={"base_model_name_or_path": "", "task_type": "SEQ_CLS"})]))
     save_adapter(tmp_path / "k", r=2, lora_alpha=6, target_modules=["q_proj", "k_proj"])

@@ -7,7 +7,7 @@ import torch
 from conftest import files_of_at_most
 from safetensors.torch import save_file
 
-from seedlora.atomic import atomic_file, atomic_folder, saving, write_text
+from seedlora.atomic import atomic_file, atomic_folder, save_tensors, saving, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_rest(tmp_path):
@@ -61,3 +61,23 @@ def test_a_folder_is_replaced_whole(tmp_path):
         with atomic_folder(tmp_path / "d") as folder:
             (folder / content).write_text(content)
     assert [path.name for path in tmp_path.rglob("*")] == ["d", "b"]
+
+
+def test_links_stay_links(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("folder", "file"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    for content in ("a", "b"):  # a link to nothing, and to something
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / content).write_text(content)
+        write_text(tmp_path / "file", content)
+    assert (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "file").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").rglob("*")) == ["b", "file", "folder"]
+    assert (tmp_path / "disk" / "file").read_text() == "b"
+
+
+def test_tensors_have_the_permissions_of_other_files(tmp_path):
+    save_tensors({"x": torch.ones(2)}, tmp_path / "x")
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

@@ -17,7 +17,8 @@ from rich.console import Console
 from scipy import stats
 
 from datamodules import ReasoningGym, prompts
-from seedlora import cli, shell
+from seedlora import adapter, cli, fuse, shell
+from seedlora.adapter import adapter_sha256
 from seedlora.fuse import read_adapters
 from seedlora.report.facts import POINTS, facts, test_facts
 from seedlora.report.figures import _line, _marker, colours, domains, figures
@@ -467,6 +468,21 @@ def test_seeds_left_out_and_adapters_that_cannot_be_read(run):
     assert "seed_42 was left out: training loss not finite in step 3." in text
     assert "The adapters cannot be read" in text
     assert "not finished" not in text
+
+
+def test_adapters_are_hashed_once_also_where_tasks_were_scored(run, monkeypatch):
+    (run / "evaluation").mkdir(exist_ok=True)
+    labels = ["base", *SEEDS, "fused"]
+    known = {label: {"weights_sha256": None if label == "base" else adapter_sha256(run / label)} for label in labels}
+    hashed, real = [], fuse.files_sha256
+    for module in (fuse, adapter):
+        monkeypatch.setattr(module, "files_sha256", lambda files: hashed.extend(files) or real(files))
+    for changed in ([], ["seed_42"]):
+        adapters = known | {label: {"weights_sha256": "another"} for label in changed}
+        (run / "evaluation" / "settings.json").write_text(json.dumps({"adapters": adapters}))
+        hashed.clear()
+        assert ("answered with other weights" in said(run)) == bool(changed)
+        assert sorted(hashed) == sorted(run / label / "adapter_model.safetensors" for label in [*SEEDS, "fused"])
 
 
 def test_one_seed_without_validation_or_test(tiny_llama, tmp_path, capsys):

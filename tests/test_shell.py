@@ -91,7 +91,7 @@ BAD = [
     (["merge", "A", "--out", "O", "--dtype", "int4"], "argument --dtype: invalid choice"),
     (["merge", "A", "--out", "O", "--into-base", "A"], "holds no model.safetensors"),
     (["merge", "A", "--out", "O", "--into-base", "nowhere"], "is no folder"),
-    (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json: File exists"),
+    (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json is no folder that may be written to"),
     (["merge", "A"], "the following arguments are required: --out"),
     (["inspect", "nowhere"], "is no folder"),
     (["compare", "A", "--method", "nothing"], "Unknown merge method"),

@@ -107,6 +107,21 @@ def test_controls_are_trained_beside_the_seeds_of_the_same_stack(setting, tiny_l
     assert "Controls: chain_sum_lr0.01_1ep_1-2_controls" in console.export_text()
 
 
+def test_one_session_writes_to_a_file(setting, tmp_path):
+    busy, free = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+
+    def beside(*_):
+        assert study.session([], free, setting) == 0, "another file of the same folder is free"
+        with pytest.raises(ValueError, match="another session writes to .*a.jsonl"):
+            study.session([], busy, setting)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(study, "run_stack", beside)
+        study.session([CELL], busy, setting)
+    assert study.session([], busy, setting) == 0
+
+
 def test_a_session_goes_on_where_it_was_killed(setting, tmp_path, monkeypatch):
     results, cells = tmp_path / "results" / "cells.jsonl", [CELL, Cell("joint", 1e-2, (1, 2), 1)]
     real = study.train

@@ -144,9 +144,13 @@ def _measured(entry: Mapping[str, Any]) -> dict[str, Measured]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Random states as they were, and the harness silent about itself."""
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
     level, python, arrays = logger.level, random.getstate(), np.random.get_state()
     logger.setLevel(logging.ERROR)
+    # It asks git for the commit of the user's folder, which nobody reads, and git complains to the terminal.
+    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     devices = list(range(torch.cuda.device_count()))
     try:
         with torch.random.fork_rng(devices=devices):
@@ -155,3 +159,4 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(arrays)
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = commit

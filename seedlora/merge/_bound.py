@@ -47,6 +47,7 @@ class Method:
         match_norm: whether its result keeps its norm when it is compressed, unless the caller says otherwise.
         dense: whether the rule takes :class:`~seedlora.merge.DenseUpdates` as well. To one that does not, updates of
             full rank are given at their best approximation of a rank.
+        elementwise: whether it gives a dense update even for factors.
     """
 
     rule: Callable[..., Updates]
@@ -55,6 +56,7 @@ class Method:
     surveys: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     match_norm: bool = False
     dense: bool = False
+    elementwise: bool = False
 
     @property
     def options(self) -> dict[str, Any]:

@@ -65,34 +65,49 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates. Costs what
     :func:`factor_grams` does, or one pass over dense updates; once for a stack that is not written to.
     """
-    return _gram_and_means(stack)[0].clone()
+    return _inner(stack).clone()
 
 
 def means(stack: Updates) -> Float[Tensor, " N"]:
-    r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`. Costs as the Gram."""
-    return _gram_and_means(stack)[1].clone()
+    r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
+    return _means(stack).clone()
+
+
+def _inner(stack: Updates) -> Float[Tensor, "N N"]:
+    if isinstance(stack, DenseUpdates):
+        return _dense_gram_and_means(stack)[0]
+    gram_b, gram_a = factor_grams(stack)
+    n = len(stack)
+    return (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
 
 
 @once_per_stack
-def _gram_and_means(stack: Updates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
-    """Together, because float64 copies of the factors, or a pass over dense updates, cost as much as the products."""
-    n, entries = len(stack), stack.shape[0] * stack.shape[1]
+def _means(stack: Updates) -> Float[Tensor, " N"]:
     if isinstance(stack, DenseUpdates):
-        inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
-        total = torch.zeros(n, dtype=torch.float64, device=stack.device)
-        for block in stack.blocks():
-            rows = block.flatten(1).double()
-            inner.addmm_(rows, rows.T)
-            total += rows.sum(1)
-        return inner, total / entries
-    a, b = stack.A.double(), stack.B.double()
-    gram_b, gram_a = _grams(a, b)
-    inner = (gram_b * gram_a).unflatten(0, (n, -1)).unflatten(2, (n, -1)).sum((1, 3))
-    return inner, (b.sum(1) * a.sum(2)).sum(1) / entries
+        return _dense_gram_and_means(stack)[1]
+    sums = stack.B.sum(1, dtype=torch.float64) * stack.A.sum(2, dtype=torch.float64)
+    return sums.sum(1) / (stack.shape[0] * stack.shape[1])
 
 
+@once_per_stack
+def _dense_gram_and_means(stack: DenseUpdates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
+    """Together, because a pass over dense updates costs as much as the products."""
+    n = len(stack)
+    inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
+    total = torch.zeros(n, dtype=torch.float64, device=stack.device)
+    for block in stack.blocks():
+        rows = block.flatten(1).double()
+        inner.addmm_(rows, rows.T)
+        total += rows.sum(1)
+    return inner, total / (stack.shape[0] * stack.shape[1])
+
+
+@once_per_stack
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
-    """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64. Costs ``(D + K) * M**2`` multiplications."""
+    """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64; not to be written to.
+
+    Costs ``(D + K) * M**2`` multiplications, once for a stack that is not written to.
+    """
     return _grams(stack.A.double(), stack.B.double())
 
 
@@ -106,8 +121,7 @@ def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
     r"""Population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK - \mu(\Delta_n)^2`."""
-    inner, mu = _gram_and_means(stack)
-    return _variance(stack, inner.diagonal(), mu)
+    return _variance(stack, _inner(stack).diagonal(), _means(stack))
 
 
 def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -117,7 +131,7 @@ def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, "
 
     1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
     """
-    inner, mu = _gram_and_means(stack)
+    inner, mu = _inner(stack), _means(stack)
     spread = _variance(stack, inner.diagonal(), mu).sqrt().mean()
     total = _variance(stack, weights @ inner @ weights, weights @ mu).sqrt()
     return spread / total if total > CANCELLED * spread else torch.ones_like(spread)

@@ -48,6 +48,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "large entries by majority, the others merged within the mean's subspace",
             "SeedLoRA, ICML 2025, two-stage (second-hand)",
             match_norm=True,
+            elementwise=True,
         ),
         "soup": Method(soup, "mean of the updates", "Wortsman et al., arXiv 2203.05482", dense=True),
         "greedy_soup": Method(
@@ -65,16 +66,24 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Yadav et al., arXiv 2306.01708",
             surveys={"thresholds": ties_thresholds},
             dense=True,
+            elementwise=True,
         ),
-        "dare_linear": Method(dare_linear, "drop at random, rescale, mean", "Yu et al., arXiv 2311.03099", dense=True),
+        "dare_linear": Method(
+            dare_linear, "drop at random, rescale, mean", "Yu et al., arXiv 2311.03099", dense=True, elementwise=True
+        ),
         "dare_ties": Method(
-            dare_ties, "drop at random, rescale, then TIES without trim", "Yu et al., arXiv 2311.03099", dense=True
+            dare_ties,
+            "drop at random, rescale, then TIES without trim",
+            "Yu et al., arXiv 2311.03099",
+            dense=True,
+            elementwise=True,
         ),
         "della": Method(
             della,
             "drop at random by rank in the row, rescale, then TIES without trim",
             "Deep et al., arXiv 2406.11617",
             dense=True,
+            elementwise=True,
         ),
         "model_stock": Method(
             model_stock,
@@ -88,6 +97,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "entries of largest variance, adapters weighted by energy, minority signs erased",
             "Wan et al., arXiv 2408.07990",
             dense=True,
+            elementwise=True,
         ),
         "tsv_m": Method(tsv_m, "singular vectors side by side, made orthogonal", "Gargiulo et al., arXiv 2412.00081"),
         "iso_c": Method(iso_c, "SVD of the sum with all values equal", "Marczak et al., arXiv 2502.04959"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from seedlora.adapter import AdapterError, adapter_sha256, is_model, is_trained
+from seedlora.adapter import WEIGHTS_NAME, AdapterError, is_model, is_trained
 from seedlora.diagnostics import LayerFacts, UpdateFacts, histogram, layer_facts, module_facts, natural, update_facts
 from seedlora.evaluation import Difference, adjust_over_tasks, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
@@ -88,7 +88,19 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     method = record.get("method") or ensemble.get("merge")
     # Plain soup is not scored a second time as the fused adapter.
     merged = SOUP if method == SOUP and not ensemble.get("merge_options") else FUSED
-    replaced = _replaced(run, merged)
+    stored = [run / seed for seed in trained] + ([run / FUSED] if record else [])
+    answered = _read(run / "evaluation" / "settings.json").get("adapters", {})
+    homes = {label: run / (FUSED if label == merged else label) for label in answered}
+    homes = {label: home for label, home in homes.items() if (home / WEIGHTS_NAME).is_file()}
+    digests = hash_inputs([*stored, *homes.values()])
+    now = {label: digests[str(home)].result() for label, home in homes.items()}
+    # Whose weights are no longer those that answered the tasks scored by generation. What was compared has no folder;
+    # the fused adapter has none once it was removed.
+    replaced = [
+        label
+        for label, known in answered.items()
+        if (label in now or label == FUSED) and known.get("weights_sha256") not in (None, now.get(label))
+    ]
     tests, training = _tests(run, trained, answered=not replaced), _training(run, seeds, merged)
     selection = _read(run / SELECTION_NAME)
     found: Facts = {
@@ -132,9 +144,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
                 stacks, trained, merged=label, fused=fused, layers=layers, on_layer=on_layer
             )
         if trained:
-            folders = [run / seed for seed in trained] + ([run / FUSED] if record else [])
-            digests = hash_inputs(folders)
-            found["reproduce"]["sha256"] = {Path(name).name: digest.result() for name, digest in digests.items()}
+            found["reproduce"]["sha256"] = {folder.name: digests[str(folder)].result() for folder in stored}
     except (AdapterError, OSError) as error:
         broken = " ".join(str(error).split())
     found["shares"] = _shares(found, cost)
@@ -180,15 +190,6 @@ def _seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
 
 
 # Scores
-
-
-def _replaced(run: Path, merged: str | None) -> list[str]:
-    """The adapters whose weights are no longer those that answered the tasks scored by generation."""
-    known = _read(run / "evaluation" / "settings.json").get("adapters", {})
-    now = {label: adapter_sha256(run / (FUSED if label == merged else label)) for label in known}
-    # What was compared has no folder; the fused adapter has none once it was removed.
-    there = [label for label in known if now[label] or label == FUSED]
-    return [label for label in there if known[label].get("weights_sha256") not in (None, now[label])]
 
 
 def _tests(run: Path, seeds: Sequence[str], *, answered: bool) -> list[Facts]:

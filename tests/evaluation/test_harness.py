@@ -64,7 +64,8 @@ def by_hand(module, name):
     return right / len(ROWS)
 
 
-def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder):
+def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)  # no git repository
     module = built(tiny_llama, 1, 2)
     names = {"base": None, "seed_1": "seed_1", "seed_2": "seed_2"}
     base = module.model.get_base_model()
@@ -76,6 +77,7 @@ def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder):
     padding = module.tokenizer.pad_token
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     found = harness_scores(generator, list(names), ["our_choice"], manager)
+    assert "git" not in capfd.readouterr().err
     assert {name: scores["our_choice"]["acc"].value for name, scores in found.items()} == pytest.approx(wanted)
     assert len(set(wanted.values())) > 1, "the adapters must differ"
     assert found["base"]["our_choice"]["acc"].stderr > 0

@@ -19,6 +19,13 @@ def as_dense(stack: LoRAFactors, rows: int = 4) -> DenseUpdates:
     return DenseUpdates(stack.shape, stack.rank, stack.dtype, stack.device, blocks, count=len(stack))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_table_says_which_rules_give_dense_updates_of_factors(name):
+    case, stack = CASES[name], make_stack()
+    found = METHODS[case.method].rule(stack, **options_for(case, stack))
+    assert isinstance(found, DenseUpdates) == METHODS[case.method].elementwise
+
+
 @pytest.mark.parametrize("name", TAKES_DENSE)
 def test_rules_on_dense_updates(name, monkeypatch):
     """Random masks depend on the blocks, so those of the factors are made the same."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, updates
+from seedlora.fuse import fuse, layer_threads, updates
 from seedlora.merge import METHODS, DenseUpdates, Method, _blocks, _dense, bind, compress, dense_update, soup
 from tests import reference as ref
 from tests.merge.cases import dense, dense_list, make_stack, relative
@@ -308,3 +308,22 @@ def test_thresholds_are_exact(density, dtype):
     found = magnitude_thresholds(lambda step: values.to(dtype)[:, ::step].split(999, dim=1), density)
     for row, limit in zip(values.to(dtype), found, strict=True):
         assert float(limit) == ref.top_magnitudes(row, density)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"greedy_soup"}))
+def test_layers_in_threads_have_the_bits_of_a_loop(name, options):
+    before, done = torch.get_num_threads(), []
+    stacks = {f"model.layers.{i}.mlp.up_proj": make_stack(seed=i) for i in range(9)}
+    torch.set_num_threads(3)
+    try:
+        with layer_threads() as each:
+            threaded = fuse(stacks, bind(name, options), on_layer=done.append, each=each)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        alone = fuse(stacks, bind(name, options))
+    finally:
+        torch.set_num_threads(before)
+    assert done == list(threaded) == list(stacks)
+    assert threaded.compression == alone.compression
+    assert all(torch.equal(f.A, alone[path].A) and torch.equal(f.B, alone[path].B) for path, f in threaded.items())
