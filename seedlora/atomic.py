@@ -71,18 +71,24 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """Give an empty temporary folder to fill; it becomes ``path`` when the block ends without an error.
 
     An older folder of that name is replaced. Between its removal and the rename neither exists, so a crash in that
-    moment loses the old one but never shows a mixture.
+    moment loses the old one but never shows a mixture. The files are as readable as the umask says, also those that
+    safetensors makes for their owner alone.
 
     Args:
         path: the folder.
         size: about how many bytes it will take, for the message of :func:`saving`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     with saving(path, size=size):
         try:
-            temporary.chmod(0o755)
+            temporary = outer / path.name
+            temporary.mkdir()
             yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(mode)
             sync(temporary)
             if path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -93,7 +99,7 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
                 os.replace(temporary, path)
             _fsync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -273,7 +273,7 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
 BAD_ROWS = [
     (b'{"prompt": "a"}\n', "line 2: no column 'response'; its columns are prompt"),
     (b'{"prompt": "a", "response": 3}\n', "line 2: column 'response' holds a int, not text"),
-    (b'{"question": "a"}\n', "line 2: no column 'prompt'; its columns are question"),
+    (b'{"question": "a"}\n', "line 2: neither prompt and response, nor instruction and output, nor messages"),
     (b'{"prompt": "a", \n', "line 2: not JSON"),
     (b"[1]\n", "line 2: a list, not an object"),
     (b"\xff\xfe\x00\n", "line 2: not UTF-8"),
@@ -300,7 +300,7 @@ def test_a_bad_row_names_file_and_line_or_is_counted(tmp_path, tokenizer, line, 
     ("name", "content", "message"),
     [
         ("rows.jsonl", b"", "InstructionData found no training rows"),
-        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: no column 'prompt'.*none. left"),
+        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: neither prompt.*none.; data.prompt_field .* left"),
         ("rows.json", b'[{"prompt": "a"},\n {"prompt" 1}]', "rows.json, line 2 is not JSON"),
         ("rows.json", b'[{"prompt": "a", "response": "b"}', "rows.json, line 1 is not JSON"),
         ("rows.json", b'[\n"\xff"]', "rows.json, line 2 is not UTF-8"),
