@@ -649,6 +649,7 @@ def _hush() -> None:
     # We clip, see seedlora.strategies; and what DeepSpeed calls in torch is renamed there.
     warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather is deprecated")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
 
 

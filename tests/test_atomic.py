@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import files_of_at_most
@@ -61,3 +63,17 @@ def test_a_folder_is_replaced_whole(tmp_path):
         with atomic_folder(tmp_path / "d") as folder:
             (folder / content).write_text(content)
     assert [path.name for path in tmp_path.rglob("*")] == ["d", "b"]
+
+
+def test_the_files_of_a_folder_follow_the_umask(tmp_path):
+    """safetensors makes its files for their owner alone: a server under another account could not read an adapter."""
+    before = os.umask(0o022)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(umask)
+            with atomic_folder(tmp_path / "d") as folder:
+                save_file({"a": torch.zeros(1)}, folder / "weights")
+                (folder / "text").write_text("a")
+            assert {path.stat().st_mode & 0o777 for path in (tmp_path / "d").iterdir()} == {mode}
+    finally:
+        os.umask(before)

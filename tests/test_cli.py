@@ -222,10 +222,12 @@ def test_one_more_seed_trains_just_that_seed(tiny_llama):
     assert before == after
     assert len(json.loads(Path("here/fused/fusion.json").read_text())["inputs"]) == 3
     assert "seed_3" in json.loads(Path("here/results.json").read_text())["scores"]
+    # What was written by a resumed run starts a new one, and does not go on with this one unasked.
+    assert main(PARTS, ["--config", "here/config.yaml"]) == 2
 
 
 def test_layers_that_are_not_trained_are_zeros_in_what_is_fused(tiny_llama):
-    options = ["--model.target_modules", "[q_proj,down_proj]", "--compare", "ties", "--controls", "untrained"]
+    options = ["--model.target_modules", "[q_proj,down_proj]", "--compare", "ties, soup", "--controls", "untrained"]
     assert run(tiny_llama, *options, "--ensemble.dirpath", "here") == 0
     fused = read_adapter("here/fused").layers
     assert not fused["model.layers.0.self_attn.v_proj"].dense().any()
@@ -241,7 +243,7 @@ def test_a_stack_that_is_chosen_by_memory(tiny_llama, capsys):
 
 def test_callbacks_of_the_user_are_there_in_every_pass(tiny_llama):
     options = ["--ensemble.stack_size", "2", "--trainer.callbacks+=LearningRateMonitor", "--ensemble.dirpath", "here"]
-    assert run(tiny_llama, *options) == 0
+    assert run(tiny_llama, *options, "--trainer.enable_progress_bar", "false") == 0
     for name in ("metrics-11-42.jsonl", "metrics-202.jsonl"):
         assert "lr-AdamW" in Path("here", name).read_text()
 
