@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from seedlora.adapter import CONFIG_NAME, adapter_sha256
+from seedlora.adapter import CONFIG_NAME, AdapterError, adapter_sha256
 from seedlora.atomic import atomic_file
 from seedlora.card import CARD_NAME
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
@@ -297,7 +298,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         asked = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
-        reason = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"train.py: error: {_plain(reason)}", file=sys.stderr)  # noqa: T201
         return 2
     watch = ProcessWatch(cli.trainer, lambda reason: _stopped(cli, reason))
@@ -319,6 +320,10 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         # Lightning ends the process itself when it is interrupted.
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
         _stopped(cli, _one_line(str(error)) if told else "interrupted")
+        return 1
+    except AdapterError as error:
+        again = "without that folder --resume makes it anew"
+        print(f"train.py: error: {_one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
         return 1
     except RuntimeError as error:
         if not lost_connection(error):
@@ -382,6 +387,9 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
         ensemble.open(trainer, module, data)
+        checkpoint = ensemble.ckpt_path if ensemble.pending else None
+        if checkpoint is not None and checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+            raise UsageError(f"{checkpoint} is damaged; without it --resume goes on from what was saved before it")
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
