@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -263,28 +262,6 @@ def test_a_finished_run_is_tested_as_it_is(tiny_llama):
     before = {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name}
     assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--trainer.limit_test_batches", "9"]) == 0
     assert {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name} == before
-
-
-def test_damaged_files_are_named(tiny_llama, capsys):
-    assert run(tiny_llama, "--ensemble.dirpath", "here") == 0
-    weights = Path("here/seed_42/adapter_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume", "--merge", "soup") == 1
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert f"train.py: error: {weights} is not a whole safetensors file" in error[0]
-    for folder in Path("here").glob("seed_*"):
-        shutil.rmtree(folder)
-    checkpoint = Path("here/checkpoints/seed_11-seed_42-seed_202/step=2.ckpt")
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_bytes(b"half")
-    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume") == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert error == [
-        f"train.py: error: {checkpoint} is damaged; without it --resume goes on from what was saved before it"
-    ]
-    checkpoint.unlink()
-    assert run(tiny_llama, "--ensemble.dirpath", "here", "--resume") == 0
 
 
 def test_the_curves_of_a_trained_run_do_not_change_when_it_is_fused_again(tiny_llama):
