@@ -28,7 +28,7 @@ class EnsembleProgressBar(RichProgressBar):
         if (fused := trainer.callback_metrics.get("val/loss_fused")) is not None:
             short["val fused"] = fused.item()
         if speed is not None:
-            short["tok/s"] = round(float(speed))
+            short["tok/s"] = f"{float(speed):,.0f}"
         return short
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

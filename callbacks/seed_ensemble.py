@@ -141,8 +141,8 @@ class SeedEnsembleCallback(pl.Callback):
         self.seeds = tuple(seeds)
         if not self.seeds:
             raise ValueError("ensemble.seeds is empty; give at least one seed, for example [11, 42, 202]")
-        if negative := [seed for seed in self.seeds if seed < 0]:
-            raise ValueError(f"ensemble.seeds must not be negative, got {negative[0]}")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**63]:
+            raise ValueError(f"ensemble.seeds must be from 0 to 2**63 - 1, got {wrong[0]}")
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f"ensemble.seeds must differ, but {repeated[0]} is given more than once")
         if vary not in VARY:
@@ -162,7 +162,7 @@ class SeedEnsembleCallback(pl.Callback):
         self.comparison = Comparison(
             merge,
             merge_options,
-            compare=[name for name in names if name],
+            compare=[name.strip() for name in names if name.strip()],
             compare_options=compare_options,
             controls=controls,
             select_by=select_by,

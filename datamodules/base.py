@@ -129,7 +129,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.counts = {name: part.counts for name, part in rows.items()}
         if not len(splits["train"]):
             why = "; ".join(filter(None, (counts.sentence() for counts in self.counts.values())))
-            raise ValueError(f"{type(self).__name__} found no training rows" + (f": {why}" if why else ""))
+            read = sum(counts.read for counts in self.counts.values())
+            raise ValueError(f"{type(self).__name__} found no training rows: " + (why or f"the source has {read} rows"))
         self.rows = splits
 
     def _tokenise(self, source: str, record: Mapping[str, Any]) -> Iterator[Chunk]:

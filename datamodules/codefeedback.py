@@ -17,7 +17,7 @@ class CodeFeedback(TableDataModule):
     own; ours is ``alpaca``.
 
     Args:
-        path: see :class:`~datamodules.table.TableDataModule`.
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder with such files; default: the hub.
         multi_turn: the chats instead of the single turns.
         options: those of :class:`~datamodules.table.TableDataModule`.
     """

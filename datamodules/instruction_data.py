@@ -18,7 +18,7 @@ class InstructionData(TableDataModule):
     - a chat: ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}``
 
     Args:
-        path: see :class:`~datamodules.table.TableDataModule`.
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder with such files.
         prompt_field: where the request is.
         response_field: where the response is.
         val_fraction: part of the rows set aside for validation.
@@ -49,4 +49,8 @@ class InstructionData(TableDataModule):
                 return exchange(
                     text(row, "instruction"), text(row, "output"), text(row, "input") if row.get("input") else ""
                 )
+            raise ValueError(
+                f"neither {prompt} and {response}, nor instruction and output, nor messages are among its columns "
+                f"{', '.join(sorted(map(str, row))) or '(none)'}; data.prompt_field and data.response_field name others"
+            )
         return exchange(text(row, prompt), text(row, response))

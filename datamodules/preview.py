@@ -133,7 +133,10 @@ def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], Any], default_m
         data.tokenizer = load_tokenizer(options["model.base_model"])
         facts = preview(data, rows=options.rows)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - stderr is this command's
+        message = " ".join(str(error).split())
+        if cause := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):
+            message = cause[1]  # without jsonargparse's page about types
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201 - stderr is this command's
         return 2
     if options.json:
         print(json.dumps(asdict(facts), indent=2))  # noqa: T201 - what --json asks for

@@ -63,7 +63,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
         if not self.steps:
             raise ValueError(
                 f"{len(rows)} training rows do not fill one optimizer step of {self.rows_per_step} "
-                f"(batch_size {batch_size} x accumulate_grad_batches {accumulate} x {world_size} processes)"
+                f"(batch_size {batch_size} x accumulate_grad_batches {accumulate} x {world_size} processes); "
+                "lower data.batch_size or give more rows"
             )
 
     @property

@@ -112,14 +112,24 @@ class Source:
 
     @cached_property
     def _dataset(self) -> Any:
-        datasets = _needed("datasets")
+        datasets, hub = _needed("datasets"), _needed("huggingface_hub")
+        offline = hub.constants.HF_HUB_OFFLINE
         try:
+            try:
+                hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+            except Exception:
+                # What is on this machine is still found; the libraries would ask six times in half a minute for more.
+                hub.constants.HF_HUB_OFFLINE = True
             return datasets.load_dataset(self.hub, name=self.subset, revision=self.revision, split="train")
         except Exception as error:  # the hub's libraries raise errors of their own, of many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if hub.constants.HF_HUB_OFFLINE and not offline:
+                reason = f"{hub.constants.ENDPOINT} does not answer"
             raise OSError(
                 f"{self.hub} could not be read from the hub ({reason}); download it and give --data.path FILE_OR_FOLDER"
             ) from None
+        finally:
+            hub.constants.HF_HUB_OFFLINE = offline
 
 
 def _json(file: Path) -> Iterator[Row]:

@@ -37,12 +37,13 @@ class TableDataModule(InstructionDataModule):
         test_fraction: part set aside for the test.
         split_seed: of the splits.
         on_bad_row: ``error`` stops at a row that cannot be read, ``skip`` leaves it out and counts it.
-        batch_size: see :class:`~datamodules.base.InstructionDataModule`.
-        eval_batch_size: see there.
-        max_length: see there.
-        on_long_row: see there.
-        pack_tokens: see there.
-        style: see there; default: the data set's own.
+        batch_size: rows of one replica in one forward on one device.
+        eval_batch_size: rows in one forward when scoring.
+        max_length: tokens of a row; what happens to longer rows is ``on_long_row``.
+        on_long_row: ``cut`` them to ``max_length``, or ``drop`` them.
+        pack_tokens: put rows one after the other into rows of at most so many tokens; default: each on its own.
+        style: ``plain``, ``alpaca``, ``alpaca_split``, ``tulu``, ``llm_adapters``, or ``chat`` for the tokenizer's own
+            template; default: the data set's own.
 
     Raises:
         ValueError: for a path with nothing to read, or fractions that leave nothing to train on.

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from seedlora.atomic import atomic_folder, save_tensors
+from seedlora.atomic import atomic_folder
 from seedlora.base_weights import BaseWeights
 from seedlora.factors import LoRAFactors
 from seedlora.hub import local_folder
@@ -487,7 +488,7 @@ def write_adapter(
     # A tied head is its embedding, and the format takes no tensor twice.
     tensors |= {_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in more.items()}
     with atomic_folder(Path(path), size=sum(tensor.nbytes for tensor in tensors.values())) as folder:
-        save_tensors(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -7,13 +7,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 #: No space left, none left of the user's share, a file above the limit on files.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -77,7 +75,8 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """Give an empty temporary folder to fill; it becomes ``path`` when the block ends without an error.
 
     An older folder of that name is replaced. Between its removal and the rename neither exists, so a crash in that
-    moment loses the old one but never shows a mixture. What a link points to is replaced, not the link.
+    moment loses the old one but never shows a mixture. What a link points to is replaced, not the link. The files are
+    as readable as the umask says, also those that safetensors makes for their owner alone.
 
     Args:
         path: the folder.
@@ -85,11 +84,16 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     with saving(path, size=size):
         try:
-            temporary.chmod(0o755)
+            temporary = outer / path.name
+            temporary.mkdir()
             yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(mode)
             sync(temporary)
             if path.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -100,7 +104,7 @@ def atomic_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
                 os.replace(temporary, path)
             _fsync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -109,14 +113,6 @@ def remove_folder(path: Path) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.replace(path, temporary / path.name)
         shutil.rmtree(temporary)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, with the permissions of any new file; the library's own gives it to its owner alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
-    path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seedlora.atomic import atomic_folder
+from seedlora.hub import hub
 from seedlora.packaged import PackagedFile, cache_folder
 
 if TYPE_CHECKING:
@@ -314,9 +315,11 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(base_model: str) -> Iterator[None]:
-    """One sentence instead of the hub's page of them."""
+    """One sentence instead of the hub's page of them; a hub that does not answer is asked once."""
+    local = base_model == EMBEDDED or Path(resolve(base_model)).is_dir()
     try:
-        yield
+        with nullcontext() if local else hub():
+            yield
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError) or base_model == EMBEDDED:
             raise

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,9 +28,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from seedlora.adapter import CONFIG_NAME, adapter_sha256
+from seedlora.adapter import CONFIG_NAME, AdapterError, adapter_sha256
 from seedlora.atomic import atomic_file
 from seedlora.card import CARD_NAME
 from seedlora.evaluation.answering import DEFAULT_STYLE, Prompts, Scored, candidate
@@ -68,6 +70,14 @@ SHORT = {
 }
 #: What the short options mean that are given without a value.
 BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
+#: What values are, for people.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "Sequence": 'a list such as "[1,2]"',
+    "Mapping": 'a mapping such as "{name: value}"',
+}
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -131,10 +141,12 @@ class _Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = _one_line(message)
-        if cause := re.search(r"Errors: - (.*?) - Expected a <class 'NoneType'>", message):
-            message = f"{message.partition(': ')[0]}: {cause[1]}" if message.startswith("Parser key") else cause[1]
-        if unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
+        message = _plain(message)
+        if word := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message):
+            message = (
+                f"unexpected word '{word[1]}'; an option takes one word, a list is '[1,2]', the one command is test"
+            )
+        elif unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
             close = difflib.get_close_matches(unknown[1], self._names(), n=1)
             message = f"unknown option --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
         raise UsageError(message) from ex
@@ -160,7 +172,8 @@ class _Parser(LightningArgumentParser):
         return "\n".join(shown)
 
     def _names(self) -> list[str]:
-        return [*SHORT, *(o.lstrip("-") for action in self._actions for o in action.option_strings)]
+        shown = (option for action in self._actions for option in action.option_strings)
+        return [option.lstrip("-") for option in (*SHORT, *shown)]
 
 
 class SeedLoRACLI(LightningCLI):
@@ -208,16 +221,26 @@ class SeedLoRACLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except UsageError as error:
-            if not str(error).startswith('Parser key "data"'):
-                raise
-            known = ", ".join(sorted(kind.__name__ for kind in _concrete(self.parts.data)))
-            raise UsageError(f"{error}; data modules are {known}") from None
+            raise UsageError(self._data_error(str(error))) from None
         ensemble = self.config.ensemble
         if ensemble.resume and ensemble.dirpath is None:
             unfinished = [*Path("runs").glob(f"*/{UNFINISHED_NAME}")]
             if not unfinished:
                 raise UsageError("--resume found no unfinished run under runs; name one by --ensemble.dirpath")
             ensemble.dirpath = str(max(unfinished, key=lambda file: file.stat().st_mtime).parent)
+
+    def _data_error(self, message: str) -> str:
+        """What is wrong with ``--data`` in our words; any other message as it is."""
+        if option := re.match(r"--data: Option '(\w+)' is not accepted", message):
+            return f"unknown option --data.{option[1]}; --data.help NAME shows those of a data module"
+        if option := re.match(r"--data: the following arguments are required: (\w+)", message):
+            return f"this data module needs --data.{option[1]}"
+        if name := re.match(r"--\.*data(?:\.help)?: .*dot import path string: (\S+)", message):
+            known = sorted(kind.__name__ for kind in _concrete(self.parts.data))
+            close = difflib.get_close_matches(name[1], known, n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            return f"unknown data module '{name[1]}'; {meant}data modules are {', '.join(known)}"
+        return message
 
     @property
     def ensemble(self) -> Any:
@@ -231,11 +254,16 @@ class SeedLoRACLI(LightningCLI):
         chosen = options.callbacks or []
         # The clock comes before the ensemble, which fuses when training ends; those of the defaults come after it.
         kwargs["callbacks"] = [self.throughput, *(chosen if isinstance(chosen, list) else [chosen])]
+        if options.enable_progress_bar is False:  # Lightning adds the defaults itself, and refuses a bar then
+            self.trainer_defaults["callbacks"] = []
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
         if options.logger in (None, True):
             self.metrics = kwargs["logger"] = self.parts.logger(self.ensemble.metrics_path)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError) as error:
+            raise UsageError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
 def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
@@ -270,7 +298,8 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         asked = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {_one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"train.py: error: {_plain(reason)}", file=sys.stderr)  # noqa: T201
         return 2
     watch = ProcessWatch(cli.trainer, lambda reason: _stopped(cli, reason))
     if cli.trainer.world_size > 1:
@@ -291,6 +320,10 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         # Lightning ends the process itself when it is interrupted.
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
         _stopped(cli, _one_line(str(error)) if told else "interrupted")
+        return 1
+    except AdapterError as error:
+        again = "without that folder --resume makes it anew"
+        print(f"train.py: error: {_one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
         return 1
     except RuntimeError as error:
         if not lost_connection(error):
@@ -354,10 +387,15 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
         ensemble.open(trainer, module, data)
+        checkpoint = ensemble.ckpt_path if ensemble.pending else None
+        if checkpoint is not None and checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+            raise UsageError(f"{checkpoint} is damaged; without it --resume goes on from what was saved before it")
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
+        config = cli.config.clone()
+        config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
-            file.write_text(cli.parser.dump(cli.config), encoding="utf-8")
+            file.write_text(cli.parser.dump(config), encoding="utf-8")
         write_cost(ensemble.dirpath / COST_NAME, plan, getattr(data, "libraries", ()))
     console.print(plan.table())
     return plan
@@ -438,7 +476,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         console.print()
-        console.print(results_table(ensemble.results, method=ensemble.method_name))
+        method = ensemble.method_name if ensemble.rule is not None else ""
+        console.print(results_table(ensemble.results, method=method))
         console.print(verdict(ensemble.results), highlight=False)
     if ensemble.rule is not None and cli.model.trains_all:
         console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
@@ -618,7 +657,27 @@ def _hush() -> None:
     # We clip, see seedlora.strategies; and what DeepSpeed calls in torch is renamed there.
     warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping internally")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather is deprecated")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+
+
+def _plain(message: str) -> str:
+    """One sentence of what jsonargparse says about a value: the cause alone, with the option by its name."""
+    message, option, given = _one_line(message), "", ""
+    while True:
+        if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
+            option, message = f"{option}.{found[1]}".strip("."), found[2]
+        elif found := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>.*?Given value: (.*)", message):
+            message, given = found[1], found[2]
+        else:
+            break
+    if kind := re.fullmatch(r"Expected a <class '(?:.*\.)?(\w+)'>(?:\. Got value: (.*))?", message):
+        return f"--{option} takes {KINDS.get(kind[1], kind[1])}, got {kind[2] or given}"
+    if choices := re.findall(r"typing\.Literal\[(.*?)\]", message):
+        return f"--{option} takes one of {', '.join(choices)}, got {given}"
+    if option and message.startswith("--"):  # the parser of a data module has been here
+        return f"--{option}.{message[2:]}"
+    return f"--{option}: {message}" if option else message
 
 
 def _one_line(message: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import Stacks, full_weights, fuse
-from seedlora.merge import BoundRule, MergeRule, Updates, bind
+from seedlora.merge import METHODS, BoundRule, MergeRule, Updates, bind
 from seedlora.report.results import (
     ALL_CONTROLS,
     FUSED,
@@ -101,7 +101,8 @@ class Comparison:
             elif merge != NO_MERGE:
                 self.rule = bind(merge, self.options)
         except ValueError as error:
-            raise ValueError(f"{error} ('{NO_MERGE}' fuses nothing, '{AUTO}' chooses)") from None
+            others = "" if merge in METHODS else f" ('{NO_MERGE}' fuses nothing, '{AUTO}' chooses)"
+            raise ValueError(f"{error}{others}") from None
         self.compare = self._bound(compare, compare_options or {})
         if self.rule is None and (self.has_controls or GREEDY in self.compare):
             asked = "ensemble.controls" if self.has_controls else "ensemble.compare greedy_soup"

@@ -3,8 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+
+@contextmanager
+def hub(seconds: float = 10.0) -> Iterator[None]:
+    """Where repositories of the hub are read: without it, what is on this machine alone.
+
+    One question tells whether the hub answers. Its libraries would ask for each file six times in half a minute, and
+    say so each time.
+
+    Raises:
+        OSError: for whatever goes wrong in the block, if the hub does not answer.
+    """
+    from huggingface_hub import constants, get_session
+
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # of several kinds, offline mode among them
+        constants.HF_HUB_OFFLINE = True
+    if constants.HF_HUB_OFFLINE is offline:
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        raise OSError(f"{constants.ENDPOINT} does not answer") from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cached: bool = False) -> Path:
@@ -27,7 +56,8 @@ def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cach
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns), local_files_only=cached))
+        with nullcontext() if cached else hub():
+            return Path(snapshot_download(str(source), allow_patterns=list(patterns), local_files_only=cached))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} is no local folder and could not be read from the hub: {reason}") from None

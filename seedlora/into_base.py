@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, AdapterError, is_model, locate, quantization_of
-from seedlora.atomic import atomic_folder, save_tensors
+from seedlora.atomic import atomic_folder
 from seedlora.base_weights import MODEL_FILES, BaseWeights
 from seedlora.card import CARD_NAME, model_card
 from seedlora.fuse import (
@@ -160,7 +161,7 @@ def write_model(
             metadata = handle.metadata()
         here = [key for key, home in base.files.items() if home == file and key not in statistics]
         tensors = {key: change(key, base.weight(key)) for key in here}
-        save_tensors(tensors, folder / file.name, metadata=metadata)
+        save_file(tensors, folder / file.name, metadata=metadata)
         del tensors
         base.close(file)
     for pattern in MODEL_FILES:

@@ -95,7 +95,11 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m seedlora", description="Fuse, inspect and compare LoRA adapters.")
+    parser = _Parser(
+        prog="python -m seedlora",
+        description="Fuse, inspect and compare LoRA adapters.",
+        epilog="python -m seedlora preview --data NAME shows rows of a data set as a model will see them.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     merge = commands.add_parser("merge", help="fuse adapters into one, or into the base model")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import files_of_at_most
 from safetensors.torch import save_file
 
-from seedlora.atomic import atomic_file, atomic_folder, save_tensors, saving, write_text
+from seedlora.atomic import atomic_file, atomic_folder, saving, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_rest(tmp_path):
@@ -77,7 +79,15 @@ def test_links_stay_links(tmp_path):
     assert (tmp_path / "disk" / "file").read_text() == "b"
 
 
-def test_tensors_have_the_permissions_of_other_files(tmp_path):
-    save_tensors({"x": torch.ones(2)}, tmp_path / "x")
-    (tmp_path / "y").touch()
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+def test_the_files_of_a_folder_follow_the_umask(tmp_path):
+    """safetensors makes its files for their owner alone: a server under another account could not read an adapter."""
+    before = os.umask(0o022)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(umask)
+            with atomic_folder(tmp_path / "d") as folder:
+                save_file({"a": torch.zeros(1)}, folder / "weights")
+                (folder / "text").write_text("a")
+            assert {path.stat().st_mode & 0o777 for path in (tmp_path / "d").iterdir()} == {mode}
+    finally:
+        os.umask(before)

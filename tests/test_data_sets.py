@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -183,10 +185,12 @@ def test_no_network_is_one_sentence(tokenizer, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nTraceback ...")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        OSError, match=r"MetaMathQA could not be read from the hub \(Couldn't reach the Hub\); download"
-    ):
-        made(MetaMathQA(), tokenizer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for address, why in ((lambda *_, **__: None, "Couldn't reach the Hub"), (load_dataset, ".* does not answer")):
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda head=address: SimpleNamespace(head=head))
+        with pytest.raises(OSError, match=rf"MetaMathQA could not be read from the hub \({why}\); download"):
+            made(MetaMathQA(), tokenizer)
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_splits_are_fixed_and_independent_of_tokenizer_style_and_seeds(tmp_path, tokenizer):
@@ -273,7 +277,7 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
 BAD_ROWS = [
     (b'{"prompt": "a"}\n', "line 2: no column 'response'; its columns are prompt"),
     (b'{"prompt": "a", "response": 3}\n', "line 2: column 'response' holds a int, not text"),
-    (b'{"question": "a"}\n', "line 2: no column 'prompt'; its columns are question"),
+    (b'{"question": "a"}\n', "line 2: neither prompt and response, nor instruction and output, nor messages"),
     (b'{"prompt": "a", \n', "line 2: not JSON"),
     (b"[1]\n", "line 2: a list, not an object"),
     (b"\xff\xfe\x00\n", "line 2: not UTF-8"),
@@ -300,7 +304,7 @@ def test_a_bad_row_names_file_and_line_or_is_counted(tmp_path, tokenizer, line, 
     ("name", "content", "message"),
     [
         ("rows.jsonl", b"", "InstructionData found no training rows"),
-        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: no column 'prompt'.*none. left"),
+        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: neither prompt.* .none.; .* left"),
         ("rows.json", b'[{"prompt": "a"},\n {"prompt" 1}]', "rows.json, line 2 is not JSON"),
         ("rows.json", b'[{"prompt": "a", "response": "b"}', "rows.json, line 1 is not JSON"),
         ("rows.json", b'[\n"\xff"]', "rows.json, line 2 is not UTF-8"),

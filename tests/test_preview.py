@@ -73,7 +73,8 @@ def test_what_a_user_reads(run):
         ([], "rows.jsonl, line 11: column 'prompt' holds a int"),
         (["--data.pth", "x"], "unknown option --data.pth"),
         (["--data", "Nope"], "unknown data module 'Nope'; choose one of CodeFeedback, Commonsense170k, GSM8K"),
-        (["--data.style", "fancy"], "Unknown prompt style 'fancy'"),
+        (["--data.style", "fancy"], "error: Unknown prompt style 'fancy'"),
+        (["--data.path", "nowhere.jsonl"], "error: data.path 'nowhere.jsonl' is no file or folder"),
     ],
 )
 def test_bad_requests_are_one_sentence(run, options, message):
@@ -81,3 +82,4 @@ def test_bad_requests_are_one_sentence(run, options, message):
     assert code == 2
     assert len(printed.err.strip().splitlines()) == 1
     assert message in printed.err
+    assert "<class" not in printed.err

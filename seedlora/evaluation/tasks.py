@@ -23,6 +23,7 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
+from seedlora.hub import hub
 from seedlora.packaged import PackagedFile
 
 PROTOCOL = "paper"
@@ -448,7 +449,8 @@ def _hub_rows(name: str, repo: str, configs: Sequence[str | None], split: str) -
         ) from None
     for config in configs:
         try:
-            rows = datasets.load_dataset(repo, config, split=split)
+            with hub():
+                rows = datasets.load_dataset(repo, config, split=split)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(

@@ -32,7 +32,7 @@ _TINY = 1e-14
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
 CANCELLED = 1e-7
 
-S = TypeVar("S", LoRAFactors, Updates)
+S = TypeVar("S", bound=Updates)
 T = TypeVar("T")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -146,7 +147,9 @@ def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = N
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}")
+            close = difflib.get_close_matches(method.lower(), METHODS, n=1)
+            meant = f"; did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}{meant}")
         row = METHODS[method]
     else:
         row = method if isinstance(method, Method) else Method(method, "", "")
