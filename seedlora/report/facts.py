@@ -102,9 +102,11 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         if (label in now or label == FUSED) and known.get("weights_sha256") not in (None, now.get(label))
     ]
     tests, training = _tests(run, trained, answered=not replaced), _training(run, seeds, merged)
-    selection = _read(run / SELECTION_NAME)
+    selection, name = _read(run / SELECTION_NAME), run.resolve().name
+    # As the run was started, which is not where it is read from.
+    started = Path(str(ensemble.get("dirpath") or name))
     found: Facts = {
-        "run": run.resolve().name,
+        "run": name,
         "method": method,
         "merged": merged if record else None,
         "seeds": seeds,
@@ -123,7 +125,8 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "left_out": [],
         "more": [],
         "reproduce": {
-            "command": f"python train.py --config {run.resolve().name}/config.yaml --ensemble.dirpath NEW",
+            "command": f"python train.py --config {started if started.name == name else name}/config.yaml "
+            "--ensemble.dirpath NEW",
             "versions": cost.get("versions", {}),
             "options": record.get("options", {}),
             "sha256": {},
