@@ -45,7 +45,7 @@ def test_all_adapters_are_scored_after_training_as_they_are_from_their_folders(t
     assert "prompt style: plain" in shown
     found = json.loads(Path("run/evaluation/results.json").read_text())["tasks"]["gsm8k"]
     assert list(found["scores"]) == ["base", "seed_11", "seed_42", "seed_202", "soup", "fused"]
-    assert set(found["differences"]["fused"]) == {"mean seed", "soup"}
+    assert set(found["differences"]["fused"]) == {"mean seed", "best seed", "soup"}
     report = json.loads(Path("run/report.json").read_text())
     assert [(test["name"], test["n"]) for test in report["tests"]] == [("test set", 6), ("gsm8k", 4)]
     words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
