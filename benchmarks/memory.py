@@ -48,6 +48,15 @@ SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("smollm2", 1, 4, 256, 128, False, {"adapter": "none"}),
     ("llama6", 1, 4, 256, 64, False, {"adapter": "none"}),
 )
+#: added where a GPU is
+GPU_SETTINGS: tuple[tuple[Any, ...], ...] = (
+    ("smollm2_random", 3, 16, 512, 256, False, {}),
+    ("llama2_7b", 1, 8, 512, 256, True, {}),
+    ("llama2_7b", 3, 8, 512, 256, True, {}),
+    ("llama2_7b", 3, 4, 512, 256, False, {}),
+    ("llama2_7b", 3, 8, 512, 256, True, {"adapter": "dora"}),
+    ("llama2_7b", 3, 8, 512, 256, True, {"quantization": "nf4"}),
+)
 SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960), "wide6": (1536, 4096, 6, 40960)}
 
 
@@ -55,6 +64,8 @@ def model_folder(name: str, root: Path) -> str:
     """The embedded model, or a random Llama of another shape."""
     if name == "smollm2":
         return EMBEDDED
+    if name not in SHAPES:
+        return speed.random_llama(name, root / name)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, ffn, layers, vocabulary = SHAPES[name]

@@ -6,11 +6,13 @@
     python benchmarks/train.py --seeds 1                          # one seed alone
     python benchmarks/train.py --stack 1 2 4 8 --plot stack.svg   # how the cost of a step grows with the seeds
     python benchmarks/train.py --profile --tokens 512 --micro-batch 1   # where the time of a stacked step goes
+    python benchmarks/train.py --model llama2_7b --tokens 512 --micro-batch 8 --checkpointing   # on a GPU of 80 GB
 
 Same rows, tokens, ranks, optimizer and dtype for all, in one process, in turns, so that a busy machine is as busy for
 each; what is printed is the median over turns of the seconds for one step of all seeds, and ratios of the same turn.
 
 - stack: the seeds as one stack (Lightning, this project)
+- compiled: the same with ``--model.compile inductor``; only if asked for
 - passes: the same with one seed at a time
 - trainer: Hugging Face's Trainer with PEFT, once per seed
 - plain: a PyTorch loop with PEFT, once per seed
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -53,25 +56,44 @@ VOCABULARY = 49152
 ROWS = {"short": (29, 4), "512": (512, 256), "mixed": (512, 256)}
 #: The shortest of mixed rows, and the micro-batches of their optimizer steps.
 SHORTEST, ACCUMULATED = 32, 4
-METHODS = ("stack", "passes", "trainer", "plain")
+METHODS = ("stack", "compiled", "passes", "trainer", "plain")
+#: Steps of a fit that are not counted: a GPU has more to get ready.
+WARM_UP = 3 if torch.cuda.is_available() else 1
+CUDA = torch.cuda.is_available()
+#: Shapes of random Llamas: hidden size, feed-forward size, layers, heads, keys' heads, vocabulary, tied embeddings
+SHAPES = {
+    "llama6": (512, 1408, 6, 8, 8, VOCABULARY, True),
+    "smollm2_random": (576, 1536, 30, 9, 3, VOCABULARY, True),
+    "llama2_7b": (4096, 11008, 32, 32, 32, 32000, False),
+}
+MODELS = ("smollm2", *SHAPES)
 
 
-def small_llama(folder: Path) -> str:
-    """A Llama of 6 layers and 512 features with SmolLM2's vocabulary, saved to a folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_llama(name: str, folder: Path) -> str:
+    """A Llama of a shape of :data:`SHAPES` with random weights, saved to a folder."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
+    hidden, ffn, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
     )
-    LlamaForCausalLM(config).to(fast_dtype()).save_pretrained(folder)
+    with torch.device("cuda" if CUDA else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=fast_dtype()).save_pretrained(folder)
     return str(folder)
+
+
+def now() -> float:
+    """Seconds, when what was asked of the GPU is done."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def accumulated(kind: str) -> int:
@@ -83,7 +105,7 @@ def rows_of(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random token ids and labels of shape (rows, T), and the tokens of each row; what follows them is padding."""
     tokens, supervised = ROWS[kind]
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(100, 40000, (rows, tokens), generator=generator)
+    ids = torch.randint(100, 30000, (rows, tokens), generator=generator)
     lengths = torch.full((rows,), tokens)
     if kind == "mixed":
         lengths = torch.randint(SHORTEST, tokens + 1, (rows,), generator=generator)
@@ -146,11 +168,11 @@ class Clock(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start."""
-        self.start = time.perf_counter()
+        self.start = now()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop."""
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(now() - self.start)
 
 
 class Profiled(pl.Callback):
@@ -170,6 +192,7 @@ class Profiled(pl.Callback):
     ) -> None:
         """Stop."""
         if i == self.last:
+            now()  # what it has asked of a GPU belongs to it
             self.profiler.stop()
 
 
@@ -181,9 +204,10 @@ def lightning_steps(
     batch: int,
     steps: int,
     callbacks: tuple[pl.Callback, ...] = (),
+    **options: Any,
 ) -> list[float]:
     """Seconds of every step of all seeds: one fit per stack of them."""
-    module = SeedLoRAModule(model, r=RANK, lora_alpha=ALPHA, learning_rate=RATE, lr_scheduler="constant")
+    module = SeedLoRAModule(model, r=RANK, lora_alpha=ALPHA, learning_rate=RATE, lr_scheduler="constant", **options)
     total: list[float] = [0.0] * steps
     with tempfile.TemporaryDirectory() as folder:
         ensemble = SeedEnsembleCallback(
@@ -193,7 +217,7 @@ def lightning_steps(
             clock = Clock()
             trainer = pl.Trainer(
                 max_epochs=1,
-                accelerator="cpu" if not torch.cuda.is_available() else "gpu",
+                accelerator="gpu" if CUDA else "cpu",
                 devices=1,
                 gradient_clip_val=1.0,
                 accumulate_grad_batches=accumulated(kind),
@@ -211,7 +235,7 @@ def lightning_steps(
     return total
 
 
-def peft_model(model: str, seed: int) -> nn.Module:
+def peft_model(model: str, seed: int, *, checkpointing: bool) -> nn.Module:
     """What a user of PEFT trains."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -219,20 +243,25 @@ def peft_model(model: str, seed: int) -> nn.Module:
     base = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=fast_dtype())
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
-    return get_peft_model(base.to("cuda" if torch.cuda.is_available() else "cpu"), config).train()
+    peft = get_peft_model(base.to("cuda" if CUDA else "cpu"), config).train()
+    if checkpointing:
+        peft.gradient_checkpointing_enable({"use_reentrant": False})
+    return peft
 
 
-def plain_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int) -> list[float]:
+def plain_steps(
+    model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int, *, checkpointing: bool
+) -> list[float]:
     """A PyTorch loop per seed."""
     total = [0.0] * steps
     for seed in seeds:
-        peft = peft_model(model, seed)
+        peft = peft_model(model, seed, checkpointing=checkpointing)
         device = next(peft.parameters()).device
         parameters = [p for p in peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
         for step in range(steps):
             parts = micro_batches(kind, batch, seed * 1000 + step, by_length=False)
-            start = time.perf_counter()
+            start = now()
             for part in parts:
                 ids, labels, lengths = (t.to(device) for t in part)
                 loss = peft(input_ids=ids, attention_mask=mask(ids, lengths), labels=labels).loss / len(parts)
@@ -241,7 +270,7 @@ def plain_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps
             optimizer.step()
             optimizer.zero_grad()
             float(loss)
-            total[step] += time.perf_counter() - start
+            total[step] += now() - start
     return total
 
 
@@ -250,7 +279,9 @@ def mask(ids: Tensor, lengths: Tensor) -> Tensor:
     return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
-def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int) -> list[float]:
+def trainer_steps(
+    model: str, seeds: tuple[int, ...], kind: str, batch: int, steps: int, *, checkpointing: bool
+) -> list[float]:
     """Hugging Face's Trainer per seed."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -278,10 +309,10 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = now()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            total[state.global_step - 1] += time.perf_counter() - self.start
+            total[state.global_step - 1] += now() - self.start
 
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -297,12 +328,12 @@ def trainer_steps(model: str, seeds: tuple[int, ...], kind: str, batch: int, ste
                 report_to=[],
                 disable_tqdm=True,
                 logging_strategy="no",
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=not CUDA,
                 dataloader_pin_memory=False,
                 seed=seed,
             )
-            rows, clock = Rows(seed), Stopwatch()
-            Trainer(peft_model(model, seed), arguments, to_the_longest, train_dataset=rows, callbacks=[clock]).train()
+            peft = peft_model(model, seed, checkpointing=checkpointing)
+            Trainer(peft, arguments, to_the_longest, train_dataset=Rows(seed), callbacks=[Stopwatch()]).train()
     return total
 
 
@@ -318,14 +349,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def in_turns(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Per method and round, the median seconds of a step; the first step of a fit is not counted."""
+def in_turns(runs: dict[str, Callable[[], list[float]]], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Per method and round, the median seconds of a step, the first steps of a fit not counted; peak bytes of a GPU."""
     found: dict[str, list[float]] = {name: [] for name in runs}
+    peaks = dict.fromkeys(runs, 0)
     for _ in range(rounds):
         for name, run in runs.items():
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             with quiet():
-                found[name].append(statistics.median(run()[1:]))
-    return found
+                found[name].append(statistics.median(run()[WARM_UP:]))
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() if CUDA else 0)
+    return found, peaks
 
 
 def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
@@ -335,15 +372,17 @@ def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
     for label in options.model:
         for kind in options.tokens:
             for batch in options.micro_batch:
-                model, steps = models[label], options.steps + 1
+                model, steps = models[label], options.steps + WARM_UP
                 common = {"kind": kind, "batch": batch, "steps": steps}
+                ours = partial(lightning_steps, model, seeds, **common, gradient_checkpointing=options.checkpointing)
                 runs: dict[str, Callable[[], list[float]]] = {
-                    "stack": partial(lightning_steps, model, seeds, len(seeds), **common),
-                    "passes": partial(lightning_steps, model, seeds, 1, **common),
-                    "trainer": partial(trainer_steps, model, seeds, **common),
-                    "plain": partial(plain_steps, model, seeds, **common),
+                    "stack": partial(ours, len(seeds)),
+                    "compiled": partial(ours, len(seeds), compile="inductor"),
+                    "passes": partial(ours, 1),
+                    "trainer": partial(trainer_steps, model, seeds, **common, checkpointing=options.checkpointing),
+                    "plain": partial(plain_steps, model, seeds, **common, checkpointing=options.checkpointing),
                 }
-                found = in_turns({name: runs[name] for name in options.method}, options.rounds)
+                found, peaks = in_turns({name: runs[name] for name in options.method}, options.rounds)
                 seconds = {name: statistics.median(values) for name, values in found.items()}
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(found[name], found["stack"], strict=True))
@@ -352,11 +391,12 @@ def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
                 tokens = tokens_of(kind, batch, seeds, steps)
                 records.append(
                     {"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds, "ratio": ratios}
-                    | {"seeds": len(seeds)}
+                    | {"seeds": len(seeds), "checkpointing": options.checkpointing, "peak_bytes": peaks}
                     | {"tokens_per_second": {name: tokens / s for name, s in seconds.items()}}
                 )
+                memory = {name: f" {peak / 2**30:.1f} GiB" if CUDA else "" for name, peak in peaks.items()}
                 shown = "  ".join(
-                    f"{n} {s:.3g} s ({tokens / s:.0f} tok/s) x{ratios[n]:.2f}" for n, s in seconds.items()
+                    f"{n} {s:.3g} s ({tokens / s:.0f} tok/s){memory[n]} x{ratios[n]:.2f}" for n, s in seconds.items()
                 )
                 print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {shown}", flush=True)
     return records
@@ -368,10 +408,10 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
     for label in options.model:
         for batch in options.micro_batch:
             kind, model = options.tokens[0], models[label]
-            fit = partial(lightning_steps, model, kind=kind, steps=options.steps + 1)
+            fit = partial(lightning_steps, model, kind=kind, steps=options.steps + WARM_UP)
             runs = {f"{n}": partial(fit, tuple(range(n)), n, batch=batch) for n in options.stack}
             rows = {f"1, {n} times the rows": partial(fit, (0,), 1, batch=n * batch) for n in options.stack[1:]}
-            found = in_turns({**runs, **rows}, options.rounds)
+            found, _ = in_turns({**runs, **rows}, options.rounds)
             seconds = {name: statistics.median(values) for name, values in found.items()}
             records.append({"model": label, "tokens": kind, "micro_batch": batch, "seconds": seconds})
             shown = "  ".join(f"{name}: {s:.3g} s" for name, s in seconds.items())
@@ -382,7 +422,7 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
 def place_of(shapes: list[Any]) -> str:
     """Where an operation belongs, by the sizes of its tensors: vocabulary, or columns of all adapters."""
     sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
-    if VOCABULARY in sizes:
+    if sizes & {shape[5] for shape in SHAPES.values()}:
         return " (head)"
     return " (adapters)" if len(SEEDS) * RANK in sizes else ""
 
@@ -395,11 +435,16 @@ def profile(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
             for batch in options.micro_batch:
                 watch, steps = Profiled(last=3 * accumulated(kind) - 1), 3
                 with quiet():
-                    lightning_steps(models[label], SEEDS, len(SEEDS), kind, batch, steps, callbacks=(watch,))
+                    checkpointing = {"gradient_checkpointing": options.checkpointing}
+                    run = partial(lightning_steps, models[label], SEEDS, len(SEEDS), kind, batch, steps)
+                    run(callbacks=(watch,), **checkpointing)
                 seconds: dict[str, float] = {}
                 for event in watch.profiler.key_averages(group_by_input_shape=True):
+                    if event.device_type != torch.autograd.DeviceType.CPU:
+                        continue  # a kernel, whose time is with the operation that launched it
                     name = f"{event.key}{place_of(event.input_shapes)}"
-                    seconds[name] = seconds.get(name, 0.0) + event.self_cpu_time_total / 1e6
+                    taken = event.self_device_time_total if CUDA else event.self_cpu_time_total
+                    seconds[name] = seconds.get(name, 0.0) + taken / 1e6
                 total = sum(seconds.values())
                 print(f"{label:8} {kind:>5} tokens, micro-batch {batch:2}: {total:.2f} s in operations")
                 top = sorted(seconds.items(), key=lambda item: -item[1])[:12]
@@ -430,10 +475,11 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=["smollm2", "llama6"], default=["smollm2", "llama6"])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["smollm2", "llama6"])
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", nargs="+", choices=list(ROWS), default=["short"])
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["stack", "passes", "trainer", "plain"])
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all methods")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
     parser.add_argument(
         "--profile", action="store_true", help="instead of the comparison: operations of a stacked step"
@@ -445,12 +491,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = {"smollm2": EMBEDDED, "llama6": small_llama(Path(folder) / "llama6")}
+        models = {n: EMBEDDED if n == "smollm2" else random_llama(n, Path(folder) / n) for n in options.model}
         records = (profile if options.profile else growth if options.stack else compare)(options, models)
     if options.stack and options.plot:
         plot(records, options.plot)
     if options.out:
-        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(fast_dtype()), "r": RANK}
+        device = torch.cuda.get_device_name() if CUDA else "cpu"
+        about = {
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": str(fast_dtype()),
+            "r": RANK,
+        }
         options.out.write_text(json.dumps({**about, "results": records}, indent=2) + "\n")
 
 

@@ -139,12 +139,13 @@ def run(
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
 
 
-def main_of_devices(base_model: str, folder: str, accelerator: str, names: str) -> None:
-    """Strategies, by their names in Lightning, on two devices of a kind."""
+def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str, names: str) -> None:
+    """Strategies, by their names in Lightning, on so many devices of a kind; the same rows for any number of them."""
     for name in names.split(","):
         strategy = partial(choose_strategy, name, accelerator=accelerator)
         dirpath = Path(folder) / name
-        run(base_model, dirpath, batch_size=2, strategy=strategy, devices=2, accelerator=accelerator)
+        n = int(devices)
+        run(base_model, dirpath, batch_size=4 // n, strategy=strategy, devices=n, accelerator=accelerator)
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:
@@ -172,4 +173,4 @@ def main(base_model: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {2: main, 3: main_of_kind, 4: main_of_devices}[len(sys.argv) - 1](*sys.argv[1:])
+    {2: main, 3: main_of_kind, 5: main_of_devices}[len(sys.argv) - 1](*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The same code on a CUDA device: ``pytest -m gpu``; left out where there is none.
+"""The same code on a CUDA device: ``SEEDLORA_TEST_DEVICE=cuda pytest tests/test_gpu.py``, as ``tests/check.py`` does.
 
 With ``SEEDLORA_TEST_DEVICE=cpu`` the same tests run on the CPU, as far as they mean something there.
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import built, make_data, make_module, replicas, save_tiny_llama
 from fits import assert_close, fit, fused_on, weights
+from safetensors.torch import load_file
 
 from callbacks import Throughput
 from seedlora.merge import METHODS
@@ -25,8 +26,8 @@ from seedlora.plan import PeakMemory, memory_of
 DEVICE = torch.device(os.environ.get("SEEDLORA_TEST_DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"
 ON = {"accelerator": lambda: "gpu" if CUDA else "cpu", "devices": lambda: 1}
-#: Attention's backward pass on a GPU adds in any order unless it is told not to.
-SAME_BITS = {"deterministic": "warn"}
+#: Attention's backward pass on a GPU adds in any order unless it is told not to; a warning does not tell it.
+SAME_BITS = {"deterministic": True}
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -38,7 +39,6 @@ SMOLLM2 = {
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 
 
@@ -92,9 +92,15 @@ def test_passes_live_fusion_choice_and_controls(tiny_llama, tmp_path):
     assert {"ties", "dare_linear", "greedy_soup"} <= passes.results.scores.keys()
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "lora_dropout": 0.1}], ids=str)
-def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path, options):
-    first, second = (fit(tiny_llama, tmp_path / name, on=ON, trainer=SAME_BITS, test=False, **options) for name in "ab")
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16", "lora_dropout": 0.1}, {"gradient_checkpointing": True}], ids=str
+)
+@pytest.mark.parametrize("tokens", ["short", "long"])
+def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path, options, tokens):
+    # Longer than a block of keys of any kernel of attention, whose gradients are sums over blocks.
+    long = {"task_options": {"min_terms": 100, "max_terms": 120}, "max_length": 1024, "num_train": 12}
+    again = {"on": ON, "trainer": SAME_BITS, "test": False, "data": long if tokens == "long" else {}, **options}
+    first, second = (fit(tiny_llama, tmp_path / name, **again) for name in "ab")
     assert_close(weights(second, "fused"), weights(first, "fused"), atol=0)
 
 
@@ -113,7 +119,8 @@ def test_what_is_fused_is_what_the_cpu_fuses(method):
     wanted = fused_on("cpu", method)
     for path, factors in fused_on(DEVICE, method).items():
         assert factors.B.device.type == DEVICE.type
-        assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), atol=1e-5)
+        # Dense rules cut a spectrum off, which one device's SVD and the other's round differently.
+        assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), atol=1e-4)
 
 
 def test_the_main_job_and_its_memory(smollm2, tmp_path):
@@ -144,31 +151,36 @@ def test_a_quantised_base(tiny_llama, tmp_path, quantization):
     assert_close(weights(stack, "seed_2"), weights(alone, "seed_2"), atol=1e-5)
 
 
-def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"adapter": "dora"}, {"gradient_checkpointing": True}], ids=str
+)
+def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path, options):
     backend = "inductor" if CUDA else "aot_eager"
-    eager = fit(tiny_llama, tmp_path / "eager", on=ON, test=False)
-    compiled = fit(tiny_llama, tmp_path / "compiled", on=ON, test=False, compile=backend)
+    eager = fit(tiny_llama, tmp_path / "eager", on=ON, test=False, **options)
+    compiled = fit(tiny_llama, tmp_path / "compiled", on=ON, test=False, compile=backend, **options)
     assert_close(weights(compiled, "fused"), weights(eager, "fused"), atol=1e-3)
 
 
-@pytest.mark.parametrize("strategies", ["ddp", "deepspeed_stage_2,fsdp2"])
-@pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_give_what_one_gives(tiny_llama, tmp_path, strategies):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_strategies_give_what_one_process_gives(tiny_llama, tmp_path, devices):
+    """Over NCCL on GPUs, on one too: a group of one rank takes the same path."""
+    if CUDA and torch.cuda.device_count() < devices:
+        pytest.skip("needs two CUDA devices")
     accelerator, job = ON["accelerator"](), str(Path(__file__).parent / "strategies_job.py")
-    command = [sys.executable, job, tiny_llama, str(tmp_path), accelerator, strategies]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ensemble = {"stack_size": 2, "compare": "ties"}
-    trainer = {"accumulate_grad_batches": 2}
-    data = {"num_val": 9, "num_test": 13, "batch_size": 4, "eval_batch_size": 2}
-    one = fit(tiny_llama, tmp_path / "one", (11, 42, 202), on=ON, ensemble=ensemble, trainer=trainer, data=data)
-    for name in strategies.split(","):
-        folder = tmp_path / name
-        assert json.loads((folder / "results.json").read_text())["scores"].keys() == one.results.scores.keys()
-        for seed in ("seed_11", "seed_202"):
-            found = type(one)((11, 42, 202), dirpath=folder)
-            assert weights(found, seed).keys() == weights(one, seed).keys()
-            assert all(tensor.isfinite().all() for tensor in weights(found, seed).values())
+    parts = {"deepspeed_stage_2": 1e-4, "ddp": 1e-4, "deepspeed_stage_3": 1e-3, "fsdp2": 1e-3}
+    for count, names in ((1, "auto"), (devices, ",".join(parts))):
+        command = [sys.executable, job, tiny_llama, str(tmp_path), accelerator, str(count), names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, seeds = tmp_path / "auto", ("seed_11", "seed_202", "fused")
+    for name, atol in parts.items():
+        scores = (json.loads((folder / "results.json").read_text())["scores"] for folder in (one, tmp_path / name))
+        assert len({tuple(each) for each in scores}) == 1
+        for seed in seeds:
+            found, wanted = (
+                load_file(folder / seed / "adapter_model.safetensors") for folder in (tmp_path / name, one)
+            )
+            assert_close(found, wanted, atol=atol)
 
 
 def test_rows_of_a_stack_see_their_own_adapter(tiny_llama):
