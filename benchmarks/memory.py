@@ -121,17 +121,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the settings: SmolLM2 with 12 rows in all")
     parser.add_argument("--only", default="", help="settings whose line has this in it: nf4, 3 x 1")
+    parser.add_argument("--folder", type=Path, help="where models of random weights are kept for the next time")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(*json.loads(options.child))))
         return
-    settings = (
-        SETTINGS if not options.seeds else tuple(("smollm2", n, 12 // n, 128, 64, False, {}) for n in options.seeds)
-    )
+    settings = SETTINGS + GPU_SETTINGS if torch.cuda.is_available() else SETTINGS
+    if options.seeds:
+        settings = tuple(("smollm2", n, 12 // n, 128, 64, False, {}) for n in options.seeds)
     records = []
     with tempfile.TemporaryDirectory() as folder:
+        kept = options.folder or Path(folder)
         for name, *rest in settings:
             seeds, batch, tokens, supervised, checkpointing, choices = rest
             what = f"{name}, {seeds} x {batch} rows of {tokens} tokens ({supervised} scored)"
@@ -139,7 +141,7 @@ def main() -> None:
             what = ", ".join([what, *chosen, *(["checkpointing"] if checkpointing else [])])
             if options.only not in what:
                 continue
-            command = [sys.executable, __file__, "--child", json.dumps([model_folder(name, Path(folder)), *rest])]
+            command = [sys.executable, __file__, "--child", json.dumps([model_folder(name, kept), *rest])]
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             found = json.loads(output.strip().splitlines()[-1])

@@ -70,9 +70,11 @@ MODELS = ("smollm2", *SHAPES)
 
 
 def random_llama(name: str, folder: Path) -> str:
-    """A Llama of a shape of :data:`SHAPES` with random weights, saved to a folder."""
+    """A Llama of a shape of :data:`SHAPES` with random weights, saved to a folder unless it is there."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    if (folder / "config.json").is_file():
+        return str(folder)
     torch.manual_seed(0)
     hidden, ffn, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
     config = LlamaConfig(
@@ -488,10 +490,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="with --stack: a picture")
+    parser.add_argument("--folder", type=Path, help="where models of random weights are kept for the next time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = {n: EMBEDDED if n == "smollm2" else random_llama(n, Path(folder) / n) for n in options.model}
+        kept = options.folder or Path(folder)
+        models = {n: EMBEDDED if n == "smollm2" else random_llama(n, kept / n) for n in options.model}
         records = (profile if options.profile else growth if options.stack else compare)(options, models)
     if options.stack and options.plot:
         plot(records, options.plot)
