@@ -759,7 +759,9 @@ class SeedLoRAModule(pl.LightningModule):
             self.log(f"val/match_{label}", (match & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
-        """Forget an earlier test."""
+        """Forget an earlier test; be where the rows will be, which DeepSpeed's engine for inference leaves to us."""
+        if not splits_base(self.trainer):
+            self.to(self.trainer.strategy.root_device)
         self.test_correct.reset()
         self.test_items.reset()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -50,6 +51,17 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         self.parallel_devices = [torch.device("cpu", i) for i in range(self.num_processes)]
         # Past DeepSpeedStrategy's own method, which only refuses.
         DDPStrategy.setup_environment(self)
+
+
+class _DtypesAsLoaded(DeepSpeedPrecision):
+    """Leaves the module's dtypes as they are: Lightning's own makes a base model in bfloat16 one in float32."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """As it is."""
+        return module
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -195,6 +207,7 @@ def prepare(
     # The optimizer is torch's, on the CPU too.
     config["zero_force_ds_cpu_optimizer"] = False
     strategy.exclude_frozen_parameters = True
+    strategy.precision_plugin = _DtypesAsLoaded()
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,13 @@ def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path, options)
     backend = "inductor" if CUDA else "aot_eager"
     eager = fit(tiny_llama, tmp_path / "eager", on=ON, test=False, **options)
     compiled = fit(tiny_llama, tmp_path / "compiled", on=ON, test=False, compile=backend, **options)
-    assert_close(weights(compiled, "fused"), weights(eager, "fused"), atol=1e-3)
+    if options.get("dtype") != "bfloat16":
+        assert_close(weights(compiled, "fused"), weights(eager, "fused"), atol=1e-3)
+        return
+    # What is joined into one kernel is not rounded to bfloat16 in between.
+    found, wanted = (weights(run, "fused") for run in (compiled, eager))
+    for key, tensor in wanted.items():
+        assert (found[key] - tensor).norm() <= 0.1 * tensor.norm(), key
 
 
 @pytest.mark.parametrize("devices", [1, 2])
