@@ -42,6 +42,7 @@ from seedlora.strategies import (
     prepare,
     release,
     shard,
+    splits_base,
     step_scale,
 )
 
