@@ -80,6 +80,7 @@ KINDS = {
 }
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
+    "devices": 1,  # more GPUs would make more rows of an optimizer step, and other adapters, unasked
     "max_epochs": 3,
     "gradient_clip_val": 1.0,
     "val_check_interval": 0.5,

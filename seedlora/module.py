@@ -42,7 +42,6 @@ from seedlora.strategies import (
     prepare,
     release,
     shard,
-    splits_base,
     step_scale,
 )
 
@@ -418,7 +417,7 @@ class SeedLoRAModule(pl.LightningModule):
             # The stack ties what the base model ties.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             for i, replica in enumerate(self.replicas):
-                torch.manual_seed(replica.init_seed)
+                torch.default_generator.manual_seed(replica.init_seed)  # of the CPU, and no GPU's
                 if i == 0:
                     self.model = get_peft_model(base, self.lora_config, adapter_name=replica.name)
                 else:
@@ -760,9 +759,11 @@ class SeedLoRAModule(pl.LightningModule):
             self.log(f"val/match_{label}", (match & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
-        """Forget an earlier test; be where the rows will be, which DeepSpeed's engine for inference leaves to us."""
-        if not splits_base(self.trainer):
-            self.to(self.trainer.strategy.root_device)
+        """Forget an earlier test, and be where the rows will be.
+
+        A fit ends with the module on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
+        """
+        self.to(self.trainer.strategy.root_device)
         self.test_correct.reset()
         self.test_items.reset()
 

@@ -390,11 +390,19 @@ def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> Callabl
         supervised=int(stack * supervised),
         longest=longest,
         shared=shared,
+        device=trainer.strategy.root_device,
     )
 
 
 def step_memory(
-    module: SeedLoRAModule, stack: int, *, tokens: int, supervised: int, longest: int, shared: Sharding = ONE_PROCESS
+    module: SeedLoRAModule,
+    stack: int,
+    *,
+    tokens: int,
+    supervised: int,
+    longest: int,
+    shared: Sharding = ONE_PROCESS,
+    device: torch.device | None = None,
 ) -> Memory:
     """:func:`memory_estimate` of a step of this module.
 
@@ -406,6 +414,7 @@ def step_memory(
         longest: tokens of the longest row.
         shared: what the strategy deals out. In stage 3 two decoder layers are whole at once, the one that computes and
             the next, and what is outside of them, the head among it, which then takes all logits at once.
+        device: that trains. Default: a GPU, if there is one.
     """
     hparams, model = module.hparams, outline(module.hparams["base_model"])
     config, targets, trainable = model.config, module.targets, trainable_parameters(module)
@@ -424,7 +433,7 @@ def step_memory(
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
-        scores=attention_scores(module, longest),
+        scores=attention_scores(module, longest, device),
         checkpointing=hparams["gradient_checkpointing"],
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
@@ -439,9 +448,9 @@ def step_memory(
     )
 
 
-def attention_scores(module: SeedLoRAModule, tokens: int) -> int:
+def attention_scores(module: SeedLoRAModule, tokens: int, device: torch.device | None = None) -> int:
     """Scores that attention keeps of one token in one layer, for rows of so many tokens; 0 where none are kept."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if module.dtype_base != torch.bfloat16 or attention(device, tokens) != "eager":
         return 0
     return int(outline(module.hparams["base_model"]).config.num_attention_heads) * tokens

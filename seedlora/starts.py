@@ -47,7 +47,7 @@ def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: 
     starts: dict[str, Start] = {}
     if adapter in ("pissa", "loftq"):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             model, starts = _starts(model, config, adapter, quantization)
     if quantization != "none":
         quantize(model, quantization)

@@ -167,26 +167,24 @@ def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path, options)
         assert (found[key] - tensor).norm() <= 0.1 * tensor.norm(), key
 
 
+@pytest.mark.parametrize(
+    ("name", "atol"), [("ddp", 1e-4), ("deepspeed_stage_2", 1e-4), ("deepspeed_stage_3", 1e-3), ("fsdp2", 1e-3)]
+)
 @pytest.mark.parametrize("devices", [1, 2])
-def test_strategies_give_what_one_process_gives(tiny_llama, tmp_path, devices):
+def test_a_strategy_gives_what_one_process_gives(tiny_llama, tmp_path, devices, name, atol):
     """Over NCCL on GPUs, on one too: a group of one rank takes the same path."""
     if CUDA and torch.cuda.device_count() < devices:
         pytest.skip("needs two CUDA devices")
     accelerator, job = ON["accelerator"](), str(Path(__file__).parent / "strategies_job.py")
-    parts = {"deepspeed_stage_2": 1e-4, "ddp": 1e-4, "deepspeed_stage_3": 1e-3, "fsdp2": 1e-3}
-    for count, names in ((1, "auto"), (devices, ",".join(parts))):
-        command = [sys.executable, job, tiny_llama, str(tmp_path), accelerator, str(count), names]
+    for count, each in ((1, "auto"), (devices, name)):
+        command = [sys.executable, job, tiny_llama, str(tmp_path), accelerator, str(count), each]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    one, seeds = tmp_path / "auto", ("seed_11", "seed_202", "fused")
-    for name, atol in parts.items():
-        scores = (json.loads((folder / "results.json").read_text())["scores"] for folder in (one, tmp_path / name))
-        assert len({tuple(each) for each in scores}) == 1
-        for seed in seeds:
-            found, wanted = (
-                load_file(folder / seed / "adapter_model.safetensors") for folder in (tmp_path / name, one)
-            )
-            assert_close(found, wanted, atol=atol)
+    folders = (tmp_path / name, tmp_path / "auto")
+    assert len({tuple(json.loads((folder / "results.json").read_text())["scores"]) for folder in folders}) == 1
+    for adapter in ("seed_11", "seed_202", "fused"):
+        files = (folder / adapter / "adapter_model.safetensors" for folder in folders)
+        assert_close(*map(load_file, files), atol=atol)
 
 
 def test_rows_of_a_stack_see_their_own_adapter(tiny_llama):
