@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import strategies_job
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 
@@ -167,6 +168,16 @@ def test_deepspeed_does_not_clip_a_second_time():
     with pytest.raises(ValueError, match="must not have a section 'bf16'"):
         strategy = CPUDeepSpeedStrategy(config={"bf16": {"enabled": True}})
         prepare(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False))
+
+
+def test_deepspeed_leaves_the_base_model_in_its_dtype():
+    import lightning.pytorch as pl
+
+    strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
+    trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
+    prepare(trainer)
+    module = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    assert trainer.strategy.precision_plugin.convert_module(module).weight.dtype == torch.bfloat16
 
 
 def test_deepspeed_needs_whole_steps():
