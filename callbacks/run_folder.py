@@ -31,7 +31,8 @@ class RunFolder:
       control is finished when its folder is there.
     - ``excluded.json``: the adapters that were left out, and why.
     - ``trained.json``: how long each adapter was trained, on how many tokens, and which step was kept.
-    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone.
+    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone. The folder is there from
+      the first step on, until all of the stack is written.
     - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
     - ``results.json``: what the last test said.
 
@@ -86,8 +87,8 @@ class RunFolder:
     def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
         """The seeds to train next, ``stack_size`` at once; all by default.
 
-        A stack that was killed while its adapters were written goes on as it was: those that were not written would be
-        trained from the start otherwise.
+        A stack that was killed while its adapters were written goes on as it was, from its checkpoint if it has one: a
+        smaller stack would start anew, and its products are rounded otherwise.
         """
         pending, trained = {*self.pending}, {*self.trained}
         seeds = {seed_name(seed): seed for seed in self.seeds}
@@ -96,7 +97,7 @@ class RunFolder:
             stack = tuple(seeds[name] for name in names if name in seeds)
             partly = pending.intersection(stack) and trained.intersection(stack)
             fits = len(stack) == len(names) <= (stack_size or len(names))
-            if partly and fits and self.checkpoint(names) is not None:
+            if partly and fits:
                 return stack
         return self.pending[:stack_size]
 
@@ -179,6 +180,10 @@ class RunFolder:
 
     # Checkpoints
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Write down that these are trained in one stack."""
+        self._checkpoints(names).mkdir(parents=True, exist_ok=True)
+
     def checkpoint(self, names: Sequence[str]) -> Path | None:
         """The newest checkpoint of a stack."""
         return max(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, default=None)
@@ -215,13 +220,14 @@ class RunFolder:
                 remove(other)
 
     def forget_checkpoints(self, names: Sequence[str]) -> None:
-        """Remove the checkpoints of a finished stack; after the last one also what other stack sizes left behind."""
-        finished = [names]
-        if not {*names} & {*self.controls}:
+        """Remove the checkpoints of a finished stack, and of others that share a seed; after the last one all."""
+        finished = {*names}
+        if not finished.intersection(self.controls):
             # A control that was begun before these seeds stands for fewer.
-            finished += [[control] for control in self.controls]
-        for stack in finished:
-            shutil.rmtree(self._checkpoints(stack), ignore_errors=True)
+            finished.update(self.controls)
+        for folder in self._checkpoints(()).glob("*"):
+            if finished.intersection(folder.name.split("-")):
+                shutil.rmtree(folder, ignore_errors=True)
         if not (self.pending or self.pending_controls):
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 

@@ -435,6 +435,8 @@ class SeedEnsembleCallback(pl.Callback):
         Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken.
         """
         module = _ours(pl_module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.folder.begin([replica.name for replica in module.replicas])
         module.idle |= set(self._restored.get("idle", ()))
         module.diverged |= self._restored.get("diverged", {})
         self._terminated = False
@@ -586,11 +588,12 @@ class SeedEnsembleCallback(pl.Callback):
         module.check_weights()
         if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
             raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
+        # Before the folders, and who is left out after them: until then the stack is not finished.
+        if trainer.is_global_zero:
+            self.folder.add_trained(self._trained_on(trainer, module))
         for name in names:
             if name not in module.diverged:
                 module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            self.folder.add_trained(self._trained_on(trainer, module))
         if trainer.is_global_zero and module.diverged:
             self.folder.leave_out(module.diverged)
         trainer.strategy.barrier()

@@ -85,13 +85,24 @@ def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
         temporary.write_text("half")
     assert folder.checkpoint(both).read_text() == "10"
     assert len(list(tmp_path.glob("checkpoints/*/*.ckpt"))) == 1
-    save(folder, ("seed_1",), 3)
-    train(folder, "seed_1")
-    folder.forget_checkpoints(("seed_1",))
-    assert folder.checkpoint(both).read_text() == "10"
-    train(folder, "seed_2")
-    folder.forget_checkpoints(("seed_2",))
+    train(folder, *both)
+    folder.forget_checkpoints(both)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2, 3])
+    folder.begin(("seed_1", "seed_2", "seed_3"))
+    assert folder.next_stack(2) == (1, 2)
+    folder.begin(("seed_1", "seed_2"))
+    train(folder, "seed_1")
+    assert folder.next_stack(2) == (1, 2)
+    assert folder.next_stack(1) == (2,)
+    train(folder, "seed_2")
+    folder.forget_checkpoints(("seed_1", "seed_2"))
+    # of a larger stack that was begun before nothing is left: its finished seeds would train again
+    assert folder.next_stack(None) == (3,)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
