@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from seedlora.adapter import is_trained
-from seedlora.atomic import remove_folder, saving, sync, write_text
+from seedlora.atomic import read_record, remove_folder, saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
 from seedlora.report.results import FUSED, SELECTION_NAME, SOUP, TRAINED_NAME
 
@@ -21,6 +22,13 @@ SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "resul
 CONTROL_NAME = "control.json"
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
+#: What a run does without a file, for whoever has to remove one that cannot be read.
+WITHOUT = {
+    SETTINGS_NAME: "takes the options that are given for those that it was started with",
+    EXCLUDED_NAME: "trains what was left out again",
+    TRAINED_NAME: "does not know how long finished adapters were trained",
+    SELECTION_NAME: "chooses again",
+}
 
 
 class RunFolder:
@@ -46,6 +54,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = ()) -> None:
         self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+        #: Checkpoints that were read from end to end.
+        self._whole: set[Path] = set()
 
     def adapter(self, seed: int) -> Path:
         """Where the adapter of a seed is, once it is trained."""
@@ -116,8 +126,10 @@ class RunFolder:
             resume: whether a run may be here.
 
         Raises:
-            ValueError: if one is and may not be, or if it was started differently.
+            ValueError: if one is and may not be, if it was started differently, or a file of it cannot be read.
         """
+        for name in WITHOUT:
+            self._read(name)
         before = self.settings
         if before is None:
             write_text(self.path / SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -174,9 +186,14 @@ class RunFolder:
         """Write one of the JSON files."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def _read(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """One of the JSON files, if it is there; ValueError if it cannot be read."""
+        try:
+            return read_record(self.path / name)
+        except ValueError as error:
+            folder, _, _ = name.rpartition("/")
+            gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[name])
+            raise ValueError(f"{error}; without {gone} --resume {does}") from None
 
     # Checkpoints
 
@@ -185,8 +202,23 @@ class RunFolder:
         self._checkpoints(names).mkdir(parents=True, exist_ok=True)
 
     def checkpoint(self, names: Sequence[str]) -> Path | None:
-        """The newest checkpoint of a stack."""
-        return max(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, default=None)
+        """The newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
+
+        Raises:
+            ValueError: if there are some and none is whole.
+        """
+        saved = self.saved(names)
+        for path in saved:
+            if path in self._whole or _is_whole(path):
+                self._whole.add(path)
+                return path
+        if saved:
+            raise ValueError(f"{saved[0]} is damaged, and no older one is there; without it --resume starts at step 0")
+        return None
+
+    def saved(self, names: Sequence[str]) -> list[Path]:
+        """The checkpoints of a stack, the newest first."""
+        return sorted(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, reverse=True)
 
     @contextmanager
     def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
@@ -195,7 +227,7 @@ class RunFolder:
         Raises:
             OSError: as :func:`seedlora.atomic.saving`.
         """
-        path, before = self._checkpoints(names) / f"step={step}.ckpt", self.checkpoint(names)
+        path, before = self._checkpoints(names) / f"step={step}.ckpt", next(iter(self.saved(names)), None)
         temporary = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Lightning writes to a temporary file first: on the disk where it belongs, which has room for it.
@@ -213,6 +245,8 @@ class RunFolder:
         """Flush a new checkpoint, rename it, then remove the older ones: at any moment a whole one is there."""
         path = temporary.with_suffix(".ckpt")
         sync(temporary)
+        if path.is_dir():  # one that was damaged
+            shutil.rmtree(path)
         os.replace(temporary, path)
         sync(path.parent)
         for other in path.parent.glob("step=*.ckpt"):
@@ -243,6 +277,22 @@ def seed_name(seed: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step in which a checkpoint was taken."""
     return int(checkpoint.stem.removeprefix("step="))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint has every byte that torch.save wrote: it stores checksums, and torch.load ignores them.
+
+    Under DeepSpeed a checkpoint is a folder of such files.
+    """
+    files = [*path.rglob("*.pt")] if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as opened:
+            try:
+                if zipfile.ZipFile(opened).testzip() is not None:
+                    return False
+            except Exception:  # noqa: BLE001 - zipfile has no word for all that may be wrong with a file
+                return False
+    return bool(files)
 
 
 def remove(path: Path) -> None:

@@ -266,7 +266,7 @@ class SeedEnsembleCallback(pl.Callback):
 
     @property
     def ckpt_path(self) -> Path | None:
-        """The newest checkpoint of what the next fit trains."""
+        """The newest whole checkpoint of what the next fit trains; ValueError if all that are there are damaged."""
         return self.folder.checkpoint(self.next_names)
 
     @property
@@ -378,12 +378,14 @@ class SeedEnsembleCallback(pl.Callback):
         """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
 
         Raises:
-            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently.
+            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently, or what
+                it has saved cannot be read.
         """
         self._check_adapter(module)
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self.folder.open(self._settings(trainer, module, data), resume=self.resume)
+        self.folder.checkpoint(self.next_names)
         self._opened = True
 
     def _check_adapter(self, module: SeedLoRAModule) -> None:

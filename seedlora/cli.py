@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -388,9 +387,6 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
         ensemble.open(trainer, module, data)
-        checkpoint = ensemble.ckpt_path if ensemble.pending else None
-        if checkpoint is not None and checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-            raise UsageError(f"{checkpoint} is damaged; without it --resume goes on from what was saved before it")
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
@@ -453,7 +449,9 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         cli.trainer, first = trainer, False
         checkpoint = ensemble.ckpt_path
         if checkpoint is not None:
-            console.print(f"Going on from {checkpoint}")
+            newest = ensemble.folder.saved(ensemble.next_names)[0]
+            damaged = f", as {newest.name} is damaged" if newest != checkpoint else ""
+            console.print(f"Going on from {checkpoint}{damaged}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
         device = trainer.strategy.root_device

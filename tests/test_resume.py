@@ -157,7 +157,7 @@ def test_a_run_killed_while_it_writes_the_adapters_ends_with_the_same_bits(tiny_
     assert not list(dirpath.glob(".*.tmp"))
 
 
-# no checkpoint was due: the seeds that are lacking train in the stack in which they began, for the bits of another differ
+# no checkpoint was due: the seeds that are lacking train in the stack in which they began
 def test_a_run_without_a_checkpoint_killed_between_two_adapters_ends_with_the_same_bits(tiny_llama, whole, tmp_path):
     dirpath, options = tmp_path / "killed", ("--ensemble.checkpoint_every_n_steps", "100")
     process = start(tiny_llama, dirpath, *options, dying=partial(dying_at, "seed_42"))
