@@ -128,7 +128,7 @@ class RunFolder:
         Raises:
             ValueError: if one is and may not be, if it was started differently, or a file of it cannot be read.
         """
-        for name in WITHOUT:
+        for name in (*WITHOUT, f"{FUSED}/{RECORD_NAME}"):
             self._read(name)
         before = self.settings
         if before is None:
@@ -290,7 +290,7 @@ def _is_whole(path: Path) -> bool:
             try:
                 if zipfile.ZipFile(opened).testzip() is not None:
                     return False
-            except Exception:  # noqa: BLE001 - zipfile has no word for all that may be wrong with a file
+            except Exception:  # zipfile has no word for all that may be wrong with a file
                 return False
     return bool(files)
 

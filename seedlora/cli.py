@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -286,7 +287,10 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     finished, planning = words[:1] == ["test"], "--plan" in words
     words = [word for word in words if word != "--plan"]
     try:
-        cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
+        words = _long_options(_of_finished_run(words[1:]) if finished else words)
+        for file in _values(words, "--config"):
+            _check_config(Path(file))
+        cli = SeedLoRACLI(parts, words)
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
@@ -614,17 +618,34 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
 
 def _of_finished_run(argv: Sequence[str]) -> list[str]:
     """The options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
-    joined = [word.partition("=")[2] for word in argv if word.startswith("--ensemble.dirpath=")]
-    apart = [value for word, value in pairwise(argv) if word == "--ensemble.dirpath"]
-    given = joined + apart
+    given = _values(argv, "--ensemble.dirpath")
     if not given:
         raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
+    _check_config(file, "; --resume with the options of the run writes it again")
     # Tasks that are given here take the place of the run's, with all that was said about those.
     anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
     return ["--config", str(file), *(NO_TASKS if anew else ()), *argv, "--ensemble.resume=true"]
+
+
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    """What an option is given, as ``--option VALUE`` or ``--option=VALUE``."""
+    joined = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
+    return joined + [value for word, value in pairwise(argv) if word == option]
+
+
+def _check_config(file: Path, instead: str = "") -> None:
+    """Raise UsageError if a file is there that holds no options; the parser would not name it."""
+    if not file.is_file():
+        return
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}{instead}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} cannot be read: it holds no options{instead}")
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

@@ -316,6 +316,20 @@ def stopped(capsys, *, where):
     return line
 
 
+@pytest.mark.parametrize("content", [b"", b"\x80\x02abc", b"model: {r: 8", b"just words"])
+def test_a_config_that_cannot_be_read_is_named(capsys, content):
+    Path("here").mkdir()
+    Path("here/config.yaml").write_bytes(content)
+    for words, instead in (
+        (["--config", "here/config.yaml"], ""),
+        (["--config=here/config.yaml"], ""),
+        (["test", "--ensemble.dirpath", "here"], "; --resume with the options of the run writes it again"),
+    ):
+        assert main(PARTS, words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(rf"train\.py: error: here/config\.yaml cannot be read: [^;]+{instead}", line)
+
+
 def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, capsys):
     save, calls = TorchCheckpointIO.save_checkpoint, []
 
@@ -331,8 +345,21 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(t
     assert re.search(
         r"/step=2\.ckpt was not written: File too large; it takes 0\.[1-9] MiB, [\d,.]+ MiB are free", line
     )
-    assert [path.name for path in Path("here").glob("checkpoints/*/*")] == ["step=1.ckpt"]
+    (kept,) = Path("here").glob("checkpoints/*/*")
+    assert kept.name == "step=1.ckpt"
+    # and what a disk may spoil
+    kept.with_name("step=2.ckpt").write_bytes(kept.read_bytes()[:-100])
+    Path("here/cost.json").write_text('{"plan":')
+    assert run(tiny_llama, *same, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "here/cost.json cannot be read: Expecting value: line 1 column 9 (char 8); without it --resume does" in error
+    Path("here/cost.json").unlink()
+    with Path("here/metrics.jsonl").open("ab") as file:
+        file.write(b'{"st\x80\n{}\n[]\n')
     assert run(tiny_llama, *same, "--resume") == 0
+    assert f"Going on from {kept}, as step=2.ckpt is damaged\n" in capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 3, 3]
     assert (Path("here") / "fused").is_dir()
 
 

@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, wit
     (tmp_path / name).write_bytes(content)
     message = rf"{re.escape(str(tmp_path / name))} cannot be read: .*; without {without}$"
     with pytest.raises(ValueError, match=message):
-        folder.trained_controls if "/" in name and folder.fusion is None else folder.open(SETTINGS, resume=True)
+        folder.trained_controls if "control" in name else folder.open(SETTINGS, resume=True)
 
 
 def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path):
