@@ -106,7 +106,11 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
     harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
     manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
-    scored = from_endpoint(arguments, prompts) if arguments["endpoint"] else from_folders(arguments, prompts, console)
+    if arguments["endpoint"]:
+        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
+            scored = from_endpoint(arguments, prompts)
+    else:
+        scored = from_folders(arguments, prompts, console)
     against = arguments["against"]
     if against is not None and against not in (known := [c.name for c in scored.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
