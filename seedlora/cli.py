@@ -75,6 +75,7 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "str": "text",
     "Sequence": 'a list such as "[1,2]"',
     "Mapping": 'a mapping such as "{name: value}"',
 }
@@ -535,11 +536,25 @@ def _tasks(cli: SeedLoRACLI, console: Console) -> _Tasks:
     def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
         return cli.parts.generate(task, own if run is None and task == trained_on else run)
 
-    with console.status(f"Reading {', '.join((*names, *harness))} ..."):
-        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
-        sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
-        manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
-        return _Tasks(runs, sandbox, harness, manager)
+    try:
+        with console.status(f"Reading {', '.join((*names, *harness))} ..."):
+            runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
+            sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
+            manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UsageError(_named_here(str(error))) from None
+    return _Tasks(runs, sandbox, harness, manager)
+
+
+def _named_here(message: str) -> str:
+    """What is said of options of ``python -m seedlora evaluate``, with the names that they have here."""
+    message = re.sub(r"--task-path (\w+)=(\S+)", r"--evaluate_task_path '{\1: \2}'", message)
+    message = message.replace("--task ", "--evaluate ")
+    message = message.replace("--without-sandbox", "python -m seedlora evaluate --without-sandbox, after the run")
+    names = r"--(limit|max-new-tokens|task-path|execute-code)\b"
+    return re.sub(names, lambda found: f"--evaluate_{found[1].replace('-', '_')}", message)
 
 
 def _evaluate(cli: SeedLoRACLI, asked: _Tasks, console: Console) -> int:

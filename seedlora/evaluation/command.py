@@ -380,7 +380,7 @@ def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progres
         lines.show(progress, bars[-1])
 
     def smaller(size: int) -> None:
-        progress.console.print(f"the memory is too small for this batch; going on with --batch-size {size}")
+        progress.console.print(f"the memory is too small for this batch; going on with a batch of {size}")
 
     generate(samples, scored.generator, scored.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
     return new
@@ -456,8 +456,8 @@ def _show(console: Console, run: TaskRun, judged: Judged, table: Results | None,
 
 def _say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
     console.print(
-        f"{run.name} is not scored: that runs generated code. Add --execute-code to run it inside bubblewrap, or score "
-        "these files elsewhere, with EvalPlus for example:",
+        f"{run.name} is not scored: that runs generated code. Add --execute-code (of train.py: --evaluate_execute_code "
+        "true) to run it inside bubblewrap, or score these files elsewhere, with EvalPlus for example:",
         highlight=False,
     )
     for file in files:
