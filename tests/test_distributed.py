@@ -199,10 +199,10 @@ def processes(first):
 
 def kill_at(first, dirpath, step, rank):
     """SIGKILL one rank at a checkpoint; returns the output, once all processes have ended."""
-    wait_for_step(first, dirpath, step)
+    waited = wait_for_step(first, dirpath, step)
     os.kill(processes(first)[rank], signal.SIGKILL)
-    # the pipe is closed when the last process that writes to it has ended
-    output, _ = first.communicate(timeout=30)
+    # the pipe is closed when the last process that writes to it has ended; a busy machine is slow in that, too
+    output, _ = first.communicate(timeout=max(30, waited))
     assert first.returncode != 0
     return output
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from datetime import date
 from functools import partial
@@ -28,6 +30,21 @@ def kill_at(process, dirpath, step, **options):
     wait_for_step(process, dirpath, step, **options)
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("exec sleep 60", "waiting for step 3, the run got no further than step 2 for 0.2 s: "),
+        ("echo why; exit 7", "waiting for step 3, the run ended with exit code 7: why"),
+    ],
+)
+def test_a_run_that_is_waited_for_in_vain(tmp_path, command, message):
+    (tmp_path / "checkpoints" / "seed_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "seed_1" / "step=2.ckpt").touch()
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        wait_for_step(process, tmp_path, 3, quiet=0.2)
 
 
 def adapters(dirpath):
