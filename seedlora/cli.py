@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import logging
@@ -47,6 +46,7 @@ from seedlora.report import model_commands, next_commands, results_table, verdic
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
 from seedlora.report.results import ALL_CONTROLS, BASE
+from seedlora.spelling import closest
 from seedlora.strategies import ProcessWatch, choose_strategy, is_partitioned, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -149,8 +149,8 @@ class _Parser(LightningArgumentParser):
                 f"unexpected word '{word[1]}'; an option takes one word, a list is '[1,2]', the one command is test"
             )
         elif unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
-            close = difflib.get_close_matches(unknown[1], self._names(), n=1)
-            message = f"unknown option --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+            meant = closest(unknown[1], self._names())
+            message = f"unknown option --{unknown[1]}; " + (f"did you mean --{meant}?" if meant else "see --help")
         raise UsageError(message) from ex
 
     def format_help(self) -> str:
@@ -239,9 +239,9 @@ class SeedLoRACLI(LightningCLI):
             return f"this data module needs --data.{option[1]}"
         if name := re.match(r"--\.*data(?:\.help)?: .*dot import path string: (\S+)", message):
             known = sorted(kind.__name__ for kind in _concrete(self.parts.data))
-            close = difflib.get_close_matches(name[1], known, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            return f"unknown data module '{name[1]}'; {meant}data modules are {', '.join(known)}"
+            meant = closest(name[1], known)
+            hint = f"did you mean {meant}? " if meant else ""
+            return f"unknown data module '{name[1]}'; {hint}data modules are {', '.join(known)}"
         return message
 
     @property

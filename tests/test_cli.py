@@ -153,6 +153,7 @@ def test_a_users_own_data(tiny_llama):
         (["--data.batch_size", "0"], "train.py: error: data.batch_size must be at least 1, got 0"),
         (["--data", "InstructionData"], "this data module needs --data.path"),
         (["--data", "InstructonData"], "unknown data module 'InstructonData'; did you mean InstructionData?"),
+        (["--data", "gsm8k"], "unknown data module 'gsm8k'; did you mean GSM8K?"),
         (["--data", "Nope"], "data modules are CodeFeedback, Commonsense170k, GSM8K, InstructionData, MetaMathQA"),
         (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file or folder"),
         (["--config", "no.yaml"], "no.yaml"),
