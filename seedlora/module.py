@@ -37,6 +37,7 @@ from seedlora.starts import prepare_base
 from seedlora.strategies import (
     clip_gradients,
     decoder_layers,
+    from_first,
     is_partitioned,
     is_sharded,
     prepare,
@@ -688,10 +689,11 @@ class SeedLoRAModule(pl.LightningModule):
         return Stacks({}, {own: [weights.tensor(key)] for own, key in self.places(weights).items()})
 
     def fused_model(self, folders: Sequence[Path], rule: BoundRule) -> Layers:
-        """Whole models fused, to be scored; all of it in memory."""
-        base = BaseWeights(self.base_path)
-        change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
-        new = {key: change(key, base.weight(key)) for key in base.files}
+        """Whole models fused, to be scored; all of it in memory. The first rank fuses; all ranks must call it."""
+        base, change = BaseWeights(self.base_path), lambda _, weight: torch.empty_like(weight)
+        if self.global_rank == 0:
+            change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
+        new = {key: from_first(self.trainer, change(key, base.weight(key))) for key in base.files}
         return Stacks({}, {own: [new[key]] for own, key in self.places(base).items()})
 
     def current(self, names: Sequence[str]) -> Stacks[LoRAFactors]:

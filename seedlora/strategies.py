@@ -367,6 +367,15 @@ def release(trainer: pl.Trainer) -> None:
         engine.destroy()
 
 
+def from_first(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """The first rank's tensor on all ranks, where others give one of its shape and dtype. All ranks must call it."""
+    if trainer.world_size == 1:
+        return tensor
+    shared = tensor.to(trainer.strategy.root_device)
+    torch.distributed.broadcast(shared, src=0)
+    return shared.to(tensor.device)
+
+
 def whole(parameter: Tensor) -> Tensor:
     """All values of a parameter, also where each rank holds a part: a detached copy. All ranks must call it."""
     if hasattr(parameter, "ds_id"):
