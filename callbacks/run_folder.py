@@ -217,8 +217,9 @@ class RunFolder:
         return None
 
     def saved(self, names: Sequence[str]) -> list[Path]:
-        """The checkpoints of a stack, the newest first."""
-        return sorted(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, reverse=True)
+        """The checkpoints of a stack, the newest first; copies of other names are somebody's own."""
+        found = [path for path in self._checkpoints(names).glob("step=*.ckpt") if path.stem[5:].isdigit()]
+        return sorted(found, key=step_of, reverse=True)
 
     @contextmanager
     def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
@@ -249,7 +250,7 @@ class RunFolder:
             shutil.rmtree(path)
         os.replace(temporary, path)
         sync(path.parent)
-        for other in path.parent.glob("step=*.ckpt"):
+        for other in self.saved(path.parent.name.split("-")):
             if other != path:
                 remove(other)
 

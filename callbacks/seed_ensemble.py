@@ -44,7 +44,7 @@ from seedlora.report.results import (
     WIDE_SEED,
 )
 from seedlora.selection import Layers, Score, members, score_lazily
-from seedlora.strategies import check_batches, holds_whole_adapters
+from seedlora.strategies import check_batches, holds_whole_adapters, saves_folders
 
 VARY = ("both", "init", "order")
 KEEP = ("last", "best")
@@ -385,7 +385,12 @@ class SeedEnsembleCallback(pl.Callback):
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self.folder.open(self._settings(trainer, module, data), resume=self.resume)
-        self.folder.checkpoint(self.next_names)
+        saved = self.folder.checkpoint(self.next_names)
+        if saved is not None and saved.is_dir() != saves_folders(trainer):
+            how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
+            raise ValueError(
+                f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"
+            )
         self._opened = True
 
     def _check_adapter(self, module: SeedLoRAModule) -> None:
@@ -493,9 +498,6 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._settle(trainer, module)
-            if trainer.is_global_zero and not (self.pending or self.pending_controls):
-                # Of a run that was killed after its last adapter was written.
-                self.folder.forget_checkpoints(())
             self._listen_no_more()
             return
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -627,6 +629,9 @@ class SeedEnsembleCallback(pl.Callback):
         """
         if self.pending or not self.trained:
             return None
+        if not self.pending_controls:
+            # Of a run that was killed after its last adapter was written.
+            self.folder.forget_checkpoints(())
         if self.rule is None:
             made = self.fused_otherwise
             if removed := self.folder.forget_fusion():

@@ -247,6 +247,11 @@ def holds_whole_adapters(trainer: pl.Trainer) -> bool:
     return not isinstance(trainer.strategy, DeepSpeedStrategy | FSDP2Strategy)
 
 
+def saves_folders(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint is a folder with a file of each rank, and not one file."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
 def step_scale(trainer: pl.Trainer) -> int:
     """What multiplies a loss that is already normalised over the whole optimizer step, all micro-batches, all ranks.
 

@@ -348,6 +348,9 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(t
     )
     (kept,) = Path("here").glob("checkpoints/*/*")
     assert kept.name == "step=1.ckpt"
+    deepspeed = ["--trainer.strategy", "deepspeed_stage_2", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    assert run(tiny_llama, *same, "--resume", *deepspeed) == 2
+    assert f"{kept} was saved without DeepSpeed; resume by the --trainer.strategy" in capsys.readouterr().err
     # and what a disk may spoil
     kept.with_name("step=2.ckpt").write_bytes(kept.read_bytes()[:-100])
     Path("here/cost.json").write_text('{"plan":')

@@ -83,10 +83,11 @@ def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
     assert folder.checkpoint(both) is None
     for step in (9, 10):
         save(folder, both, step)
+    (tmp_path / "checkpoints" / "seed_1-seed_2" / "step=9 of mine.ckpt").write_text("a copy")
     with folder.new_checkpoint(both, 11) as temporary:
         temporary.write_text("half")
     assert folder.checkpoint(both).name == "step=10.ckpt"
-    assert len(list(tmp_path.glob("checkpoints/*/*.ckpt"))) == 1
+    assert {path.name for path in tmp_path.glob("checkpoints/*/*.ckpt")} == {"step=10.ckpt", "step=9 of mine.ckpt"}
     train(folder, *both)
     folder.forget_checkpoints(both)
     assert not (tmp_path / "checkpoints").exists()
