@@ -30,7 +30,7 @@ from seedlora.comparison import NO_MERGE, Comparison, rule_of_seeds
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
-from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
+from seedlora.module import AT_ONCE, DivergedError, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import (
@@ -570,6 +570,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Write the adapters of this stack and, if they are the last, fuse all.
 
         Raises:
+            DivergedError: if no seed is left.
             StoppedError: after a SIGTERM that came too late for a checkpoint, when the adapters are written. One that
                 comes later raises SystemExit at once: choosing and fusing may take longer than a job is given to end.
         """
@@ -591,7 +592,7 @@ class SeedEnsembleCallback(pl.Callback):
                 self._take_best(module, name)
         module.check_weights()
         if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
-            raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
+            raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if trainer.is_global_zero:
             self.folder.add_trained(self._trained_on(trainer, module))

@@ -40,7 +40,7 @@ from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
-from seedlora.module import SeedLoRAModule, StoppedError
+from seedlora.module import DivergedError, SeedLoRAModule, StoppedError
 from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import model_commands, next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
@@ -324,7 +324,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
-        _stopped(cli, _one_line(str(error)) if told else "interrupted")
+        _stopped(cli, _one_line(str(error)) if told else "interrupted", diverged=isinstance(error, DivergedError))
         return 1
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
@@ -340,7 +340,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     return code
 
 
-def _stopped(cli: SeedLoRACLI, reason: str) -> None:
+def _stopped(cli: SeedLoRACLI, reason: str, *, diverged: bool = False) -> None:
     """Say why, and what to do next. A report is not written now: who stops a run waits, and a disk may be full."""
     run, rank = cli.ensemble.dirpath, ""
     if cli.trainer.world_size > 1:
@@ -348,6 +348,8 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
     words = [f"train.py: stopped{rank}: {reason}"]
     if (run / UNFINISHED_NAME).is_file():
         again = f"repeat the command with --resume --ensemble.dirpath {run}"
+        if diverged:
+            again = "--resume takes another on_divergence there; another learning_rate needs another --ensemble.dirpath"
         words += ["what was saved before is whole", again, f"python -m seedlora report {run} shows how far it came"]
     print("; ".join(words), file=sys.stderr, flush=True)  # noqa: T201
 

@@ -78,6 +78,10 @@ class StoppedError(RuntimeError):
     """A run that ends before its time, by its own decision. The message says why, in one sentence."""
 
 
+class DivergedError(StoppedError):
+    """Losses or weights that are not finite: the same run would end so again."""
+
+
 class SeedLoRAModule(pl.LightningModule):
     r"""A frozen causal language model and a stack of LoRA adapters, one per seed, trained at once.
 
@@ -540,7 +544,7 @@ class SeedLoRAModule(pl.LightningModule):
         together: nothing of that replica then reaches the others. When none is left, the fit ends.
 
         Raises:
-            StoppedError: if a loss is not finite, and :attr:`exclude_diverged` is not set.
+            DivergedError: if a loss is not finite, and :attr:`exclude_diverged` is not set.
         """
         active = [i for i, replica in enumerate(self.replicas) if replica.name not in self.idle]
         if not active:
@@ -593,7 +597,7 @@ class SeedLoRAModule(pl.LightningModule):
         would spoil all others'. It reads each weight once.
 
         Raises:
-            StoppedError: if there are any, and :attr:`exclude_diverged` is not set.
+            DivergedError: if there are any, and :attr:`exclude_diverged` is not set.
         """
         active = [replica.name for replica in self.replicas if replica.name not in self.idle]
         if not active:
@@ -607,7 +611,7 @@ class SeedLoRAModule(pl.LightningModule):
     def _leave_out(self, names: Sequence[str], why: str) -> None:
         """Make replicas idle that are not finite, or end the run."""
         if not self.exclude_diverged:
-            raise StoppedError(
+            raise DivergedError(
                 f"{', '.join(names)}: {why}; lower model.learning_rate, or go on without it by on_divergence exclude"
             )
         self.diverged |= dict.fromkeys(names, why)

@@ -317,6 +317,22 @@ def stopped(capsys, *, where):
     return line
 
 
+def test_a_run_that_diverged_is_not_told_to_repeat_itself(tiny_llama, capsys):
+    same = ["--ensemble.dirpath", "here", "--model.learning_rate", "1e30"]
+    assert run(tiny_llama, *same) == 1
+    advice = (
+        "what was saved before is whole; --resume takes another on_divergence there; another learning_rate needs "
+        "another --ensemble.dirpath; python -m seedlora report here shows how far it came"
+    )
+    error = capsys.readouterr().err.strip()
+    assert "seed_202: training loss not finite in step 2; lower model.learning_rate, or go on without it" in error
+    assert error.endswith(advice)
+    assert run(tiny_llama, *same, "--resume", "--ensemble.on_divergence", "exclude") == 1
+    shown = capsys.readouterr()
+    assert "stopped: the training loss of every seed is not finite; lower model.learning_rate; " + advice in shown.err
+    assert "validation loss \n" not in shown.out
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02abc", b"model: {r: 8", b"just words"])
 def test_a_config_that_cannot_be_read_is_named(capsys, content):
     Path("here").mkdir()
