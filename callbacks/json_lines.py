@@ -56,15 +56,14 @@ class JSONLinesLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the lines from ``step`` on, and a line that a crash left unfinished."""
+        """Drop the lines from ``step`` on, and what is no line of ours: a crash left one unfinished."""
         if not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-            if entry["step"] < step:
-                kept.append(line + "\n")
         write_text(self.path, "".join(kept))

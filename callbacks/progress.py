@@ -45,8 +45,9 @@ class EnsembleProgressBar(RichProgressBar):
                 for name, value in trainer.callback_metrics.items()
                 if name.startswith("val/loss_")
             }
-            text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            self._lines.print(f"step {trainer.global_step}: validation loss {text}", highlight=False)
+            if losses:
+                text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                self._lines.print(f"step {trainer.global_step}: validation loss {text}", highlight=False)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}"

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from seedlora.adapter import is_trained
-from seedlora.atomic import remove_folder, saving, sync, write_text
+from seedlora.atomic import read_record, remove_folder, saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
 from seedlora.report.results import FUSED, SELECTION_NAME, SOUP, TRAINED_NAME
 
@@ -21,6 +22,13 @@ SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "resul
 CONTROL_NAME = "control.json"
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
+#: What a run does without a file, for whoever has to remove one that cannot be read.
+WITHOUT = {
+    SETTINGS_NAME: "takes the options that are given for those that it was started with",
+    EXCLUDED_NAME: "trains what was left out again",
+    TRAINED_NAME: "does not know how long finished adapters were trained",
+    SELECTION_NAME: "chooses again",
+}
 
 
 class RunFolder:
@@ -31,7 +39,8 @@ class RunFolder:
       control is finished when its folder is there.
     - ``excluded.json``: the adapters that were left out, and why.
     - ``trained.json``: how long each adapter was trained, on how many tokens, and which step was kept.
-    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone.
+    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone. The folder is there from
+      the first step on, until all of the stack is written.
     - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
     - ``results.json``: what the last test said.
 
@@ -45,6 +54,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = ()) -> None:
         self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+        #: Checkpoints that were read from end to end.
+        self._whole: set[Path] = set()
 
     def adapter(self, seed: int) -> Path:
         """Where the adapter of a seed is, once it is trained."""
@@ -86,8 +97,8 @@ class RunFolder:
     def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
         """The seeds to train next, ``stack_size`` at once; all by default.
 
-        A stack that was killed while its adapters were written goes on as it was: those that were not written would be
-        trained from the start otherwise.
+        A stack that was killed while its adapters were written goes on as it was, from its checkpoint if it has one: a
+        smaller stack would start anew, and its products are rounded otherwise.
         """
         pending, trained = {*self.pending}, {*self.trained}
         seeds = {seed_name(seed): seed for seed in self.seeds}
@@ -96,7 +107,7 @@ class RunFolder:
             stack = tuple(seeds[name] for name in names if name in seeds)
             partly = pending.intersection(stack) and trained.intersection(stack)
             fits = len(stack) == len(names) <= (stack_size or len(names))
-            if partly and fits and self.checkpoint(names) is not None:
+            if partly and fits:
                 return stack
         return self.pending[:stack_size]
 
@@ -115,8 +126,10 @@ class RunFolder:
             resume: whether a run may be here.
 
         Raises:
-            ValueError: if one is and may not be, or if it was started differently.
+            ValueError: if one is and may not be, if it was started differently, or a file of it cannot be read.
         """
+        for name in (*WITHOUT, f"{FUSED}/{RECORD_NAME}"):
+            self._read(name)
         before = self.settings
         if before is None:
             write_text(self.path / SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -173,15 +186,40 @@ class RunFolder:
         """Write one of the JSON files."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def _read(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """One of the JSON files, if it is there; ValueError if it cannot be read."""
+        try:
+            return read_record(self.path / name)
+        except ValueError as error:
+            folder, _, _ = name.rpartition("/")
+            gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[name])
+            raise ValueError(f"{error}; without {gone} --resume {does}") from None
 
     # Checkpoints
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Write down that these are trained in one stack."""
+        self._checkpoints(names).mkdir(parents=True, exist_ok=True)
+
     def checkpoint(self, names: Sequence[str]) -> Path | None:
-        """The newest checkpoint of a stack."""
-        return max(self._checkpoints(names).glob("step=*.ckpt"), key=step_of, default=None)
+        """The newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
+
+        Raises:
+            ValueError: if there are some and none is whole.
+        """
+        saved = self.saved(names)
+        for path in saved:
+            if path in self._whole or _is_whole(path):
+                self._whole.add(path)
+                return path
+        if saved:
+            raise ValueError(f"{saved[0]} is damaged, and no older one is there; without it --resume starts at step 0")
+        return None
+
+    def saved(self, names: Sequence[str]) -> list[Path]:
+        """The checkpoints of a stack, the newest first; copies of other names are somebody's own."""
+        found = [path for path in self._checkpoints(names).glob("step=*.ckpt") if path.stem[5:].isdigit()]
+        return sorted(found, key=step_of, reverse=True)
 
     @contextmanager
     def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
@@ -190,7 +228,7 @@ class RunFolder:
         Raises:
             OSError: as :func:`seedlora.atomic.saving`.
         """
-        path, before = self._checkpoints(names) / f"step={step}.ckpt", self.checkpoint(names)
+        path, before = self._checkpoints(names) / f"step={step}.ckpt", next(iter(self.saved(names)), None)
         temporary = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Lightning writes to a temporary file first: on the disk where it belongs, which has room for it.
@@ -208,20 +246,23 @@ class RunFolder:
         """Flush a new checkpoint, rename it, then remove the older ones: at any moment a whole one is there."""
         path = temporary.with_suffix(".ckpt")
         sync(temporary)
+        if path.is_dir():  # one that was damaged
+            shutil.rmtree(path)
         os.replace(temporary, path)
         sync(path.parent)
-        for other in path.parent.glob("step=*.ckpt"):
+        for other in self.saved(path.parent.name.split("-")):
             if other != path:
                 remove(other)
 
     def forget_checkpoints(self, names: Sequence[str]) -> None:
-        """Remove the checkpoints of a finished stack; after the last one also what other stack sizes left behind."""
-        finished = [names]
-        if not {*names} & {*self.controls}:
+        """Remove the checkpoints of a finished stack, and of others that share a seed; after the last one all."""
+        finished = {*names}
+        if not finished.intersection(self.controls):
             # A control that was begun before these seeds stands for fewer.
-            finished += [[control] for control in self.controls]
-        for stack in finished:
-            shutil.rmtree(self._checkpoints(stack), ignore_errors=True)
+            finished.update(self.controls)
+        for folder in self._checkpoints(()).glob("*"):
+            if finished.intersection(folder.name.split("-")):
+                shutil.rmtree(folder, ignore_errors=True)
         if not (self.pending or self.pending_controls):
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
@@ -237,6 +278,22 @@ def seed_name(seed: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step in which a checkpoint was taken."""
     return int(checkpoint.stem.removeprefix("step="))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint has every byte that torch.save wrote: it stores checksums, and torch.load ignores them.
+
+    Under DeepSpeed a checkpoint is a folder of such files.
+    """
+    files = [*path.rglob("*.pt")] if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as opened:
+            try:
+                if zipfile.ZipFile(opened).testzip() is not None:
+                    return False
+            except Exception:  # zipfile has no word for all that may be wrong with a file
+                return False
+    return bool(files)
 
 
 def remove(path: Path) -> None:

@@ -30,7 +30,7 @@ from seedlora.comparison import NO_MERGE, Comparison, rule_of_seeds
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
-from seedlora.module import AT_ONCE, Replica, SeedLoRAModule, StoppedError
+from seedlora.module import AT_ONCE, DivergedError, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
 from seedlora.report.results import (
@@ -44,7 +44,7 @@ from seedlora.report.results import (
     WIDE_SEED,
 )
 from seedlora.selection import Layers, Score, members, score_lazily
-from seedlora.strategies import check_batches, holds_whole_adapters
+from seedlora.strategies import check_batches, holds_whole_adapters, saves_folders
 
 VARY = ("both", "init", "order")
 KEEP = ("last", "best")
@@ -266,7 +266,7 @@ class SeedEnsembleCallback(pl.Callback):
 
     @property
     def ckpt_path(self) -> Path | None:
-        """The newest checkpoint of what the next fit trains."""
+        """The newest whole checkpoint of what the next fit trains; ValueError if all that are there are damaged."""
         return self.folder.checkpoint(self.next_names)
 
     @property
@@ -378,12 +378,19 @@ class SeedEnsembleCallback(pl.Callback):
         """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
 
         Raises:
-            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently.
+            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently, or what
+                it has saved cannot be read.
         """
         self._check_adapter(module)
         if self._opened or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self.folder.open(self._settings(trainer, module, data), resume=self.resume)
+        saved = self.folder.checkpoint(self.next_names)
+        if saved is not None and saved.is_dir() != saves_folders(trainer):
+            how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
+            raise ValueError(
+                f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"
+            )
         self._opened = True
 
     def _check_adapter(self, module: SeedLoRAModule) -> None:
@@ -435,6 +442,8 @@ class SeedEnsembleCallback(pl.Callback):
         Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken.
         """
         module = _ours(pl_module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.folder.begin([replica.name for replica in module.replicas])
         module.idle |= set(self._restored.get("idle", ()))
         module.diverged |= self._restored.get("diverged", {})
         self._terminated = False
@@ -489,9 +498,6 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._settle(trainer, module)
-            if trainer.is_global_zero and not (self.pending or self.pending_controls):
-                # Of a run that was killed after its last adapter was written.
-                self.folder.forget_checkpoints(())
             self._listen_no_more()
             return
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -564,6 +570,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Write the adapters of this stack and, if they are the last, fuse all.
 
         Raises:
+            DivergedError: if no seed is left.
             StoppedError: after a SIGTERM that came too late for a checkpoint, when the adapters are written. One that
                 comes later raises SystemExit at once: choosing and fusing may take longer than a job is given to end.
         """
@@ -585,12 +592,13 @@ class SeedEnsembleCallback(pl.Callback):
                 self._take_best(module, name)
         module.check_weights()
         if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
-            raise StoppedError("the training loss of every seed is not finite; lower model.learning_rate")
+            raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
+        # Before the folders, and who is left out after them: until then the stack is not finished.
+        if trainer.is_global_zero:
+            self.folder.add_trained(self._trained_on(trainer, module))
         for name in names:
             if name not in module.diverged:
                 module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            self.folder.add_trained(self._trained_on(trainer, module))
         if trainer.is_global_zero and module.diverged:
             self.folder.leave_out(module.diverged)
         trainer.strategy.barrier()
@@ -622,6 +630,9 @@ class SeedEnsembleCallback(pl.Callback):
         """
         if self.pending or not self.trained:
             return None
+        if not self.pending_controls:
+            # Of a run that was killed after its last adapter was written.
+            self.folder.forget_checkpoints(())
         if self.rule is None:
             made = self.fused_otherwise
             if removed := self.folder.forget_fusion():

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import logging
@@ -15,7 +14,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -41,12 +40,13 @@ from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.run import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS, Generate, check_tasks
-from seedlora.module import SeedLoRAModule, StoppedError
+from seedlora.module import DivergedError, SeedLoRAModule, StoppedError
 from seedlora.plan import PeakMemory, RunPlan, run_plan, timed, write_cost
 from seedlora.report import model_commands, next_commands, results_table, verdict
 from seedlora.report.facts import COST_NAME
 from seedlora.report.page import write_report
 from seedlora.report.results import ALL_CONTROLS, BASE
+from seedlora.spelling import closest
 from seedlora.strategies import ProcessWatch, choose_strategy, is_partitioned, is_sharded, lost_connection, prepare
 
 USAGE = """\
@@ -75,6 +75,7 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "str": "text",
     "Sequence": 'a list such as "[1,2]"',
     "Mapping": 'a mapping such as "{name: value}"',
 }
@@ -148,8 +149,8 @@ class _Parser(LightningArgumentParser):
                 f"unexpected word '{word[1]}'; an option takes one word, a list is '[1,2]', the one command is test"
             )
         elif unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
-            close = difflib.get_close_matches(unknown[1], self._names(), n=1)
-            message = f"unknown option --{unknown[1]}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+            meant = closest(unknown[1], self._names())
+            message = f"unknown option --{unknown[1]}; " + (f"did you mean --{meant}?" if meant else "see --help")
         raise UsageError(message) from ex
 
     def format_help(self) -> str:
@@ -238,9 +239,9 @@ class SeedLoRACLI(LightningCLI):
             return f"this data module needs --data.{option[1]}"
         if name := re.match(r"--\.*data(?:\.help)?: .*dot import path string: (\S+)", message):
             known = sorted(kind.__name__ for kind in _concrete(self.parts.data))
-            close = difflib.get_close_matches(name[1], known, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            return f"unknown data module '{name[1]}'; {meant}data modules are {', '.join(known)}"
+            meant = closest(name[1], known)
+            hint = f"did you mean {meant}? " if meant else ""
+            return f"unknown data module '{name[1]}'; {hint}data modules are {', '.join(known)}"
         return message
 
     @property
@@ -287,7 +288,10 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     finished, planning = words[:1] == ["test"], "--plan" in words
     words = [word for word in words if word != "--plan"]
     try:
-        cli = SeedLoRACLI(parts, _long_options(_of_finished_run(words[1:]) if finished else words))
+        words = _long_options(_of_finished_run(words[1:]) if finished else words)
+        for file in _values(words, "--config"):
+            _check_config(Path(file))
+        cli = SeedLoRACLI(parts, words)
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
@@ -320,7 +324,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, SystemExit, OSError, StoppedError) as error:
         # Lightning ends the process itself when it is interrupted.
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
-        _stopped(cli, _one_line(str(error)) if told else "interrupted")
+        _stopped(cli, _one_line(str(error)) if told else "interrupted", diverged=isinstance(error, DivergedError))
         return 1
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
@@ -336,7 +340,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
     return code
 
 
-def _stopped(cli: SeedLoRACLI, reason: str) -> None:
+def _stopped(cli: SeedLoRACLI, reason: str, *, diverged: bool = False) -> None:
     """Say why, and what to do next. A report is not written now: who stops a run waits, and a disk may be full."""
     run, rank = cli.ensemble.dirpath, ""
     if cli.trainer.world_size > 1:
@@ -344,6 +348,8 @@ def _stopped(cli: SeedLoRACLI, reason: str) -> None:
     words = [f"train.py: stopped{rank}: {reason}"]
     if (run / UNFINISHED_NAME).is_file():
         again = f"repeat the command with --resume --ensemble.dirpath {run}"
+        if diverged:
+            again = "--resume takes another on_divergence there; another learning_rate needs another --ensemble.dirpath"
         words += ["what was saved before is whole", again, f"python -m seedlora report {run} shows how far it came"]
     print("; ".join(words), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -388,9 +394,6 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
         ensemble.open(trainer, module, data)
-        checkpoint = ensemble.ckpt_path if ensemble.pending else None
-        if checkpoint is not None and checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-            raise UsageError(f"{checkpoint} is damaged; without it --resume goes on from what was saved before it")
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
@@ -453,7 +456,9 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         cli.trainer, first = trainer, False
         checkpoint = ensemble.ckpt_path
         if checkpoint is not None:
-            console.print(f"Going on from {checkpoint}")
+            newest = ensemble.folder.saved(ensemble.next_names)[0]
+            damaged = f", as {newest.name} is damaged" if newest != checkpoint else ""
+            console.print(f"Going on from {checkpoint}{damaged}")
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
         device = trainer.strategy.root_device
@@ -533,11 +538,25 @@ def _tasks(cli: SeedLoRACLI, console: Console) -> _Tasks:
     def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
         return cli.parts.generate(task, own if run is None and task == trained_on else run)
 
-    with console.status(f"Reading {', '.join((*names, *harness))} ..."):
-        runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
-        sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
-        manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
-        return _Tasks(runs, sandbox, harness, manager)
+    try:
+        with console.status(f"Reading {', '.join((*names, *harness))} ..."):
+            runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
+            sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
+            manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UsageError(_named_here(str(error))) from None
+    return _Tasks(runs, sandbox, harness, manager)
+
+
+def _named_here(message: str) -> str:
+    """What is said of options of ``python -m seedlora evaluate``, with the names that they have here."""
+    message = re.sub(r"--task-path (\w+)=(\S+)", r"--evaluate_task_path '{\1: \2}'", message)
+    message = message.replace("--task ", "--evaluate ")
+    message = message.replace("--without-sandbox", "python -m seedlora evaluate --without-sandbox, after the run")
+    names = r"--(limit|max-new-tokens|task-path|execute-code)\b"
+    return re.sub(names, lambda found: f"--evaluate_{found[1].replace('-', '_')}", message)
 
 
 def _evaluate(cli: SeedLoRACLI, asked: _Tasks, console: Console) -> int:
@@ -616,17 +635,34 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
 
 def _of_finished_run(argv: Sequence[str]) -> list[str]:
     """The options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
-    joined = [word.partition("=")[2] for word in argv if word.startswith("--ensemble.dirpath=")]
-    apart = [value for word, value in pairwise(argv) if word == "--ensemble.dirpath"]
-    given = joined + apart
+    given = _values(argv, "--ensemble.dirpath")
     if not given:
         raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
+    _check_config(file, "; --resume with the options of the run writes it again")
     # Tasks that are given here take the place of the run's, with all that was said about those.
     anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
     return ["--config", str(file), *(NO_TASKS if anew else ()), *argv, "--ensemble.resume=true"]
+
+
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    """What an option is given, as ``--option VALUE`` or ``--option=VALUE``."""
+    joined = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
+    return joined + [value for word, value in pairwise(argv) if word == option]
+
+
+def _check_config(file: Path, instead: str = "") -> None:
+    """Raise UsageError if a file is there that holds no options; the parser would not name it."""
+    if not file.is_file():
+        return
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}{instead}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} cannot be read: it holds no options{instead}")
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ from seedlora.starts import prepare_base
 from seedlora.strategies import (
     clip_gradients,
     decoder_layers,
+    from_first,
     is_partitioned,
     is_sharded,
     prepare,
@@ -75,6 +76,10 @@ class Replica:
 
 class StoppedError(RuntimeError):
     """A run that ends before its time, by its own decision. The message says why, in one sentence."""
+
+
+class DivergedError(StoppedError):
+    """Losses or weights that are not finite: the same run would end so again."""
 
 
 class SeedLoRAModule(pl.LightningModule):
@@ -539,7 +544,7 @@ class SeedLoRAModule(pl.LightningModule):
         together: nothing of that replica then reaches the others. When none is left, the fit ends.
 
         Raises:
-            StoppedError: if a loss is not finite, and :attr:`exclude_diverged` is not set.
+            DivergedError: if a loss is not finite, and :attr:`exclude_diverged` is not set.
         """
         active = [i for i, replica in enumerate(self.replicas) if replica.name not in self.idle]
         if not active:
@@ -592,7 +597,7 @@ class SeedLoRAModule(pl.LightningModule):
         would spoil all others'. It reads each weight once.
 
         Raises:
-            StoppedError: if there are any, and :attr:`exclude_diverged` is not set.
+            DivergedError: if there are any, and :attr:`exclude_diverged` is not set.
         """
         active = [replica.name for replica in self.replicas if replica.name not in self.idle]
         if not active:
@@ -606,7 +611,7 @@ class SeedLoRAModule(pl.LightningModule):
     def _leave_out(self, names: Sequence[str], why: str) -> None:
         """Make replicas idle that are not finite, or end the run."""
         if not self.exclude_diverged:
-            raise StoppedError(
+            raise DivergedError(
                 f"{', '.join(names)}: {why}; lower model.learning_rate, or go on without it by on_divergence exclude"
             )
         self.diverged |= dict.fromkeys(names, why)
@@ -688,10 +693,11 @@ class SeedLoRAModule(pl.LightningModule):
         return Stacks({}, {own: [weights.tensor(key)] for own, key in self.places(weights).items()})
 
     def fused_model(self, folders: Sequence[Path], rule: BoundRule) -> Layers:
-        """Whole models fused, to be scored; all of it in memory."""
-        base = BaseWeights(self.base_path)
-        change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
-        new = {key: change(key, base.weight(key)) for key in base.files}
+        """Whole models fused, to be scored; all of it in memory. The first rank fuses; all ranks must call it."""
+        base, change = BaseWeights(self.base_path), lambda _, weight: torch.empty_like(weight)
+        if self.global_rank == 0:
+            change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
+        new = {key: from_first(self.trainer, change(key, base.weight(key))) for key in base.files}
         return Stacks({}, {own: [new[key]] for own, key in self.places(base).items()})
 
     def current(self, names: Sequence[str]) -> Stacks[LoRAFactors]:

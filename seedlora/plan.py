@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from rich.table import Table
 
-from seedlora.atomic import write_text
+from seedlora.atomic import read_record, write_text
 from seedlora.base_model import attention, identity, outline
 from seedlora.head import chunk_rows
 from seedlora.quantization import QUANTIZATIONS
@@ -336,7 +336,10 @@ def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None
         libraries: further ones, which decide the data.
     """
     versions = {name: version(name) for name in (*LIBRARIES, *libraries)}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        before = read_record(file) or {}
+    except ValueError as error:
+        raise ValueError(f"{error}; without it --resume does not know what the run has cost so far") from None
     taken = {"took": before.get("took", {}), "peak_bytes": before.get("peak_bytes", 0)}
     cost = {
         "plan": asdict(plan),
@@ -362,8 +365,7 @@ def timed(file: Path, device: torch.device, clock: Any, control: str | None = No
         yield
     finally:
         clock.enter(None)
-        if file.is_file():
-            cost = json.loads(file.read_text(encoding="utf-8"))
+        if (cost := read_record(file)) is not None:
             before = cost["took"].get(control or "seeds", {})
             added = {phase: before.get(phase, 0.0) + seconds for phase, seconds in clock.took.items()}
             cost["took"][control or "seeds"] = {**before, **added}

@@ -247,6 +247,11 @@ def holds_whole_adapters(trainer: pl.Trainer) -> bool:
     return not isinstance(trainer.strategy, DeepSpeedStrategy | FSDP2Strategy)
 
 
+def saves_folders(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint is a folder with a file of each rank, and not one file."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
 def step_scale(trainer: pl.Trainer) -> int:
     """What multiplies a loss that is already normalised over the whole optimizer step, all micro-batches, all ranks.
 
@@ -365,6 +370,15 @@ def release(trainer: pl.Trainer) -> None:
     engine: Any = trainer.model
     if isinstance(trainer.strategy, DeepSpeedStrategy) and engine is not None and hasattr(engine, "destroy"):
         engine.destroy()
+
+
+def from_first(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """The first rank's tensor on all ranks, where others give one of its shape and dtype. All ranks must call it."""
+    if trainer.world_size == 1:
+        return tensor
+    shared = tensor.to(trainer.strategy.root_device)
+    torch.distributed.broadcast(shared, src=0)
+    return shared.to(tensor.device)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 from conftest import make_data, make_module
 
+import seedlora.module as seedlora_module
 from callbacks import SeedEnsembleCallback
+from seedlora.module import SeedLoRAModule
 from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
 
 SEEDS = (11, 42, 202)
@@ -149,8 +153,26 @@ def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str
         run(base_model, dirpath, batch_size=4 // n, strategy=strategy, devices=n, accelerator=accelerator)
 
 
+def watch_fusions(folder: Path) -> None:
+    """Write down who fuses whole models to be scored, and the hash of what is scored on each rank."""
+    fused_weights, fused_model = seedlora_module.fused_weights, SeedLoRAModule.fused_model
+
+    def change(models, base, rule):
+        (folder / f"{os.getpid()} fuses {rule.name}").touch()
+        return fused_weights(models, base, rule)
+
+    def fused(self, folders, rule):
+        made = fused_model(self, folders, rule)
+        digest = hashlib.sha256(b"".join(each.numpy().tobytes() for (each,) in made.modules.values())).hexdigest()
+        (folder / f"{os.getpid()} scores {rule.name}").write_text(digest)
+        return made
+
+    seedlora_module.fused_weights, SeedLoRAModule.fused_model = change, fused
+
+
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:
     """A kind of adapter under the strategies."""
+    watch_fusions(Path(folder))
     for name in strategies_of(kind):
         run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **KINDS[kind])
 

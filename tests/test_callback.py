@@ -112,6 +112,15 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
         trainer(callback, max_epochs=-1).fit(make_module(tiny_llama), datamodule=make_data())
 
 
+def test_what_a_run_killed_after_its_last_adapter_had_saved_is_removed_if_nothing_is_fused_too(tmp_path):
+    callback = SeedEnsembleCallback([1], merge="none", dirpath=tmp_path)
+    callback.folder.begin(["seed_1"])
+    (tmp_path / "seed_1").mkdir()
+    (tmp_path / "seed_1" / "adapter_config.json").touch()
+    callback.fuse()
+    assert [path.name for path in tmp_path.iterdir()] == ["seed_1"]
+
+
 def test_a_module_used_before_trains_the_same_bits_again(tiny_llama, tmp_path):
     module, data, fused = make_module(tiny_llama, lora_dropout=0.1), make_data(), []
     for name in ("first", "second"):

@@ -153,6 +153,7 @@ def test_a_users_own_data(tiny_llama):
         (["--data.batch_size", "0"], "train.py: error: data.batch_size must be at least 1, got 0"),
         (["--data", "InstructionData"], "this data module needs --data.path"),
         (["--data", "InstructonData"], "unknown data module 'InstructonData'; did you mean InstructionData?"),
+        (["--data", "gsm8k"], "unknown data module 'gsm8k'; did you mean GSM8K?"),
         (["--data", "Nope"], "data modules are CodeFeedback, Commonsense170k, GSM8K, InstructionData, MetaMathQA"),
         (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file or folder"),
         (["--config", "no.yaml"], "no.yaml"),
@@ -316,6 +317,36 @@ def stopped(capsys, *, where):
     return line
 
 
+def test_a_run_that_diverged_is_not_told_to_repeat_itself(tiny_llama, capsys):
+    same = ["--ensemble.dirpath", "here", "--model.learning_rate", "1e30"]
+    assert run(tiny_llama, *same) == 1
+    advice = (
+        "what was saved before is whole; --resume takes another on_divergence there; another learning_rate needs "
+        "another --ensemble.dirpath; python -m seedlora report here shows how far it came"
+    )
+    error = capsys.readouterr().err.strip()
+    assert "seed_202: training loss not finite in step 2; lower model.learning_rate, or go on without it" in error
+    assert error.endswith(advice)
+    assert run(tiny_llama, *same, "--resume", "--ensemble.on_divergence", "exclude") == 1
+    shown = capsys.readouterr()
+    assert "stopped: the training loss of every seed is not finite; lower model.learning_rate; " + advice in shown.err
+    assert "validation loss \n" not in shown.out
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02abc", b"model: {r: 8", b"just words"])
+def test_a_config_that_cannot_be_read_is_named(capsys, content):
+    Path("here").mkdir()
+    Path("here/config.yaml").write_bytes(content)
+    for words, instead in (
+        (["--config", "here/config.yaml"], ""),
+        (["--config=here/config.yaml"], ""),
+        (["test", "--ensemble.dirpath", "here"], "; --resume with the options of the run writes it again"),
+    ):
+        assert main(PARTS, words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(rf"train\.py: error: here/config\.yaml cannot be read: [^;]+{instead}", line)
+
+
 def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(tiny_llama, monkeypatch, capsys):
     save, calls = TorchCheckpointIO.save_checkpoint, []
 
@@ -331,8 +362,24 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(t
     assert re.search(
         r"/step=2\.ckpt was not written: File too large; it takes 0\.[1-9] MiB, [\d,.]+ MiB are free", line
     )
-    assert [path.name for path in Path("here").glob("checkpoints/*/*")] == ["step=1.ckpt"]
+    (kept,) = Path("here").glob("checkpoints/*/*")
+    assert kept.name == "step=1.ckpt"
+    deepspeed = ["--trainer.strategy", "deepspeed_stage_2", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    assert run(tiny_llama, *same, "--resume", *deepspeed) == 2
+    assert f"{kept} was saved without DeepSpeed; resume by the --trainer.strategy" in capsys.readouterr().err
+    # and what a disk may spoil
+    kept.with_name("step=2.ckpt").write_bytes(kept.read_bytes()[:-100])
+    Path("here/cost.json").write_text('{"plan":')
+    assert run(tiny_llama, *same, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "here/cost.json cannot be read: Expecting value: line 1 column 9 (char 8); without it --resume does" in error
+    Path("here/cost.json").unlink()
+    with Path("here/metrics.jsonl").open("ab") as file:
+        file.write(b'{"st\x80\n{}\n[]\n')
     assert run(tiny_llama, *same, "--resume") == 0
+    assert f"Going on from {kept}, as step=2.ckpt is damaged\n" in capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 3, 3]
     assert (Path("here") / "fused").is_dir()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from datetime import date
 from functools import partial
@@ -28,6 +30,21 @@ def kill_at(process, dirpath, step, **options):
     wait_for_step(process, dirpath, step, **options)
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("exec sleep 60", "waiting for step 3, the run got no further than step 2 for 0.2 s: "),
+        ("echo why; exit 7", "waiting for step 3, the run ended with exit code 7: why"),
+    ],
+)
+def test_a_run_that_is_waited_for_in_vain(tmp_path, command, message):
+    (tmp_path / "checkpoints" / "seed_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "seed_1" / "step=2.ckpt").touch()
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        wait_for_step(process, tmp_path, 3, quiet=0.2)
 
 
 def adapters(dirpath):
@@ -129,10 +146,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_llama, whole
     assert adapters(dirpath) == adapters(whole)
 
 
-# between the seeds, between them and the soup, between the soup and the fused adapter
+# before the seeds, between them, between them and the soup, between the soup and the fused adapter
 @pytest.mark.parametrize(
     ("name", "there"),
     [
+        ("trained.json", set()),
         ("seed_42", {"seed_11"}),
         ("soup", {"seed_11", "seed_42", "seed_202"}),
         ("fused", {"seed_11", "seed_42", "seed_202", "soup"}),
@@ -147,12 +165,28 @@ def test_a_run_killed_while_it_writes_the_adapters_ends_with_the_same_bits(tiny_
     written = {seed: (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns for seed in there}
     output = finish(start(tiny_llama, dirpath, "--resume"))
     assert adapters(dirpath) == adapters(whole)
-    assert ("Going on from" in output) == (name == "seed_42")
+    assert (dirpath / "trained.json").read_bytes() == (whole / "trained.json").read_bytes()
+    assert ("Going on from" in output) == (name in ("trained.json", "seed_42"))
     if name != "seed_42":
         for seed in there - {"soup"}:
             assert (dirpath / seed / "adapter_model.safetensors").stat().st_mtime_ns == written[seed]
     assert not (dirpath / "checkpoints").exists()
     assert not list(dirpath.glob(".*.tmp"))
+
+
+# no checkpoint was due: the seeds that are lacking train in the stack in which they began
+def test_a_run_without_a_checkpoint_killed_between_two_adapters_ends_with_the_same_bits(tiny_llama, whole, tmp_path):
+    dirpath, options = tmp_path / "killed", ("--ensemble.checkpoint_every_n_steps", "100")
+    process = start(tiny_llama, dirpath, *options, dying=partial(dying_at, "seed_42"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert adapters(dirpath).keys() == {"seed_11"}
+    assert not list(dirpath.glob("checkpoints/*/*"))
+    finish(start(tiny_llama, dirpath, *options, "--resume"))
+    assert adapters(dirpath) == adapters(whole)
+    for name in ("trained.json", "results.json"):
+        assert (dirpath / name).read_bytes() == (whole / name).read_bytes()
+    assert not (dirpath / "checkpoints").exists()
 
 
 def test_a_run_in_two_passes_killed_in_the_second_resumes_to_the_same_bits(tiny_llama, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 
 from callbacks.run_folder import RunFolder
 
@@ -19,7 +21,7 @@ def train(folder, *names):
 
 def save(folder, names, step):
     with folder.new_checkpoint(names, step) as temporary:
-        temporary.write_text(str(step))
+        torch.save({"step": step, "weights": torch.ones(300)}, temporary)
     folder.keep(temporary)
 
 
@@ -81,17 +83,82 @@ def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
     assert folder.checkpoint(both) is None
     for step in (9, 10):
         save(folder, both, step)
+    (tmp_path / "checkpoints" / "seed_1-seed_2" / "step=9 of mine.ckpt").write_text("a copy")
     with folder.new_checkpoint(both, 11) as temporary:
         temporary.write_text("half")
-    assert folder.checkpoint(both).read_text() == "10"
-    assert len(list(tmp_path.glob("checkpoints/*/*.ckpt"))) == 1
-    save(folder, ("seed_1",), 3)
-    train(folder, "seed_1")
-    folder.forget_checkpoints(("seed_1",))
-    assert folder.checkpoint(both).read_text() == "10"
-    train(folder, "seed_2")
-    folder.forget_checkpoints(("seed_2",))
+    assert folder.checkpoint(both).name == "step=10.ckpt"
+    assert {path.name for path in tmp_path.glob("checkpoints/*/*.ckpt")} == {"step=10.ckpt", "step=9 of mine.ckpt"}
+    train(folder, *both)
+    folder.forget_checkpoints(both)
     assert not (tmp_path / "checkpoints").exists()
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[:-100],
+    "without its head": lambda whole: bytes(40) + whole[40:],
+    "other weights": lambda whole: whole.replace(torch.ones(3).numpy().tobytes(), bytes(12), 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", ["", "checkpoint/rank_1.pt"], ids=["file", "folder"])
+def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tmp_path, file, damage):
+    # killed between the two steps of keep()
+    old, new = (tmp_path / "checkpoints" / "seed_1" / f"step={step}.ckpt" for step in (9, 10))
+    for path in (old, new):
+        for part in {file, file.replace("1", "0")}:
+            (path / part).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"weights": torch.ones(300)}, path / part)
+    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == new
+    (new / file).write_bytes(damage((new / file).read_bytes()))
+    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == old
+    (old / file).write_bytes(damage((old / file).read_bytes()))
+    folder = RunFolder(tmp_path, [1])
+    with pytest.raises(ValueError, match=r"seed_1/step=10\.ckpt is damaged, and no older one is there; without it"):
+        folder.checkpoint(("seed_1",))
+    # the run gets there again
+    with folder.new_checkpoint(("seed_1",), 10) as temporary:
+        torch.save({}, temporary)
+    folder.keep(temporary)
+    assert folder.saved(("seed_1",)) == [folder.checkpoint(("seed_1",))] == [new]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model.r": 8, "mod', b"\x80\x02}q\x00", b"[1]"])
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("run.json", "it --resume takes the options that are given for those that it was started with"),
+        ("excluded.json", "it --resume trains what was left out again"),
+        ("trained.json", "it --resume does not know how long finished adapters were trained"),
+        ("selection.json", "it --resume chooses again"),
+        ("long_seed/control.json", "that folder --resume makes it anew"),
+        ("fused/fusion.json", "that folder --resume makes it anew"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, without, content):
+    folder = RunFolder(tmp_path, [1], controls=["long_seed"])
+    folder.open(SETTINGS, resume=False)
+    train(folder, "seed_1", "long_seed", "fused")
+    (tmp_path / name).write_bytes(content)
+    message = rf"{re.escape(str(tmp_path / name))} cannot be read: .*; without {without}$"
+    with pytest.raises(ValueError, match=message):
+        folder.trained_controls if "control" in name else folder.open(SETTINGS, resume=True)
+
+
+def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2, 3])
+    folder.begin(("seed_1", "seed_2", "seed_3"))
+    assert folder.next_stack(2) == (1, 2)
+    folder.begin(("seed_1", "seed_2"))
+    train(folder, "seed_1")
+    assert folder.next_stack(2) == (1, 2)
+    assert folder.next_stack(1) == (2,)
+    train(folder, "seed_2")
+    folder.forget_checkpoints(("seed_1", "seed_2"))
+    # of a larger stack that was begun before nothing is left: its finished seeds would train again
+    assert folder.next_stack(None) == (3,)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):

@@ -105,13 +105,33 @@ def finish(process: subprocess.Popen[str] | Forked) -> str:
     return output
 
 
-def wait_for_step(process: subprocess.Popen[str] | Forked, dirpath: Path, step: int, *, of: str = "*") -> None:
-    """Return as soon as the checkpoint of a step, or a later one, is there; ``of`` names the adapters in training."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
+def wait_for_step(
+    process: subprocess.Popen[str] | Forked, dirpath: Path, step: int, *, of: str = "*", quiet: float = 200.0
+) -> float:
+    """Return as soon as the checkpoint of a step, or a later one, is there.
+
+    Args:
+        process: the run.
+        dirpath: its folder.
+        step: of the optimizer.
+        of: the adapters in training.
+        quiet: seconds without a new file or step after which the run is given up. However slow a machine is, one that
+            gets on is waited for, as long as pytest's own timeout allows.
+
+    Returns:
+        The seconds waited, a measure of how busy the machine is.
+    """
+    started = last = time.monotonic()
+    seen: tuple[int, set[str]] = (0, set())
+    while process.poll() is None and time.monotonic() - last < quiet:
         steps = [int(path.stem.removeprefix("step=")) for path in dirpath.glob(f"checkpoints/{of}/step=*.ckpt")]
-        if steps and max(steps) >= step:
-            return
+        found = max(steps, default=0), {path.name for path in dirpath.glob("*")}
+        if found[0] >= step:
+            return time.monotonic() - started
+        if found != seen:
+            seen, last = found, time.monotonic()
         time.sleep(0.002)
+    code = process.poll()
     process.kill()
-    raise AssertionError(f"the run ended before step {step}: {process.communicate()[0]}")
+    how = f"got no further than step {seen[0]} for {quiet:g} s" if code is None else f"ended with exit code {code}"
+    raise AssertionError(f"waiting for step {step}, the run {how}: {process.communicate()[0]}")

@@ -106,7 +106,11 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
     harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
     manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
-    scored = from_endpoint(arguments, prompts) if arguments["endpoint"] else from_folders(arguments, prompts, console)
+    if arguments["endpoint"]:
+        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
+            scored = from_endpoint(arguments, prompts)
+    else:
+        scored = from_folders(arguments, prompts, console)
     against = arguments["against"]
     if against is not None and against not in (known := [c.name for c in scored.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
@@ -376,7 +380,7 @@ def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progres
         lines.show(progress, bars[-1])
 
     def smaller(size: int) -> None:
-        progress.console.print(f"the memory is too small for this batch; going on with --batch-size {size}")
+        progress.console.print(f"the memory is too small for this batch; going on with a batch of {size}")
 
     generate(samples, scored.generator, scored.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
     return new
@@ -452,8 +456,8 @@ def _show(console: Console, run: TaskRun, judged: Judged, table: Results | None,
 
 def _say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
     console.print(
-        f"{run.name} is not scored: that runs generated code. Add --execute-code to run it inside bubblewrap, or score "
-        "these files elsewhere, with EvalPlus for example:",
+        f"{run.name} is not scored: that runs generated code. Add --execute-code (of train.py: --evaluate_execute_code "
+        "true) to run it inside bubblewrap, or score these files elsewhere, with EvalPlus for example:",
         highlight=False,
     )
     for file in files:

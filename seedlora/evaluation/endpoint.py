@@ -16,6 +16,8 @@ from typing import Any
 from seedlora.evaluation.generate import LENGTH, STOPPED, Generation, OnDone, Prompt, before_stop
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+#: Seconds that a server may take to say which models it has: it has nothing to compute for that.
+_FIRST_ANSWER = 10.0
 KEY_VARIABLE = "SEEDLORA_ENDPOINT_KEY"
 
 
@@ -28,7 +30,8 @@ class EndpointGenerator:
         concurrency: requests at once.
         timeout: seconds for one request.
         retries: of a request that failed for a reason that may pass: no connection, too many requests, a fault of the
-            server. The waits between them double, from half a second on.
+            server. The waits between them double, from half a second on. The first question, which models there are, is
+            asked once: an address may be wrong.
 
     A key, if the server wants one, is read from the environment variable ``SEEDLORA_ENDPOINT_KEY``.
 
@@ -47,7 +50,11 @@ class EndpointGenerator:
         self.url, self.models = url.rstrip("/").removesuffix("/v1"), models
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.batch_size = 64 * concurrency
-        known = [str(model.get("id")) for model in self._ask("/v1/models").get("data", [])]
+        answer = self._ask("/v1/models", retries=0, timeout=min(timeout, _FIRST_ANSWER))
+        try:
+            known = [str(model["id"]) for model in answer["data"]]
+        except (KeyError, TypeError):
+            raise OSError(f"the server at {self.url} answered without a list of models: {str(answer)[:200]}") from None
         if missing := sorted(set(models.values()) - set(known)):
             raise ValueError(
                 f"the server at {self.url} has no model '{missing[0]}'; it has {', '.join(known) or 'none'} (vLLM "
@@ -101,15 +108,23 @@ class EndpointGenerator:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        retries, timeout = self.retries if retries is None else retries, timeout or self.timeout
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        for attempt in range(self.retries + 1):
+        for attempt in range(retries + 1):
             request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - checked in __init__
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
                     answer: dict[str, Any] = json.loads(response.read())
                     return answer
             except urllib.error.HTTPError as error:
@@ -118,9 +133,10 @@ class EndpointGenerator:
                     raise OSError(f"the server at {self.url} refused {path} ({reason})") from None
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
-            if attempt < self.retries:
+            if attempt < retries:
                 time.sleep(0.5 * 2**attempt * (0.5 + random.random()))  # noqa: S311 - spreads the requests
-        raise OSError(f"the server at {self.url} does not answer {path} ({reason}; {self.retries + 1} attempts)")
+        tried = f"; {retries + 1} attempts" if retries else ""
+        raise OSError(f"the server at {self.url} does not answer {path} ({reason}{tried})")
 
 
 def _message(body: bytes) -> str:

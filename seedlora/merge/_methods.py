@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from seedlora.merge._subspace import seedlora_subspace
 from seedlora.merge._task_arithmetic import task_arithmetic
 from seedlora.merge._ties import ties, ties_thresholds
 from seedlora.merge._tsv import tsv_m
+from seedlora.spelling import closest
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -147,9 +147,9 @@ def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = N
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     if isinstance(method, str):
         if method not in METHODS:
-            close = difflib.get_close_matches(method.lower(), METHODS, n=1)
-            meant = f"; did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}{meant}")
+            meant = closest(method, METHODS)
+            hint = f"; did you mean '{meant}'?" if meant else ""
+            raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}{hint}")
         row = METHODS[method]
     else:
         row = method if isinstance(method, Method) else Method(method, "", "")

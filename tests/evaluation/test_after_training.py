@@ -30,6 +30,7 @@ def run(tiny_llama, *options):
 
 
 EVALUATE = ["--evaluate", "gsm8k", "--evaluate_limit", "4", "--evaluate_max_new_tokens", "6"]
+BOOLQ = ["--evaluate", "boolq", "--evaluate_task_path"]
 EVALUATE += ["--evaluate_task_path", '{"gsm8k": "gsm8k.jsonl"}']
 
 
@@ -137,8 +138,15 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
     ("words", "message"),
     [
         (["--evaluate", "gsm9k"], "Unknown task 'gsm9k'"),
-        (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "limit must be at least 1"),
-        (["--evaluate", "boolq"], "needs its test file"),
+        (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "error: --evaluate_limit must be at least 1, got 0"),
+        (
+            [*BOOLQ, "{}", "--evaluate_max_new_tokens", "0"],
+            "error: --evaluate_max_new_tokens must be at least 1, got 0",
+        ),
+        (["--evaluate", "boolq"], "task boolq needs its test file: --evaluate_task_path '{boolq: FILE}'"),
+        ([*BOOLQ, "{boolq: no}"], "--evaluate_task_path takes text, got False"),
+        ([*BOOLQ, "{boolq: no.jsonl}"], "error: --evaluate_task_path no.jsonl does not exist"),
+        ([*BOOLQ, "{piqa: rows}"], "--evaluate_task_path 'piqa=rows' must be TASK=PATH for a task that is asked for"),
         (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
         (["--evaluate_lm_eval", "gsm8k_cot", "--data.task", "gsm_symbolic"], "scoring gsm8k_cot after training on gsm"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),

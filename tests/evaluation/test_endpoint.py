@@ -95,6 +95,7 @@ def test_a_server_gives_what_the_model_in_this_process_gives(tiny_llama, tmp_pat
 class Fake(BaseHTTPRequestHandler):
     """Answers with what the test put into ``script``: (status, body) pairs, the last one again and again."""
 
+    models: ClassVar = {"data": [{"id": "a"}]}
     script: ClassVar[list] = []
     seen: ClassVar[list] = []
 
@@ -105,7 +106,7 @@ class Fake(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.seen.append((self.path, json.loads(self.rfile.read(length) or b"null"), dict(self.headers)))
         if self.path.endswith("/models"):
-            status, body = 200, {"data": [{"id": "a"}]}
+            status, body = 200, self.models
         else:
             status, body = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -173,7 +174,14 @@ def test_a_fault_that_stays_is_one_sentence(fake, script, message):
         ask(fake, script, retries=2)
 
 
-def test_no_server(monkeypatch):
-    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
-    with pytest.raises(OSError, match=r"http://127.0.0.1:1 does not answer /v1/models \(.*refused; 2 attempts\)"):
-        EndpointGenerator("http://127.0.0.1:1", models={"x": "a"}, retries=1)
+def test_a_wrong_address_is_said_without_a_second_attempt(monkeypatch):
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: pytest.fail(f"sleeps {seconds} s"))
+    with pytest.raises(OSError, match=r"http://127.0.0.1:1 does not answer /v1/models \(.*refused\)"):
+        EndpointGenerator("http://127.0.0.1:1", models={"x": "a"})
+
+
+@pytest.mark.parametrize("answer", [[], {"data": 5}, {"data": [1]}, {"object": "list"}])
+def test_a_server_of_another_kind(fake, monkeypatch, answer):
+    monkeypatch.setattr(Fake, "models", answer)
+    with pytest.raises(OSError, match=r"answered without a list of models"):
+        EndpointGenerator(fake, models={"x": "a"})
