@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, seed_name, step_of
+from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
 from seedlora.atomic import remove_folder
 from seedlora.base_model import resolve
@@ -42,6 +42,7 @@ from seedlora.report.results import (
     SELECTION_NAME,
     SOUP,
     WIDE_SEED,
+    seed_name,
 )
 from seedlora.selection import Layers, Score, members, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters

@@ -40,6 +40,7 @@ from seedlora.report.results import (
     TRAINED_NAME,
     WIDE_SEED,
     nothing_for_one_seed,
+    seed_name,
 )
 
 #: Plain data, as JSON has it.
@@ -83,7 +84,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     settings, config = _read(run / "run.json"), _config(run)
     excluded, record, cost = (_read(run / name) for name in ("excluded.json", f"{FUSED}/{RECORD_NAME}", COST_NAME))
     ensemble = config.get("ensemble", {})
-    seeds = [f"seed_{seed}" for seed in ensemble.get("seeds", ())] or _seed_folders(run, excluded)
+    seeds = [*map(seed_name, ensemble.get("seeds", ()))] or _seed_folders(run, excluded)
     trained = [seed for seed in seeds if is_trained(run / seed)]
     method = record.get("method") or ensemble.get("merge")
     # Plain soup is not scored a second time as the fused adapter.
