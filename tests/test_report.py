@@ -20,6 +20,7 @@ from datamodules import ReasoningGym, prompts
 from seedlora import adapter, cli, fuse, shell
 from seedlora.adapter import adapter_sha256
 from seedlora.fuse import read_adapters
+from seedlora.merge import METHODS
 from seedlora.report.facts import POINTS, facts, test_facts
 from seedlora.report.figures import _line, _marker, colours, domains, figures
 from seedlora.report.page import write_report
@@ -194,7 +195,8 @@ def check(folder: Path, html: str | None = None, text: str | None = None) -> Non
     if "tests" in found:
         tables, allowed, cells = run_tables(found, MEANING), run_numbers(found), heat_maps(found)
     else:
-        tables, allowed, cells = comparison_tables(found), {str(len(found["runs"]))}, {}
+        tables, cells = comparison_tables(found), {}
+        allowed = {str(len(found["runs"])), str(found["confidence_percent"])}
     check_page(found, tables, allowed, html, text, cells)
 
 
@@ -213,7 +215,7 @@ def test_a_number_that_is_not_in_report_json_is_found(compared):
         (lead, lead.replace("<td>", "<td>1")),
         (f"<td>{seed}</td>", f"<td>{seed + 1}</td>"),
         ("Mean seed ", "Mean seed 12.3, "),
-        ("paired by item.", "paired by item 7."),
+        ("paired by item,", "paired by item 7,"),
         ("<pre>python train.py", "<pre>python train.py --model.r 4"),
         (best, ">[7]</text>"),  # in the heat map
     ):
@@ -418,8 +420,11 @@ def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
 def test_sixteen_seeds_and_controls_can_be_told_apart():
     seeds = [f"seed_{i}" for i in range(16)]
     palette = colours(seeds)
-    looks = {(palette[label], _line(label, palette)) for label in palette}
-    assert len(looks) == len(palette)
+    drawn_as_lines = [*seeds, "soup", "base", "fused", "long_seed", "wide_seed"]
+    assert len({(palette[label], _line(label, palette)) for label in drawn_as_lines}) == len(drawn_as_lines)
+    # Whatever is compared, in a figure of dots: the fused adapter and soup are the text's colour and grey.
+    others = {*METHODS, *CONTROLS} - {"soup"}
+    assert len({(palette[label], _marker(label, palette)) for label in {*seeds, *others}}) == 16 + len(others)
     assert len({(palette[label], _marker(label, palette)) for label in seeds}) == 16
     assert len({palette[label] for label in ("seed_0", "long_seed", "wide_seed")}) == 3
 
