@@ -677,9 +677,9 @@ class SeedEnsembleCallback(pl.Callback):
         module.mixtures = {}
         after = int(tested[-1]) + 1
         sample = [{**batch, "items": batch["items"] + after * (batch["items"] >= 0)} for batch in sample]
-        for label, rows in self._scored_beside(trainer, module, sample).items():
-            columns[label] = rows[: len(tested)].correct.numpy()
-            trained_on[label] = rows[len(tested) :]
+        for label, scored in self._scored_beside(trainer, module, sample).items():
+            columns[label] = scored[: len(tested)].correct.numpy()
+            trained_on[label] = scored[len(tested) :]
         # The fused adapter last, for whoever reads the table.
         columns |= {FUSED: columns.pop(FUSED)} if FUSED in columns else {}
         seeds = [seed_name(seed) for seed in self.trained]

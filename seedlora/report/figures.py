@@ -52,6 +52,8 @@ SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
 WIDTH, HEIGHT = 4.6, 3.0
 #: Inches that a letter of a legend takes, and what stands before and after a label.
 _CHARACTER, _HANDLE = 0.068, 0.36
+#: Letters of a name down the side.
+_LONGEST = 28
 #: More sub-domains than this stand below each other.
 _MOST_ACROSS = 12
 #: More adapters than this leave no room for a number in each cell.
@@ -416,7 +418,7 @@ def run_differences(name: str, runs: Sequence[Mapping[str, Any]]) -> str | None:
         for i, row in enumerate(rows):
             _interval(axes, i, row["against_mean_seed"], INK)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        _names(axes, [row["run"] for row in rows])
+        _names(axes, [_shortened(row["run"]) for row in rows])
         axes.set_xlabel("fused minus mean seed (points)")
 
     return _svg(name, draw, height=0.9 + 0.28 * len(rows))
@@ -426,6 +428,11 @@ def _interval(axes: Axes, place: int, row: Mapping[str, Any], colour: str, marke
     value = 100 * row["value"]
     spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
     axes.errorbar([value], [place], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle, so that it leaves room for what is drawn."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
@@ -445,8 +452,9 @@ def _legend(axes: Axes) -> None:
         longest = [max(map(len, labels[i : i + lines])) for i in range(0, len(labels), lines)]
         if sum(longest) * _CHARACTER + len(longest) * _HANDLE <= WIDTH:
             break
-    place = {"loc": "outside upper center", "handlelength": 1.2, "columnspacing": 1.0}
-    _figure(axes).legend(handles, labels, ncols=columns, **place)
+    _figure(axes).legend(
+        handles, labels, loc="outside upper center", ncols=columns, handlelength=1.2, columnspacing=1.0
+    )
 
 
 def _scale(axes: Axes, mesh: Any, label: str) -> Axes:

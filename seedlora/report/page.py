@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def write_report(
 def write_comparison(runs: Sequence[Facts], folders: Sequence[str | Path], out: str | Path) -> Facts:
     """The same three files about several runs side by side, from the facts of each and the outcomes in its folder."""
     if len({run["run"] for run in runs}) < len(runs):
-        runs = [{**run, "run": str(folder)} for run, folder in zip(runs, folders, strict=True)]
+        paths = [Path(folder).resolve() for folder in folders]
+        above = os.path.commonpath(paths)
+        runs = [{**run, "run": str(path.relative_to(above))} for run, path in zip(runs, paths, strict=True)]
     found = comparison(runs, [first_items(folder) for folder in folders])
     picture = run_differences("runs", found["runs"])
     sections = [
