@@ -692,7 +692,7 @@ class SeedEnsembleCallback(pl.Callback):
             if rows := getattr(trainer.datamodule, "rows", None):
                 stored["items_sha256"] = rows["test"].take(np.array(items)).sha256()
             if sample:
-                stored["train_sample"] = sample_losses(trained_on)
+                stored["train_sample"] = sample_losses({label: trained_on[label] for label in columns})
             self.folder.write(RESULTS_NAME, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
