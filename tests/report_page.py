@@ -104,6 +104,10 @@ def points(row):
     return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})" if row else ""
 
 
+def nats_only(value):
+    return "" if value is None else format(value, ".3f")
+
+
 def nats(row):
     return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
@@ -172,7 +176,7 @@ def run_tables(found, meaning):
             )
     sampled = {label: nats(row) for label, row in found["train_sample"]["losses"].items()}
     adapters = [
-        [r["adapter"], share(r["value"]), sampled[r["adapter"]], short(r["train_loss"]), count(r["tokens"])]
+        [r["adapter"], share(r["value"]), sampled[r["adapter"]], nats_only(r["train_loss"]), count(r["tokens"])]
         for r in found["adapters"]
     ]
     add("adapter|score|loss on training rows|loss of the last steps|tokens", adapters)

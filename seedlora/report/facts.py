@@ -599,8 +599,8 @@ def _left_out(found: Facts, *, excluded: Facts, record: Facts) -> list[str]:
     if (greedy := selection.get("controls", {}).get(GREEDY)) is not None:
         members = [found["trained"][i] for i in greedy["members"] if i < len(found["trained"])]
         dropped = [seed for seed in found["trained"] if seed not in members]
-        rest = f"; {', '.join(dropped)} would harm" if dropped else ", which are all"
-        said.append(f"The greedy soup is of {', '.join(members)}{rest}.")
+        if dropped:
+            said.append(f"The greedy soup is of {', '.join(members)}; {', '.join(dropped)} would harm.")
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
         said.append(
@@ -630,7 +630,10 @@ def _missing(found: Facts, *, excluded: Facts, config: Facts, record: Facts) -> 
     if not found["tests"]:
         said.append("No test set was scored, or the outcomes of its items are not stored.")
     elif found["train_sample"] is None:
-        said.append("No training rows were scored beside the test, so only what was trained has a training loss.")
+        said.append(
+            "No training rows were scored beside the test, so only what was trained has a training loss; "
+            "train.py test --ensemble.dirpath and this folder scores them."
+        )
     if found["cost"] is None:
         said.append("The plan and the versions of the libraries are not stored.")
     elif len(found["cost"]["seeds"]) > 1 and not found["took"].get(LONG_SEED):

@@ -147,7 +147,7 @@ def weight_figures(weights: Mapping[str, Any], palette: Mapping[str, str]) -> di
     drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
     drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
     if weights["cosines"] and any(row["applied_gain"] is not None for row in weights["layers"]):
-        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of the seeds' mean")
     return drawn
 
 
@@ -357,7 +357,8 @@ def heat_map(name: str, layers: Sequence[Mapping[str, Any]], key: str, label: st
 def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
     """Cosine of every pair of adapters, each taken as one vector; the scale leaves out the diagonal."""
     apart = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
-    low, high = min(apart), max(*apart, min(apart) + 1e-6)
+    # Cosines that are nearly the same look so.
+    low, high = min(apart), max(*apart, min(apart) + 0.05)
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)

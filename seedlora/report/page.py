@@ -252,10 +252,9 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
         )
     for label, row in selection["against"].items():
         judged = "no difference shown" if not row["shown"] else "lower" if row["value"] < 0 else "higher"
-        lines.append(
-            f"Loss of the fused adapter minus that of {label}: {row['value']:+.4f} "
-            f"({row['low']:+.4f} to {row['high']:+.4f}), {judged}."
-        )
+        name = f"{label}, the best seed of these rows" if label == selection["best_seed"] else label
+        interval = f"{found['confidence_percent']} % interval {row['low']:+.4f} to {row['high']:+.4f}, rows resampled"
+        lines.append(f"Loss of the fused adapter minus that of {name}: {row['value']:+.4f} ({interval}), {judged}.")
     rules = lambda rows: [[row["name"], f"{row['loss']:.4f}", _percent(row["match"])] for row in rows]  # noqa: E731
     scores = [[label, f"{row['loss']:.4f}", _percent(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]
@@ -321,13 +320,14 @@ def _equal_budget(found: Facts, picture: Callable[[str, str], list[Picture]]) ->
             row["adapter"],
             _percent(row["value"]),
             _loss_interval(row["sample_loss"]),
-            _number(row["train_loss"]),
+            "" if row["train_loss"] is None else f"{row['train_loss']:.3f}",
             _count(row["tokens"]),
         ]
         for row in rows
     ]
     lines = [
-        "Losses are in nats per token. That of the last steps is the mean over the last tenth of an adapter's own."
+        "Losses are in nats per token. That of the last steps is the mean over the last tenth of an adapter's "
+        "training, each step on its own rows."
     ]
     if sample is None:
         header, cells = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in cells]
@@ -415,8 +415,12 @@ def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Sec
         [label, f"{end['step']:,}", f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
+    lines = ["Losses are in nats per token."] if training["train"] or rows else []
+    if rows:
+        lines[0] += " The table has the validation loss after the last step, and the lowest of the training."
     return Section(
         "Training",
+        lines,
         tables=[Table(["adapter", "last step", "validation loss", "lowest"], rows)] if rows else [],
         pictures=[
             *picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
@@ -452,7 +456,9 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
     return [
         Section(
             "How alike the seeds are",
-            ["Cosines of the updates, each adapter taken as one vector; unrelated ones have zero."] if several else [],
+            ["Cosines of the updates, each adapter taken as one vector; unrelated ones have about 0."]
+            if several
+            else [],
             [Table(["cosine", *seeds], cosines)] if several else [],
             [
                 *picture("pairs", "Cosine of every pair of seeds."),
