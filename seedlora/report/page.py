@@ -456,7 +456,7 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
     return [
         Section(
             "How alike the seeds are",
-            ["Cosines of the updates, each adapter taken as one vector; unrelated ones have about 0."]
+            ["Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."]
             if several
             else [],
             [Table(["cosine", *seeds], cosines)] if several else [],
