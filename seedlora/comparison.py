@@ -52,7 +52,7 @@ AUTO, GAIN, NO_MERGE = "auto", "seedlora_gain", "none"
 #: Adapters in a forward while choosing: in bfloat16 those beside change a loss a little, by 0.003 on 203 tokens once.
 ALONE = 1
 #: Training rows at most on which all that was tested is scored.
-TRAIN_ROWS = 256
+TRAIN_ROWS = 128
 CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS)
 
 

@@ -224,9 +224,12 @@ def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
         selection = (callback.dirpath / "selection.json").read_bytes()
         chosen.append((selection, weights(callback.fused_path)))
         data.allowed = True
+        if name == "b":
+            data.train_sample = None  # as a data module of somebody's own
         trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
         trainer.test(module, datamodule=data, verbose=False)
         assert callback.results.scores["fused"].n == num_test
+        assert ("train_sample" in json.loads((callback.dirpath / "results.json").read_text())) == (name == "a")
         assert (callback.dirpath / "selection.json").read_bytes() == selection
         assert weights(callback.fused_path) == chosen[-1][1]
     assert chosen[0] == chosen[1]

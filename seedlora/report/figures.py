@@ -118,12 +118,11 @@ def figures(facts: Mapping[str, Any]) -> dict[str, str]:
     adapters = [row for row in facts["adapters"] if row["value"] is not None]
     if any(row["adapter"] == LONG_SEED and row["tokens"] for row in adapters):
         drawn["budget"] = against_score("budget", adapters, "tokens", "tokens trained on", palette)
+    key, label = "train_loss", "training loss at the end (nats per token)"
     if sample := facts["train_sample"]:
-        label = f"loss on {sample['rows']:,} training rows (nats per token)"
-        drawn["loss-score"] = against_score("loss-score", adapters, "sample_loss", label, palette)
-    elif len([row for row in adapters if row["train_loss"] is not None]) > 1:
-        label = "training loss at the end (nats per token)"
-        drawn["loss-score"] = against_score("loss-score", adapters, "train_loss", label, palette)
+        key, label = "sample_loss", f"loss on {sample['rows']:,} training rows (nats per token)"
+    if len([row for row in adapters if row[key] is not None]) > 1:
+        drawn["loss-score"] = against_score("loss-score", adapters, key, label, palette)
     selection = facts["selection"] or {}
     if selection.get("candidates"):
         tried, chosen = selection["candidates"], selection["chosen"]["name"]
