@@ -575,7 +575,12 @@ def test_sub_domains_of_a_part_of_the_test_rows(tiny_llama, tmp_path):
     questions = [f"{item['question']}\n{item['answer']}" for item in data.items["test"]]
     scored = sorted(sorted(range(30), key=lambda i: len(questions[i]))[:15])
     wanted = Counter(str(data.items["test"][i]["metadata"]["num_terms"]) for i in scored)
-    (test,) = json.loads((tmp_path / "run" / "report.json").read_text())["tests"]
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    (test,) = found["tests"]
+    assert found["train_sample"]["rows"] == 15
+    assert "loss-score" in figures(found)
+    assert "loss-score" not in figures(found | {"adapters": found["adapters"][:1]}), "one dot says nothing"
+    assert "Mean seed" not in (tmp_path / "run" / "report.md").read_text()
     rows = {row["domain"]: row["items"] for row in test["domains"] if row["domain"].startswith("num_terms")}
     assert rows == {f"num_terms {value}": count for value, count in wanted.items()}
 

@@ -344,10 +344,9 @@ def _equal_budget(found: Facts, picture: Callable[[str, str], list[Picture]]) ->
 def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
     percent = found["confidence_percent"]
     lines = [f"Scored: {test['metric']}; n = {test['n']:,}. Scores are in percent, with {percent} % Wilson intervals."]
-    if test["mean_seed"] is not None:
-        lines[0] += f" Mean seed {_percent(test['mean_seed'])}"
-        spread = test["seed_spread"]
-        lines[0] += "." if spread is None else f", standard deviation of the seeds {_percent(spread)} points."
+    if test["seed_spread"] is not None:
+        spread = f"standard deviation of the seeds {_percent(test['seed_spread'])} points"
+        lines[0] += f" Mean seed {_percent(test['mean_seed'])}, {spread}."
     scored = {row["adapter"] for row in test["scores"]}
     scores = Table(
         ["adapter", "right", "score", "interval"],
