@@ -61,6 +61,7 @@ from seedlora.merge import MergeRule, bind, gram, shrinkage
 from seedlora.merge._lowrank import factor_grams, in_span, thin_svd
 from seedlora.module import IGNORED, SeedLoRAModule
 from seedlora.report.figures import COLOURS
+from seedlora.report.results import seed_name
 from seedlora.selection import (
     Layers,
     RowScores,
@@ -348,7 +349,7 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
     data = setting.data(cell.task, module)
     stacks = stack_of(train(cell, setting, module, data))
     trained = time.monotonic()
-    seeds = {f"seed_{seed}": partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
+    seeds = {seed_name(seed): partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     if len(seeds) > 3:
         more = _subsets(stacks)
     else:
@@ -416,7 +417,7 @@ def run_controls(cell: Cell, setting: Setting) -> Line:
         data = setting.data(cell.task, module)
         trained_parts[label] = stack_of(train(part, setting, module, data))
     stacks, trained = trained_parts.pop("seeds"), time.monotonic()
-    seeds = {f"seed_{seed}": partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
+    seeds = {seed_name(seed): partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     on_validation = scorer(module, data, "val")
     val = {name: scores.loss for name, scores in score_lazily(seeds, on_validation, at_once=AT_ONCE).items()}
     greedy = greedy_soup(stacks, on_validation)
@@ -869,7 +870,7 @@ def _settings_table(stacks: Sequence[Line], console: Console) -> None:
     rows = []
     for line in stacks:
         cell, test = cell_of(line), line["test"]
-        seeds = [test[f"seed_{seed}"] for seed in cell.seeds]
+        seeds = [test[seed_name(seed)] for seed in cell.seeds]
         spread = {metric: statistics.stdev(seed[metric] for seed in seeds) for metric in METRICS}
         loss, match = (test[MEAN_SEED][metric] for metric in METRICS)
         losses = (f"{test[BASE]['loss']:.3f}", f"{loss:.3f} ± {spread['loss']:.3f}")

@@ -15,7 +15,7 @@ from typing import Any
 from seedlora.adapter import is_trained
 from seedlora.atomic import read_record, remove_folder, saving, sync, write_text
 from seedlora.fuse import RECORD_NAME
-from seedlora.report.results import FUSED, SELECTION_NAME, SOUP, TRAINED_NAME
+from seedlora.report.results import FUSED, SELECTION_NAME, SOUP, TRAINED_NAME, seed_name
 
 SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "results.json"
 #: In the folder of a trained control: how many seeds it stands for.
@@ -268,11 +268,6 @@ class RunFolder:
 
     def _checkpoints(self, names: Sequence[str]) -> Path:
         return self.path / "checkpoints" / "-".join(names)
-
-
-def seed_name(seed: int) -> str:
-    """The name of a seed's adapter, and of its folder."""
-    return f"seed_{seed}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, seed_name, step_of
+from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
 from seedlora.atomic import remove_folder
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
-from seedlora.comparison import NO_MERGE, Comparison, rule_of_seeds
+from seedlora.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds, sample_losses
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
 from seedlora.merge import BoundRule, MergeRule, bind, soup
@@ -42,8 +42,9 @@ from seedlora.report.results import (
     SELECTION_NAME,
     SOUP,
     WIDE_SEED,
+    seed_name,
 )
-from seedlora.selection import Layers, Score, members, score_lazily
+from seedlora.selection import Layers, RowScores, Score, members, score_lazily
 from seedlora.strategies import check_batches, holds_whole_adapters, saves_folders
 
 VARY = ("both", "init", "order")
@@ -77,7 +78,8 @@ class SeedEnsembleCallback(pl.Callback):
       written. ``Trainer.validate`` does the same for seeds that are all trained.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
       what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time, whole models one by one. Nothing is
-      chosen any more.
+      chosen any more. All of them are also scored on the same few training rows, as many as there are test items and
+      at most :data:`seedlora.comparison.TRAIN_ROWS`: their training losses, beside the test's scores.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -677,22 +679,31 @@ class SeedEnsembleCallback(pl.Callback):
         module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score what else is compared, compare the adapters and write ``results.json``."""
+        """Score what else is compared, and all on some training rows; compare and write ``results.json``."""
         module = _ours(pl_module)
         columns = dict(zip((*module.scored, *module.mixtures), module.test_matrix().cpu().numpy().T, strict=True))
+        tested = module.tested_items()
+        sample = self._train_sample(trainer, len(tested))
+        trained_on = self._scored_on(trainer, module, sample) if sample else {}
         module.mixtures = {}
-        columns |= self._scored_beside(trainer, module)
+        after = int(tested[-1]) + 1
+        sample = [{**batch, "items": batch["items"] + after * (batch["items"] >= 0)} for batch in sample]
+        for label, scored in self._scored_beside(trainer, module, sample).items():
+            columns[label] = scored[: len(tested)].correct.numpy()
+            trained_on[label] = scored[len(tested) :]
         # The fused adapter last, for whoever reads the table.
         columns |= {FUSED: columns.pop(FUSED)} if FUSED in columns else {}
         seeds = [seed_name(seed) for seed in self.trained]
         correct = np.stack(list(columns.values()), axis=1)
         self.results = results(correct, list(columns), seeds, metric="exact match, greedy")
-        domains, items = getattr(trainer.datamodule, "domains", None), module.tested_items().tolist()
+        domains, items = getattr(trainer.datamodule, "domains", None), tested.tolist()
         if trainer.is_global_zero:
             kinds = domains("test") if domains else {}
             stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
             if rows := getattr(trainer.datamodule, "rows", None):
                 stored["items_sha256"] = rows["test"].take(np.array(items)).sha256()
+            if sample:
+                stored["train_sample"] = sample_losses({label: trained_on[label] for label in columns})
             self.folder.write(RESULTS_NAME, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
@@ -786,18 +797,28 @@ class SeedEnsembleCallback(pl.Callback):
         if trainer.is_global_zero:
             self.fuse(rule)
 
-    def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, np.ndarray]:
-        """Outcomes of the methods and controls that are not in the test's own pass."""
+    def _train_sample(self, trainer: pl.Trainer, n: int) -> list[Any]:
+        """This rank's batches of some training rows, no more than test items; none if the data module gives none."""
+        given = getattr(trainer.datamodule, "train_sample", None)
+        return [] if given is None else list(given(min(n, TRAIN_ROWS)))
+
+    def _scored_on(self, trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[Any]) -> dict[str, RowScores]:
+        """What the test's own pass has scored, on further batches."""
+        with _bar(hidden=not trainer.is_global_zero) as progress:
+            task = progress.add_task("Scoring on training rows", total=len(batches))
+            return module.score_batches(batches, on_batch=lambda: progress.advance(task))
+
+    def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:
+        """The methods and controls that are not in the test's own pass, on its batches and then on ``more``."""
         beside, loader = (
             self._models(module) if module.trains_all else self.beside(module.device),
             trainer.test_dataloaders,
         )
         if not beside:
             return {}
-        batches = list(loader)[: _limited(len(loader), trainer.limit_test_batches)]
+        batches = [*list(loader)[: _limited(len(loader), trainer.limit_test_batches)], *more]
         with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
-            found = score_lazily(beside, score, at_once=1 if module.trains_all else AT_ONCE)
-        return {label: rows.correct.numpy() for label, rows in found.items()}
+            return score_lazily(beside, score, at_once=1 if module.trains_all else AT_ONCE)
 
     @contextmanager
     def _scorer(

@@ -184,14 +184,19 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation rows of this rank, sorted by length."""
-        return self._eval_loader("val")
+        return self._eval_loader(self.rows["val"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test rows of this rank, sorted by length."""
-        return self._eval_loader("test")
+        return self._eval_loader(self.rows["test"])
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
-        rows = self.rows[split]
+    def train_sample(self, n: int) -> DataLoader[Any]:
+        """At most ``n`` of the training rows, always the same ones, as the validation rows come."""
+        rows = self.rows["train"]
+        drawn = np.random.default_rng(0).permutation(len(rows))[:n]
+        return self._eval_loader(rows.take(np.sort(drawn)))
+
+    def _eval_loader(self, rows: TokenRows) -> DataLoader[Any]:
         order = np.argsort(rows.lengths, kind="stable")
         if self.trainer:
             # The same number of rows on every rank: where the model is sharded, a rank with a forward more would wait.

@@ -731,24 +731,32 @@ class SeedLoRAModule(pl.LightningModule):
         before, self.scored, mixtures, self.mixtures = self.scored, {name: name for name in adapters}, self.mixtures, {}
         for name, layers in adapters.items():
             self.load(name, layers)
-        columns = []
         try:
-            with evaluating(self.model):
-                for batch in batches:
-                    batch = {key: value.to(self.device) for key, value in batch.items()}
-                    losses, correct, tokens = self.score(batch)
-                    columns.append(torch.cat([batch["items"][None], tokens[:1], losses, correct]).T)
-                    on_batch()
+            return self.score_batches(batches, on_batch=on_batch)
         finally:
             for name in adapters:
                 self.stack.unload(name)
             self.scored, self.mixtures = before, mixtures
+
+    @torch.no_grad()
+    def score_batches(
+        self, batches: Iterable[Mapping[str, Tensor]], *, on_batch: Callable[[], object] = lambda: None
+    ) -> dict[str, RowScores]:
+        """Score :attr:`scored` and :attr:`mixtures` on batches as :meth:`score_rows` takes them."""
+        columns = []
+        with evaluating(self.model):
+            for batch in batches:
+                batch = {key: value.to(self.device) for key, value in batch.items()}
+                losses, correct, tokens = self.score(batch)
+                columns.append(torch.cat([batch["items"][None], tokens[:1], losses, correct]).T)
+                on_batch()
         table = torch.cat(columns)
         if self._trainer is not None:
             table = self.all_gather(table).reshape(-1, table.shape[1])
         table = table[_real_items(table[:, 0])].cpu()
-        n, tokens = len(adapters), table[:, 1].long()
-        return {name: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, name in enumerate(adapters)}
+        labels, tokens = (*self.scored, *self.mixtures), table[:, 1].long()
+        n = len(labels)
+        return {label: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, label in enumerate(labels)}
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log loss per token and exact match of every adapter scored.

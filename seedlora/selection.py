@@ -60,6 +60,10 @@ class RowScores:
         """Share of rows answered exactly."""
         return float(self.correct.double().mean())
 
+    def __getitem__(self, rows: slice) -> RowScores:
+        """What it says about some of the rows."""
+        return RowScores(self.losses[rows], self.correct[rows], self.tokens[rows])
+
 
 #: Scores adapters, given by name, on the same rows. It is handed a few at a time, so that memory stays bounded.
 Score: TypeAlias = Callable[[Mapping[str, Layers]], Mapping[str, RowScores]]

@@ -344,13 +344,13 @@ def _report(arguments: Mapping[str, Any]) -> None:
         for sentence in (*facts["advice"]["sentences"], *facts["left_out"], *facts["missing"]):
             console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
     if several is not None:
-        rows = runs_table(several["runs"])
-        table = Table()
-        for i, name in enumerate(rows.header):
-            table.add_column(name, justify="right" if i > 1 else "left")
+        # The page has all columns; these fit into a terminal.
+        rows, shown = runs_table(several["runs"]), ("run", "method", "mean seed", "fused", "against mean seed")
+        table = _table(*shown)
         for row in rows.rows:
-            table.add_row(*row)
+            table.add_row(*(row[rows.header.index(name)] for name in shown))
         console.print(table)
+        console.print(several["verdict"], highlight=False, markup=False, soft_wrap=True)
     for folder in [*runs, *([] if several is None else [Path(arguments["out"])])]:
         console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 

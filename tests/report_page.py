@@ -40,6 +40,7 @@ class Page(HTMLParser):
                 pass
 
     def handle_data(self, data):
+        data = data.replace("\xa0", " ")
         if "svg" in self.inside:
             if self.inside[-1] in ("text", "tspan"):
                 self.pictures[list(self.pictures)[-1]].append(data)
@@ -103,6 +104,14 @@ def points(row):
     return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})" if row else ""
 
 
+def nats_only(value):
+    return "" if value is None else format(value, ".3f")
+
+
+def nats(row):
+    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
 def short(value):
     return "" if value is None else format(value, ".3g")
 
@@ -131,12 +140,12 @@ def run_tables(found, meaning):
         over_tasks = ["p_value_holm"] if test["tasks"] > 1 else []
         compared = sorted(test["comparisons"], key=lambda r: r["adapter"] != "fused")
         add(
-            ["adapter", "against", "difference", "p", *(["Holm"] if over_tasks else []), "Holm (table)", "shown"],
+            ["adapter", "against", "difference", "shown", "p", *(["Holm"] if over_tasks else []), "Holm (table)"],
             [
                 [
                     *(r["adapter"], r["against"], points(r)),
-                    *(short(r[key]) for key in ("p_value", *over_tasks, "p_value_holm_table")),
                     "nothing" if r["low"] <= 0 <= r["high"] else "better" if r["low"] > 0 else "worse",
+                    *(short(r[key]) for key in ("p_value", *over_tasks, "p_value_holm_table")),
                 ]
                 for r in compared
             ],
@@ -165,10 +174,12 @@ def run_tables(found, meaning):
                 ["seeds", *(f"{label}, loss" for label in rows[0]["loss"])],
                 [[", ".join(r["seeds"]), *(format(loss, ".4f") for loss in r["loss"].values())] for r in rows],
             )
+    sampled = {label: nats(row) for label, row in found["train_sample"]["losses"].items()}
     adapters = [
-        [r["adapter"], count(r["tokens"]), short(r["train_loss"]), share(r["value"])] for r in found["adapters"]
+        [r["adapter"], share(r["value"]), sampled[r["adapter"]], nats_only(r["train_loss"]), count(r["tokens"])]
+        for r in found["adapters"]
     ]
-    add("adapter|tokens|training loss|score", adapters)
+    add("adapter|score|loss on training rows|loss of the last steps|tokens", adapters)
     ends = found["training"]["ends"].items()
     rows = [[k, str(e["step"]), format(e["last"], ".4f"), format(e["lowest"], ".4f")] for k, e in ends]
     add("adapter|last step|validation loss|lowest", rows)
@@ -187,10 +198,13 @@ def run_tables(found, meaning):
     rows = [["budget", plan["budget"]], ["steps of each seed", str(plan["steps"])]]
     rows += [["rows in a step of each seed", str(plan["batch"])], ["seeds", str(len(plan["seeds"]))]]
     rows += [["passes", str(plan["passes"])], ["parameters of the frozen base", f"{plan['base_parameters']:,}"]]
-    for label, phases in found["took"].items():
-        who = "seeds" if label == "seeds" else f"control {label}"
-        rows += [[f"{who}: {phase}, wall time", f"{seconds:,.1f} s"] for phase, seconds in phases.items()]
+    sample = found["train_sample"]
+    rows += [["training rows scored after the test", str(sample["rows"])]]
+    rows += [["by so many adapters", str(len(sample["losses"]))]]
     add("what|how much", rows)
+    phases = ["starting", "training", "validation", "fusing"]
+    took = found["took"].items()
+    add(["wall time, seconds", *phases], [[k, *(format(v[phase], ",.1f") for phase in phases)] for k, v in took])
     add("what|all seeds|one seed", [[r["what"], known(r["all"]), known(r["one"])] for r in found["shares"]])
     rows = [[k, str(r["steps"]), known(r["tokens"]), known(r["scored"])] for k, r in found["trained_on"].items()]
     add("adapter|steps|tokens seen|of these scored", rows)
@@ -207,6 +221,7 @@ def run_tables(found, meaning):
 def run_numbers(found):
     """What the sentences of a run's page may say beside those that are in report.json as they are."""
     allowed = {str(found["confidence_percent"]), str(found["training"]["steps_per_point"])}
+    allowed |= {count(found["train_sample"]["rows"]), count(found["train_sample"]["tokens"])}
     for test in found["tests"]:
         allowed |= {
             count(test["n"]),

@@ -94,6 +94,55 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
     assert min(row["loss"] for row in tuned["candidates"]) == found["scores"]["gain_soup"]["loss"]
 
 
+def test_all_that_was_tested_has_a_loss_on_the_same_training_rows(everything):
+    """Against PEFT's way through the model, a row and an adapter at a time."""
+    callback, module, data = everything
+    results = json.loads((callback.dirpath / "results.json").read_text())
+    found, rows = results["train_sample"], data.rows["train"]
+    assert found["losses"].keys() == callback.results.items.keys()
+    assert found["rows"] == 12  # as many as test items
+    drawn = sorted(np.random.default_rng(0).permutation(24)[:12].tolist())
+    stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
+    adapters = {"base": None, "ties": fuse(stacks, bind("ties"))}
+    folders = ("seed_1", "seed_2", "seed_3", "long_seed", "wide_seed", "soup", "fused")
+    adapters |= {name: read_adapter(callback.dirpath / name).layers for name in folders}
+    losses = {}
+    for name, layers in adapters.items():
+        if layers is not None:
+            module.stack.load(name, layers)
+        module.stack.route([None if layers is None else name])
+        losses[name] = []
+        for row in drawn:
+            ids, labels = rows.padded([row])
+            with torch.no_grad():
+                logp = module.model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+            kept = labels[0, 1:] != -100
+            losses[name].append(-logp[0].gather(1, ids[0, 1:, None])[kept, 0])
+    members = [torch.cat(losses[f"seed_{seed}"]) for seed in SEEDS]
+    losses["logit_mean"] = [-torch.stack([(-loss).exp() for loss in members]).mean(0).log()]
+    for name, parts in losses.items():
+        assert found["losses"][name]["value"] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4), name
+    assert found["tokens"] == sum(map(len, losses["soup"]))
+    # A bootstrap of our own, of rows with their tokens.
+    rng = np.random.default_rng(7)
+    sums, sizes = (np.array([float(of(part)) for part in losses["soup"]]) for of in (torch.sum, len))
+    some = rng.integers(12, size=(20_000, 12))
+    interval = np.quantile(sums[some].sum(1) / sizes[some].sum(1), [0.025, 0.975])
+    row = found["losses"]["soup"]
+    np.testing.assert_allclose([row["low"], row["high"]], interval, atol=0.03 * (row["high"] - row["low"]))
+
+
+def test_the_training_rows_do_not_change_what_the_test_says(everything):
+    """The outcomes of what is scored beside the test's own pass, on the test's batches alone."""
+    callback, module, data = everything
+    made = {name: make() for name, make in callback.beside(module.device).items()}
+    alone = module.score_rows(made, data.test_dataloader())
+    for name, row in alone.items():
+        assert callback.results.items[name] == "".join("01"[int(right)] for right in row.correct), name
+        assert len(row.tokens) == 12
+    assert "1" in "".join(callback.results.items.values()), "some are right, or nothing would be compared"
+
+
 def test_a_trained_control_is_the_run_it_stands_for(everything, tiny_llama, tmp_path):
     callback, *_ = everything
     one = {"seeds": [1], "merge": "none", "test": False}
@@ -175,9 +224,12 @@ def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
         selection = (callback.dirpath / "selection.json").read_bytes()
         chosen.append((selection, weights(callback.fused_path)))
         data.allowed = True
+        if name == "b":
+            data.train_sample = None  # as a data module of somebody's own
         trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
         trainer.test(module, datamodule=data, verbose=False)
         assert callback.results.scores["fused"].n == num_test
+        assert ("train_sample" in json.loads((callback.dirpath / "results.json").read_text())) == (name == "a")
         assert (callback.dirpath / "selection.json").read_bytes() == selection
         assert weights(callback.fused_path) == chosen[-1][1]
     assert chosen[0] == chosen[1]

@@ -72,6 +72,11 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
     for label in ("seed_11", "seed_42", "seed_202", "soup", "fused"):
         assert chosen["scores"][label]["loss"] == pytest.approx(wanted["scores"][label]["loss"], rel=1e-5)
     assert found["test/fused"][1] == 13
+    sample, expected = (json.loads((run / "results.json").read_text())["train_sample"] for run in (two / name, folder))
+    assert (sample["rows"], sample["tokens"]) == (13, expected["tokens"])
+    assert sample["losses"].keys() == {"base", "seed_11", "seed_42", "seed_202", "soup", "fused", "ties"}
+    for label, row in sample["losses"].items():
+        assert row == pytest.approx(expected["losses"][label], rel=1e-5), label
 
 
 @pytest.mark.slow

@@ -390,8 +390,16 @@ def test_whole_models_are_scored_as_their_folders_answer(whole_run):
     callback, module, data = whole_run
     scores = callback.results.scores
     assert list(scores) == ["base", "seed_11", "seed_42", "seed_202", "soup", "ties", "fused"]
+    sample = json.loads((callback.dirpath / "results.json").read_text())["train_sample"]
+    assert list(sample["losses"]) == list(scores)
     answers = base(callback.fused_path)
-    correct = []
+    correct, losses, tokens = [], 0.0, 0
+    for batch in data.train_sample(sample["rows"]):
+        with torch.no_grad():
+            logits = answers(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+        losses += float(cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="sum", ignore_index=-100))
+        tokens += int((batch["labels"][:, 1:] != -100).sum())
+    assert sample["losses"]["fused"]["value"] == pytest.approx(losses / tokens, rel=1e-4)
     for batch in data.test_dataloader():
         predicted = answers(input_ids=batch["input_ids"]).logits[:, :-1].argmax(-1)
         labels = batch["labels"][:, 1:]

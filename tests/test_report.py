@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
@@ -20,8 +21,9 @@ from datamodules import ReasoningGym, prompts
 from seedlora import adapter, cli, fuse, shell
 from seedlora.adapter import adapter_sha256
 from seedlora.fuse import read_adapters
+from seedlora.merge import METHODS
 from seedlora.report.facts import POINTS, facts, test_facts
-from seedlora.report.figures import _line, _marker, colours, domains, figures
+from seedlora.report.figures import WIDTH, _legend, _line, _marker, _style, colours, domains, figures, run_differences
 from seedlora.report.page import write_report
 from seedlora.report.results import MEANING
 from tests.report_page import Page, check_page, comparison_tables, heat_maps, run_numbers, run_tables
@@ -194,7 +196,8 @@ def check(folder: Path, html: str | None = None, text: str | None = None) -> Non
     if "tests" in found:
         tables, allowed, cells = run_tables(found, MEANING), run_numbers(found), heat_maps(found)
     else:
-        tables, allowed, cells = comparison_tables(found), {str(len(found["runs"]))}, {}
+        tables, cells = comparison_tables(found), {}
+        allowed = {str(len(found["runs"])), str(found["confidence_percent"])}
     check_page(found, tables, allowed, html, text, cells)
 
 
@@ -213,7 +216,7 @@ def test_a_number_that_is_not_in_report_json_is_found(compared):
         (lead, lead.replace("<td>", "<td>1")),
         (f"<td>{seed}</td>", f"<td>{seed + 1}</td>"),
         ("Mean seed ", "Mean seed 12.3, "),
-        ("paired by item.", "paired by item 7."),
+        ("paired by item,", "paired by item 7,"),
         ("<pre>python train.py", "<pre>python train.py --model.r 4"),
         (best, ">[7]</text>"),  # in the heat map
     ):
@@ -327,6 +330,69 @@ def test_the_verdict_is_the_comparison_with_its_interval(stored):
     assert found["cost"]["steps"] == 4
 
 
+def test_training_loss_against_score_is_of_one_sample_of_rows(compared):
+    """Figures 3b and 3c: all dots mean the same, and every adapter but the base is one."""
+    found = json.loads((compared / "report.json").read_text())
+    sample = found["train_sample"]
+    rows = {row["adapter"]: row for row in found["adapters"]}
+    assert (
+        rows.keys() == sample["losses"].keys() - {"base"} == {*SEEDS, "soup", "fused", *CONTROLS, "ties", "model_stock"}
+    )
+    assert all(row["sample_loss"] == sample["losses"][label] for label, row in rows.items())
+    drawn = figures(found)["loss-score"]
+    assert f">loss on {sample['rows']} training rows (nats per token)<" in drawn
+    assert all(f">{label}<" in drawn for label in rows)
+    assert ">base<" not in drawn
+    text = (compared / "report.md").read_text()
+    assert f"| training rows scored after the test | {sample['rows']} |" in text
+    assert f"| by so many adapters | {len(rows) + 1} |" in text
+
+
+def test_a_run_from_before_has_the_losses_of_its_last_steps(run):
+    results = json.loads((run / "results.json").read_text())
+    del results["train_sample"]
+    (run / "results.json").write_text(json.dumps(results))
+    text, found = said(run), facts(run)
+    assert "No training rows were scored beside the test" in text
+    assert "| adapter | score | loss of the last steps | tokens |" in text
+    drawn = figures(found)["loss-score"]
+    assert ">training loss at the end (nats per token)<" in drawn
+    assert ">fused<" not in drawn
+
+
+def test_a_legend_is_as_wide_as_its_figure():
+    """As a renderer measures it, with the longest names."""
+    labels = ["seed_1234567890", *METHODS, *CONTROLS]
+    palette = colours(labels[:1])
+    with _style():
+        figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for i, label in enumerate(labels):
+            axes.errorbar([i], [i], yerr=1, xerr=1, label=label, color=palette[label], marker="o")
+        _legend(axes)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert legend._ncols > 1
+        assert legend.get_window_extent().width <= figure.bbox.width
+
+
+def test_long_names_of_runs_leave_room_for_their_intervals(recwarn):
+    difference = {"value": 0.1, "low": 0.0, "high": 0.2}
+    runs = [{"run": name, "against_mean_seed": difference} for name in ("b" * 90, "a_run")]
+    drawn = run_differences("runs", runs)
+    assert f">{'b' * 14}…{'b' * 13}<" in drawn
+    assert ">a_run<" in drawn
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+
+
+def test_the_fused_adapter_names_the_layers_it_was_made_of(run):
+    record = json.loads((run / "fused" / "fusion.json").read_text())
+    assert "Merge method: seedlora.\n" in (run / "report.md").read_text()
+    record["use"] |= {"layers": "ffn", "rest": "soup"}
+    (run / "fused" / "fusion.json").write_text(json.dumps(record))
+    assert "Merge method: seedlora (layers=ffn, rest=soup).\n" in said(run)
+
+
 def test_without_a_test_the_verdict_is_of_validation(run):
     (run / "results.json").unlink()
     found = facts(run)
@@ -418,8 +484,11 @@ def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
 def test_sixteen_seeds_and_controls_can_be_told_apart():
     seeds = [f"seed_{i}" for i in range(16)]
     palette = colours(seeds)
-    looks = {(palette[label], _line(label, palette)) for label in palette}
-    assert len(looks) == len(palette)
+    drawn_as_lines = [*seeds, "soup", "base", "fused", "long_seed", "wide_seed"]
+    assert len({(palette[label], _line(label, palette)) for label in drawn_as_lines}) == len(drawn_as_lines)
+    # Whatever is compared, in a figure of dots: the fused adapter and soup are the text's colour and grey.
+    others = {*METHODS, *CONTROLS} - {"soup"}
+    assert len({(palette[label], _marker(label, palette)) for label in {*seeds, *others}}) == 16 + len(others)
     assert len({(palette[label], _marker(label, palette)) for label in seeds}) == 16
     assert len({palette[label] for label in ("seed_0", "long_seed", "wide_seed")}) == 3
 
@@ -506,7 +575,12 @@ def test_sub_domains_of_a_part_of_the_test_rows(tiny_llama, tmp_path):
     questions = [f"{item['question']}\n{item['answer']}" for item in data.items["test"]]
     scored = sorted(sorted(range(30), key=lambda i: len(questions[i]))[:15])
     wanted = Counter(str(data.items["test"][i]["metadata"]["num_terms"]) for i in scored)
-    (test,) = json.loads((tmp_path / "run" / "report.json").read_text())["tests"]
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    (test,) = found["tests"]
+    assert found["train_sample"]["rows"] == 15
+    assert "loss-score" in figures(found)
+    assert "loss-score" not in figures(found | {"adapters": found["adapters"][:1]}), "one dot says nothing"
+    assert "Mean seed" not in (tmp_path / "run" / "report.md").read_text()
     rows = {row["domain"]: row["items"] for row in test["domains"] if row["domain"].startswith("num_terms")}
     assert rows == {f"num_terms {value}": count for value, count in wanted.items()}
 
@@ -521,6 +595,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsy
     assert (tmp_path / "run" / "results.json").is_file()
     # Plain soup is the fused adapter: one label for both.
     found = facts(tmp_path / "run")
+    assert found["train_sample"]["losses"].keys() == {"base", *SEEDS, "soup"}
     assert found["merged"] == "soup"
     assert list(found["weights"]["distributions"]["density"]) == [*SEEDS, "soup"]
     assert found["verdict"].startswith("Soup: no difference from the mean seed shown")
@@ -559,6 +634,11 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     assert [row["run"] for row in found["runs"]] == ["a_run", "other|<run>"]
     assert found["runs"][0]["against_mean_seed"]["n"] == 120
     # The same items: nine that only the first has right.
+    assert found["verdict"].startswith(
+        "other|<run> against a_run, fused adapters on the same 120 items: worse, -7.5 points"
+    )
+    assert found["verdict"] in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith("│"))
     (paired,) = found["paired"]
     assert (paired["run"], paired["against"]) == ("other|<run>", "a_run")
     assert (paired["value"], paired["p_value"]) == pytest.approx((-9 / 120, 2 / 2**9))
@@ -570,6 +650,14 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     assert found["missing"][0].startswith("other|<run> was not tested on the items of a run before it")
     assert "other|&lt;run&gt;" in Path("comparison/report.html").read_text()
     assert "other\\|<run>" in Path("comparison/report.md").read_text()
+    assert "**No two of these runs were tested on the same items.**" in Path("comparison/report.md").read_text()
+    twin = shutil.copytree(run, tmp_path / "x" / "a_run")
+    assert shell.main(["report", str(run), str(twin)]) == 0
+    found = json.loads(Path("comparison/report.json").read_text())
+    assert [row["run"] for row in found["runs"]] == ["a_run", "x/a_run"]
+    assert found["verdict"].startswith(
+        "x/a_run against a_run, fused adapters on the same 120 items: no difference shown"
+    )
 
 
 @pytest.mark.parametrize(

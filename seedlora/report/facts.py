@@ -22,7 +22,7 @@ from seedlora.diagnostics import LayerFacts, UpdateFacts, histogram, layer_facts
 from seedlora.evaluation import Difference, adjust_over_tasks, holm, paired_difference, wilson
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import RECORD_NAME, base_of, hash_inputs, read_adapters, stack_adapters
-from seedlora.merge import bind, soup
+from seedlora.merge import COMMON, bind, soup
 from seedlora.report.advice import advice
 from seedlora.report.results import (
     ALL_CONTROLS,
@@ -40,6 +40,7 @@ from seedlora.report.results import (
     TRAINED_NAME,
     WIDE_SEED,
     nothing_for_one_seed,
+    seed_name,
 )
 
 #: Plain data, as JSON has it.
@@ -83,7 +84,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     settings, config = _read(run / "run.json"), _config(run)
     excluded, record, cost = (_read(run / name) for name in ("excluded.json", f"{FUSED}/{RECORD_NAME}", COST_NAME))
     ensemble = config.get("ensemble", {})
-    seeds = [f"seed_{seed}" for seed in ensemble.get("seeds", ())] or _seed_folders(run, excluded)
+    seeds = [*map(seed_name, ensemble.get("seeds", ()))] or _seed_folders(run, excluded)
     trained = [seed for seed in seeds if is_trained(run / seed)]
     method = record.get("method") or ensemble.get("merge")
     # Plain soup is not scored a second time as the fused adapter.
@@ -102,6 +103,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         if (label in now or label == FUSED) and known.get("weights_sha256") not in (None, now.get(label))
     ]
     tests, training = _tests(run, trained, answered=not replaced), _training(run, seeds, merged)
+    results = _read(run / "results.json")
     selection, name = _read(run / SELECTION_NAME), run.resolve().name
     # As the run was started, which is not where it is read from.
     started = Path(str(ensemble.get("dirpath") or name))
@@ -114,8 +116,9 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "confidence_percent": 95,
         "tests": tests,
         "training": training,
+        "train_sample": results.get("train_sample"),
         "selection": selection or None,
-        "advice": advice(selection, _items(_read(run / "results.json")), trained, method=method),
+        "advice": advice(selection, _items(results), trained, method=method),
         "weights": None,
         "cost": cost.get("plan"),
         "took": cost.get("took", {}),
@@ -128,7 +131,10 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
             "command": f"python train.py --config {started if started.name == name else name}/config.yaml "
             "--ensemble.dirpath NEW",
             "versions": cost.get("versions", {}),
-            "options": record.get("options", {}),
+            "options": {
+                **record.get("options", {}),
+                **{key: value for key, value in record.get("use", {}).items() if value != COMMON.get(key)},
+            },
             "sha256": {},
             "base": cost.get("base", {}),
             "settings": settings,
@@ -396,11 +402,11 @@ def _shares(found: Facts, cost: Mapping[str, Any]) -> list[Facts]:
 
 
 def _adapters(found: Facts) -> list[Facts]:
-    """What each trained adapter cost, where its training loss ended, and its score on the first test set.
+    """What each adapter cost, where its training loss ended, and its score on the first test set.
 
-    The loss is the mean over the last tenth of the training, at least one point. The tokens of the fused adapter are
-    those of all seeds. Where it is not stored how many an adapter has seen, the plan says it, unless a seed may have
-    been stopped.
+    ``train_loss`` is the mean over the last tenth of the training, at least one point; ``sample_loss`` that on the
+    training rows that all adapters were scored on after the test. The tokens of the fused adapter are those of all
+    seeds. Where it is not stored how many an adapter has seen, the plan says it, unless a seed may have been stopped.
     """
     plan, training = found["cost"], found["training"]
     seeds, n = found["trained"], len(found["trained"])
@@ -418,8 +424,9 @@ def _adapters(found: Facts) -> list[Facts]:
         seen |= dict.fromkeys((FUSED, SOUP), sum(seen[seed] for seed in seeds))
     if plan and not found["reproduce"]["settings"].get("ensemble.patience"):
         seen = {label: plan["tokens"] * times for label, times in share.items() if times} | seen
+    sample = (found["train_sample"] or {}).get("losses", {})
     rows = []
-    for label in share:
+    for label in (*share, *(label for label in sample if label not in share and label != BASE)):
         curve, score = training["train"].get(label, []), scores.get(label)
         if score is None and not curve:
             continue
@@ -429,6 +436,7 @@ def _adapters(found: Facts) -> list[Facts]:
                 "adapter": label,
                 "tokens": seen.get(label),
                 "train_loss": sum(last) / len(last) if last else None,
+                "sample_loss": sample.get(label),
                 **{key: score and score[key] for key in ("value", "low", "high")},
             }
         )
@@ -471,12 +479,15 @@ def weight_facts(
         on_layer(path)
     middle = found[len(found) // 2]
     drawn = [*seeds, *([SOUP] if len(seeds) > 1 else []), *([FUSED] if merged == FUSED else [])]
-    labels = [*seeds, *([] if merged is None else [merged])]
     norms = np.array([[update.norm for update in layer.updates] for layer in found])
     products = np.array([layer.cosines for layer in found]) * norms[:, :, None] * norms[:, None, :]
     total = np.sqrt((norms**2).sum(0))
     lengths = np.outer(total, total)
-    spectra = [update for update in (*middle.updates, middle.merged) if update is not None]
+    spectra = [
+        *middle.updates,
+        *(update_facts(soup(stacks[middle.path])) if SOUP in drawn else ()),
+        *([middle.merged] if merged == FUSED and middle.merged is not None else []),
+    ]
     return {
         "seeds": list(seeds),
         "cosines": (products.sum(0) / np.where(lengths > 0, lengths, 1)).tolist() if len(seeds) > 1 else [],
@@ -484,8 +495,8 @@ def weight_facts(
         "layers": [_layer_row(layer, i) for i, layer in enumerate(found)],
         "spectra": {
             "path": middle.path,
-            "singular_values": {la: list(u.singular_values) for la, u in zip(labels, spectra, strict=True)},
-            "effective_rank": {la: u.effective_rank for la, u in zip(labels, spectra, strict=True)},
+            "singular_values": {la: list(u.singular_values) for la, u in zip(drawn, spectra, strict=True)},
+            "effective_rank": {la: u.effective_rank for la, u in zip(drawn, spectra, strict=True)},
         },
         "distributions": _distributions(stacks, fused if merged == FUSED else {}, drawn, middle.path, layers),
     }
@@ -588,8 +599,8 @@ def _left_out(found: Facts, *, excluded: Facts, record: Facts) -> list[str]:
     if (greedy := selection.get("controls", {}).get(GREEDY)) is not None:
         members = [found["trained"][i] for i in greedy["members"] if i < len(found["trained"])]
         dropped = [seed for seed in found["trained"] if seed not in members]
-        rest = f"; {', '.join(dropped)} would harm" if dropped else ", which are all"
-        said.append(f"The greedy soup is of {', '.join(members)}{rest}.")
+        if dropped:
+            said.append(f"The greedy soup is of {', '.join(members)}; {', '.join(dropped)} would harm.")
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
         said.append(
@@ -618,6 +629,11 @@ def _missing(found: Facts, *, excluded: Facts, config: Facts, record: Facts) -> 
         said.append("There was no validation.")
     if not found["tests"]:
         said.append("No test set was scored, or the outcomes of its items are not stored.")
+    elif found["train_sample"] is None:
+        said.append(
+            "No training rows were scored beside the test, so only what was trained has a training loss; "
+            "train.py test --ensemble.dirpath and this folder scores them."
+        )
     if found["cost"] is None:
         said.append("The plan and the versions of the libraries are not stored.")
     elif len(found["cost"]["seeds"]) > 1 and not found["took"].get(LONG_SEED):
@@ -694,9 +710,13 @@ def _verdict(found: Facts) -> str:
 
 def _judged(row: Mapping[str, Any], other: str, found: Facts) -> str:
     """A difference on test items in words, with its interval."""
-    interval = f"{found['confidence_percent']} % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
     judged = "no difference from" if not row["shown"] else "better than" if row["value"] > 0 else "worse than"
-    return f"{judged} {other}{'' if row['shown'] else ' shown'}, {100 * row['value']:+.1f} points ({interval})"
+    return f"{judged} {other}{'' if row['shown'] else ' shown'}, {_points(row, found['confidence_percent'])}"
+
+
+def _points(row: Mapping[str, Any], percent: int) -> str:
+    interval = f"{percent} % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+    return f"{100 * row['value']:+.1f} points ({interval})"
 
 
 def _named(label: str, method: str | None) -> str:
@@ -733,6 +753,8 @@ def comparison(runs: Sequence[Facts], items: Sequence[Mapping[str, np.ndarray]])
         row["p_value_holm_table"] = p_value
     return {
         "runs": rows,
+        "verdict": " ".join(_compared(row, runs[0]["confidence_percent"]) for row in paired)
+        or "No two of these runs were tested on the same items.",
         "paired": paired,
         "confidence_percent": runs[0]["confidence_percent"],
         "missing": [
@@ -743,6 +765,14 @@ def comparison(runs: Sequence[Facts], items: Sequence[Mapping[str, np.ndarray]])
             *(f"{run['run']}: {sentence}" for run in runs for sentence in run["missing"]),
         ],
     }
+
+
+def _compared(row: Mapping[str, Any], percent: int) -> str:
+    judged = "no difference" if not row["shown"] else "better" if row["value"] > 0 else "worse"
+    return (
+        f"{row['run']} against {row['against']}, fused adapters on the same {row['n']:,} items: "
+        f"{judged}{'' if row['shown'] else ' shown'}, {_points(row, percent)}."
+    )
 
 
 def first_items(run: str | Path) -> dict[str, np.ndarray]:

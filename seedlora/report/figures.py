@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from seedlora.report.results import BASE, FUSED, LONG_SEED, MEAN_SEED, SOUP, WIDE_SEED
+from seedlora.merge import METHODS
+from seedlora.report.results import (
+    BASE,
+    FUSED,
+    GAIN_SEED,
+    GAIN_SOUP,
+    GREEDY,
+    LOGITS,
+    LONG_SEED,
+    MEAN_SEED,
+    SOUP,
+    WIDE_SEED,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +36,24 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 INK, GRID = "#010203", "#040506"
 _GREY, _PALE = "#8a8a8a", "#b9b9b9"
 #: Of the controls that are trained.
-CONTROL_COLOURS = {LONG_SEED: "#AA3377", WIDE_SEED: "#999933"}
+CONTROL_COLOURS = {LONG_SEED: "#C0408A", WIDE_SEED: "#999933"}
 LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
-MARKERS = {FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"}
+#: Of the other controls and the methods, in pairs of a colour and a marker: the same in every report.
+_OTHERS = tuple(dict.fromkeys((GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, *METHODS)))
+OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
+_OTHER_MARKERS = ("<", ">", "*", "d", "p")
+MARKERS = {
+    **{label: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, label in enumerate(_OTHERS)},
+    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"},
+}
 #: Of seeds: the colours come again from the eighth on, with the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
 #: Small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
+#: Inches that a letter of a legend takes, and what stands before and after a label.
+_CHARACTER, _HANDLE = 0.068, 0.36
+#: Letters of a name down the side.
+_LONGEST = 28
 #: More sub-domains than this stand below each other.
 _MOST_ACROSS = 12
 #: More adapters than this leave no room for a number in each cell.
@@ -58,6 +81,7 @@ def colours(seeds: Sequence[str]) -> dict[str, str]:
     """The colour of each adapter: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
     return {
         **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(seeds)},
+        **{label: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, label in enumerate(_OTHERS)},
         **CONTROL_COLOURS,
         SOUP: _GREY,
         BASE: _PALE,
@@ -94,9 +118,11 @@ def figures(facts: Mapping[str, Any]) -> dict[str, str]:
     adapters = [row for row in facts["adapters"] if row["value"] is not None]
     if any(row["adapter"] == LONG_SEED and row["tokens"] for row in adapters):
         drawn["budget"] = against_score("budget", adapters, "tokens", "tokens trained on", palette)
-    if len([row for row in adapters if row["train_loss"] is not None]) > 1:
-        label = "training loss at the end (nats per token)"
-        drawn["loss-score"] = against_score("loss-score", adapters, "train_loss", label, palette)
+    key, label = "train_loss", "training loss at the end (nats per token)"
+    if sample := facts["train_sample"]:
+        key, label = "sample_loss", f"loss on {sample['rows']:,} training rows (nats per token)"
+    if len([row for row in adapters if row[key] is not None]) > 1:
+        drawn["loss-score"] = against_score("loss-score", adapters, key, label, palette)
     selection = facts["selection"] or {}
     if selection.get("candidates"):
         tried, chosen = selection["candidates"], selection["chosen"]["name"]
@@ -120,7 +146,7 @@ def weight_figures(weights: Mapping[str, Any], palette: Mapping[str, str]) -> di
     drawn["spectra"] = spectra("spectra", weights["spectra"]["singular_values"], palette)
     drawn["distributions"] = distributions("distributions", weights["distributions"], palette)
     if weights["cosines"] and any(row["applied_gain"] is not None for row in weights["layers"]):
-        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of mean seed")
+        drawn["gains"] = heat_map("gains", weights["layers"], "applied_gain", "norm of fused / norm of the seeds' mean")
     return drawn
 
 
@@ -139,10 +165,7 @@ def scores(name: str, test: Mapping[str, Any], palette: Mapping[str, str]) -> st
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            colour, value = palette.get(row["adapter"], _GREY), 100 * row["value"]
-            spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
-            marker = _marker(row["adapter"], palette)
-            axes.errorbar([value], [i], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
+            _interval(axes, i, row, palette.get(row["adapter"], _GREY), _marker(row["adapter"], palette))
         if test["mean_seed"] is not None:
             axes.axvline(100 * test["mean_seed"], color=INK, linewidth=0.8, linestyle=":")
         _names(axes, [row["adapter"] for row in rows])
@@ -156,7 +179,7 @@ def methods(name: str, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, 
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            _interval(axes, i, row, palette.get(row["adapter"], _GREY))
+            _interval(axes, i, row, palette.get(row["adapter"], _GREY), _marker(row["adapter"], palette))
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         _names(axes, [row["adapter"] for row in rows])
         axes.set_xlabel("difference from the mean seed (points)")
@@ -184,17 +207,18 @@ def domains(name: str, test: Mapping[str, Any]) -> str:
             for j, place in enumerate(line):
                 value = scores[place]
                 text = f"[{value:.0f}]" if place in best else f"{value:.0f}"
-                colour = "white" if value < low + 0.55 * (high - low) else "black"
-                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+                axes.text(
+                    j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=_written(value, low, high)
+                )
         axes.set_xticks([j + 0.5 for j in range(len(across))], across, rotation=40, ha="right")
         axes.set_yticks([i + 0.5 for i in range(len(down))], down)
         axes.set_ylim(len(down), 0)
         axes.spines[:].set_visible(False)
-        label = "right items (%)" if chance is None else f"right items (%); line: chance, {chance:.0f}"
-        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
-        bar.outline.set_visible(False)
+        bar = _scale(
+            axes, mesh, "right items (%)" if chance is None else f"right items (%); line: chance, {chance:.0f}"
+        )
         if chance is not None:
-            bar.ax.axvline(chance, color="#D55E00", linewidth=2.0)
+            bar.axvline(chance, color="#D55E00", linewidth=2.0)
 
     return _svg(name, draw, height=2.1 + 0.22 * len(down))
 
@@ -202,16 +226,17 @@ def domains(name: str, test: Mapping[str, Any]) -> str:
 def against_score(
     name: str, rows: Sequence[Mapping[str, Any]], key: str, label: str, palette: Mapping[str, str]
 ) -> str:
-    """Score of each adapter over another number of it."""
+    """Score of each adapter over another number of it, which may have an interval too."""
+    numbers = [row[key]["value"] if isinstance(row[key], Mapping) else row[key] for row in rows]
 
     def draw(axes: Axes) -> None:
-        places = [row[key] for row in rows if row[key] is not None]
+        places = [number for number in numbers if number is not None]
         width = max(places) - min(places)
-        for i, row in enumerate(rows):
-            if row[key] is None:
+        for i, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+            if number is None:
                 continue
             # Those at the same place stand side by side.
-            aside = 0.02 * width * sum(other[key] == row[key] for other in rows[:i])
+            aside = 0.02 * width * numbers[:i].count(number)
             value = 100 * row["value"]
             spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
             colour = palette.get(row["adapter"], _GREY)
@@ -221,7 +246,9 @@ def against_score(
                 "markersize": 5,
                 "linestyle": "none",
             }
-            axes.errorbar([row[key] + aside], [value], yerr=spread, capsize=2, label=row["adapter"], **style)
+            if isinstance(row[key], Mapping):
+                style |= {"xerr": [[number - row[key]["low"]], [row[key]["high"] - number]], "elinewidth": 0.7}
+            axes.errorbar([number + aside], [value], yerr=spread, capsize=2, label=row["adapter"], **style)
         axes.set(xlabel=label, ylabel="right items (%)")
         if key == "tokens":
             axes.set_xlim(0, None)
@@ -230,7 +257,7 @@ def against_score(
         axes.margins(x=0.1)
         _legend(axes)
 
-    return _svg(name, draw)
+    return _svg(name, draw, height=HEIGHT + 0.1 * max(0, len(rows) - 5))
 
 
 def gain_curve(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -321,23 +348,24 @@ def heat_map(name: str, layers: Sequence[Mapping[str, Any]], key: str, label: st
         axes.set_ylim(len(modules), 0)
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(False)
-        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
-        bar.outline.set_visible(False)
+        _scale(axes, mesh, label)
 
     return _svg(name, draw, height=1.5 + 0.24 * len(modules))
 
 
 def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
-    """Cosine of every pair of adapters, each taken as one vector; the scale leaves the diagonal out."""
+    """Cosine of every pair of adapters, each taken as one vector; the scale leaves out the diagonal."""
     apart = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
-    low, high = min(apart), max(*apart, min(apart) + 1e-6)
+    # Cosines that are nearly the same look so.
+    low, high = min(apart), max(*apart, min(apart) + 0.05)
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(cosines, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        cells = [[float("nan") if i == j else value for j, value in enumerate(row)] for i, row in enumerate(cosines)]
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
         for i, row in enumerate(cosines):
             for j, value in enumerate(row):
-                colour = "white" if value < low + 0.55 * (high - low) else "black"
+                colour = INK if i == j else _written(value, low, high)
                 if len(labels) <= _MOST_WRITTEN:
                     axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         places = [i + 0.5 for i in range(len(labels))]
@@ -345,8 +373,7 @@ def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[f
         axes.set_yticks(places, labels)
         axes.set_ylim(len(labels), 0)
         axes.spines[:].set_visible(False)
-        bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label="cosine of two updates", aspect=30, pad=0.04)
-        bar.outline.set_visible(False)
+        _scale(axes, mesh, "cosine of two updates")
 
     return _svg(name, draw, height=1.9 + 0.26 * len(labels))
 
@@ -391,16 +418,21 @@ def run_differences(name: str, runs: Sequence[Mapping[str, Any]]) -> str | None:
         for i, row in enumerate(rows):
             _interval(axes, i, row["against_mean_seed"], INK)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        _names(axes, [row["run"] for row in rows])
+        _names(axes, [_shortened(row["run"]) for row in rows])
         axes.set_xlabel("fused minus mean seed (points)")
 
     return _svg(name, draw, height=0.9 + 0.28 * len(rows))
 
 
-def _interval(axes: Axes, place: int, row: Mapping[str, Any], colour: str) -> None:
+def _interval(axes: Axes, place: int, row: Mapping[str, Any], colour: str, marker: str = MARKERS[FUSED]) -> None:
     value = 100 * row["value"]
     spread = [[value - 100 * row["low"]], [100 * row["high"] - value]]
-    axes.errorbar([value], [place], xerr=spread, fmt="D", color=colour, markersize=5, capsize=3)
+    axes.errorbar([value], [place], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle, so that it leaves room for what is drawn."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
@@ -411,11 +443,31 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _legend(axes: Axes) -> None:
+    """Above the axes, in as many columns as fit: they are filled one after the other, each as wide as its longest."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        _figure(axes).legend(
-            handles, labels, loc="outside upper center", ncols=min(len(labels), 5), handlelength=1.2, columnspacing=1.0
-        )
+    if len(labels) < 2:
+        return
+    for columns in range(min(len(labels), 5), 0, -1):
+        lines = -(-len(labels) // columns)
+        longest = [max(map(len, labels[i : i + lines])) for i in range(0, len(labels), lines)]
+        if sum(longest) * _CHARACTER + len(longest) * _HANDLE <= WIDTH:
+            break
+    _figure(axes).legend(
+        handles, labels, loc="outside upper center", ncols=columns, handlelength=1.2, columnspacing=1.0
+    )
+
+
+def _scale(axes: Axes, mesh: Any, label: str) -> Axes:
+    """The colours of a heat map over it."""
+    bar = _figure(axes).colorbar(mesh, ax=axes, location="top", label=label, aspect=30, pad=0.04)
+    bar.outline.set_visible(False)
+    bar.ax.locator_params(axis="x", nbins=6)
+    return bar.ax
+
+
+def _written(value: float, low: float, high: float) -> str:
+    """The colour of a number in a cell of a heat map, black or white, whichever stands out more."""
+    return "white" if value < low + 0.47 * (high - low) else "black"
 
 
 def _figure(axes: Axes) -> Figure:

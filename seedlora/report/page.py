@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,22 +72,29 @@ def write_report(
 
 def write_comparison(runs: Sequence[Facts], folders: Sequence[str | Path], out: str | Path) -> Facts:
     """The same three files about several runs side by side, from the facts of each and the outcomes in its folder."""
+    if len({run["run"] for run in runs}) < len(runs):
+        paths = [Path(folder).resolve() for folder in folders]
+        above = os.path.commonpath(paths)
+        runs = [{**run, "run": str(path.relative_to(above))} for run, path in zip(runs, paths, strict=True)]
     found = comparison(runs, [first_items(folder) for folder in folders])
     picture = run_differences("runs", found["runs"])
     sections = [
         Section("Verdicts", items=[f"{row['run']}: {row['verdict']}" for row in found["runs"]]),
         Section(
             "Scores",
-            ["A difference from another run is paired by item: both were tested on the same ones."]
-            if found["paired"]
-            else [],
+            [
+                "Scores are in percent, differences in points with bootstrap intervals of "
+                f"{found['confidence_percent']} %, paired by item. The spread is the standard deviation of the seeds' "
+                "scores, the cosine the mean over pairs of seeds. Two runs stand against each other where they were "
+                "tested on the same items."
+            ],
             [runs_table(found["runs"]), *([paired_table(found["paired"])] if found["paired"] else [])],
             [] if picture is None else [Picture(Markup(picture), "Fused adapter against mean seed, paired by item.")],  # noqa: S704 - drawn by us
         ),
         Section("What is missing", items=found["missing"]),
     ]
     title = f"{len(runs)} SeedLoRA runs"
-    _write(Path(out), found, title, ", ".join(row["run"] for row in found["runs"]), sections)
+    _write(Path(out), found, title, found["verdict"], sections)
     return found
 
 
@@ -130,7 +138,10 @@ def paired_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _write(folder: Path, found: Facts, title: str, verdict: str, sections: Sequence[Section]) -> None:
     shown = [s for s in sections if s.lines or s.tables or s.pictures or s.items or s.code]
-    palette = {k: v.replace(INK, "currentColor") for k, v in colours(found.get("seeds", ())).items()}
+    # In a comparison of runs, rows are runs, whatever they are called.
+    palette = (
+        {k: v.replace(INK, "currentColor") for k, v in colours(found["seeds"]).items()} if "seeds" in found else {}
+    )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("seedlora.report", "."),
         autoescape=lambda name: name is not None and ".html" in name,  # noqa: S701 - Markdown has no use for entities
@@ -140,6 +151,7 @@ def _write(folder: Path, found: Facts, title: str, verdict: str, sections: Seque
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
     for kind in ("html", "md"):
         text = environment.get_template(f"{NAME}.{kind}.j2").render(
             title=title, verdict=verdict, sections=shown, colours=palette
@@ -151,7 +163,7 @@ def _write(folder: Path, found: Facts, title: str, verdict: str, sections: Seque
 def _sections(found: Facts) -> list[Section]:
     drawn = {name: Markup(svg) for name, svg in figures(found).items()}  # noqa: S704 - drawn by us, text escaped
     picture = lambda name, caption: [Picture(drawn[name], caption)] if name in drawn else []  # noqa: E731
-    against = "Difference of each method and control from the mean seed, paired by item."
+    against = "Difference of each method and control from the mean seed, paired by item, with its interval."
     return [
         _advice(found),
         *(
@@ -228,16 +240,21 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
     if selection is None:
         return []
     by = {"loss": "the lowest loss", "match": "most exact matches"}[selection["by"]]
-    lines = [f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at."]
+    lines = [
+        f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at.",
+        "Losses are in nats per token; match is the share of rows that greedy decoding answers exactly, in percent.",
+    ]
     if (chosen := selection["chosen"]) is not None:
         tried = len(selection["candidates"])
-        lines.append(f"Asked for {selection['asked']}; {chosen['name']} was chosen among {tried} rules.")
+        lines.append(
+            f"Asked for {selection['asked']}; {chosen['name']} was chosen among {tried} rules, so its scores on these "
+            "rows flatter it."
+        )
     for label, row in selection["against"].items():
         judged = "no difference shown" if not row["shown"] else "lower" if row["value"] < 0 else "higher"
-        lines.append(
-            f"Loss of the fused adapter minus that of {label}: {row['value']:+.4f} "
-            f"({row['low']:+.4f} to {row['high']:+.4f}), {judged}."
-        )
+        name = f"{label}, the best seed of these rows" if label == selection["best_seed"] else label
+        interval = f"{found['confidence_percent']} % interval {row['low']:+.4f} to {row['high']:+.4f}, rows resampled"
+        lines.append(f"Loss of the fused adapter minus that of {name}: {row['value']:+.4f} ({interval}), {judged}.")
     rules = lambda rows: [[row["name"], f"{row['loss']:.4f}", _percent(row["match"])] for row in rows]  # noqa: E731
     scores = [[label, f"{row['loss']:.4f}", _percent(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]
@@ -256,7 +273,10 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
     subsets = (
         Section(
             "How many seeds",
-            ["Validation loss of every subset of the seeds, or of some of each size where they are many."],
+            [
+                "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they "
+                "are many."
+            ],
             [
                 Table(
                     ["seeds", *(f"{label}, loss" for label in selection["subsets"][0]["loss"])],
@@ -273,32 +293,60 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
     )
     pictures = [
         *picture("gain-curve", "Validation loss over the gain on the mean update."),
-        *picture("candidates", "Validation loss of the rules that were tried; the chosen one in the ink."),
+        *picture("candidates", "Validation loss of the rules that were tried; what was chosen in the text's colour."),
     ]
     return [Section("On the validation rows", lines, tables, pictures), subsets]
 
 
 def _equal_budget(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Section:
     rows = found["adapters"]
+    sample = found["train_sample"]
+    over = "the training loss, mean of the last tenth of the steps"
+    if sample is not None:
+        over = f"the loss on {sample['rows']:,} training rows, the same for all; intervals of both"
     pictures = [
-        *picture("budget", "Score over the tokens that went into an adapter; the fused one has those of all seeds."),
-        *picture("loss-score", "Score over the training loss, mean of the last tenth of the steps."),
+        *picture(
+            "budget",
+            "Score over the tokens that went into an adapter; soup and the fused one have those of all seeds. Those "
+            "with the same tokens stand side by side.",
+        ),
+        *picture("loss-score", f"Score over {over}."),
     ]
     if not pictures:
         return Section("")
-    table = Table(
-        ["adapter", "tokens", "training loss", "score"],
-        [[r["adapter"], _count(r["tokens"]), _number(r["train_loss"]), _percent(r["value"])] for r in rows],
-    )
-    return Section("Cost, loss and score", tables=[table], pictures=pictures)
+    header = ["adapter", "score", "loss on training rows", "loss of the last steps", "tokens"]
+    cells = [
+        [
+            row["adapter"],
+            _percent(row["value"]),
+            _loss_interval(row["sample_loss"]),
+            "" if row["train_loss"] is None else f"{row['train_loss']:.3f}",
+            _count(row["tokens"]),
+        ]
+        for row in rows
+    ]
+    lines = [
+        "Losses are in nats per token. That of the last steps is the mean over the last tenth of an adapter's "
+        "training, each step on its own rows."
+    ]
+    if sample is None:
+        header, cells = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in cells]
+    else:
+        lines.append(
+            f"After the test all were scored on the same {sample['rows']:,} rows ({sample['tokens']:,} tokens), drawn "
+            "from the training rows: some of them may be rows that an adapter did not get to. Intervals are of "
+            f"{found['confidence_percent']} %, resampled over rows. All adapters share the rows, so a difference "
+            "between two of them is surer than their intervals."
+        )
+    return Section("Cost, loss and score", lines, [Table(header, cells)], pictures)
 
 
 def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
     percent = found["confidence_percent"]
-    lines = [f"{test['metric']}, n = {test['n']:,}, intervals of {percent} % (Wilson), in percent."]
-    if test["mean_seed"] is not None:
-        spread = "" if test["seed_spread"] is None else f", spread between seeds {_percent(test['seed_spread'])}"
-        lines[0] += f" Mean seed {_percent(test['mean_seed'])}{spread}."
+    lines = [f"Scored: {test['metric']}; n = {test['n']:,}. Scores are in percent, with {percent} % Wilson intervals."]
+    if test["seed_spread"] is not None:
+        spread = f"standard deviation of the seeds {_percent(test['seed_spread'])} points"
+        lines[0] += f" Mean seed {_percent(test['mean_seed'])}, {spread}."
     scored = {row["adapter"] for row in test["scores"]}
     scores = Table(
         ["adapter", "right", "score", "interval"],
@@ -320,22 +368,23 @@ def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
         lines.append(
             "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test"
             + (f", Holm the same adjusted over the {test['tasks']} tasks" if over_tasks else "")
-            + ", Holm (table) the same adjusted for all tests of this table. The mean seed is not right or wrong on an "
-            f"item, so it has no such test. The best seed, {test['best_seed']}, was picked by this test set, which "
-            "flatters it."
+            + ", Holm (table) the same adjusted for all tests of this table. What is shown is said by the interval "
+            "alone, without adjustment: of many rows, some would show a difference by chance. The mean seed is not "
+            f"right or wrong on an item, so it has no such test. The best seed, {test['best_seed']}, was picked by "
+            "this test set, which flatters it."
         )
         tables.append(
             Table(
-                ["adapter", "against", "difference", "p", *(["Holm"] if over_tasks else []), "Holm (table)", "shown"],
+                ["adapter", "against", "difference", "shown", "p", *(["Holm"] if over_tasks else []), "Holm (table)"],
                 [
                     [
                         row["adapter"],
                         row["against"],
                         _interval(row),
+                        "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                         _number(row["p_value"]),
                         *([_number(row["p_value_holm"])] if over_tasks else []),
                         _number(row["p_value_holm_table"]),
-                        "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
                     ]
                     # The fused adapter first; the others as they were scored.
                     for row in sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED)
@@ -365,12 +414,16 @@ def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Sec
         [label, f"{end['step']:,}", f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
+    lines = ["Losses are in nats per token."] if training["train"] or rows else []
+    if rows:
+        lines[0] += " The table has the validation loss after the last step, and the lowest of the training."
     return Section(
         "Training",
+        lines,
         tables=[Table(["adapter", "last step", "validation loss", "lowest"], rows)] if rows else [],
         pictures=[
-            *picture("train", f"Training loss of each seed.{averaged}"),
-            *picture("validation", "Validation loss of each seed, and of the seeds fused as they were then."),
+            *picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
+            *picture("validation", "Validation loss of each adapter, and of the seeds fused as they were then."),
         ],
     )
 
@@ -402,7 +455,9 @@ def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list
     return [
         Section(
             "How alike the seeds are",
-            ["Cosines of the updates, each adapter taken as one vector; unrelated ones have zero."] if several else [],
+            ["Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."]
+            if several
+            else [],
             [Table(["cosine", *seeds], cosines)] if several else [],
             [
                 *picture("pairs", "Cosine of every pair of seeds."),
@@ -450,9 +505,14 @@ def _cost(found: Facts) -> Section:
             ["passes", str(plan["passes"])],
             ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
         ]
-    for label, phases in found["took"].items():
-        what = "seeds" if label == "seeds" else f"control {label}"
-        rows += [[f"{what}: {phase}, wall time", f"{seconds:,.1f} s"] for phase, seconds in phases.items()]
+    if (sample := found["train_sample"]) is not None:
+        rows.append(["training rows scored after the test", f"{sample['rows']:,}"])
+        rows.append(["by so many adapters", str(len(sample["losses"]))])
+    phases = list(dict.fromkeys(phase for took in found["took"].values() for phase in took))
+    took = [
+        [label, *(f"{times[phase]:,.1f}" if phase in times else "" for phase in phases)]
+        for label, times in found["took"].items()
+    ]
     shares = [[row["what"], _known(row["all"]), _known(row["one"])] for row in found["shares"]]
     trained = [
         [label, f"{row['steps']:,}", _known(row.get("tokens")), _known(row.get("scored")), _count(row["kept_step"])]
@@ -464,6 +524,7 @@ def _cost(found: Facts) -> Section:
         "Cost",
         tables=[
             *([Table(["what", "how much"], rows)] if rows else []),
+            *([Table(["wall time, seconds", *phases], took)] if took else []),
             *([Table(["what", "all seeds", "one seed"], shares)] if shares else []),
             *(
                 [Table(header if kept else header[:-1], trained if kept else [row[:-1] for row in trained])]
@@ -530,6 +591,10 @@ def _amount(value: float | None) -> str:
     if value is None or isinstance(value, int):
         return _count(value)
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _loss_interval(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def _interval(row: Mapping[str, Any] | None) -> str:

@@ -30,6 +30,11 @@ SELECTION_NAME = "selection.json"
 TRAINED_NAME = "trained.json"
 
 
+def seed_name(seed: int) -> str:
+    """The label of a seed's adapter, which is the name of its folder too."""
+    return f"seed_{seed}"
+
+
 def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
     """What was asked for and does nothing where there is one seed, in a sentence.
 
