@@ -86,7 +86,8 @@ def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_pa
     one, options = tmp_path / "one", strategies_job.KINDS[kind]
     strategies_job.run(tiny_llama, one, batch_size=4, strategy=lambda: "auto", devices=1, **options)
     for name in strategies_job.strategies_of(kind):
-        tolerance = 0.05 if kind == "bf16" else 1e-4 if name in ("zero3", "fsdp2") else 1e-5
+        # AdamW makes a whole step of a gradient that is nothing but rounding: one entry that goes the other way is 8 %.
+        tolerance = 0.15 if kind == "bf16" else 1e-4 if name in ("zero3", "fsdp2") else 1e-5
         for seed in ("seed_11", "seed_42", "seed_202"):
             file = Path(seed) / ("model.safetensors" if kind == "none" else "adapter_model.safetensors")
             expected, found = load_file(one / file), load_file(tmp_path / name / file)
