@@ -27,9 +27,9 @@ from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds, sample_losses
-from seedlora.fuse import base_of, fuse, fuse_folders, joined, stack_adapters, stack_updates
+from seedlora.fuse import base_of, fuse, fuse_folders, joined, rule_record, stack_adapters, stack_updates
 from seedlora.into_base import check_dense, fuse_into_base
-from seedlora.merge import BoundRule, MergeRule, bind, soup
+from seedlora.merge import COMMON, BoundRule, MergeRule, bind, soup
 from seedlora.module import AT_ONCE, DivergedError, Replica, SeedLoRAModule, StoppedError
 from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
 from seedlora.report import Results, results
@@ -277,16 +277,17 @@ class SeedEnsembleCallback(pl.Callback):
         return step_of(self.ckpt_path) if self.ckpt_path else 0
 
     @property
-    def fused_otherwise(self) -> str | None:
-        """What the fused adapter was made by, if not by the rule that is given now; None if that is to be chosen."""
+    def fused_otherwise(self) -> tuple[str, str] | None:
+        """What the fused adapter was made by, and the rule that is given now, if it is another and not to be chosen."""
         if self.comparison.chooses:
             return None
-        record, rule = self.folder.fusion or {"method": "nothing"}, self._compared.rule
-        made = record["method"], record.get("options")
-        asked = ("nothing", None) if rule is None else (rule.name, json.loads(json.dumps(rule.options, default=str)))
-        if made == asked:
+        nothing: dict[str, Any] = {"method": "nothing", "options": {}, "use": {}}
+        made = nothing | (self.folder.fusion or {})
+        rule = self._compared.rule
+        asked = nothing if rule is None else json.loads(json.dumps(rule_record(rule), default=str))
+        if all(made[key] == asked[key] for key in nothing):
             return None
-        return " ".join([made[0], *([json.dumps(made[1])] if made[1] else [])])
+        return _said(made), _said(asked)
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -636,8 +637,9 @@ class SeedEnsembleCallback(pl.Callback):
             # Of a run that was killed after its last adapter was written.
             self.folder.forget_checkpoints(())
         if self.rule is None:
-            made = self.fused_otherwise
+            otherwise = self.fused_otherwise
             if removed := self.folder.forget_fusion():
+                made = otherwise[0] if otherwise else "another run"
                 said = f"--merge {NO_MERGE} fuses nothing: removed {' and '.join(removed)}, which were made by {made}"
                 Console(stderr=True, soft_wrap=True).print(said, highlight=False, markup=False)
             return None
@@ -935,6 +937,12 @@ def _validates_now(trainer: pl.Trainer) -> bool:
     """Whether Lightning validates after the batch at hand."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) if trainer.enable_validation else False
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    """A rule of a record, with the options that are set."""
+    options = record["options"] | {key: value for key, value in record["use"].items() if value != COMMON.get(key)}
+    return " ".join([record["method"], *([json.dumps(options)] if options else [])])
 
 
 def _limited(batches: int, limit: int | float) -> int:

@@ -297,9 +297,9 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
-            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {cli.ensemble.method_name}"
-            anew = f"--resume instead of test {does}"
-            raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise}; {anew}")
+            made, asked = otherwise
+            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {asked}"
+            raise UsageError(f"{cli.ensemble.dirpath} was fused by {made}; --resume instead of test {does}")
         asked = _tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:

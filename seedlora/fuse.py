@@ -599,6 +599,12 @@ def common_text(sources: Sequence[str | Path], name: str) -> str | None:
     return texts.pop() if len(texts) == 1 else None
 
 
+def rule_record(bound: BoundRule) -> dict[str, Any]:
+    """What a rule is, for records: its method, its options, and those that every method has as far as they are set."""
+    use = {key: value for key, value in asdict(bound.use).items() if value is not None}
+    return {"method": bound.name, "options": dict(bound.options), "use": use}
+
+
 def fusion_record(
     bound: BoundRule,
     fused: Fused | None,
@@ -616,11 +622,8 @@ def fusion_record(
         base_model: name or path of the base model.
         run: as :func:`run_around` says; the inputs are named relative to it, so that a run can be moved.
     """
-    use = {key: value for key, value in asdict(bound.use).items() if value is not None}
     record: dict[str, Any] = {
-        "method": bound.name,
-        "options": dict(bound.options),
-        "use": use,
+        **rule_record(bound),
         "source": bound.method.source,
         "inputs": [{"name": recorded(source, run), "sha256": digest.result()} for source, digest in hashes.items()],
         "base_model": base_model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,11 @@ def test_a_run_that_is_unfinished_or_was_fused_otherwise_cannot_be_tested(tiny_l
     assert run(tiny_llama) == 0
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
     assert "run was fused by seedlora; --resume instead of test fuses it by ties" in capsys.readouterr().err
+    on_part = ("--ensemble.merge_options", "{layers: ffn, rest: soup}")
+    assert main(PARTS, ["test", "--ensemble.dirpath", "run", *on_part]) == 2
+    assert re.search(
+        r'fused by seedlora; --resume .* by seedlora \{"layers": "ffn", "rest": "soup"\}', capsys.readouterr().err
+    )
     shutil.rmtree("run/seed_42")
     assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2
     assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err
