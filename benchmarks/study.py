@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
@@ -839,9 +840,11 @@ def summary(lines: Sequence[Line], console: Console, folder: Path | None = None)
     _lengths_table(triples, console)
     _compression_table(triples, console)
     _one_seed_table(plain, console)
-    for line in lines:
-        if cell_of(line).controls:
-            _controls_table(line, console)
+    controls = [line for line in lines if cell_of(line).controls]
+    for line in controls:
+        _controls_table(line, console)
+    if len(controls) > 1:
+        _methods_table(controls, "controls", console)
     _count_table([line for line in stacks if len(line["cell"]["seeds"]) > 3], console)
     _vary_table(triples, console)
     for line in lines:
@@ -907,14 +910,17 @@ def _methods_table(lines: Sequence[Line], title: str, console: Console) -> None:
 def _interval(found: Compared | None, factor: float) -> str:
     if found is None:
         return ""
-    shown = _spread((found.mean, found.low, found.high), factor)
-    return shown.replace("(", "[").replace(")", "]") if found.cells == 1 else shown
+    return (_over_items if found.cells == 1 else _spread)((found.mean, found.low, found.high), factor)
 
 
 def _spread(interval: Sequence[float], factor: float) -> str:
     digits = 3 if factor == 1 else 1
     mean, low, high = (f"{factor * value:+.{digits}f}" for value in interval[:3])
     return mean if math.isnan(interval[1]) else f"{mean} ({low} to {high})"
+
+
+def _over_items(interval: Sequence[float], factor: float) -> str:
+    return _spread(interval, factor).replace("(", "[").replace(")", "]")
 
 
 _SHOWN = ("gain p", "soup x scale", "seedlora", "ties", "knots_ties", "two-stage", "ensemble")
@@ -968,15 +974,15 @@ def _lengths_table(lines: Sequence[Line], console: Console) -> None:
         chosen = line["chosen"]
         matched = [f"{chosen[name]:.2f}" if name in chosen else "" for name in ("output gain", "output gain, one")]
         rows.append((cell_of(line).name, f"{1 / line['rho']:.2f}", *matched, chosen["gain p"], chosen["soup x scale"]))
-    headers = ("cell", "its weights", "outputs of its layers", "its logits", "chosen by gain p", "by soup x scale")
+    headers = ("cell", "weights", "outputs of layers", "logits", "chosen by gain p", "by soup x scale")
     caption = "mean over layers, but for the logits; the last two: what the validation loss chose"
-    _table(console, "The gain on soup that makes as long as a seed's", headers, rows, caption)
+    _table(console, "The gain that makes soup as long as a seed", headers, rows, caption)
 
 
 def _compression_table(lines: Sequence[Line], console: Console) -> None:
     dense = list(dict.fromkeys(label for line in lines for label in line.get("compression", {})))
     rows = [
-        (cell_of(line).name, *(str(line["compression"].get(label, "")) for label in dense))
+        (cell_of(line).name, *(f"{e:.2f}" if (e := line["compression"].get(label)) else "" for label in dense))
         for line in lines
         if line.get("compression")
     ]
@@ -1001,7 +1007,7 @@ def _controls_table(line: Line, console: Console) -> None:
     for label, found in line["test"].items():
         values = (f"{found['loss']:.3f}", f"{100 * found['match']:.1f}")
         versus = [
-            _spread(found["vs"][reference][metric], factor) if reference in found["vs"] else ""
+            _over_items(found["vs"][reference][metric], factor) if reference in found["vs"] else ""
             for reference in (MEAN_SEED, SOUP)
             for metric, factor in zip(METRICS, (1, 100), strict=True)
         ]
@@ -1026,20 +1032,19 @@ def _count_table(lines: Sequence[Line], console: Console) -> None:
 
 
 def _vary_table(lines: Sequence[Line], console: Console) -> None:
-    by_cell = {cell_of(line): line for line in lines}
+    alike: dict[Cell, dict[str, Line]] = defaultdict(dict)
+    for line in lines:
+        cell = cell_of(line)
+        alike[replace(cell, vary="both")][cell.vary] = line
     rows = []
-    for cell in by_cell:
-        if cell.vary == "both":
-            continue
-        for vary in ("both", cell.vary):
-            if (line := by_cell.get(Cell(cell.task, cell.rate, cell.seeds, cell.epochs, vary))) is not None:
-                test = line["test"]
-                values = [_spread(test[label]["vs"][MEAN_SEED]["loss"], 1) for label in ("soup", "seedlora")]
-                name = Cell(cell.task, cell.rate, cell.seeds, cell.epochs, vary).name
-                rows.append((name, vary, f"{line['cosine']:.3f}", *values))
-    rows = list(dict.fromkeys(rows))
+    for cell, by_vary in alike.items():
+        for vary in ("both", "init", "order") if len(by_vary) > 1 else ():
+            if (found := by_vary.get(vary)) is not None:
+                test = found["test"]
+                values = [_over_items(test[label]["vs"][MEAN_SEED]["loss"], 1) for label in ("soup", "seedlora")]
+                rows.append((cell.name, vary, f"{found['cosine']:.3f}", *values))
     headers = ("cell", "varied", "cosine", "soup - mean seed", "seedlora - mean seed")
-    _table(console, "Init only, order only: loss", headers, rows, "intervals over items")
+    _table(console, "What a seed decides: loss", headers, rows, "intervals over items")
 
 
 def normalised(test: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> dict[str, dict[str, float]]:
@@ -1089,23 +1094,38 @@ def _joint_table(line: Line, console: Console) -> None:
 
 
 def _figures(triples: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figure]:
-    """Methods against soup by cosine, and the number of seeds."""
+    """Methods against soup by cosine, a panel for each and a scale for each row; and the number of seeds."""
     figures = {}
     if triples:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        for colour, label in zip(
-            COLOURS, ("seedlora", "gain p", "ties", "knots_ties", "two-stage", MEAN_SEED), strict=False
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        panels = figure.subplots(3, 2, sharex=True, sharey="row")
+        tasks = list(dict.fromkeys(cell_of(line).task for line in triples))
+        for axes, label in zip(
+            panels.flat, (MEAN_SEED, "gain p", "seedlora", "knots_ties", "ties", "two-stage"), strict=True
         ):
-            for marker, name in zip("o^sD", (label, None, None, None), strict=True):
-                some = [line for line in triples if _marker(cell_of(line)) == marker]
-                value = [line["test"][label]["loss"] - line["test"][SOUP]["loss"] for line in some]
-                axes.plot([line["cosine"] for line in some], value, marker, color=colour, label=name, alpha=0.8)
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel="mean pairwise cosine of the seeds", ylabel="test loss less that of soup, nats per token")
-        axes.set_title("circles: 1 epoch of each seed, triangles: 3; squares: order only, diamonds: init only")
-        axes.title.set_fontsize("medium")
-        axes.legend(fontsize="small", ncols=2)
+            for line in triples:
+                value = line["test"][label]["loss"] - line["test"][SOUP]["loss"]
+                colour = COLOURS[tasks.index(line["cell"]["task"])]
+                axes.plot(line["cosine"], value, _marker(cell_of(line)), color=colour, alpha=0.7, markeredgewidth=0)
+            axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
+            axes.set_title(label, fontsize="medium")
+        figure.supxlabel("mean pairwise cosine of the seeds", fontsize="medium")
+        figure.supylabel("test loss less that of soup, nats per token", fontsize="medium")
+        kinds = {"1 epoch": "o", "3 epochs": "^", "init only": "D", "order only": "s"}
+        keys = [
+            Line2D([], [], ls="", marker="o", color=colour, label=task)
+            for task, colour in zip(tasks, COLOURS, strict=False)
+        ]
+        keys += [Line2D([], [], ls="", marker=marker, color="grey", label=kind) for kind, marker in kinds.items()]
+        figure.legend(
+            handles=keys,
+            loc="outside upper center",
+            ncols=len(keys),
+            fontsize="small",
+            frameon=False,
+            columnspacing=1,
+            handletextpad=0.2,
+        )
         figures["by_cosine.svg"] = figure
     if many := [line for line in stacks if len(line["cell"]["seeds"]) > 3]:
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -1120,7 +1140,7 @@ def _figures(triples: Sequence[Line], stacks: Sequence[Line]) -> dict[str, Figur
                 )
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(xlabel="seeds fused", ylabel="test loss less that of a seed, nats per token", xticks=range(1, n + 1))
-        axes.legend(fontsize="small", ncols=2)
+        figure.legend(loc="outside upper center", ncols=len(many), fontsize="small", frameon=False)
         figures["seeds.svg"] = figure
     return figures
 

@@ -319,5 +319,29 @@ def test_the_summary_prints_and_draws(tmp_path):
     for text in ("-0.200 (-0.448 to +0.048)", alone, "1 / 1 of 3", "chain_sum_lr0.002_1ep_1-2-3", gains, "figure:"):
         assert text in shown, text
     first = (tmp_path / "by_cosine.svg").read_bytes()
+    assert all(text in first for text in (b"<!-- chain_sum -->", b"<!-- order only -->", b"<!-- seedlora -->"))
     study.summary(LINES, console, tmp_path)
     assert (tmp_path / "by_cosine.svg").read_bytes() == first
+
+
+def test_the_summary_groups_what_varies_and_pools_the_controls(tmp_path):
+    order, init = (line("chain_sum", (1, 2, 3), 1, 1.0, soup, 0.9, 0.5) for soup in (0.8, 0.7))
+    order["cell"]["vary"], init["cell"]["vary"] = "order", "init"
+    trained = [
+        line(task, (1, 2, 3), 1, 1.0, soup, 1.2, 0.1) for task, soup in (("chain_sum", 0.9), ("leg_counting", 0.7))
+    ]
+    for control in trained:
+        control["cell"]["controls"], control["chosen"] = True, {"greedy soup": [2, 1]}
+    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
+    study.summary([order, *LINES, init, *trained], console)
+    shown = console.export_text()
+    rows = shown[shown.index("What a seed decides") : shown.index("intervals over items", shown.index("What a seed"))]
+    alike = [[part.strip() for part in row.split("│")[2:5]] for row in rows.splitlines() if "chain_sum" in row]
+    assert alike == [
+        ["both", "0.100", "-0.100 [-0.150 to -0.050]"],
+        ["init", "0.500", "-0.300 [-0.350 to -0.250]"],
+        ["order", "0.500", "-0.200 [-0.250 to -0.150]"],
+    ]
+    pooled = shown[shown.index("Differences, controls") :]
+    half = 12.706205 * 0.1 / 1  # t of 1 degree of freedom; the means are -.1 and -.3
+    assert f"-0.200 ({-0.2 - half:+.3f} to {-0.2 + half:+.3f})" in pooled
