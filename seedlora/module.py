@@ -404,6 +404,9 @@ class SeedLoRAModule(pl.LightningModule):
         if self._trainer is not None:
             prepare(self.trainer, **self.unsplit)
         if self._built == self.replicas and stage != "fit":
+            if self._trainer is not None and is_partitioned(self.model):
+                # A fit ends on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
+                self.to(self.trainer.strategy.root_device)
             return
         # DoRA's magnitudes start at the norms of the weights.
         lost = self._built and self.hparams["adapter"] == "dora" and is_partitioned(self.model)
@@ -773,11 +776,7 @@ class SeedLoRAModule(pl.LightningModule):
             self.log(f"val/match_{label}", (match & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
-        """Forget an earlier test, and be where the rows will be.
-
-        A fit ends with the module on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
-        """
-        self.to(self.trainer.strategy.root_device)
+        """Forget an earlier test."""
         self.test_correct.reset()
         self.test_items.reset()
 
