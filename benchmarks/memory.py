@@ -24,7 +24,7 @@ import torch
 
 import train as speed  # benchmarks/train.py, which is beside this file
 from callbacks import SeedEnsembleCallback
-from seedlora.base_model import EMBEDDED, fast_dtype
+from seedlora.base_model import EMBEDDED
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import Memory, PeakMemory, step_memory
 
@@ -57,24 +57,17 @@ GPU_SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("llama2_7b", 3, 8, 512, 256, True, {"adapter": "dora"}),
     ("llama2_7b", 3, 8, 512, 256, True, {"quantization": "nf4"}),
 )
-SHAPES = {"llama6": (512, 1408, 6, 49152), "wide4": (1024, 2816, 4, 40960), "wide6": (1536, 4096, 6, 40960)}
+#: as in benchmarks/train.py, and its own beside them
+SHAPES = speed.SHAPES | {
+    "llama6": (512, 1408, 6, 8, 8, 49152, False),
+    "wide4": (1024, 2816, 4, 16, 16, 40960, False),
+    "wide6": (1536, 4096, 6, 24, 24, 40960, False),
+}
 
 
 def model_folder(name: str, root: Path) -> str:
     """The embedded model, or a random Llama of another shape."""
-    if name == "smollm2":
-        return EMBEDDED
-    if name not in SHAPES:
-        return speed.random_llama(name, root / name)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, ffn, layers, vocabulary = SHAPES[name]
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, **heads
-    )
-    LlamaForCausalLM(config).to(fast_dtype()).save_pretrained(root / name)
-    return str(root / name)
+    return speed.random_llama(SHAPES[name], root) if name in SHAPES else EMBEDDED
 
 
 def measure(

@@ -57,9 +57,9 @@ ROWS = {"short": (29, 4), "512": (512, 256), "mixed": (512, 256)}
 #: The shortest of mixed rows, and the micro-batches of their optimizer steps.
 SHORTEST, ACCUMULATED = 32, 4
 METHODS = ("stack", "compiled", "passes", "trainer", "plain")
-#: Steps of a fit that are not counted: a GPU has more to get ready.
-WARM_UP = 3 if torch.cuda.is_available() else 1
 CUDA = torch.cuda.is_available()
+#: Steps of a fit that are not counted: a GPU has more to get ready.
+WARM_UP = 3 if CUDA else 1
 #: Shapes of random Llamas: hidden size, feed-forward size, layers, heads, keys' heads, vocabulary, tied embeddings
 SHAPES = {
     "llama6": (512, 1408, 6, 8, 8, VOCABULARY, True),
@@ -69,14 +69,15 @@ SHAPES = {
 MODELS = ("smollm2", *SHAPES)
 
 
-def random_llama(name: str, folder: Path) -> str:
-    """A Llama of a shape of :data:`SHAPES` with random weights, saved to a folder unless it is there."""
+def random_llama(shape: tuple[Any, ...], root: Path) -> str:
+    """A Llama of a shape as in :data:`SHAPES` with random weights, in a folder named after it, where it may be."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    folder = root / "-".join(map(str, shape))
     if (folder / "config.json").is_file():
         return str(folder)
     torch.manual_seed(0)
-    hidden, ffn, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
+    hidden, ffn, layers, heads, kv_heads, vocabulary, tied = shape
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -410,7 +411,8 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
     for label in options.model:
         for batch in options.micro_batch:
             kind, model = options.tokens[0], models[label]
-            fit = partial(lightning_steps, model, kind=kind, steps=options.steps + WARM_UP)
+            common = {"steps": options.steps + WARM_UP, "gradient_checkpointing": options.checkpointing}
+            fit = partial(lightning_steps, model, kind=kind, **common)
             runs = {f"{n}": partial(fit, tuple(range(n)), n, batch=batch) for n in options.stack}
             rows = {f"1, {n} times the rows": partial(fit, (0,), 1, batch=n * batch) for n in options.stack[1:]}
             found, _ = in_turns({**runs, **rows}, options.rounds)
@@ -437,9 +439,16 @@ def profile(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
             for batch in options.micro_batch:
                 watch, steps = Profiled(last=3 * accumulated(kind) - 1), 3
                 with quiet():
-                    checkpointing = {"gradient_checkpointing": options.checkpointing}
-                    run = partial(lightning_steps, models[label], SEEDS, len(SEEDS), kind, batch, steps)
-                    run(callbacks=(watch,), **checkpointing)
+                    lightning_steps(
+                        models[label],
+                        SEEDS,
+                        len(SEEDS),
+                        kind,
+                        batch,
+                        steps,
+                        callbacks=(watch,),
+                        gradient_checkpointing=options.checkpointing,
+                    )
                 seconds: dict[str, float] = {}
                 for event in watch.profiler.key_averages(group_by_input_shape=True):
                     if event.device_type != torch.autograd.DeviceType.CPU:
@@ -495,7 +504,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         kept = options.folder or Path(folder)
-        models = {n: EMBEDDED if n == "smollm2" else random_llama(n, kept / n) for n in options.model}
+        models = {n: random_llama(SHAPES[n], kept) if n in SHAPES else EMBEDDED for n in options.model}
         records = (profile if options.profile else growth if options.stack else compare)(options, models)
     if options.stack and options.plot:
         plot(records, options.plot)

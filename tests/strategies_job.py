@@ -144,13 +144,10 @@ def run(
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
 
 
-def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str, names: str) -> None:
-    """Strategies, by their names in Lightning, on so many devices of a kind; the same rows for any number of them."""
-    for name in names.split(","):
-        strategy = partial(choose_strategy, name, accelerator=accelerator)
-        dirpath = Path(folder) / name
-        n = int(devices)
-        run(base_model, dirpath, batch_size=4 // n, strategy=strategy, devices=n, accelerator=accelerator)
+def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str, name: str) -> None:
+    """A strategy, by its name in Lightning, on so many devices of a kind; the same rows for any number of them."""
+    strategy, n = partial(choose_strategy, name, accelerator=accelerator), int(devices)
+    run(base_model, Path(folder) / name, batch_size=4 // n, strategy=strategy, devices=n, accelerator=accelerator)
 
 
 def watch_fusions(folder: Path) -> None:
