@@ -2,15 +2,15 @@
 
 import sys
 
-from callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
-from datamodules import InstructionDataModule, prompts
-from datamodules.reasoning_gym import generated_test
+from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from seedlora.cli import Parts, main
+from seedlora.datamodules import InstructionDataModule, prompts
+from seedlora.datamodules.reasoning_gym import generated_test
 
 PARTS = Parts(
     ensemble=SeedEnsembleCallback,
     data=InstructionDataModule,
-    default_data="datamodules.ReasoningGym",
+    default_data="seedlora.datamodules.ReasoningGym",
     progress=EnsembleProgressBar,
     logger=JSONLinesLogger,
     throughput=Throughput,

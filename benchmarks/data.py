@@ -57,9 +57,9 @@ def generate(path: Path, rows: int) -> None:
 
 def start(path: str, tokenizer: str) -> None:
     """One start, as train.py has it: read or make the rows, then give the first batch."""
-    from datamodules import MetaMathQA
-    from datamodules.sampler import ReplicaSampler
     from seedlora.base_model import load_tokenizer
+    from seedlora.datamodules import MetaMathQA
+    from seedlora.datamodules.sampler import ReplicaSampler
 
     imported = time.time()
     data = MetaMathQA(path)

@@ -77,7 +77,7 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
     ensemble, rows = config["ensemble"], config["data"]["init_args"]
     seeds = len(ensemble["seeds"])
     runs = seeds if ensemble["budget"] == "full" else 1
-    data = config["data"]["class_path"].removeprefix("datamodules.")
+    data = config["data"]["class_path"].removeprefix("seedlora.datamodules.")
     tokens = runs * config["trainer"]["max_epochs"] * TOKENS[data]
     recomputed = module.hparams["gradient_checkpointing"]
     operations = work(module).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)

@@ -23,8 +23,8 @@ import lightning.pytorch as pl
 import torch
 
 import train as speed  # benchmarks/train.py, which is beside this file
-from callbacks import SeedEnsembleCallback
 from seedlora.base_model import EMBEDDED
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.module import SeedLoRAModule
 from seedlora.plan import Memory, PeakMemory, step_memory
 

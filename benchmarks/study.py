@@ -49,11 +49,11 @@ from rich.table import Table
 from scipy.stats import t as student
 from torch import Tensor
 
-from callbacks import EnsembleProgressBar, SeedEnsembleCallback
-from datamodules import ReasoningGym
 from seedlora.adapter import read_adapter
 from seedlora.atomic import atomic_file, write_text
 from seedlora.base_model import EMBEDDED
+from seedlora.callbacks import EnsembleProgressBar, SeedEnsembleCallback
+from seedlora.datamodules import ReasoningGym
 from seedlora.diagnostics import model_cosines
 from seedlora.evaluation.statistics import paired_difference
 from seedlora.factors import LoRAFactors

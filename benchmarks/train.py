@@ -44,8 +44,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from callbacks import SeedEnsembleCallback
 from seedlora.base_model import EMBEDDED, fast_dtype, resolve
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.module import PROJECTIONS, SeedLoRAModule
 
 SEEDS = (11, 42, 202)

@@ -1,6 +1,6 @@
 """Lightning callbacks and loggers: they say when; the arithmetic is in seedlora."""
 
-from callbacks.json_lines import JSONLinesLogger as JSONLinesLogger
-from callbacks.progress import EnsembleProgressBar as EnsembleProgressBar
-from callbacks.seed_ensemble import SeedEnsembleCallback as SeedEnsembleCallback
-from callbacks.throughput import Throughput as Throughput
+from seedlora.callbacks.json_lines import JSONLinesLogger as JSONLinesLogger
+from seedlora.callbacks.progress import EnsembleProgressBar as EnsembleProgressBar
+from seedlora.callbacks.seed_ensemble import SeedEnsembleCallback as SeedEnsembleCallback
+from seedlora.callbacks.throughput import Throughput as Throughput

@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, step_of
 from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
 from seedlora.atomic import remove_folder
 from seedlora.base_model import resolve
 from seedlora.base_weights import BaseWeights
+from seedlora.callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, step_of
 from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds, sample_losses
 from seedlora.fuse import base_of, fuse, fuse_folders, joined, rule_record, stack_adapters, stack_updates

@@ -1,10 +1,11 @@
 """LightningDataModules: rows of a task, as batches for a stack of replicas."""
 
-from datamodules.base import InstructionDataModule as InstructionDataModule
-from datamodules.codefeedback import CodeFeedback as CodeFeedback
-from datamodules.commonsense import Commonsense170k as Commonsense170k
-from datamodules.gsm8k import GSM8K as GSM8K
-from datamodules.instruction_data import InstructionData as InstructionData
-from datamodules.metamathqa import MetaMathQA as MetaMathQA
-from datamodules.reasoning_gym import ReasoningGym as ReasoningGym
-from datamodules.tulu import Tulu as Tulu
+from seedlora.datamodules.base import InstructionDataModule as InstructionDataModule
+from seedlora.datamodules.codefeedback import CodeFeedback as CodeFeedback
+from seedlora.datamodules.commonsense import Commonsense170k as Commonsense170k
+from seedlora.datamodules.gsm8k import GSM8K as GSM8K
+from seedlora.datamodules.instruction_data import InstructionData as InstructionData
+from seedlora.datamodules.metamathqa import MetaMathQA as MetaMathQA
+from seedlora.datamodules.reasoning_gym import ReasoningGym as ReasoningGym
+from seedlora.datamodules.table import TableDataModule as TableDataModule
+from seedlora.datamodules.tulu import Tulu as Tulu

@@ -15,11 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from datamodules.cache import cached_rows
-from datamodules.prompts import Composed, Turn, check, check_style, compose, prompt_record
-from datamodules.rows import ON_LONG_ROW, PADDING, Chunk, Counts, EvalRows, ReplicaRows, TokenRows, chunks, no_rows
-from datamodules.sampler import ReplicaLoader, ReplicaSampler
-from datamodules.sources import Row
+from seedlora.datamodules.cache import cached_rows
+from seedlora.datamodules.prompts import Composed, Turn, check, check_style, compose, prompt_record
+from seedlora.datamodules.rows import (
+    ON_LONG_ROW,
+    PADDING,
+    Chunk,
+    Counts,
+    EvalRows,
+    ReplicaRows,
+    TokenRows,
+    chunks,
+    no_rows,
+)
+from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
+from seedlora.datamodules.sources import Row
 
 SPLITS = ("train", "val", "test")
 
@@ -27,9 +37,9 @@ SPLITS = ("train", "val", "test")
 class InstructionDataModule(pl.LightningDataModule, ABC):
     """Rows of one task, for a stack of replicas.
 
-    Training batches are those of :class:`~datamodules.rows.ReplicaRows`, one block of rows per seed in :attr:`seeds`,
-    which whoever trains sets before the loader is asked for. Validation and test batches are those of
-    :class:`~datamodules.rows.EvalRows`.
+    Training batches are those of :class:`~seedlora.datamodules.rows.ReplicaRows`, one block of rows per seed in
+    :attr:`seeds`, which whoever trains sets before the loader is asked for. Validation and test batches are those of
+    :class:`~seedlora.datamodules.rows.EvalRows`.
 
     Args:
         batch_size: rows of one replica in one forward on one device. Times ``accumulate_grad_batches`` and devices it
@@ -40,7 +50,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         pack_tokens: put rows one after the other into rows of at most so many tokens, without any seeing another: no
             time is spent on padding. The rows of an optimizer step stay the same. Default: each row on its own, with
             rows of like length together.
-        style: how a conversation is worded, one of :data:`~datamodules.prompts.STYLES`, or ``chat`` for the
+        style: how a conversation is worded, one of :data:`~seedlora.datamodules.prompts.STYLES`, or ``chat`` for the
             tokenizer's own chat template.
 
     Raises:
@@ -105,7 +115,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         return {}
 
     def prompt_record(self) -> dict[str, Any]:
-        """How these rows are worded, as plain data: see :mod:`datamodules.prompts`."""
+        """How these rows are worded, as plain data: see :mod:`seedlora.datamodules.prompts`."""
         return prompt_record(self.style, self._tokenizer())
 
     def prepare_data(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from datamodules.rows import Chunk, Counts, TokenRows, add
+from seedlora.datamodules.rows import Chunk, Counts, TokenRows, add
 
 #: Part of every key: a change of what is stored, or of how it is made, leaves old folders unused.
 FORMAT = 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.prompts import Turn, exchange
-from datamodules.table import TableDataModule, messages, text
+from seedlora.datamodules.prompts import Turn, exchange
+from seedlora.datamodules.table import TableDataModule, messages, text
 
 
 class CodeFeedback(TableDataModule):
@@ -19,7 +19,7 @@ class CodeFeedback(TableDataModule):
     Args:
         path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder with such files; default: the hub.
         multi_turn: the chats instead of the single turns.
-        options: those of :class:`~datamodules.table.TableDataModule`.
+        options: those of :class:`~seedlora.datamodules.table.TableDataModule`.
     """
 
     def __init__(self, path: str | None = None, *, multi_turn: bool = False, **options: Any) -> None:

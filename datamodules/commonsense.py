@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.prompts import Turn, exchange
-from datamodules.table import TableDataModule, text
+from seedlora.datamodules.prompts import Turn, exchange
+from seedlora.datamodules.table import TableDataModule, text
 
 
 class Commonsense170k(TableDataModule):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.prompts import Turn, exchange
-from datamodules.table import TableDataModule, messages, text
+from seedlora.datamodules.prompts import Turn, exchange
+from seedlora.datamodules.table import TableDataModule, messages, text
 
 
 class InstructionData(TableDataModule):
@@ -23,7 +23,7 @@ class InstructionData(TableDataModule):
         response_field: where the response is.
         val_fraction: part of the rows set aside for validation.
         test_fraction: part set aside for the test.
-        options: those of :class:`~datamodules.table.TableDataModule`.
+        options: those of :class:`~seedlora.datamodules.table.TableDataModule`.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -15,9 +16,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-import datamodules
-from datamodules.base import InstructionDataModule
-from datamodules.rows import Counts
+from seedlora import datamodules
+from seedlora.datamodules.base import InstructionDataModule
+from seedlora.datamodules.rows import Counts
 
 _BAR = 30
 _SEEDS = (11, 42, 202)
@@ -56,7 +57,7 @@ def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
     """The facts of a data module that has its tokenizer.
 
     Raises:
-        ValueError: as :meth:`~datamodules.base.InstructionDataModule.setup`.
+        ValueError: as :meth:`~seedlora.datamodules.base.InstructionDataModule.setup`.
     """
     data.setup()
     train = data.rows["train"]
@@ -153,8 +154,8 @@ def _parser(default_model: str) -> Any:
             if unknown := re.search(r"Option '(.*?)' is not accepted", message):
                 message = f"unknown option --data.{unknown[1]}"
             elif unknown := re.search(r"Expected a dot import path string: (\S+)", message):
-                kinds = [name for name, kind in vars(datamodules).items() if isinstance(kind, type)]
-                kinds.remove(InstructionDataModule.__name__)
+                public = vars(datamodules).items()
+                kinds = [name for name, kind in public if isinstance(kind, type) and not inspect.isabstract(kind)]
                 message = f"unknown data module '{unknown[1]}'; choose one of {', '.join(sorted(kinds))}"
             raise ValueError(f"{message} (see python -m seedlora preview --help)") from ex
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any
 
-from datamodules.base import SPLITS, InstructionDataModule
-from datamodules.prompts import Turn, exchange
-from datamodules.rows import TokenRows
-from datamodules.sources import Row
+from seedlora.datamodules.base import SPLITS, InstructionDataModule
+from seedlora.datamodules.prompts import Turn, exchange
+from seedlora.datamodules.rows import TokenRows
+from seedlora.datamodules.sources import Row
 
 # Item i of a reasoning-gym data set is drawn with seed + i, so two data sets overlap if their seeds are close.
 _SEED_STRIDE = 100_000_000
@@ -52,7 +52,7 @@ class ReasoningGym(InstructionDataModule):
         num_test: test rows.
         data_seed: of the generator; the data is the same for all replicas.
 
-    The other arguments are those of :class:`~datamodules.base.InstructionDataModule`.
+    The other arguments are those of :class:`~seedlora.datamodules.base.InstructionDataModule`.
     """
 
     libraries = ("reasoning-gym",)

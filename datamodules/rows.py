@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.prompts import Composed, Turn, compose
+from seedlora.datamodules.prompts import Composed, Turn, compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

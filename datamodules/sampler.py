@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from datamodules.rows import MicroBatch, TokenRows
+from seedlora.datamodules.rows import MicroBatch, TokenRows
 
 
 class ReplicaSampler(Sampler[MicroBatch]):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.base import SPLITS, InstructionDataModule
-from datamodules.prompts import Turn
-from datamodules.rows import TokenRows
-from datamodules.sources import Row, Source
+from seedlora.datamodules.base import SPLITS, InstructionDataModule
+from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.rows import TokenRows
+from seedlora.datamodules.sources import Row, Source
 
 ON_BAD_ROW = ("error", "skip")
 #: Options that do not decide what the rows say.

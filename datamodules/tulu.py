@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datamodules.prompts import Turn
-from datamodules.table import TableDataModule, messages
+from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.table import TableDataModule, messages
 
 
 class Tulu(TableDataModule):

@@ -9,20 +9,20 @@ from seedlora.shell import main
 
 
 def _preview(argv: list[str]) -> int:
-    from datamodules.preview import main as preview
     from seedlora.base_model import EMBEDDED, load_tokenizer
+    from seedlora.datamodules.preview import main as preview
 
     return preview(argv, load_tokenizer=load_tokenizer, default_model=EMBEDDED)
 
 
 def _prompts() -> Prompts:
-    from datamodules import prompts
+    from seedlora.datamodules import prompts
 
     return prompts
 
 
 def _generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
-    from datamodules.reasoning_gym import generated_test
+    from seedlora.datamodules.reasoning_gym import generated_test
 
     return generated_test(task, run)
 

@@ -68,7 +68,7 @@ class Comparison:
         compare_options: keyword options of these, by method.
         controls: ``untrained`` adds one seed times the gain of the fused adapter, the soup times the factor that is
             best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` trains two more
-            adapters, see :class:`callbacks.SeedEnsembleCallback`.
+            adapters, see :class:`seedlora.callbacks.SeedEnsembleCallback`.
         select_by: what is best on validation rows: the lowest ``loss``, or most exact matches (``match``).
 
     Raises:

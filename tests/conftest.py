@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from datamodules import ReasoningGym
 from seedlora.base_model import cache_folder
+from seedlora.datamodules import ReasoningGym
 from seedlora.module import Replica, SeedLoRAModule
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from conftest import make_data, make_module
 from safetensors.torch import load_file
 from torch import Tensor
 
-from callbacks import SeedEnsembleCallback
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.factors import LoRAFactors
 from seedlora.fuse import Fused, fuse
 from seedlora.merge import bind

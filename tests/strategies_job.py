@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from conftest import make_data, make_module
 
 import seedlora.module as seedlora_module
-from callbacks import SeedEnsembleCallback
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.module import SeedLoRAModule
 from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
 

@@ -22,9 +22,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from callbacks import SeedEnsembleCallback
 from seedlora.adapter import read_adapter, write_adapter
 from seedlora.base_weights import BaseWeights
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.fuse import fuse_folders
 from seedlora.module import PROJECTIONS
 from seedlora.plan import trainable_parameters

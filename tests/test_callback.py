@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_data, make_module
 
-from callbacks import SeedEnsembleCallback
 from seedlora.adapter import read_adapter
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.fuse import fuse, stack_adapters
 from seedlora.merge import METHODS, soup
 

@@ -17,10 +17,10 @@ import yaml
 from conftest import files_of_at_most
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from datamodules.prompts import render
 from seedlora import shell
 from seedlora.adapter import read_adapter
 from seedlora.cli import main
+from seedlora.datamodules.prompts import render
 from seedlora.module import SeedLoRAModule
 from train import PARTS
 
@@ -180,7 +180,9 @@ def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
     from seedlora.cli import SeedLoRACLI
 
     for options in (["--data", "InstructionData", "--data.path", "rows.jsonl"], ["--config", "run.yaml"]):
-        Path("run.yaml").write_text("data: {class_path: datamodules.InstructionData, init_args: {path: rows.jsonl}}")
+        Path("run.yaml").write_text(
+            "data: {class_path: seedlora.datamodules.InstructionData, init_args: {path: rows.jsonl}}"
+        )
         given = SeedLoRACLI(PARTS, options).config.data.init_args
         assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
 

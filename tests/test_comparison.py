@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import built, make_data, make_module
 
-from callbacks import SeedEnsembleCallback
-from datamodules import ReasoningGym
 from seedlora.adapter import read_adapter
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.comparison import Comparison, _loss_difference
+from seedlora.datamodules import ReasoningGym
 from seedlora.fuse import fuse, stack_adapters
 from seedlora.merge import bind, soup
 from seedlora.report.advice import advice

@@ -14,8 +14,8 @@ from test_packing import prepared, sampler_of
 from test_training import SEEDS, difference, fit
 from torch._dynamo.utils import counters
 
-from callbacks import SeedEnsembleCallback
-from datamodules.rows import ReplicaRows
+from seedlora.callbacks import SeedEnsembleCallback
+from seedlora.datamodules.rows import ReplicaRows
 from seedlora.strategies import choose_strategy, prepare
 
 NAMES = [f"seed_{seed}" for seed in SEEDS]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import datamodules
 from benchmarks import estimate
-from callbacks import SeedEnsembleCallback
+from seedlora import datamodules
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli import main
 from seedlora.module import SeedLoRAModule
 from train import PARTS
@@ -56,7 +56,7 @@ def test_every_config_stands_alone(config):
     """No option of ours is left to a default, which may change; the header tells purpose, hardware and command."""
     text = config.read_text(encoding="utf-8")
     written = yaml.safe_load(text)
-    data = getattr(datamodules, written["data"]["class_path"].removeprefix("datamodules."))
+    data = getattr(datamodules, written["data"]["class_path"].removeprefix("seedlora.datamodules."))
     assert set(written["model"]) == options_of(SeedLoRAModule)
     assert set(written["ensemble"]) == options_of(SeedEnsembleCallback)
     assert set(written["data"]["init_args"]) == options_of(data)

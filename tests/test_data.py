@@ -10,9 +10,9 @@ from conftest import EOS, make_data, make_module
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.prompts import exchange, prompt_record
-from datamodules.rows import tokenise
-from datamodules.sampler import ReplicaSampler
+from seedlora.datamodules.prompts import exchange, prompt_record
+from seedlora.datamodules.rows import tokenise
+from seedlora.datamodules.sampler import ReplicaSampler
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import built
 from fits import assert_close, fit, fused_on, weights
 from second_device import CPU, DEVICE, OnDevice, on_second_device, second_device
 
-from callbacks import EnsembleProgressBar, JSONLinesLogger, Throughput
+from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, Throughput
 from seedlora.evaluation.generate import Prompt, StackGenerator
 from seedlora.merge import METHODS
 

@@ -17,8 +17,8 @@ from test_training import plain_peft_run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from callbacks import SeedEnsembleCallback
 from seedlora.adapter import AdapterError, write_adapter
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.fuse import averaged
 from seedlora.into_base import fuse_into_base
 from seedlora.merge import bind

@@ -19,7 +19,7 @@ from conftest import built, make_data, make_module, replicas, save_tiny_llama
 from fits import assert_close, fit, fused_on, weights
 from safetensors.torch import load_file
 
-from callbacks import Throughput
+from seedlora.callbacks import Throughput
 from seedlora.merge import METHODS
 from seedlora.plan import PeakMemory, memory_of
 

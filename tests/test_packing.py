@@ -10,8 +10,8 @@ from conftest import built, make_data
 from test_training import SEEDS, difference, fit
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
-from datamodules.rows import ReplicaRows
-from datamodules.sampler import ReplicaSampler
+from seedlora.datamodules.rows import ReplicaRows
+from seedlora.datamodules.sampler import ReplicaSampler
 
 # rows of 50 to 110 tokens
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 12}}

@@ -13,8 +13,8 @@ import pytest
 from conftest import make_data, make_module
 from strategies_job import zero
 
-from callbacks import SeedEnsembleCallback
 from seedlora import cli, module, plan
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.plan import device_memory, memory_of, step_memory
 from seedlora.strategies import FSDP2Strategy, Sharding
 from train import PARTS

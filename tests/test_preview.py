@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from datamodules.preview import main
 from seedlora.base_model import load_tokenizer
+from seedlora.datamodules.preview import main
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import make_module
 
-from datamodules.prompts import STYLES, Turn, check, compose, exchange, prompt_record, render
+from seedlora.datamodules.prompts import STYLES, Turn, check, compose, exchange, prompt_record, render
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 HEADER_INPUT = (

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from datamodules import ReasoningGym, prompts
 from seedlora import adapter, cli, fuse, shell
 from seedlora.adapter import adapter_sha256
+from seedlora.datamodules import ReasoningGym, prompts
 from seedlora.fuse import read_adapters
 from seedlora.merge import METHODS
 from seedlora.report.facts import POINTS, facts, test_facts

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from strategies_job import Break, Poison
 from test_callback import trainer
 
-from callbacks import JSONLinesLogger, SeedEnsembleCallback
 from seedlora.adapter import read_adapter
+from seedlora.callbacks import JSONLinesLogger, SeedEnsembleCallback
 from seedlora.module import SeedLoRAModule, StoppedError
 from seedlora.plan import Memory, fitting_stack
 

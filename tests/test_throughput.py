@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import built, make_module, replicas
 
-from callbacks import Throughput, throughput
+from seedlora.callbacks import Throughput, throughput
 
 # conftest's tiny Llama: weights of the layers, of the head, of an adapter of rank 4
 BODY = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)

@@ -9,8 +9,8 @@ from conftest import built, make_data, make_module, replicas
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from callbacks import SeedEnsembleCallback
 from seedlora.adapter import read_adapter
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.module import PROJECTIONS, learning_rate_factor
 
 SEEDS = (11, 42, 202)

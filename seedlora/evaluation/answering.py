@@ -42,7 +42,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 class Prompts(Protocol):
-    """How requests become prompts: ``datamodules.prompts`` is one, handed over by whoever starts the program."""
+    """How requests become prompts; ``seedlora.datamodules.prompts`` is one, handed over by whoever starts it."""
 
     def render(self, style: str | Mapping[str, Any], turns: str) -> str:
         """The text after which the model answers."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules import ReasoningGym, prompts
 from seedlora.cli import main
+from seedlora.datamodules import ReasoningGym, prompts
 from seedlora.shell import main as shell
 from train import PARTS
 

@@ -15,8 +15,8 @@ from conftest import built
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datamodules import prompts
 from seedlora.adapter import write_adapter
+from seedlora.datamodules import prompts
 from seedlora.evaluation import endpoint
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt

@@ -11,10 +11,10 @@ from conftest import built
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from datamodules import prompts
 from seedlora.adapter import write_adapter
 from seedlora.base_model import load_model, load_tokenizer
 from seedlora.base_weights import BaseWeights
+from seedlora.datamodules import prompts
 from seedlora.evaluation.answering import OneAfterTheOther, folder_generator
 from seedlora.shell import main
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import built
 
-from datamodules import prompts
 from seedlora.adapter import write_adapter
 from seedlora.cli import main as train
+from seedlora.datamodules import prompts
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
 from seedlora.shell import main

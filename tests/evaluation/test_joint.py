@@ -11,8 +11,8 @@ import pytest
 from conftest import built
 from rich.console import Console
 
-from datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.adapter import write_adapter
+from seedlora.datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS, load_items
 from seedlora.shell import main

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from datamodules import prompts
+from seedlora.datamodules import prompts
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.tasks import TASKS, check_tasks, load_items
 
