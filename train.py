@@ -3,7 +3,8 @@
 import sys
 
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
-from seedlora.cli import Parts, main
+from seedlora.cli.parser import Parts
+from seedlora.cli.train import main
 from seedlora.datamodules import InstructionDataModule, prompts
 from seedlora.datamodules.reasoning_gym import generated_test
 

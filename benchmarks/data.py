@@ -57,9 +57,9 @@ def generate(path: Path, rows: int) -> None:
 
 def start(path: str, tokenizer: str) -> None:
     """One start, as train.py has it: read or make the rows, then give the first batch."""
-    from seedlora.base_model import load_tokenizer
     from seedlora.datamodules import MetaMathQA
     from seedlora.datamodules.sampler import ReplicaSampler
+    from seedlora.model.loading import load_tokenizer
 
     imported = time.time()
     data = MetaMathQA(path)
@@ -97,7 +97,7 @@ def main() -> int:
     if options.start:
         start(options.start, options.tokenizer)
         return 0
-    from seedlora.base_model import resolve
+    from seedlora.model.loading import resolve
 
     model = resolve(options.tokenizer)
     print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

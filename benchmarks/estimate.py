@@ -3,8 +3,9 @@
     python benchmarks/estimate.py              # the table
     python benchmarks/estimate.py --configs    # a line for each file
 
-Operations are those of ``seedlora.plan.Work``, memory is ``seedlora.plan.step_memory`` of a micro-batch of rows of full
-length. Neither is measured. The models are built from the numbers below without weights; nothing is downloaded.
+Operations are those of ``seedlora.run.operations.Work``, memory is ``seedlora.run.memory.step_memory`` of a micro-batch
+of rows of full length. Neither is measured. The models are built from the numbers below without weights; nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 
 import yaml
 
-from seedlora.module import SeedLoRAModule
-from seedlora.plan import ONE_PROCESS, Sharding, step_memory, work
+from seedlora.distributed.strategies import ONE_PROCESS, Sharding
+from seedlora.run.memory import step_memory
+from seedlora.run.operations import work
+from seedlora.training.module import SeedLoRAModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: bfloat16 operations of an H100 (SXM) in a second by its data sheet, and the part of it that is taken to be reached

@@ -16,9 +16,9 @@ import time
 import torch
 from peft import LoraConfig, get_peft_model
 
-from seedlora.base_model import fast_dtype, load_model, load_tokenizer
-from seedlora.evaluation.generate import evaluating, greedy
-from seedlora.stacked import AdapterStack
+from seedlora.adapters.stack import AdapterStack
+from seedlora.evaluation.generate import greedy
+from seedlora.model.loading import evaluating, fast_dtype, load_model, load_tokenizer
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

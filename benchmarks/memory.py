@@ -23,10 +23,11 @@ import lightning.pytorch as pl
 import torch
 
 import train as speed  # benchmarks/train.py, which is beside this file
-from seedlora.base_model import EMBEDDED
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.module import SeedLoRAModule
-from seedlora.plan import Memory, PeakMemory, step_memory
+from seedlora.model.embedded import EMBEDDED
+from seedlora.run.cost import PeakMemory
+from seedlora.run.memory import Memory, step_memory
+from seedlora.training.module import SeedLoRAModule
 
 #: model, seeds, rows of each, tokens of a row, supervised tokens of a row, gradient checkpointing, options
 SETTINGS: tuple[tuple[Any, ...], ...] = (

@@ -24,11 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seedlora.adapter import WEIGHTS_NAME, universal_config, write_adapter
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, fuse_folders, updates
-from seedlora.into_base import fuse_into_base
-from seedlora.merge import DenseUpdates, bind
+from seedlora.adapters.adapter import WEIGHTS_NAME
+from seedlora.adapters.writing import universal_config, write_adapter
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.layers import fuse, updates
+from seedlora.merge.registry import bind
+from seedlora.merge.whole_models import fuse_into_base
+from seedlora.updates.dense import DenseUpdates
+from seedlora.updates.factors import LoRAFactors
 
 #: hidden size, feed-forward size, key/value size, layers
 SHAPES = {"7b": (4096, 11008, 4096, 32), "70b": (8192, 28672, 1024, 80), "tiny": (256, 688, 256, 4)}

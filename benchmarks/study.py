@@ -49,33 +49,27 @@ from rich.table import Table
 from scipy.stats import t as student
 from torch import Tensor
 
-from seedlora.adapter import read_adapter
-from seedlora.atomic import atomic_file, write_text
-from seedlora.base_model import EMBEDDED
+from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import EnsembleProgressBar, SeedEnsembleCallback
 from seedlora.datamodules import ReasoningGym
-from seedlora.diagnostics import model_cosines
-from seedlora.evaluation.statistics import paired_difference
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, stack_adapters
-from seedlora.merge import MergeRule, bind, gram, shrinkage
-from seedlora.merge._lowrank import factor_grams, in_span, thin_svd
-from seedlora.module import IGNORED, SeedLoRAModule
+from seedlora.merge.bound_rule import MergeRule
+from seedlora.merge.inputs import stack_adapters
+from seedlora.merge.layers import fuse
+from seedlora.merge.registry import bind
+from seedlora.model.embedded import EMBEDDED
+from seedlora.names import seed_name
 from seedlora.report.figures import COLOURS
-from seedlora.report.results import seed_name
-from seedlora.selection import (
-    Layers,
-    RowScores,
-    Score,
-    choose,
-    gain_family,
-    greedy_soup,
-    members,
-    scaled_soups,
-    score_lazily,
-    seed_times_gain,
-    subsets,
-)
+from seedlora.scores.intervals import paired_difference
+from seedlora.scores.row_scores import RowScores
+from seedlora.selection.candidates import gain_family, scaled_soups, seed_times_gain, subsets
+from seedlora.selection.choice import Score, choose, greedy_soup, score_lazily
+from seedlora.training.losses import IGNORED
+from seedlora.training.module import SeedLoRAModule
+from seedlora.updates.algebra import factor_grams, gram, in_span, shrinkage, thin_svd
+from seedlora.updates.diagnostics import model_cosines
+from seedlora.updates.factors import LoRAFactors
+from seedlora.updates.stacks import Layers, members
+from seedlora.utils.files import atomic_file, write_text
 
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "study" / "cells.jsonl", Path("runs/study")

@@ -44,9 +44,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from seedlora.base_model import EMBEDDED, fast_dtype, resolve
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.module import PROJECTIONS, SeedLoRAModule
+from seedlora.model.embedded import EMBEDDED
+from seedlora.model.loading import fast_dtype, resolve
+from seedlora.training.model_options import PROJECTIONS
+from seedlora.training.module import SeedLoRAModule
 
 SEEDS = (11, 42, 202)
 RANK, ALPHA, RATE = 8, 16, 2e-4

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from seedlora.atomic import write_text
+from seedlora.utils.files import write_text
 
 
 class JSONLinesLogger(Logger):

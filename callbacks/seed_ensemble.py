@@ -20,40 +20,52 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from seedlora.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained, read_adapter
-from seedlora.atomic import remove_folder
-from seedlora.base_model import resolve
-from seedlora.base_weights import BaseWeights
-from seedlora.callbacks.run_folder import CONTROL_NAME, RESULTS_NAME, RunFolder, step_of
-from seedlora.card import CARD_NAME, base_record, refresh_card, seed_card
-from seedlora.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds, sample_losses
-from seedlora.fuse import base_of, fuse, fuse_folders, joined, rule_record, stack_adapters, stack_updates
-from seedlora.into_base import check_dense, fuse_into_base
-from seedlora.merge import COMMON, BoundRule, MergeRule, bind, soup
-from seedlora.module import AT_ONCE, DivergedError, Replica, SeedLoRAModule, StoppedError
-from seedlora.plan import ReplicaBudget, device_memory, fitting_stack, memory_of, replica_budget
-from seedlora.report import Results, results
-from seedlora.report.results import (
+from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained
+from seedlora.adapters.model_card import CARD_NAME, base_record, refresh_card, seed_card
+from seedlora.adapters.reading import read_adapter
+from seedlora.distributed.strategies import check_batches, holds_whole_adapters, saves_folders
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.bound_rule import COMMON, BoundRule, MergeRule
+from seedlora.merge.inputs import base_of, stack_adapters, stack_updates
+from seedlora.merge.layers import fuse
+from seedlora.merge.methods.soup import soup
+from seedlora.merge.record import rule_record
+from seedlora.merge.registry import bind
+from seedlora.merge.whole_models import check_dense, fuse_into_base
+from seedlora.model.loading import resolve
+from seedlora.model.weight_files import BaseWeights
+from seedlora.names import (
     ALL_CONTROLS,
+    BASE,
+    CONTROL_NAME,
     FUSED,
     LOGITS,
     LONG_SEED,
     NO_CONTROLS,
+    RESULTS_NAME,
     SELECTION_NAME,
     SOUP,
     WIDE_SEED,
     seed_name,
 )
-from seedlora.selection import Layers, RowScores, Score, members, score_lazily
-from seedlora.strategies import check_batches, holds_whole_adapters, saves_folders
+from seedlora.run.budget import ReplicaBudget, replica_budget
+from seedlora.run.ensemble_options import KEEP, ON_DIVERGENCE, VARY
+from seedlora.run.folder import RunFolder, step_of
+from seedlora.run.memory import device_memory, fitting_stack, memory_of
+from seedlora.scores.intervals import sample_losses
+from seedlora.scores.results import Results, results
+from seedlora.scores.row_scores import RowScores
+from seedlora.selection.choice import Score, score_lazily
+from seedlora.selection.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds
+from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import DivergedError, Replica, StoppedError
+from seedlora.training.scoring import AT_ONCE
+from seedlora.updates.stacks import Layers, joined, members
+from seedlora.utils.files import remove_folder
 
-VARY = ("both", "init", "order")
-KEEP = ("last", "best")
-ON_DIVERGENCE = ("stop", "exclude")
 AUTO = "auto"
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
-BASE = "base"
 _TERMINATED = "terminated by SIGTERM after training; the adapters are written"
 
 
@@ -77,9 +89,10 @@ class SeedEnsembleCallback(pl.Callback):
       the validation rows, with what is to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are
       written. ``Trainer.validate`` does the same for seeds that are all trained.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
-      what else is compared, :data:`seedlora.module.AT_ONCE` adapters at a time, whole models one by one. Nothing is
-      chosen any more. All of them are also scored on the same few training rows, as many as there are test items and
-      at most :data:`seedlora.comparison.TRAIN_ROWS`: their training losses, beside the test's scores.
+      what else is compared, :data:`seedlora.training.scoring.AT_ONCE` adapters at a time, whole models one by one.
+      Nothing is chosen any more. All of them are also scored on the same few training rows, as many as there are test
+      items and at most :data:`seedlora.selection.comparison.TRAIN_ROWS`: their training losses, beside the test's
+      scores.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -88,9 +101,9 @@ class SeedEnsembleCallback(pl.Callback):
 
     Args:
         seeds: one replica each.
-        merge: a method of :data:`seedlora.merge.METHODS`, any rule, or ``none`` to fuse nothing. On the validation
-            rows, ``auto`` chooses the method, ``seedlora_gain`` without an option ``p`` its gain, on all layers or on
-            attention or FFN alone, and ``greedy_soup`` its members.
+        merge: a method of :data:`seedlora.merge.registry.METHODS`, any rule, or ``none`` to fuse nothing. On the
+            validation rows, ``auto`` chooses the method, ``seedlora_gain`` without an option ``p`` its gain, on all
+            layers or on attention or FFN alone, and ``greedy_soup`` its members.
         merge_options: keyword options of the method.
         compare: further methods, as a list or separated by commas, that are scored on the same test items.
         compare_options: keyword options of these, by method.
@@ -421,7 +434,7 @@ class SeedEnsembleCallback(pl.Callback):
             )
 
     def share(self, trainer: pl.Trainer) -> ReplicaBudget:
-        """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.plan.replica_budget`.
+        """Each replica's part of the trainer's epochs or steps; raises as :func:`seedlora.run.budget.replica_budget`.
 
         A trainer's ``fast_dev_run`` is one step, which cannot be shared: there every replica gets it. The control that
         trains as long as all seeds together has its trainer for itself.

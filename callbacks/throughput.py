@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from seedlora.plan import Work, work
+from seedlora.run.operations import Work, work
 
 #: Optimizer steps after which the rest is foretold; the first is no measure of the others.
 _MEASURED = 4

@@ -113,7 +113,6 @@ _ALPACA = Style(
     between="\n\n",
 )
 _INDENT = " " * 16
-
 #: Sources: ``alpaca`` and ``alpaca_split`` are MetaMath's two readings of Stanford Alpaca's prompt; ``tulu`` is
 #: Open-Instruct's; ``llm_adapters`` is the commonsense prompt of LLM-Adapters as DoRA's code has it, with the
 #: indentation and trailing spaces of its source code, which the published adapters were trained on.

@@ -1,16 +1,19 @@
 """``python -m seedlora merge | inspect | compare | methods | report | evaluate | preview``; the last two join data."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from seedlora.cli.main import main
 from seedlora.evaluation.answering import Prompts
-from seedlora.shell import main
 
 
 def _preview(argv: list[str]) -> int:
-    from seedlora.base_model import EMBEDDED, load_tokenizer
     from seedlora.datamodules.preview import main as preview
+    from seedlora.model.embedded import EMBEDDED
+    from seedlora.model.loading import load_tokenizer
 
     return preview(argv, load_tokenizer=load_tokenizer, default_model=EMBEDDED)
 

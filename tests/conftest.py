@@ -19,9 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from seedlora.base_model import cache_folder
 from seedlora.datamodules import ReasoningGym
-from seedlora.module import Replica, SeedLoRAModule
+from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import Replica
+from seedlora.utils.wheel_files import cache_folder
 
 torch.set_num_threads(1)
 

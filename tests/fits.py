@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import Fused, fuse
-from seedlora.merge import bind
+from seedlora.merge.layers import Fused, fuse
+from seedlora.merge.registry import bind
+from seedlora.updates.factors import LoRAFactors
 
 
 def fit(

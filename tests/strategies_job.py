@@ -12,10 +12,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 from conftest import make_data, make_module
 
-import seedlora.module as seedlora_module
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.module import SeedLoRAModule
-from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
+from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
+from seedlora.training import module as seedlora_module
+from seedlora.training.module import SeedLoRAModule
 
 SEEDS = (11, 42, 202)
 

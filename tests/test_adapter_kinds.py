@@ -23,15 +23,17 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from seedlora.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
-from seedlora.base_weights import BaseWeights
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import RECORD_NAME, fuse_folders
-from seedlora.into_base import fuse_into_base
-from seedlora.merge import bind
-from seedlora.selection import soup_of
-from seedlora.serving import base_shapes
-from seedlora.shell import main
+from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from seedlora.adapters.reading import read_adapter
+from seedlora.adapters.servers import base_shapes
+from seedlora.cli.main import main
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.record import RECORD_NAME
+from seedlora.merge.registry import bind
+from seedlora.merge.whole_models import fuse_into_base
+from seedlora.model.weight_files import BaseWeights
+from seedlora.selection.choice import soup_of
+from seedlora.updates.factors import LoRAFactors
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = {"r": 4, "lora_alpha": 10, "target_modules": SEVEN}
@@ -288,7 +290,7 @@ def test_starts_are_not_computed_for_adapters_that_do_not_fit(made, copy, tmp_pa
     def start(*args, **kwargs):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("seedlora.adapter._start", start)
+    monkeypatch.setattr("seedlora.adapters.original_base._start", start)
     for merge in (fuse_folders, lambda *args: fuse_into_base(args[0], made("pissa").base, args[1])):
         with pytest.raises(AdapterError, match="task_type is CAUSAL_LM in .* and SEQ_CLS in"):
             merge([made("pissa").folders[0], folder], tmp_path / "out")
@@ -543,7 +545,7 @@ def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
 
 def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
     """Matrices of 16 x 16 and 24 x 16 entries; those of more than 256 are large here."""
-    monkeypatch.setattr("seedlora.merge._blocks.EXACT_ENTRIES", 256)
+    monkeypatch.setattr("seedlora.updates.compression.EXACT_ENTRIES", 256)
     folders = made("dora").folders
     fuse_folders(folders, tmp_path / "out", method="soup", options={"rank": 2})
     found = json.loads((tmp_path / "out" / RECORD_NAME).read_text())["compression"]

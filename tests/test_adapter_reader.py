@@ -14,10 +14,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from seedlora.adapter import CONFIG_NAME, TASKS, WEIGHTS_NAME, AdapterError, locate, read_adapter
-from seedlora.base_weights import BaseWeights
-from seedlora.fuse import RECORD_NAME, fuse_folders, read_adapters, stack_adapters
-from seedlora.serving import base_shapes, servable
+from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate
+from seedlora.adapters.reading import TASKS, read_adapter
+from seedlora.adapters.servers import base_shapes, servable
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.inputs import read_adapters, stack_adapters
+from seedlora.merge.record import RECORD_NAME
+from seedlora.model.weight_files import BaseWeights
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"

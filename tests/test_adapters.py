@@ -22,15 +22,16 @@ from transformers import (
     Qwen2Config,
 )
 
-from seedlora.adapter import read_adapter, write_adapter
-from seedlora.base_weights import BaseWeights
+from seedlora.adapters.reading import read_adapter
+from seedlora.adapters.stack import AdapterStack
+from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.fuse import fuse_folders
-from seedlora.module import PROJECTIONS
-from seedlora.plan import trainable_parameters
-from seedlora.quantization import dequantized, quantized
-from seedlora.stacked import AdapterStack
-from seedlora.strategies import choose_strategy, prepare
+from seedlora.distributed.strategies import choose_strategy, prepare
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.model.quantization import dequantized, quantized
+from seedlora.model.weight_files import BaseWeights
+from seedlora.run.memory import trainable_parameters
+from seedlora.training.model_options import PROJECTIONS
 
 KINDS = [
     ("lora", "none"),
@@ -429,9 +430,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_loads(tiny_llama, opt
 
 
 def test_a_missing_bitsandbytes_is_said_at_once(tiny_llama, monkeypatch):
-    monkeypatch.setattr("seedlora.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("seedlora.model.quantization.find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match="model.quantization nf4 needs bitsandbytes: pip install 'seedlora.quantization.'"
+        ValueError, match="model.quantization nf4 needs bitsandbytes: pip install 'seedlora.model.quantization.'"
     ):
         make_module(tiny_llama, quantization="nf4")
 

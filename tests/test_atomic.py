@@ -9,7 +9,7 @@ import torch
 from conftest import files_of_at_most
 from safetensors.torch import save_file
 
-from seedlora.atomic import atomic_file, atomic_folder, saving, write_text
+from seedlora.utils.files import atomic_file, atomic_folder, saving, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_rest(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seedlora import base_model
+from seedlora.model import loading as base_model
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import make_data, make_module
 
-from seedlora.adapter import read_adapter
+from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.fuse import fuse, stack_adapters
-from seedlora.merge import METHODS, soup
+from seedlora.merge.inputs import stack_adapters
+from seedlora.merge.layers import fuse
+from seedlora.merge.methods.soup import soup
+from seedlora.merge.registry import METHODS
 
 
 def trainer(callback, **options):

@@ -17,11 +17,11 @@ import yaml
 from conftest import files_of_at_most
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from seedlora import shell
-from seedlora.adapter import read_adapter
-from seedlora.cli import main
+from seedlora.adapters.reading import read_adapter
+from seedlora.cli import main as shell
+from seedlora.cli.train import main
 from seedlora.datamodules.prompts import render
-from seedlora.module import SeedLoRAModule
+from seedlora.training.module import SeedLoRAModule
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -177,18 +177,18 @@ def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, optio
 
 def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
     Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    from seedlora.cli import SeedLoRACLI
+    from seedlora.cli.parser import SeedLoRACLI
 
     for options in (["--data", "InstructionData", "--data.path", "rows.jsonl"], ["--config", "run.yaml"]):
         Path("run.yaml").write_text(
-            "data: {class_path: seedlora.datamodules.InstructionData, init_args: {path: rows.jsonl}}"
+            "data: {class_path: seedlora.datamodules.instruction_data.InstructionData, init_args: {path: rows.jsonl}}"
         )
         given = SeedLoRACLI(PARTS, options).config.data.init_args
         assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
 
 
 def test_the_clock_comes_before_the_ensemble_whose_phases_it_times():
-    from seedlora.cli import SeedLoRACLI
+    from seedlora.cli.parser import SeedLoRACLI
 
     kinds = [type(callback).__name__ for callback in SeedLoRACLI(PARTS, []).trainer.callbacks]
     assert kinds.index("Throughput") < kinds.index("SeedEnsembleCallback")
@@ -291,7 +291,7 @@ def test_help_and_print_config_in_a_fresh_process():
 
 
 def test_the_default_config_says_what_the_defaults_are(tmp_path):
-    from seedlora.cli import SeedLoRACLI
+    from seedlora.cli.parser import SeedLoRACLI
 
     cli = SeedLoRACLI(PARTS, [])
     defaults = yaml.safe_load(cli.parser.dump(cli.config))

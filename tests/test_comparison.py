@@ -13,14 +13,17 @@ import pytest
 import torch
 from conftest import built, make_data, make_module
 
-from seedlora.adapter import read_adapter
+from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.comparison import Comparison, _loss_difference
 from seedlora.datamodules import ReasoningGym
-from seedlora.fuse import fuse, stack_adapters
-from seedlora.merge import bind, soup
-from seedlora.report.advice import advice
-from seedlora.selection import RowScores
+from seedlora.merge.inputs import stack_adapters
+from seedlora.merge.layers import fuse
+from seedlora.merge.methods.soup import soup
+from seedlora.merge.registry import bind
+from seedlora.scores.advice import advice
+from seedlora.scores.intervals import loss_difference
+from seedlora.scores.row_scores import RowScores
+from seedlora.selection.comparison import Comparison
 from tests.test_selection import rows, stacks
 
 SEEDS = [1, 2, 3]
@@ -267,7 +270,7 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
     module.mixtures = {"mean": ("seed_1", "seed_3")}
     with torch.no_grad():
         whole = module.score({"input_ids": ids, "labels": labels})
-        monkeypatch.setattr("seedlora.module.AT_ONCE", 2)
+        monkeypatch.setattr("seedlora.training.scoring.AT_ONCE", 2)
         parts = module.score({"input_ids": ids, "labels": labels})
     assert torch.allclose(whole[0], parts[0], rtol=1e-5)
     assert torch.equal(whole[1], parts[1])
@@ -384,7 +387,7 @@ def test_the_interval_of_a_loss_difference_resamples_rows_with_their_tokens():
     tokens = rng.integers(1, 60, size=80)
     first, second = (torch.tensor(tokens * rng.normal(mean, 0.4, size=80)) for mean in (2.0, 1.8))
     a, b = (RowScores(losses, torch.zeros(80, dtype=torch.bool), torch.tensor(tokens)) for losses in (first, second))
-    found = _loss_difference(a, b)
+    found = loss_difference(a, b)
     draws = []
     for _ in range(4000):
         some = rng.integers(80, size=80)
@@ -393,7 +396,7 @@ def test_the_interval_of_a_loss_difference_resamples_rows_with_their_tokens():
     np.testing.assert_allclose([found["low"], found["high"]], np.quantile(draws, [0.025, 0.975]), atol=0.012)
     # One difference per token, whatever the row's length: no resample can say otherwise.
     c = RowScores(second + 0.25 * torch.tensor(tokens), b.correct, b.tokens)
-    same = _loss_difference(c, b)
+    same = loss_difference(c, b)
     assert (same["low"], same["high"]) == pytest.approx((0.25, 0.25))
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.rows import ReplicaRows
-from seedlora.strategies import choose_strategy, prepare
+from seedlora.distributed.strategies import choose_strategy, prepare
 
 NAMES = [f"seed_{seed}" for seed in SEEDS]
 #: Two of each seven layers, because tracing takes time.

@@ -13,8 +13,8 @@ import yaml
 from benchmarks import estimate
 from seedlora import datamodules
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.cli import main
-from seedlora.module import SeedLoRAModule
+from seedlora.cli.train import main
+from seedlora.training.module import SeedLoRAModule
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]

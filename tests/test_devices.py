@@ -13,7 +13,7 @@ from second_device import CPU, DEVICE, OnDevice, on_second_device, second_device
 
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, Throughput
 from seedlora.evaluation.generate import Prompt, StackGenerator
-from seedlora.merge import METHODS
+from seedlora.merge.registry import METHODS
 
 SMALL = {"num_train": 8, "num_val": 4, "num_test": 4}
 ON_CPU = {"accelerator": lambda: "cpu"}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from seedlora import diagnostics
-from seedlora.diagnostics import histogram
-from seedlora.factors import LoRAFactors
-from seedlora.merge import soup
+from seedlora.merge.methods.soup import soup
+from seedlora.updates import diagnostics
+from seedlora.updates.diagnostics import histogram
+from seedlora.updates.factors import LoRAFactors
 from tests.merge.cases import dense_list, make_stack
 from tests.reference import mean
 
@@ -71,7 +71,7 @@ def test_layers_are_sorted_as_people_count():
 
 def test_histogram_counts_every_entry(monkeypatch):
     """In blocks of rows, the last one smaller, against the dense updates."""
-    monkeypatch.setattr("seedlora.merge._dense.BLOCK_ENTRIES", 3 * 2 * 7)
+    monkeypatch.setattr("seedlora.updates.dense.BLOCK_ENTRIES", 3 * 2 * 7)
     generator = torch.Generator().manual_seed(0)
     stack = LoRAFactors(torch.randn(2, 3, 7, generator=generator), torch.randn(2, 10, 3, generator=generator))
     edges = torch.linspace(-2, 2, 9, dtype=torch.float64)

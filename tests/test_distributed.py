@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 
-from seedlora.adapter import read_adapter
-from seedlora.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
+from seedlora.adapters.reading import read_adapter
+from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
 from tests import training_process
 from tests.training_process import finish, wait_for_step
 

@@ -11,8 +11,9 @@ from conftest import built, make_data
 from rich.console import Console
 from scipy import stats
 
-from seedlora.evaluation import adjust_over_tasks, mcnemar, paired_difference, wilson
-from seedlora.report import results, results_table, verdict
+from seedlora.scores.intervals import adjust_over_tasks, mcnemar, paired_difference, wilson
+from seedlora.scores.results import results
+from seedlora.scores.tables import results_table, verdict
 
 
 def test_exact_match_is_what_greedy_generation_gives(tiny_llama):

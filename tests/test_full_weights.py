@@ -17,16 +17,19 @@ from test_training import plain_peft_run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from seedlora.adapter import AdapterError, write_adapter
+from seedlora.adapters.adapter import AdapterError
+from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.fuse import averaged
-from seedlora.into_base import fuse_into_base
-from seedlora.merge import bind
-from seedlora.module import PROJECTIONS, learning_rate_factor
-from seedlora.plan import Work, step_memory, trainable_parameters, work
-from seedlora.selection import soup_of
-from seedlora.shell import main
-from seedlora.strategies import choose_strategy, prepare
+from seedlora.cli.main import main
+from seedlora.distributed.strategies import choose_strategy, prepare
+from seedlora.merge.averages import averaged
+from seedlora.merge.registry import bind
+from seedlora.merge.whole_models import fuse_into_base
+from seedlora.run.memory import step_memory, trainable_parameters
+from seedlora.run.operations import Work, work
+from seedlora.selection.choice import soup_of
+from seedlora.training.model_options import PROJECTIONS
+from seedlora.training.optimizer import learning_rate_factor
 
 ENDS = ["embed_tokens", "lm_head"]
 SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -11,10 +11,15 @@ from conftest import built
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from seedlora.adapter import AdapterError, read_adapter, write_adapter
-from seedlora.card import refresh_card
-from seedlora.fuse import fuse, fuse_folders, stack_adapters
-from seedlora.merge import bind, seedlora
+from seedlora.adapters.adapter import AdapterError
+from seedlora.adapters.model_card import refresh_card
+from seedlora.adapters.reading import read_adapter
+from seedlora.adapters.writing import write_adapter
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.inputs import stack_adapters
+from seedlora.merge.layers import fuse
+from seedlora.merge.methods.seedlora import seedlora
+from seedlora.merge.registry import bind
 
 SEEDS = (11, 42, 202)
 

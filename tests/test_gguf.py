@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from seedlora.shell import main
+from seedlora.cli.main import main
 from tests.test_adapter_reader import SEVEN, save_adapter
 
 SCRIPT = """

@@ -20,8 +20,9 @@ from fits import assert_close, fit, fused_on, weights
 from safetensors.torch import load_file
 
 from seedlora.callbacks import Throughput
-from seedlora.merge import METHODS
-from seedlora.plan import PeakMemory, memory_of
+from seedlora.merge.registry import METHODS
+from seedlora.run.cost import PeakMemory
+from seedlora.run.memory import memory_of
 
 DEVICE = torch.device(os.environ.get("SEEDLORA_TEST_DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from seedlora import head as head_file
-from seedlora.head import head_losses, is_plain
+from seedlora.model import head_losses as head_file
+from seedlora.model.head_losses import head_losses, is_plain
 from tests.conftest import make_module
 
 S, H, V = 23, 12, 50

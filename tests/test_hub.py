@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from seedlora.base_model import load_config
-from seedlora.hub import hub, local_folder
+from seedlora.model.loading import load_config
+from seedlora.utils.hub import hub, local_folder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

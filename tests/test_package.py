@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -47,8 +48,10 @@ def test_training_runs_in_a_project_with_folders_of_our_names(project, tiny_llam
 
 @pytest.mark.slow
 def test_the_wheel_installs_one_package(tmp_path):
-    command = ["-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    run(*command, cwd=tmp_path)
+    # A copy: building leaves folders behind.
+    source, left_out = tmp_path / "source", shutil.ignore_patterns(".*", "build", "runs", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
+    run("-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source), cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"seedlora"}

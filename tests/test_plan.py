@@ -13,10 +13,12 @@ import pytest
 from conftest import make_data, make_module
 from strategies_job import zero
 
-from seedlora import cli, module, plan
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.plan import device_memory, memory_of, step_memory
-from seedlora.strategies import FSDP2Strategy, Sharding
+from seedlora.cli import train as cli
+from seedlora.distributed.strategies import FSDP2Strategy, Sharding
+from seedlora.run import plan
+from seedlora.run.memory import device_memory, memory_of, step_memory
+from seedlora.training import module
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from seedlora.base_model import load_tokenizer
 from seedlora.datamodules.preview import main
+from seedlora.model.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -17,15 +17,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from seedlora import adapter, cli, fuse, shell
-from seedlora.adapter import adapter_sha256
+from seedlora.adapters import reading as adapter
+from seedlora.adapters.adapter import adapter_sha256
+from seedlora.cli import main as shell
+from seedlora.cli import train as cli
 from seedlora.datamodules import ReasoningGym, prompts
-from seedlora.fuse import read_adapters
-from seedlora.merge import METHODS
-from seedlora.report.facts import POINTS, facts, test_facts
+from seedlora.merge import adapter_folders as fuse
+from seedlora.merge.inputs import read_adapters
+from seedlora.merge.registry import METHODS
+from seedlora.names import MEANING
+from seedlora.report.facts import facts
 from seedlora.report.figures import WIDTH, _legend, _line, _marker, _style, colours, domains, figures, run_differences
+from seedlora.report.outcomes import test_facts
 from seedlora.report.page import write_report
-from seedlora.report.results import MEANING
+from seedlora.report.training_curves import POINTS
 from tests.report_page import Page, check_page, comparison_tables, heat_maps, run_numbers, run_tables
 from tests.test_cli import SMALL
 from train import PARTS

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from seedlora.callbacks.run_folder import RunFolder
+from seedlora.run.folder import RunFolder
 
 SETTINGS = {"model.r": 8, "model.gradient_checkpointing": False, "processes": 2}
 

@@ -7,22 +7,13 @@ import math
 import pytest
 import torch
 
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse
-from seedlora.merge import bind
-from seedlora.selection import (
-    RowScores,
-    any_method,
-    choose,
-    described,
-    gain_family,
-    greedy_soup,
-    members,
-    scaled_soups,
-    score_rules,
-    seed_times_gain,
-    subsets,
-)
+from seedlora.merge.layers import fuse
+from seedlora.merge.registry import bind
+from seedlora.scores.row_scores import RowScores
+from seedlora.selection.candidates import any_method, gain_family, scaled_soups, seed_times_gain, subsets
+from seedlora.selection.choice import choose, described, greedy_soup, score_rules
+from seedlora.updates.factors import LoRAFactors
+from seedlora.updates.stacks import members
 
 ATTENTION, FFN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from seedlora.adapter import universal_config, write_adapter
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse_folders
-from seedlora.serving import NOT_KNOWN, SERVERS, base_shapes, complete, servable
+from seedlora.adapters.servers import NOT_KNOWN, SERVERS, base_shapes, complete, servable
+from seedlora.adapters.writing import universal_config, write_adapter
+from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.updates.factors import LoRAFactors
 
 
 def layer(d, k, r=2):

@@ -15,10 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from seedlora.fuse import RECORD_NAME, fuse, read_adapters, stack_adapters
-from seedlora.into_base import fuse_into_base
-from seedlora.merge import METHODS, bind
-from seedlora.shell import main
+from seedlora.cli.main import main
+from seedlora.merge.inputs import read_adapters, stack_adapters
+from seedlora.merge.layers import fuse
+from seedlora.merge.record import RECORD_NAME
+from seedlora.merge.registry import METHODS, bind
+from seedlora.merge.whole_models import fuse_into_base
 from tests import reference as ref
 from tests.test_adapter_reader import KINDS, SEVEN, gpt2, llama, save_adapter, weights
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import built
 
-from seedlora.dora import dora_updates
-from seedlora.factors import LoRAFactors
-from seedlora.stacked import _Block, _gain
+from seedlora.adapters.stacked_forward import Block, _gain
+from seedlora.updates.dora import dora_updates
+from seedlora.updates.factors import LoRAFactors
 
 SEEDS = (11, 42, 202)
 ROWS = torch.arange(3 * 2 * 7).view(6, 7) % 257
@@ -155,7 +155,7 @@ def test_dora_s_norms_take_no_matrix_of_the_size_of_a_weight():
         base_layer = staticmethod(lambda x: (x @ v.float())[:, None] * u.float())
         get_base_layer = staticmethod(lambda: torch.nn.Linear(1, 1, bias=False))
 
-    block = _Block(a.float()[None], b.float()[:, None], scale, m.float())
+    block = Block(a.float()[None], b.float()[:, None], scale, m.float())
     gain = _gain(Layer, [block, None], block.A)
     assert gain.shape == (2, 1, size)
     torch.testing.assert_close(gain[0, 0].double(), m / norms - 1, atol=1e-3, rtol=1e-3)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from strategies_job import Break, Poison
 from test_callback import trainer
 
-from seedlora.adapter import read_adapter
+from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import JSONLinesLogger, SeedEnsembleCallback
-from seedlora.module import SeedLoRAModule, StoppedError
-from seedlora.plan import Memory, fitting_stack
+from seedlora.run.memory import Memory, fitting_stack
+from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import StoppedError
 
 
 class Scripted(SeedLoRAModule):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import study
 from benchmarks.study import Cell, Setting
-from seedlora.adapter import read_adapter
-from seedlora.factors import LoRAFactors
+from seedlora.adapters.reading import read_adapter
+from seedlora.updates.factors import LoRAFactors
 
 TASKS = {
     "chain_sum": {"num_train": 16, "num_val": 6, "num_test": 8},

@@ -9,9 +9,10 @@ from conftest import built, make_data, make_module, replicas
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from seedlora.adapter import read_adapter
+from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.module import PROJECTIONS, learning_rate_factor
+from seedlora.training.model_options import PROJECTIONS
+from seedlora.training.optimizer import learning_rate_factor
 
 SEEDS = (11, 42, 202)
 OPTIONS = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}

@@ -90,7 +90,7 @@ def _run(words: list[str], log: Path, dying: Callable[[], None] | None) -> None:
     with log.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    from seedlora.cli import main
+    from seedlora.cli.train import main
     from train import PARTS
 
     if dying is not None:

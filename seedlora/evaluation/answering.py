@@ -13,29 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from rich.console import Console
 
-from seedlora.adapter import (
-    CONFIG_NAME,
-    PROMPT_NAME,
-    Adapter,
-    AdapterError,
-    adapter_sha256,
-    locate,
-    quantization_of,
-    read_adapter,
-    universal_config,
-    write_adapter,
-)
-from seedlora.base_model import fast_dtype, load_model, load_tokenizer, resolve
-from seedlora.base_weights import BaseWeights
+from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, Adapter, AdapterError, adapter_sha256, locate
+from seedlora.adapters.reading import quantization_of, read_adapter
+from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerator
-from seedlora.evaluation.run import Candidate
-from seedlora.factors import LoRAFactors
-from seedlora.quantization import check_quantization, quantize
-from seedlora.report.results import BASE
+from seedlora.evaluation.samples import Candidate
+from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resolve
+from seedlora.model.quantization import check_quantization, quantize
+from seedlora.model.weight_files import BaseWeights
+from seedlora.names import BASE
+from seedlora.updates.factors import LoRAFactors
 
 if TYPE_CHECKING:
-    from seedlora.stacked import AdapterStack
+    from seedlora.adapters.stack import AdapterStack
 
 DEFAULT_STYLE = "alpaca"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,7 +174,7 @@ def _candidates(
 
 
 def from_endpoint(arguments: Mapping[str, Any], prompts: Prompts) -> Scored:
-    """The adapters that a server has, by the options of ``evaluate``; raises as :func:`seedlora.adapter.locate`."""
+    """Return the adapters that a server has, by the options of ``evaluate``; raises as :func:`locate`."""
     adapters = _named(arguments["adapter"], served=True)
     models = {adapter.name: adapter.name for adapter in adapters}
     base = arguments["with_base"] or not adapters
@@ -297,7 +288,7 @@ def stack_over(model: Any, adapters: Mapping[str, Mapping[str, LoRAFactors]]) ->
     """
     from peft import LoraConfig, get_peft_model
 
-    from seedlora.stacked import AdapterStack
+    from seedlora.adapters.stack import AdapterStack
 
     paths = sorted({path for layers in adapters.values() for path in layers})
     modules = dict(model.named_modules())

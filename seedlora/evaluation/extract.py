@@ -16,7 +16,6 @@ from typing import NamedTuple
 MARKER = "The answer is: "
 NO_MARKER, NO_ANSWER = "no 'The answer is: '", "nothing to read after the marker"
 NUMBER_CUT, ROUNDED = "number cut at its second separator", "rounded to a whole number"
-
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _TALK = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
 #: What ends a generation for GSM8K and MATH: the model starts to ask itself the next question.

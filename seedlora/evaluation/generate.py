@@ -6,13 +6,15 @@ Shape legend: ``N`` adapters, ``b`` prompts of each, ``M = N b`` rows (adapter a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from seedlora.model.loading import evaluating
 
 STOPPED, LENGTH = "stop", "length"
 
@@ -65,8 +67,8 @@ class StackGenerator:
         model: a causal language model of transformers, the adapters' base.
         tokenizer: of the model.
         route: ``route(names)`` says whose rows the blocks of the next forwards are:
-            :meth:`seedlora.stacked.AdapterStack.route`, for example.
-        frozen: a context in which no adapter changes: :meth:`seedlora.stacked.AdapterStack.frozen`.
+            :meth:`seedlora.adapters.stack.AdapterStack.route`, for example.
+        frozen: a context in which no adapter changes: :meth:`seedlora.adapters.stack.AdapterStack.frozen`.
         adapters: what each name given to the call is for ``route``.
         mixtures: names that answer by the mean of several adapters' next-token probabilities: their names. Each is a
             pass of its own, in which its adapters read what the mixture said.
@@ -290,15 +292,3 @@ def _compacted(active: Sequence[int], alive: set[int], blocks: int) -> list[int]
         living_first = sorted(block, key=lambda place: active[place] not in alive)
         kept += sorted(living_first[:needed])
     return kept
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode; every module goes back to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

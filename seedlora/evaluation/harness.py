@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from seedlora.evaluation.generate import StackGenerator, evaluating
+from seedlora.evaluation.generate import StackGenerator
+from seedlora.model.loading import evaluating
 
 PROTOCOL = "lm-eval"
 

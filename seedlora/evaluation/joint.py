@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from seedlora.evaluation.statistics import Score, wilson
+from seedlora.scores.intervals import Score, wilson
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
-
 #: Takes the proof from a pipe, where nobody can read it again, limits itself, runs the program, and gives the proof
 #: only if that came to its end. A program that searches the interpreter's own frames could still find it.
 _DRIVER = """\

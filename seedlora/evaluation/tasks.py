@@ -23,12 +23,11 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
-from seedlora.hub import hub
-from seedlora.packaged import PackagedFile
+from seedlora.names import RUN_NAME
+from seedlora.utils.hub import hub
+from seedlora.utils.wheel_files import PackagedFile
 
 PROTOCOL = "paper"
-#: What a run of train.py keeps its settings in.
-RUN_NAME = "run.json"
 #: Task and perhaps the settings of a run to the rows ``question`` and ``answer`` of the test split of its data.
 Generate: TypeAlias = Callable[[str, Mapping[str, Any] | None], Iterable[Mapping[str, Any]]]
 
@@ -95,8 +94,6 @@ class Task:
         return {"prefix": self.prefix, "stops": list(self.stops), "max_new_tokens": self.max_new_tokens}
 
 
-# GSM8K and MATH, by MetaMath's evaluation
-
 _STEP_BY_STEP = " Let's think step by step."
 
 
@@ -122,8 +119,6 @@ def _math_judge(text: str, item: Item) -> Judgement:
     answer, quirks = math_answer(text)
     return Judgement(answer is not None and is_equiv(str(answer), item.gold), answer, quirks)
 
-
-# Code, by EvalPlus: the two sentences and the fences are its prompt
 
 _CODE_REQUEST = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
@@ -170,9 +165,6 @@ def _program(text: str, item: Item) -> str:
     return f"{item.gold.get('before', '')}\n\n{solution}\n\n{item.gold['test']}\n"
 
 
-# Commonsense, by LLM-Adapters
-
-
 def _commonsense(*labels: str) -> Task:
     def item(number: int, row: Mapping[str, Any]) -> Item:
         gold = _field(row, "answer")
@@ -191,8 +183,6 @@ def _commonsense(*labels: str) -> Task:
 def _numbered(word: str, count: int) -> Task:
     return _commonsense(*(f"{word}{i + 1}" for i in range(count)))
 
-
-# MMLU, as rows of cais/mmlu, by the letter
 
 _LETTERS = ("A", "B", "C", "D")
 
@@ -213,9 +203,6 @@ def _mmlu_judge(text: str, item: Item) -> Judgement:
     return Judgement(letter == item.gold, letter, quirks)
 
 
-# Generated, by reasoning-gym: answered as in training, with the answer alone
-
-
 def _generated_item(number: int, row: Mapping[str, Any]) -> Item:
     return Item(str(number), _field(row, "question"), str(row["answer"]))
 
@@ -226,7 +213,6 @@ def _generated_judge(text: str, item: Item) -> Judgement:
 
 
 _GENERATED = Task(_generated_item, stops=(), max_new_tokens=32, judge=_generated_judge, generated=True)
-
 _GSM8K = Task(
     _gsm8k_item,
     prefix=_STEP_BY_STEP,
@@ -269,7 +255,6 @@ _HUMANEVAL = Task(
 _MBPP = replace(
     _HUMANEVAL, item=_mbpp_item, packaged=None, hub=("google-research-datasets/mbpp", ("sanitized",), "test")
 )
-
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "gsm8k": _GSM8K,

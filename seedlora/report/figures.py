@@ -12,19 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from seedlora.merge import METHODS
-from seedlora.report.results import (
-    BASE,
-    FUSED,
-    GAIN_SEED,
-    GAIN_SOUP,
-    GREEDY,
-    LOGITS,
-    LONG_SEED,
-    MEAN_SEED,
-    SOUP,
-    WIDE_SEED,
-)
+from seedlora.merge.registry import METHODS
+from seedlora.names import BASE, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, LONG_SEED, MEAN_SEED, SOUP, WIDE_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from seedlora.cli import main
+from seedlora.cli.main import main as shell
+from seedlora.cli.train import main
 from seedlora.datamodules import ReasoningGym, prompts
-from seedlora.shell import main as shell
 from train import PARTS
 
 SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]

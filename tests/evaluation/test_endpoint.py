@@ -15,12 +15,12 @@ from conftest import built
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seedlora.adapter import write_adapter
+from seedlora.adapters.writing import write_adapter
+from seedlora.cli.main import main
 from seedlora.datamodules import prompts
 from seedlora.evaluation import endpoint
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt
-from seedlora.shell import main
 
 
 def serve(base, adapters, pipe):

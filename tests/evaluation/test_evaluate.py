@@ -11,12 +11,12 @@ from conftest import built
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from seedlora.adapter import write_adapter
-from seedlora.base_model import load_model, load_tokenizer
-from seedlora.base_weights import BaseWeights
+from seedlora.adapters.writing import write_adapter
+from seedlora.cli.main import main
 from seedlora.datamodules import prompts
 from seedlora.evaluation.answering import OneAfterTheOther, folder_generator
-from seedlora.shell import main
+from seedlora.model.loading import load_model, load_tokenizer
+from seedlora.model.weight_files import BaseWeights
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{i} and {i}\n#### {2 * i}"} for i in range(1, 8)]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import built
 
-from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, before_stop, evaluating, greedy
+from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, before_stop, greedy
+from seedlora.model.loading import evaluating
 
 SEEDS = (11, 42, 202)
 PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import built
 
-from seedlora.adapter import write_adapter
-from seedlora.cli import main as train
+from seedlora.adapters.writing import write_adapter
+from seedlora.cli.main import main
+from seedlora.cli.train import main as train
 from seedlora.datamodules import prompts
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
-from seedlora.shell import main
 from train import PARTS
 
 pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")

@@ -11,11 +11,11 @@ import pytest
 from conftest import built
 from rich.console import Console
 
-from seedlora.adapter import write_adapter
+from seedlora.adapters.writing import write_adapter
+from seedlora.cli.main import main
 from seedlora.datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS, load_items
-from seedlora.shell import main
 
 
 def column(digits):
@@ -124,9 +124,9 @@ def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
 def test_no_hint_in_the_limit(adapters, monkeypatch):
     from dataclasses import replace
 
-    from seedlora.evaluation.command import alike, task_runs
+    from seedlora.evaluation.scoring import alike, task_runs
 
-    monkeypatch.setattr("seedlora.evaluation.command.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
+    monkeypatch.setattr("seedlora.evaluation.tasks.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
     runs = alike(task_runs(["gcd", "chain_sum"], limit=1, generate=reasoning_gym.generated_test))
     assert [run.max_new_tokens for run in runs] == [77, 77]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from seedlora.cli import main
+from seedlora.cli.train import main
 from train import PARTS
 
 THINGS = ("apples", "books", "coins", "marbles", "stickers", "tickets")

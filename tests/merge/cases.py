@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedlora.factors import LoRAFactors
-from seedlora.merge import Updates
+from seedlora.updates.dense import Updates
+from seedlora.updates.factors import LoRAFactors
 from tests import reference as ref
 
 

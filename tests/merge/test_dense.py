@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from seedlora.dora import dora_updates
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, updates
-from seedlora.merge import METHODS, DenseUpdates, _dense, bind, factored, row_blocks
+from seedlora.merge.layers import fuse, updates
+from seedlora.merge.registry import METHODS, bind
+from seedlora.updates import dense as _dense
+from seedlora.updates.compression import factored
+from seedlora.updates.dense import DenseUpdates, row_blocks
+from seedlora.updates.dora import dora_updates
+from seedlora.updates.factors import LoRAFactors
 from tests.merge.cases import CASES, dense, dense_list, make_stack, options_for, relative
 
 TAKES_DENSE = [name for name, case in CASES.items() if METHODS[case.method].dense]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from seedlora.merge import COMMON, METHODS
+from seedlora.merge.bound_rule import COMMON
+from seedlora.merge.registry import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -5,9 +5,10 @@ to be broken: the list cannot outlive its cause.
 import pytest
 import torch
 
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse
-from seedlora.merge import METHODS, bind, greedy_members
+from seedlora.merge.layers import fuse
+from seedlora.merge.methods.soup import greedy_members
+from seedlora.merge.registry import METHODS, bind
+from seedlora.updates.factors import LoRAFactors
 from tests.merge.cases import dense, make_stack, relative
 
 TRIM = "the default density drops entries of any update"

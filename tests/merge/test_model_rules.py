@@ -6,9 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seedlora.factors import LoRAFactors
-from seedlora.fuse import fuse, layer_threads, updates
-from seedlora.merge import METHODS, DenseUpdates, Method, _blocks, _dense, bind, compress, dense_update, soup
+from seedlora.merge.bound_rule import Method
+from seedlora.merge.layers import fuse, layer_threads, updates
+from seedlora.merge.methods.soup import soup
+from seedlora.merge.registry import METHODS, bind
+from seedlora.updates import compression as _blocks
+from seedlora.updates import dense as _dense
+from seedlora.updates.compression import compress
+from seedlora.updates.dense import DenseUpdates, dense_update
+from seedlora.updates.factors import LoRAFactors
 from tests import reference as ref
 from tests.merge.cases import dense, dense_list, make_stack, relative
 
@@ -301,7 +307,7 @@ def test_dense_update_of_ones_own():
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_thresholds_are_exact(density, dtype):
-    from seedlora.merge._sparsify import magnitude_thresholds
+    from seedlora.merge.steps.sparsify import magnitude_thresholds
 
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1)).to(dtype) * torch.tensor([[1e-6], [30.0]])
     values[:, :700] = 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from seedlora.merge import METHODS
-from seedlora.merge._sparsify import drop
+from seedlora.merge.registry import METHODS
+from seedlora.merge.steps.sparsify import drop
 from tests.merge.cases import dense, dense_list, make_stack, relative
 from tests.reference import dare_masks
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from seedlora.merge import METHODS
+from seedlora.merge.registry import METHODS
 from tests.merge.cases import CASES, dense, make_stack, options_for, relative
 
 #: float64 is limited by the square root in the Gram matrices, the others by storage.

@@ -1,0 +1,277 @@
+"""What servers want besides a correct adapter: one shape, every targeted module in every layer, whole groups.
+
+Shape legend: ``D`` output features, ``K`` input features, ``R`` rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from seedlora.model.weight_files import BaseWeights
+from seedlora.updates.factors import LoRAFactors
+
+#: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Modules of a group that have one shape in every architecture.
+_SAME_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+#: The servers about which rules are known.
+SERVERS = ("vLLM", "SGLang", "LoRAX", "TGI", "llama.cpp")
+#: vLLM's --max-lora-rank takes one of these.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Begins the sentence about what may stand in a server's way, and cannot be told.
+NOT_KNOWN = "not known: "
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def complete(
+    layers: Mapping[str, LoRAFactors], shapes: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[dict[str, LoRAFactors], list[str]]:
+    """Add zero updates, so that every adapted module is there in every layer, and q/k/v and gate/up are together.
+
+    Args:
+        layers: one adapter per layer path, all of one rank.
+        shapes: ``(D, K)`` of the base model's layers by path, as :func:`base_shapes` reads them. With it, all layers
+            of the model are known; without, only those that carry some adapter, and the shapes of modules that have a
+            partner of the same shape.
+
+    Returns:
+        The layers with zeros added, in the order of their paths, and the paths that should be there but whose shape
+        is not known.
+    """
+    if shapes is not None and not set(shapes) & set(layers):
+        shapes = None  # a checkpoint that names its layers otherwise tells nothing about these
+    full, unknown = dict(layers), []
+    by_template: dict[str, LoRAFactors] = {}
+    for path, factors in layers.items():
+        by_template.setdefault(_template(path), factors)
+    indices = defaultdict(set)
+    for path in (*layers, *(shapes or ())):
+        indices[_stem(_template(path))].add(tuple(_NUMBER.findall(path)))
+    for template in sorted(wanted for found in by_template for wanted in _partners(found)):
+        for index in sorted(indices[_stem(template)]):
+            path = template
+            for number in index:
+                path = path.replace("{}", number, 1)
+            if path in full or (shapes is not None and path not in shapes):
+                continue
+            like = next(iter(layers.values()))
+            if shapes is not None:
+                shape: tuple[int, int] | None = shapes[path]
+            else:
+                shape = _shape_of_partner(template, by_template)
+            if shape is None:
+                unknown.append(path)
+                continue
+            a, b = torch.zeros(1, like.rank, shape[1]), torch.zeros(1, shape[0], like.rank)
+            full[path] = LoRAFactors(a.to(like.A), b.to(like.B))
+    return dict(sorted(full.items())), sorted(set(unknown))
+
+
+def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
+    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
+
+    Only headers are read, and the descriptions of 4-bit weights.
+
+    Args:
+        base_model: a folder with safetensors files, or a hub id, of which a snapshot may be on this machine.
+        fan_in_fan_out: the weights are stored as ``(K, D)``.
+
+    Returns:
+        None if there is none on this machine, or it cannot be read. Nothing is downloaded.
+    """
+    base = BaseWeights(base_model, cached=True)
+    try:
+        shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
+    except (SafetensorError, OSError, ValueError):
+        return None
+    matrices = {path: (shape[0], shape[1]) for path, shape in shapes.items() if len(shape) == 2}
+    return {path: shape[::-1] if fan_in_fan_out else shape for path, shape in matrices.items()} or None
+
+
+def _template(path: str) -> str:
+    """``model.layers.{}.mlp.up_proj``."""
+    return _NUMBER.sub("{}", path)
+
+
+def _stem(template: str) -> str:
+    """What modules share that are repeated together: ``model.layers.{}``."""
+    return template[: template.rfind("{}") + 2] if "{}" in template else template
+
+
+def _partners(template: str) -> list[str]:
+    """The templates of the group that a module belongs to; itself alone if it has none."""
+    stem, dot, leaf = template.rpartition(".")
+    return [stem + dot + other for group in GROUPS if leaf in group for other in group] or [template]
+
+
+def _shape_of_partner(template: str, by_template: Mapping[str, LoRAFactors]) -> tuple[int, int] | None:
+    stem, dot, leaf = template.rpartition(".")
+    same = next((names for names in _SAME_SHAPE if leaf in names), {leaf})
+    return next((by_template[t].shape for name in (leaf, *same) if (t := stem + dot + name) in by_template), None)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What servers look at in an adapter folder: its configuration, and the shapes of its tensors."""
+
+    config: Mapping[str, Any]
+    ranks: frozenset[int]
+    keys: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def said(self, key: str) -> bool:
+        return bool(self.config.get(key))
+
+
+#: What a server does with an adapter that is not of the universal shape: which servers, and the sentence if it is so.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
+    (SERVERS, lambda a: "DoRA: its update depends on the base weights" if a.said("use_dora") else None),
+    (SERVERS, lambda a: "bias: its base biases were trained" if a.config.get("bias", "none") != "none" else None),
+    (SERVERS, lambda a: "lora_bias: a vector beside the factors" if a.said("lora_bias") else None),
+    (SERVERS, lambda a: "modules_to_save: full weights beside the factors" if a.said("modules_to_save") else None),
+    (SERVERS, lambda a: "use_rslora: the scaling is not lora_alpha / r" if a.said("use_rslora") else None),
+    (SERVERS, lambda a: f"layers of ranks {_listed(a.ranks)}: one rank is needed" if len(a.ranks) > 1 else None),
+    (SERVERS, lambda a: None if a.keys else "no tensor is named base_model.model.<path>.lora_A.weight"),
+    (
+        SERVERS,
+        lambda a: None if isinstance(a.config.get("target_modules"), list) else "target_modules is no list of names",
+    ),
+    (
+        ("vLLM", "SGLang", "llama.cpp"),
+        lambda a: "alpha_pattern: ignored in silence (vLLM, SGLang: older ones)" if a.said("alpha_pattern") else None,
+    ),
+    (("vLLM", "SGLang"), lambda a: "rank_pattern: older ones ignore it in silence" if a.said("rank_pattern") else None),
+    (
+        ("vLLM",),
+        lambda a: (
+            f"init_lora_weights {a.config['init_lora_weights']!r}: refused"
+            if str(a.config.get("init_lora_weights", True)).split("_")[0].lower()
+            in ("pissa", "loftq", "olora", "corda")
+            else None
+        ),
+    ),
+    (
+        ("vLLM",),
+        lambda a: (
+            f"rank {max(a.ranks)} is over --max-lora-rank {VLLM_RANKS[-1]}"
+            if a.ranks and max(a.ranks) > VLLM_RANKS[-1]
+            else None
+        ),
+    ),
+    (("SGLang",), lambda a: _absent(a, grouped=True)),
+    (("LoRAX", "TGI"), lambda a: _absent(a, grouped=False)),
+)
+_WANT_ALL_LAYERS = ("SGLang", "LoRAX", "TGI")
+
+
+def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str, list[str]]:
+    """What each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter whole.
+
+    The rules were read in the sources of vLLM 0.32, SGLang 0.5.23, LoRAX, TGI and llama.cpp's converter; what no rule
+    is known about is not told. Reads the configuration and the header of the weights.
+
+    Args:
+        folder: a PEFT adapter folder.
+        base: its base model, a folder or a hub id, which tells what layers there are if it is on this machine.
+            Default: the one that the adapter names.
+
+    Returns:
+        Sentences by server, in the order of :data:`SERVERS`. One that begins with :data:`NOT_KNOWN` is the only one of
+        its server.
+
+    Raises:
+        ValueError: if it is no such folder, or a file is broken.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is no PEFT adapter folder that can be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'adapter_config.json'} holds no JSON object but {str(config)[:80]}")
+    layers = {}
+    for key, shape in shapes.items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+        if found and len(shape) == 2 and len(b := shapes.get(key.replace(".lora_A.", ".lora_B."), ())) == 2:
+            with torch.device("meta"):
+                layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
+    base = str(base or config.get("base_model_name_or_path") or "")
+    known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    full, unknown = complete(layers, known)
+    missing = tuple(sorted({*full, *unknown} - set(layers)))
+    ranks = frozenset(factors.rank for factors in layers.values())
+    adapter = _Shape(config, ranks, tuple(layers), missing)
+    told: dict[str, list[str]] = {server: [] for server in SERVERS}
+    for servers, rule in _RULES:
+        if (sentence := rule(adapter)) is not None:
+            for server in servers:
+                told[server].append(sentence)
+    if not set(known or ()) & set(layers):
+        for server in _WANT_ALL_LAYERS:
+            told[server] = told[server] or [
+                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names "
+                "its layers otherwise"
+            ]
+    return told
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The ``--max-lora-rank`` that vLLM needs for an adapter of a rank; None if there is none."""
+    return next((size for size in VLLM_RANKS if size >= rank), None)
+
+
+def _absent(adapter: _Shape, *, grouped: bool) -> str | None:
+    """The sentence about modules that a server misses: of a group that it fuses, or of a type that others have."""
+    templates = {_template(path) for path in adapter.keys}
+    if grouped:
+        paths = [path for path in adapter.missing if len(_partners(_template(path))) > 1]
+        return f"{paths[0]} is missing ({len(paths)} in all): its group is dropped or refused" if paths else None
+    paths = [path for path in adapter.missing if _template(path) in templates]
+    return f"{paths[0]} is missing ({len(paths)} in all): its module type is dropped in every layer" if paths else None
+
+
+def _listed(ranks: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def next_commands(
+    *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
+) -> str:
+    """How to load the adapter with PEFT, and how to serve it if it can be."""
+    load = f"""# load it with PEFT
+python - <<'PY'
+from peft import {auto_class}
+model = {auto_class}.from_pretrained("{adapter}")
+PY"""
+    if not serve:
+        return load
+    command = (
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
+        if (limit := vllm_rank(rank)) is not None
+        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
+    )
+    return f"{load}\n# serve it with vLLM\n{command}"
+
+
+def model_commands(folder: Path) -> str:
+    """How to load, serve and score a whole model."""
+    return f"""# load it with transformers
+python - <<'PY'
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+PY
+# serve it with vLLM
+vllm serve {folder}
+# score it by generation
+python -m seedlora evaluate --base-model {folder} --task gsm8k"""

@@ -1,0 +1,1 @@
+"""The command lines: train.py, and ``python -m seedlora``."""

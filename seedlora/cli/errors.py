@@ -1,0 +1,44 @@
+"""Errors of the command lines, in one sentence."""
+
+from __future__ import annotations
+
+import re
+
+from seedlora.cli.parser import KINDS
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out; the message is one sentence for the user."""
+
+
+def in_words_of_train(message: str) -> str:
+    """What is said of options of ``python -m seedlora evaluate``, with the names that they have here."""
+    message = re.sub(r"--task-path (\w+)=(\S+)", r"--evaluate_task_path '{\1: \2}'", message)
+    message = message.replace("--task ", "--evaluate ")
+    message = message.replace("--without-sandbox", "python -m seedlora evaluate --without-sandbox, after the run")
+    names = r"--(limit|max-new-tokens|task-path|execute-code)\b"
+    return re.sub(names, lambda found: f"--evaluate_{found[1].replace('-', '_')}", message)
+
+
+def plain_message(message: str) -> str:
+    """One sentence of what jsonargparse says about a value: the cause alone, with the option by its name."""
+    message, option, given = one_line(message), "", ""
+    while True:
+        if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
+            option, message = f"{option}.{found[1]}".strip("."), found[2]
+        elif found := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>.*?Given value: (.*)", message):
+            message, given = found[1], found[2]
+        else:
+            break
+    if kind := re.fullmatch(r"Expected a <class '(?:.*\.)?(\w+)'>(?:\. Got value: (.*))?", message):
+        return f"--{option} takes {KINDS.get(kind[1], kind[1])}, got {kind[2] or given}"
+    if choices := re.findall(r"typing\.Literal\[(.*?)\]", message):
+        return f"--{option} takes one of {', '.join(choices)}, got {given}"
+    if option and message.startswith("--"):  # the parser of a data module has been here
+        return f"--{option}.{message[2:]}"
+    return f"--{option}: {message}" if option else message
+
+
+def one_line(message: str) -> str:
+    """Join the lines of a message."""
+    return " ".join(message.split())

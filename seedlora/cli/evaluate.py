@@ -1,0 +1,126 @@
+"""The command ``evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from seedlora.adapters.adapter import PROMPT_NAME
+from seedlora.evaluation.answering import DEFAULT_STYLE, DTYPES, Prompts, from_endpoint, from_folders
+from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
+from seedlora.evaluation.harness import check_harness
+from seedlora.evaluation.scoring import alike, make_sandbox, score, score_with_harness, task_runs
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="a PEFT folder or hub id; repeat it")
+    add("--task", default="", metavar="A,B", help=f"from {', '.join(TASKS)}")
+    add("--limit", type=int, help="only the first N items of each task")
+    add("--out", default="evaluation", help="folder of samples and results; what is there is not generated again")
+    add("--base-model", help="default: what the adapters name")
+    add("--with-base", action="store_true", help="score the base model too")
+    add("--against", metavar="NAME", help="compare all with this one; default: merged with mean seed, or the first")
+    add("--joint", action="store_true", help="also over all tasks together, and relative to adapters named like tasks")
+    add("--json", action="store_true", help="print the results as JSON")
+    data = parser.add_argument_group("tasks")
+    add = data.add_argument
+    add("--task-path", action="append", default=[], metavar="TASK=PATH", help="a file, a mirrored folder, or 'hub'")
+    add("--prompt-style", help=f"for adapters without a {PROMPT_NAME}; default: {DEFAULT_STYLE}")
+    add("--max-new-tokens", type=int, help="instead of the protocol's; the results then say so")
+    add("--execute-code", action="store_true", help="run generated code, inside bubblewrap, to score it")
+    add("--without-sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
+    harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness, the extra seedlora[lm-eval]")
+    add = harness.add_argument
+    add("--lm-eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
+    add("--lm-eval-path", metavar="DIR", help="a folder with YAML files of tasks of your own")
+    work = parser.add_argument_group("generation")
+    add = work.add_argument
+    add("--batch-size", type=int, default=16, help="items in one forward; each adapter answers all of them")
+    add("--dtype", choices=list(DTYPES), default="auto", help="of the base model")
+    add("--endpoint", metavar="URL", help="a completions server; the model's name there is the adapter's here")
+    add("--concurrency", type=int, default=16, help="requests at once")
+    add("--timeout", type=float, default=600.0, help="seconds for one request")
+
+
+def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Generate | None = None) -> None:
+    """Run ``evaluate``.
+
+    Args:
+        arguments: of :func:`add_arguments`.
+        prompts: how requests become prompts.
+        generate: makes the rows of generated tasks.
+
+    Raises:
+        ValueError: for a request that cannot be carried out.
+        OSError: if data, model or server cannot be reached.
+    """
+    if prompts is None:
+        raise ValueError("evaluate needs prompt styles; start it by python -m seedlora evaluate")
+    names, harness = (_words(arguments[key]) for key in ("task", "lm_eval"))
+    if not names and not harness:
+        raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
+    if harness and arguments["endpoint"]:
+        raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
+    _check_read(arguments)
+    if not arguments["adapter"] and not arguments["base_model"]:
+        raise ValueError("give at least one --adapter, or a --base-model to score alone")
+    console = Console(stderr=True) if arguments["json"] else Console()
+    runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"], generate)
+    if arguments["joint"]:
+        runs = alike(runs)
+    harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
+    manager = check_harness(harness, harness_path) if harness else None
+    sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
+    if arguments["endpoint"]:
+        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
+            scored = from_endpoint(arguments, prompts)
+    else:
+        scored = from_folders(arguments, prompts, console)
+    against = arguments["against"]
+    if against is not None and against not in (known := [c.name for c in scored.candidates]):
+        raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
+    out, found = Path(arguments["out"]), {}
+    if runs:
+        try:
+            found[PROTOCOL] = score(
+                scored, runs, out, console, sandbox=sandbox, against=against, together=arguments["joint"]
+            )
+        except KeyboardInterrupt:
+            raise OSError("interrupted; the answers so far are kept: the same command goes on from them") from None
+        if arguments["limit"] is not None:
+            console.print("all items: the same without --limit; these answers are kept", highlight=False)
+    if harness:
+        found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
+    if arguments["json"]:
+        print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
+
+
+#: Options that the harness, which has its own ways, does not read.
+_OF_TASKS = ("task_path", "prompt_style", "max_new_tokens", "execute_code", "without_sandbox", "against", "joint")
+
+
+def _check_read(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that is given and that nothing of what is asked for would read."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    idle: dict[str, Sequence[str]] = {
+        "--endpoint asks a server, which has its own": ("dtype", "batch_size") if arguments["endpoint"] else (),
+        "only --endpoint reads it": () if arguments["endpoint"] else ("concurrency", "timeout"),
+        "only --task reads it": () if arguments["task"] else _OF_TASKS,
+        "only --lm-eval reads it": () if arguments["lm_eval"] else ("lm_eval_path",),
+    }
+    for reason, keys in idle.items():
+        if given := [key for key in keys if arguments[key] != parser.get_default(key)]:
+            raise ValueError(f"--{given[0].replace('_', '-')} would change nothing: {reason}")
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", ",").split(",") if word]

@@ -1,0 +1,47 @@
+"""The command ``report``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from seedlora.cli.terminal import number_table, print_json, progress_bar
+from seedlora.report.page import write_comparison, write_report
+from seedlora.report.sections import runs_table
+
+
+def run_report(arguments: Mapping[str, Any]) -> None:
+    """Write the report of a run, or the comparison of several."""
+    runs = [Path(run) for run in arguments["runs"]]
+    if missing := [run for run in runs if not (run / "run.json").is_file()]:
+        raise ValueError(f"{missing[0]} holds no run: it has no run.json")
+    if repeated := [run for i, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:i]]]:
+        raise ValueError(f"{repeated[0]} is given twice")
+    found = []
+    with progress_bar() as progress:
+        for run in runs:
+            task = progress.add_task(run.name, total=None)
+            advance = lambda _path: progress.advance(task)  # noqa: B023, E731 - called now
+            found.append(write_report(run, layers=arguments["layers"], on_layer=advance))
+    several = write_comparison(found, runs, arguments["out"]) if len(runs) > 1 else None
+    if arguments["json"]:
+        print_json(several or found[0])
+        return
+    console = Console()
+    for run, facts in zip(runs, found, strict=True):
+        console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False, soft_wrap=True)
+        for sentence in (*facts["advice"]["sentences"], *facts["left_out"], *facts["missing"]):
+            console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if several is not None:
+        # The page has all columns; these fit into a terminal.
+        rows, shown = runs_table(several["runs"]), ("run", "method", "mean seed", "fused", "against mean seed")
+        table = number_table(*shown)
+        for row in rows.rows:
+            table.add_row(*(row[rows.header.index(name)] for name in shown))
+        console.print(table)
+        console.print(several["verdict"], highlight=False, markup=False, soft_wrap=True)
+    for folder in [*runs, *([] if several is None else [Path(arguments["out"])])]:
+        console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

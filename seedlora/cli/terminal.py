@@ -1,0 +1,58 @@
+"""What the commands show: tables, bars, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from seedlora.adapters.servers import NOT_KNOWN, vllm_rank
+
+
+def served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
+    """Which servers load the adapter, and why others do not."""
+    good = [server for server, reasons in served.items() if not reasons]
+    limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
+    parts = [f"served by {', '.join(good)}{limit}"] if good else []
+    bad: dict[str, list[str]] = {}
+    for server, reasons in served.items():
+        if reasons:
+            bad.setdefault("; ".join(reasons), []).append(server)
+    for reason, servers in bad.items():
+        how = "not known for" if reason.startswith(NOT_KNOWN) else "not by"
+        parts.append(f"{how} {', '.join(servers)} ({reason.removeprefix(NOT_KNOWN)})")
+    return "; ".join(parts)
+
+
+def is_unknown(reasons: Sequence[str]) -> bool:
+    """Return whether the reasons say that nothing is known of a server."""
+    return any(reason.startswith(NOT_KNOWN) for reason in reasons)
+
+
+def progress_bar() -> Progress:
+    """Return a bar on stderr, hidden where no terminal is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def number_table(*columns: str) -> Table:
+    """A table of names and numbers; only a long name, a path, is folded."""
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
+    table.columns[0].min_width = 9
+    return table
+
+
+def formatted(*values: float) -> list[str]:
+    """Format numbers for a table."""
+    return [f"{value:.3g}" for value in values]
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2, default=str))  # noqa: T201 - what --json asks for

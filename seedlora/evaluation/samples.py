@@ -1,0 +1,364 @@
+"""Scoring adapters on tasks: prompts, generation that can be interrupted, judgement.
+
+A folder holds the state: ``samples.jsonl``, one line per adapter and item, and ``settings.json``, what they were
+generated with. What is there is not generated again; what was generated otherwise is refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seedlora.evaluation import verify
+from seedlora.evaluation.extract import python_solution
+from seedlora.evaluation.generate import LENGTH, Generation, Generator, Prompt
+from seedlora.evaluation.sandbox import PASSED, Sandbox
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Judgement, Task
+from seedlora.utils.files import atomic_file, write_text
+
+SAMPLES_NAME, SETTINGS_NAME, RESULTS_NAME = "samples.jsonl", "settings.json", "results.json"
+#: What is left to do where a folder holds other samples; train.py has its folder below the run.
+_ELSEWHERE = "move that folder away (python -m seedlora evaluate can take another --out)"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter, or the base model, to be scored.
+
+    Args:
+        name: how results call it.
+        prompt: from what is asked, and what the answer begins with, to the prompt.
+        settings: what identifies it: a checksum, the prompt style.
+    """
+
+    name: str
+    prompt: Callable[[str, str], Prompt]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task with its items, and perhaps fewer tokens than the protocol gives an answer."""
+
+    name: str
+    items: Sequence[Item]
+    max_new_tokens: int
+
+    @property
+    def task(self) -> Task:
+        """Its entry in the table."""
+        return TASKS[self.name]
+
+    @property
+    def sha256(self) -> str:
+        """Of the items, in order: what is asked, and what is right."""
+        asked = [[item.request, item.gold, item.group] for item in self.items]
+        return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a generation, as plain data."""
+        return {**self.task.settings, "max_new_tokens": self.max_new_tokens}
+
+
+@dataclass
+class Samples:
+    """What was generated so far, by task, adapter and item; and the adapters whose older samples were dropped."""
+
+    folder: Path
+    found: dict[tuple[str, str, str], dict[str, Any]]
+    dropped: Sequence[str] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / SAMPLES_NAME
+
+    def add(self, task: str, adapter: str, item: str, prompt: Prompt, said: Generation) -> None:
+        """Append one line; it is on its way to the disk when this returns."""
+        line = {"task": task, "adapter": adapter, "item": item, "prompt_sha256": _digest(prompt), **said._asdict()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.found[task, adapter, item] = line
+
+
+@contextmanager
+def open_samples(folder: Path, settings: Mapping[str, Any], *, replace: bool = False) -> Iterator[Samples]:
+    """The samples of a folder, for one process at a time, after checking that they were generated like new ones.
+
+    Args:
+        folder: made if it is not there.
+        settings: plain data; below ``adapters`` and ``tasks`` by name, where a folder may hold others too.
+        replace: where the weights behind a name have changed, drop its samples and all results instead of raising.
+
+    Raises:
+        ValueError: if the folder's samples were generated with other settings, or another process writes to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS_NAME
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_ELSEWHERE}") from None
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        plain = json.loads(json.dumps(settings))
+        dropped = _of_other_weights(before, plain) if replace else []
+        if dropped:
+            # The settings come last: until then they say whose samples these were.
+            _drop_samples(folder / SAMPLES_NAME, dropped)
+            (folder / RESULTS_NAME).unlink(missing_ok=True)
+            before["adapters"] = {name: known for name, known in before["adapters"].items() if name not in dropped}
+        for path, old, new in _conflicts(before, plain):
+            raise ValueError(
+                f"{folder} holds samples generated with {path} = {_short(old)}, now it is {_short(new)}; "
+                f"repeat the evaluation as it was, or {_ELSEWHERE}"
+            )
+        write_text(file, json.dumps(_merged(before, plain), indent=2, sort_keys=True) + "\n")
+        yield Samples(folder, _read_samples(folder / SAMPLES_NAME), dropped)
+
+
+def generate(
+    samples: Samples,
+    generator: Generator,
+    candidates: Sequence[Candidate],
+    runs: Sequence[TaskRun],
+    *,
+    on_start: Callable[[str, int, int], object] = lambda _task, _there, _all: None,
+    on_done: Callable[[Generation], object] = lambda _said: None,
+    on_smaller: Callable[[int], object] = lambda _size: None,
+) -> None:
+    """Generate what is not there yet, the longest prompts first.
+
+    Args:
+        samples: to fill.
+        generator: of the answers.
+        candidates: who answers.
+        runs: what is asked.
+        on_start: called with each task, the samples that are there, and those wanted.
+        on_done: called with each new answer.
+        on_smaller: called with the new batch size when the memory was too small for the old one.
+
+    Raises:
+        ValueError: if a sample that is there answers another prompt, or a prompt is longer than the model's context.
+    """
+    for run in runs:
+        prompts = {c.name: [c.prompt(item.request, run.task.prefix) for item in run.items] for c in candidates}
+        missing: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, item in enumerate(run.items):
+            for name in prompts:
+                line = samples.found.get((run.name, name, item.id))
+                if line is not None and line["prompt_sha256"] != _digest(prompts[name][i]):
+                    raise ValueError(
+                        f"{samples.path} holds an answer of {name} to another prompt for item {item.id} of {run.name}: "
+                        f"were data or prompt style changed? If so, {_ELSEWHERE}"
+                    )
+            if names := tuple(name for name in prompts if (run.name, name, item.id) not in samples.found):
+                missing[names].append(i)
+        wanted = len(run.items) * len(candidates)
+        on_start(run.name, wanted - sum(len(names) * len(places) for names, places in missing.items()), wanted)
+        for names, places in missing.items():
+            longest = [max(each) for each in zip(*(generator.lengths(prompts[name]) for name in names), strict=True)]
+            order = sorted(places, key=longest.__getitem__, reverse=True)
+            _generate(samples, generator, run, prompts, names, order, on_done, on_smaller)
+
+
+def _generate(
+    samples: Samples,
+    generator: Generator,
+    run: TaskRun,
+    prompts: Mapping[str, Sequence[Prompt]],
+    names: Sequence[str],
+    places: Sequence[int],
+    on_done: Callable[[Generation], object],
+    on_smaller: Callable[[int], object],
+) -> None:
+    start = 0
+    while start < len(places):
+        batch = places[start : start + generator.batch_size]
+
+        def keep(name: str, i: int, said: Generation, batch: Sequence[int] = batch) -> None:
+            place = batch[i]
+            if (run.name, name, run.items[place].id) not in samples.found:
+                samples.add(run.name, name, run.items[place].id, prompts[name][place], said)
+                on_done(said)
+
+        try:
+            generator(
+                {name: [prompts[name][i] for i in batch] for name in names},
+                max_new_tokens=run.max_new_tokens,
+                stops=run.task.stops,
+                on_done=keep,
+            )
+        except torch.OutOfMemoryError:
+            if generator.batch_size == 1:
+                raise
+            torch.cuda.empty_cache()
+            generator.batch_size = max(1, min(generator.batch_size, len(batch)) // 2)
+            on_smaller(generator.batch_size)
+            continue
+        start += len(batch)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdicts on one task.
+
+    Args:
+        task: its name.
+        names: of the adapters.
+        correct: bool, shape (items, adapters); ``None`` if the task runs code and nobody asked for that.
+        quirks: by adapter, how often which quirk of the extraction took part.
+        unfinished: by adapter, the answers that ended at ``max_new_tokens``.
+        tokens: by adapter, tokens generated.
+        groups: sub-domain of each item.
+        by_value: bool, shape (items, adapters): what math-verify says, for tasks of formulas, where it is installed.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    correct: np.ndarray | None
+    quirks: dict[str, dict[str, int]]
+    unfinished: dict[str, int]
+    tokens: dict[str, int]
+    groups: tuple[str, ...]
+    by_value: np.ndarray | None = None
+
+
+def judge(
+    samples: Samples,
+    names: Sequence[str],
+    run: TaskRun,
+    *,
+    sandbox: Sandbox | None = None,
+    on_done: Callable[[], object] = lambda: None,
+) -> Judged:
+    """Judge all samples of a task, which must be there.
+
+    Args:
+        samples: the answers.
+        names: of the adapters.
+        run: the task.
+        sandbox: where code runs; without it, tasks of code get no score.
+        on_done: called after each program.
+    """
+    lines = [[samples.found[run.name, name, item.id] for name in names] for item in run.items]
+    verdicts: list[list[Judgement]] | None = None
+    if (judge_one := run.task.judge) is not None:
+        verdicts = [[judge_one(line["text"], item) for line in row] for item, row in zip(run.items, lines, strict=True)]
+    elif sandbox is not None:
+        assert run.task.program is not None
+        programs = [
+            run.task.program(line["text"], item) for item, row in zip(run.items, lines, strict=True) for line in row
+        ]
+        outcomes = sandbox.run_all(programs, on_done=on_done)
+        flat = [Judgement(o.status == PASSED, None, () if o.status == PASSED else (o.status,)) for o in outcomes]
+        verdicts = [flat[i : i + len(names)] for i in range(0, len(flat), len(names))]
+    by_value = None
+    if run.task.by_value and verdicts is not None and verify.available():
+        read = [(str(item.gold), v.read) for item, row in zip(run.items, verdicts, strict=True) for v in row]
+        right = iter(verify.verify_all([(gold, str(answer)) for gold, answer in read if answer is not None]))
+        by_value = np.array([answer is not None and next(right) for _, answer in read]).reshape(-1, len(names))
+    quirks: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for row in verdicts or ():
+        for name, verdict in zip(names, row, strict=True):
+            quirks[name].update(verdict.quirks)
+    return Judged(
+        task=run.name,
+        names=tuple(names),
+        correct=None if verdicts is None else np.array([[v.correct for v in row] for row in verdicts]),
+        quirks={name: dict(counts) for name, counts in quirks.items()},
+        unfinished={name: sum(row[i]["finish"] == LENGTH for row in lines) for i, name in enumerate(names)},
+        tokens={name: sum(row[i]["tokens"] for row in lines) for i, name in enumerate(names)},
+        groups=tuple(item.group for item in run.items),
+        by_value=by_value,
+    )
+
+
+def write_solutions(samples: Samples, names: Sequence[str], run: TaskRun) -> list[Path]:
+    """Write code to be scored elsewhere: a file per adapter, lines of ``{"task_id", "solution"}`` as EvalPlus reads."""
+    written = []
+    for name in names:
+        path = samples.folder / "solutions" / f"{run.name}-{name.replace('/', '_')}.jsonl"
+        with atomic_file(path) as temporary:
+            lines = []
+            for item in run.items:
+                text = samples.found[run.name, name, item.id]["text"]
+                solution = python_solution(text, item.gold["entry_point"])
+                lines.append(json.dumps({"task_id": item.id, "solution": solution}) + "\n")
+            temporary.write_text("".join(lines), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def run_settings(candidates: Sequence[Candidate], runs: Sequence[TaskRun], **more: Any) -> dict[str, Any]:
+    """What :func:`open_samples` guards."""
+    return {
+        "protocol": PROTOCOL,
+        "adapters": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "tasks": {run.name: run.settings for run in runs},
+        **more,
+    }
+
+
+def _digest(prompt: Prompt) -> str:
+    return hashlib.sha256(f"{prompt.add_special_tokens}{prompt.text}".encode()).hexdigest()[:16]
+
+
+def _read_samples(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The lines of the file; one that a crash left unfinished is dropped."""
+    if not file.is_file():
+        return {}
+    found, kept, lines = {}, [], file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for line in lines:
+        try:
+            entry = json.loads(line) if line.endswith("\n") else None
+            if entry is not None:
+                found[entry["task"], entry["adapter"], entry["item"]] = entry
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        write_text(file, "".join(kept))
+    return found
+
+
+def _of_other_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The adapters of both settings whose weights differ."""
+    known = {name: settings.get("weights_sha256") for name, settings in before.get("adapters", {}).items()}
+    return [name for name, s in now["adapters"].items() if name in known and s.get("weights_sha256") != known[name]]
+
+
+def _drop_samples(file: Path, adapters: Sequence[str]) -> None:
+    lines = [line for line in _read_samples(file).values() if line["adapter"] not in adapters]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _conflicts(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What is in both and differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(set(before) & set(now)):
+            yield from _conflicts(before[key], now[key], f"{path}.{key}" if path else key)
+    elif before != now:
+        yield path, before, now
+
+
+def _merged(before: Any, now: Any) -> Any:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {**before, **{key: _merged(before.get(key), value) for key, value in now.items()}}
+    return now
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

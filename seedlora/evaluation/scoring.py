@@ -1,0 +1,298 @@
+"""``python -m seedlora evaluate``, and the same for adapters that are still in memory after training."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from seedlora.evaluation.answering import Scored
+from seedlora.evaluation.generate import Generation, StackGenerator
+from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
+from seedlora.evaluation.harness import harness_scores
+from seedlora.evaluation.joint import joint, joint_table
+from seedlora.evaluation.samples import (
+    RESULTS_NAME,
+    Judged,
+    Samples,
+    TaskRun,
+    generate,
+    judge,
+    open_samples,
+    run_settings,
+    write_solutions,
+)
+from seedlora.evaluation.sandbox import Sandbox
+from seedlora.evaluation.showing import StatusLines, progress_bar, say_unscored, show_scores, style_of
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
+from seedlora.names import BASE
+from seedlora.scores.intervals import adjust_over_tasks, wilson
+from seedlora.scores.results import Results, results
+from seedlora.utils.files import write_text
+
+HARNESS_NAME = "lm_eval.json"
+
+
+def task_runs(
+    names: Sequence[str],
+    paths: Sequence[str] = (),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    generate: Generate | None = None,
+) -> list[TaskRun]:
+    """The tasks with their items.
+
+    Args:
+        names: of :data:`TASKS`.
+        paths: ``TASK=PATH`` each.
+        limit: only the first items.
+        max_new_tokens: instead of the protocol's.
+        generate: makes the rows of generated tasks.
+
+    Raises:
+        ValueError: for what is unknown or out of range; ``OSError`` as :func:`load_items`.
+    """
+    check_tasks(names)
+    for option, value in (("limit", limit), ("max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    where = {}
+    for pair in paths:
+        task, equals, path = pair.partition("=")
+        if not equals or task not in names:
+            raise ValueError(f"--task-path '{pair}' must be TASK=PATH for a task that is asked for: {', '.join(names)}")
+        where[task] = Path(path).expanduser()
+    return [
+        TaskRun(
+            name,
+            load_items(name, path=where.get(name), limit=limit, generate=generate),
+            max_new_tokens or TASKS[name].max_new_tokens,
+        )
+        for name in names
+    ]
+
+
+def alike(runs: Sequence[TaskRun]) -> list[TaskRun]:
+    """Tasks such that nothing around a question says which of them it is from: the longest limit for all.
+
+    Raises:
+        ValueError: for a single task, one that runs code, or tasks whose answers begin or end differently.
+    """
+    if len(runs) < 2:
+        raise ValueError("--joint scores several tasks together; name at least two by --task A,B")
+    first, *others = runs
+    for run in runs:
+        if run.task.judge is None:
+            raise ValueError(f"--joint cannot take {run.name}: its answers are programs, which have to be run")
+    for run in others:
+        if (run.task.prefix, run.task.stops) != (first.task.prefix, first.task.stops):
+            raise ValueError(
+                f"--joint gives no hint which task an item is from, but answers of {first.name} and {run.name} begin "
+                "or end differently; score them apart"
+            )
+    longest = max(run.max_new_tokens for run in runs)
+    return [replace(run, max_new_tokens=longest) for run in runs]
+
+
+def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sandbox | None:
+    """A sandbox if a task runs code and that is wanted; raises as :class:`Sandbox`."""
+    if trust and not execute:
+        raise ValueError("--without-sandbox changes how code is run; add --execute-code to run it at all")
+    if not execute or all(run.task.program is None for run in runs):
+        return None
+    return Sandbox(bubblewrap=not trust)
+
+
+def score(
+    scored: Scored,
+    runs: Sequence[TaskRun],
+    folder: Path,
+    console: Console,
+    *,
+    sandbox: Sandbox | None = None,
+    against: str | None = None,
+    method: str | None = None,
+    together: bool = False,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Generate, judge, compare; print tables and write ``results.json``.
+
+    Args:
+        scored: who answers.
+        runs: what is asked.
+        folder: of samples and results.
+        console: for people.
+        sandbox: for tasks of code.
+        against: the name that all are compared with.
+        method: how the fused adapter was made, for the title.
+        together: score the tasks as one too, see :mod:`seedlora.evaluation.joint`.
+        replace: as in :func:`seedlora.evaluation.samples.open_samples`.
+
+    Returns:
+        The results, as in the file: those of other tasks that were scored there before are among them.
+    """
+    names = [candidate.name for candidate in scored.candidates]
+    started = time.monotonic()
+    settings = run_settings(scored.candidates, runs, **scored.settings)
+    with open_samples(folder, settings, replace=replace) as samples:
+        if samples.dropped:
+            console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
+        with progress_bar(console) as progress:
+            new = _generate(samples, scored, runs, progress)
+            seconds = time.monotonic() - started
+            judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
+        tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
+        # Other tasks that are there were answered alike: open_samples would have refused.
+        file = folder / RESULTS_NAME
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        styles = {candidate.name: style_of(candidate) for candidate in scored.candidates}
+        now = {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
+        found = {
+            "protocol": PROTOCOL,
+            **scored.settings,
+            "prompt_styles": {**before.get("prompt_styles", {}), **styles},
+            "tasks": {**before.get("tasks", {}), **now},
+        }
+        adjust_over_tasks(
+            ((label, against), difference)
+            for task in found["tasks"].values()
+            for label, references in task["differences"].items()
+            for against, difference in references.items()
+        )
+        union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
+        if union is not None:
+            found["joint"] = union.to_dict()
+        write_text(file, json.dumps(found, indent=2) + "\n")
+        for run, verdicts, table in zip(runs, judged, tables, strict=True):
+            show_scores(console, run, verdicts, table, method)
+            if run.task.program is not None and table is None:
+                say_unscored(console, run, write_solutions(samples, names, run))
+        if union is not None:
+            console.print()
+            console.print(joint_table(union))
+    if new:
+        tokens = sum(said.tokens for said in new)
+        rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"
+        console.print(f"generated now: {rate}", highlight=False)
+    counts = Counter(styles.values())
+    told = ", ".join(f"{style} ({count})" if len(counts) > 1 else style for style, count in counts.items())
+    console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
+    return found
+
+
+def score_with_harness(
+    scored: Scored, tasks: Sequence[str], manager: Any, folder: Path, console: Console, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
+
+    Args:
+        scored: who is scored, with the model in this process.
+        tasks: names of tasks or groups of the harness.
+        manager: of :func:`seedlora.evaluation.harness.check_harness`.
+        folder: of the results.
+        console: for people.
+        limit: only so many documents of each task.
+    """
+    assert isinstance(scored.generator, StackGenerator)
+    names = [candidate.name for candidate in scored.candidates]
+    say = lambda name: console.print(f"lm-eval: {name}", highlight=False)  # noqa: E731
+    scores = harness_scores(scored.generator, names, tasks, manager, limit=limit, on_adapter=say)
+    plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
+    found = {"protocol": HARNESS_PROTOCOL, **scored.settings, "limit": limit, "scores": plain}
+    write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
+    limited = "" if limit is None else f", {limit} documents of each task"
+    table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
+    for header in ("task", "metric", "adapter", "value"):
+        table.add_column(header, justify="right" if header == "value" else "left", overflow="fold")
+    # A group's own line says it all; its many parts are in the file.
+    first = scores[names[0]]
+    for task in [task for task in first if task in tasks] or list(first):
+        for metric in first[task]:
+            for name in names:
+                cell = scores[name][task][metric]
+                error = "" if cell.stderr is None else f" ({cell.stderr:.3f})"
+                table.add_row(*((task, metric) if name == names[0] else ("", "")), name, f"{cell.value:.3f}{error}")
+            table.add_section()
+    console.print()
+    console.print(table)
+    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progress: Progress) -> list[Generation]:
+    new: list[Generation] = []
+    lines, bars = StatusLines(progress.console), list[Any]()
+
+    def start(task: str, there: int, wanted: int) -> None:
+        bars.append(progress.add_task(task, total=wanted, completed=there))
+        if there:
+            progress.console.print(f"{task}: {there} of {wanted} answers are there already", highlight=False)
+
+    def done(said: Generation) -> None:
+        new.append(said)
+        progress.advance(bars[-1])
+        lines.show(progress, bars[-1])
+
+    def smaller(size: int) -> None:
+        progress.console.print(f"the memory is too small for this batch; going on with a batch of {size}")
+
+    generate(samples, scored.generator, scored.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
+    return new
+
+
+def _judge(samples: Samples, names: Sequence[str], run: TaskRun, sandbox: Sandbox | None, progress: Progress) -> Judged:
+    if run.task.program is None or sandbox is None:
+        return judge(samples, names, run)
+    bar = progress.add_task(f"running {run.name}", total=len(names) * len(run.items))
+    return judge(samples, names, run, sandbox=sandbox, on_done=lambda: progress.advance(bar))
+
+
+def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
+    """Merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
+    assert judged.correct is not None
+    names = list(judged.names)
+    seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
+    if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
+        against, seeds = against or (names[0] if len(names) > 1 else None), []
+    cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"
+    return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
+
+
+def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any]:
+    """One task of ``results.json``."""
+    found: dict[str, Any] = {
+        "n": len(run.items),
+        "items_sha256": run.sha256,
+        "chance": run.task.chance,
+        **run.settings,
+        "protocol_max_new_tokens": run.task.max_new_tokens,
+        "scores": None,
+        "differences": {},
+        **({} if table is None else table.to_dict()),
+        "quirks": judged.quirks,
+        "unfinished": judged.unfinished,
+        "tokens": judged.tokens,
+    }
+    if judged.by_value is not None:
+        by_name = zip(judged.names, judged.by_value.T, strict=True)
+        found["math_verify_scores"] = {name: asdict(wilson(column)) for name, column in by_name}
+    groups = sorted(set(judged.groups) - {""})
+    if judged.correct is not None and groups:
+        columns = dict(zip(judged.names, judged.correct.T, strict=True))
+        rows = {group: np.array([g == group for g in judged.groups]) for group in groups}
+        found["domains"] = {"sub-domain": list(judged.groups)}
+        found["groups"] = {
+            group: {name: asdict(wilson(column[where])) for name, column in columns.items()}
+            for group, where in rows.items()
+        }
+    return found

@@ -1,0 +1,79 @@
+"""What an evaluation shows in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from seedlora.evaluation.samples import Candidate, Judged, TaskRun
+from seedlora.scores.results import Results
+from seedlora.scores.tables import results_table, verdict
+
+
+class StatusLines:
+    """A line now and then, where no bar can be seen."""
+
+    def __init__(self, console: Console, *, every: float = 60.0) -> None:
+        self.console, self.every, self.last = console, every, time.monotonic()
+
+    def show(self, progress: Progress, task: Any) -> None:
+        """Print a line if the last one is long ago."""
+        if self.console.is_terminal or time.monotonic() - self.last < self.every:
+            return
+        self.last = time.monotonic()
+        shown = progress.tasks[task]
+        left = "" if shown.time_remaining is None else f", about {shown.time_remaining / 60:.0f} min left"
+        self.console.print(f"{shown.description}: {shown.completed:.0f} of {shown.total:.0f}{left}", highlight=False)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return a bar that shows the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+    )
+
+
+def show_scores(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:
+    """Print the scores of one task."""
+    console.print()
+    if table is not None:
+        console.print(results_table(table, method=method, title=run.name))
+        if table.differences:
+            console.print(verdict(table), highlight=False)
+    columns = list(dict.fromkeys(quirk for counts in judged.quirks.values() for quirk in counts))
+    answers = Table(title=f"{run.name}: {len(run.items)} answers each", title_justify="left")
+    answers.add_column("adapter")
+    for header in (f"cut at {run.max_new_tokens} tokens", "mean tokens", *columns):
+        answers.add_column(header, justify="right")
+    if judged.by_value is not None:
+        answers.add_column("score by math-verify", justify="right")
+    for i, name in enumerate(judged.names):
+        value = [] if judged.by_value is None else [f"{100 * judged.by_value[:, i].mean():.1f}"]
+        counts = [judged.unfinished[name], round(judged.tokens[name] / len(run.items))]
+        answers.add_row(name, *map(str, counts + [judged.quirks[name].get(quirk, 0) for quirk in columns]), *value)
+    console.print(answers)
+
+
+def say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
+    """Say where the answers of a task are that was not scored."""
+    console.print(
+        f"{run.name} is not scored: that runs generated code. Add --execute-code (of train.py: --evaluate_execute_code "
+        "true) to run it inside bubblewrap, or score these files elsewhere, with EvalPlus for example:",
+        highlight=False,
+    )
+    for file in files:
+        console.print(f"  {file}", highlight=False, soft_wrap=True)
+
+
+def style_of(candidate: Candidate) -> str:
+    """Return the prompt style of a candidate and where it is from."""
+    record = candidate.settings["prompt"]
+    return f"{record}, by choice" if isinstance(record, str) else f"{record['style']}, of its training"

@@ -1,0 +1,147 @@
+"""Adapters in, adapter out: the merge rule applied layer by layer, and the folder that servers load.
+
+The only place where the layers of a model are walked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, locate
+from seedlora.adapters.model_card import CARD_NAME, model_card
+from seedlora.adapters.servers import base_shapes, complete
+from seedlora.adapters.writing import universal_config, write_adapter
+from seedlora.merge.averages import average
+from seedlora.merge.bound_rule import MergeRule
+from seedlora.merge.inputs import base_of, check_vocabulary, read_adapters, stack_updates
+from seedlora.merge.layers import fuse, layer_threads
+from seedlora.merge.record import (
+    RECORD_NAME,
+    common_text,
+    describe_inputs,
+    fusion_record,
+    gain_record,
+    hash_inputs,
+    recorded,
+    run_around,
+)
+from seedlora.merge.registry import bind
+from seedlora.updates.algebra import gain
+from seedlora.updates.stacks import Stacks
+
+
+def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Path | None = None) -> None:
+    """See that a result may take the place of what is at ``out``: of nothing, an empty folder, or an older result.
+
+    Args:
+        out: the folder to write.
+        sources: adapter folders or hub ids.
+        base: the base model's folder or hub id.
+
+    Raises:
+        ValueError: if ``out`` is or holds one of these, or anything else that no merge made, or cannot be written.
+    """
+    target = Path(out).resolve()
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"the output {out} cannot be written: {above} is no folder that may be written to")
+    for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
+        if folder.is_dir() and folder.resolve().is_relative_to(target):
+            holds = "is" if folder.resolve() == target else "holds"
+            raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not (target / RECORD_NAME).is_file():
+        raise ValueError(
+            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not "
+            "replaced; give another folder"
+        )
+
+
+def fuse_folders(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str | MergeRule = "seedlora",
+    options: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+    on_layer: Callable[[str], object] | None = None,
+) -> Path:
+    """Fuse PEFT adapter folders into one that PEFT, vLLM, SGLang and others load.
+
+    The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``, and zeros where servers want a
+    module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
+    and the error of what had to be compressed. A ``prompt.json`` or ``base.json`` that all inputs share goes with it.
+
+    DoRA's updates have full rank: they are fused in row blocks, no layer is ever held whole unless its compression
+    holds it, and the result is compressed to ``rank`` (by default about ``N*R``). Full weights of ``modules_to_save``
+    and the vectors of ``lora_bias`` are averaged.
+
+    Args:
+        sources: adapter folders or hub ids, of one base model.
+        out: the folder to write, whole or not at all; an older result is replaced, any other folder is refused.
+        method: a name of :data:`seedlora.merge.registry.METHODS`, or any rule.
+        options: the method's keyword options.
+        dtype: of the result; the rule then works on float32 copies. Default: that of the inputs, and float32 for PiSSA
+            and OLoRA, whose start is.
+        base: the base model, for DoRA, PiSSA and OLoRA; if it is on this machine, also to know its layers and how many
+            rows an adapted embedding has. Default: the one that the adapters name.
+        on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
+
+    Raises:
+        ValueError: for an unknown method or option, or an ``out`` that is not to be replaced (:func:`check_output`);
+            ``AdapterError`` for adapters that cannot be read or fused.
+    """
+    bound = bind(method, options)
+    weights = base_of(sources, base)
+    check_output(out, sources, weights.source)
+    adapters = read_adapters(sources, base=weights, on_layer=on_layer)
+    hashes, run = hash_inputs(sources), run_around(out, sources)
+    stacks = stack_updates(adapters, weights)
+    first = next(iter(adapters.values()))
+    check_vocabulary(first, base or first.base_model)
+    if dtype is not None:
+        compute = torch.promote_types(dtype, torch.float32)
+        stacks = Stacks({path: stack.to(compute) for path, stack in stacks.items()})
+    biases, modules = average(adapters, bound)
+    with layer_threads() as each:
+        fused = fuse(stacks, bound, on_layer=on_layer, each=each)
+        walk = map if first.magnitudes else each
+        gains = list(walk(lambda path: float(gain(stacks[path], fused[path])), stacks if len(adapters) > 1 else ()))
+    shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
+    layers, unknown = complete(fused, shapes)
+    if dtype is not None:
+        layers = {path: factors.to(dtype) for path, factors in layers.items()}
+        biases = {path: bias.to(dtype) for path, bias in biases.items()}
+        modules = {key: tensor.to(dtype) for key, tensor in modules.items()}
+    if biases:  # a layer that was added for the servers' sake needs one like the others
+        biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
+    record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
+    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    record |= {} if base is None else {"base": recorded(base, run)}
+    record |= describe_inputs(adapters)
+    if unknown:
+        record["incomplete_groups"] = unknown
+    if len(adapters) > 1:
+        record["gain"] = gain_record(gains)
+    card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
+    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
+    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
+    config = universal_config(
+        layers,
+        base_model=first.base_model,
+        revision=first.revision,
+        fan_in_fan_out=first.fan_in_fan_out,
+        lora_bias=bool(biases),
+        modules_to_save=first.modules_to_save,
+        task_type=first.task_type,
+        auto_mapping=first.auto_mapping,
+    )
+    write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
+    return Path(out)

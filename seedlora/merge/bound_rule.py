@@ -1,0 +1,198 @@
+"""A rule with everything about its use decided: options, layers, rank, seed.
+
+:func:`seedlora.merge.layers.fuse` runs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+
+from seedlora.merge.methods.soup import soup
+from seedlora.merge.steps.walk import AnyWalk
+from seedlora.updates.algebra import checked_choice
+from seedlora.updates.compression import SVD_KINDS, Compressed, compress
+from seedlora.updates.dense import Updates
+from seedlora.updates.factors import LoRAFactors
+from seedlora.utils.random_streams import stream_seed
+
+#: What every merge rule is to its caller: the stack of one layer in, one adapter out.
+MergeRule: TypeAlias = Callable[[LoRAFactors], LoRAFactors]
+#: Names for sets of layers; any other value of ``layers`` is a regular expression, searched for in the layer's path.
+LAYER_SETS: Mapping[str, str] = {
+    "all": "",
+    "attention": r"(^|\.)(self_attn|self_attention|attn|attention|cross_attn|encoder_attn|linear_attn|SelfAttention|"
+    r"EncDecAttention)(\.|$)"
+    r"|(^|\.)(q|k|v|o|qkv)_proj$",
+    "ffn": r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|experts|DenseReluDense)(\.|$)"
+    r"|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|c_fc|fc1|fc2|fc_in|fc_out)$",
+}
+RESTS = ("soup", "nothing")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a rule, what it does in a line, and where it comes from.
+
+    Args:
+        rule: takes a stack first, then keyword options. If it has a keyword ``generator``, it is random.
+        formula: what it does, in a line.
+        source: paper and equation.
+        surveys: for a rule that depends on the whole model: which keyword of ``rule`` holds which fact about it. A
+            survey takes a :data:`Walk` first, then keyword options of its own or of the rule.
+        match_norm: whether its result keeps its norm when it is compressed, unless the caller says otherwise.
+        dense: whether the rule takes :class:`~seedlora.updates.dense.DenseUpdates` as well. To one that does not,
+            updates of full rank are given at their best approximation of a rank.
+        elementwise: whether it gives a dense update even for factors.
+    """
+
+    rule: Callable[..., Updates]
+    formula: str
+    source: str
+    surveys: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    match_norm: bool = False
+    dense: bool = False
+    elementwise: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the method's keyword options; ``inspect.Parameter.empty`` where one must be given."""
+        found: dict[str, Any] = {}
+        for function in (*self.surveys.values(), self.rule):
+            for p in list(inspect.signature(function).parameters.values())[1:]:
+                if p.name not in self.surveys and p.kind is not p.VAR_KEYWORD:
+                    found[p.name] = p.default
+        return found
+
+
+@dataclass(frozen=True)
+class Use:
+    """Options that every method has.
+
+    Args:
+        layers: to which layers the method is applied: ``all``, ``attention``, ``ffn``, or a regular expression that is
+            searched for in a layer's path.
+        rest: what the other layers take: ``soup`` or ``nothing``. Must be said when ``layers`` is not ``all``.
+        rank: compress every layer to it. Default: factors stay exact, dense results get rank ``N*R``.
+        match_norm: scale what was compressed to the norm it had. Default: as the method's row says.
+        svd: how dense results are compressed: ``auto``, ``exact`` or ``randomized``.
+        seed: of random rules. Each layer has its own stream, which depends on the seed and the layer's path alone.
+    """
+
+    layers: str = "all"
+    rest: str | None = None
+    rank: int | None = None
+    match_norm: bool | None = None
+    svd: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str):
+            raise ValueError(f"layers must be text: all, attention, ffn or a regular expression, got {self.layers!r}")
+        try:
+            re.compile(LAYER_SETS.get(self.layers, self.layers))
+        except re.error as error:
+            raise ValueError(
+                f"layers must be all, attention, ffn or a regular expression, got {self.layers!r}: {error}"
+            ) from None
+        if self.rest is not None:
+            checked_choice("rest", self.rest, RESTS)
+        elif self.layers != "all":
+            raise ValueError(
+                f"layers={self.layers!r} leaves layers out: say rest='soup' (they are averaged) or rest='nothing'"
+            )
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
+        if not (self.match_norm is None or isinstance(self.match_norm, bool)):
+            raise ValueError(f"match_norm must be true or false, got {self.match_norm!r}")
+        checked_choice("svd", self.svd, SVD_KINDS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or more, got {self.seed!r}")
+
+
+COMMON: Mapping[str, Any] = {f.name: f.default for f in fields(Use)}
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A method with its options, ready to be applied; itself a merge rule for a single layer.
+
+    Args:
+        name: of the method, for records.
+        method: the row it came from.
+        options: keyword options of the method.
+        use: the options that every method has.
+    """
+
+    name: str
+    method: Method
+    options: Mapping[str, Any]
+    use: Use
+
+    def __call__(self, stack: LoRAFactors) -> LoRAFactors:
+        """Fuse one layer alone, as if the model had no other; dense results come out compressed."""
+        facts = self.survey(lambda: [("", stack)])
+        return self.finish("", self.update("", stack, facts)).factors
+
+    def selects(self, path: str) -> bool:
+        """Whether the method is applied to this layer."""
+        return re.search(LAYER_SETS.get(self.use.layers, self.use.layers), path) is not None
+
+    def survey(self, walk: AnyWalk) -> dict[str, Any]:
+        """What the rule must know about the whole model, by keyword."""
+        return {
+            keyword: survey(walk, **{key: self.options[key] for key in _keywords(survey)[0] if key in self.options})
+            for keyword, survey in self.method.surveys.items()
+        }
+
+    def update(self, path: str, stack: Updates, facts: Mapping[str, Any]) -> Updates:
+        """The merged update of one selected layer, as the rule gives it.
+
+        Raises:
+            ValueError: if the rule gives anything but one update.
+        """
+        rule = self.method.rule
+        named, takes_all = _keywords(rule)
+        options = {key: value for key, value in self.options.items() if takes_all or key in named}
+        if "generator" in named and "generator" not in options:
+            options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
+        update = rule(stack, **options, **facts)
+        if len(update) != 1:
+            raise ValueError(f"Merge method '{self.name}' must give one update per layer, gave {len(update)}")
+        return update
+
+    def left_out(self, stack: Updates) -> Updates:
+        """What a layer gets that the method is not applied to."""
+        if self.use.rest == "soup":
+            average: Callable[[Any], Updates] = soup
+            return average(stack)
+        (d, k), dtype, device = stack.shape, stack.dtype, stack.device
+        zeros = (torch.zeros(1, *shape, dtype=dtype, device=device) for shape in ((1, k), (d, 1)))
+        return LoRAFactors(*zeros)
+
+    def finish(self, path: str, update: Updates) -> Compressed:
+        """The update as factors: as they are, unless they are dense or of a higher rank than ``use.rank``.
+
+        Args:
+            path: of the layer; a randomised compression draws from its stream.
+            update: what the rule gave, one.
+        """
+        rank = self.use.rank or update.rank
+        if isinstance(update, LoRAFactors) and update.rank <= rank:
+            return Compressed(update, 0.0)
+        match_norm = self.method.match_norm if self.use.match_norm is None else self.use.match_norm
+        generator = torch.Generator().manual_seed(stream_seed(self.use.seed, "svd", path))
+        return compress(update, rank, match_norm=match_norm, svd=self.use.svd, generator=generator)
+
+
+@lru_cache
+def _keywords(function: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names of a rule's options, and whether it takes any other."""
+    options = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in options], any(p.kind is p.VAR_KEYWORD for p in options)

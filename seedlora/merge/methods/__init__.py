@@ -1,0 +1,1 @@
+"""The merge rules, one file for each family."""

@@ -1,0 +1,108 @@
+"""``fusion.json``: how a fused adapter was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from seedlora.adapters.adapter import WEIGHTS_NAME, Adapter, files_sha256, is_model, locate
+from seedlora.merge.bound_rule import BoundRule
+from seedlora.merge.layers import Fused
+from seedlora.model.weight_files import shards
+
+RECORD_NAME = "fusion.json"
+
+
+def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """What adapters are besides plain LoRA, and what of them was averaged whatever the rule; for ``fusion.json``."""
+    kinds = sorted({kind for adapter in adapters.values() for kind in adapter.kinds})
+    first = next(iter(adapters.values()))
+    averaged = [*(["lora_bias"] if first.biases else []), *sorted(first.modules)]
+    return ({"kinds": kinds} if kinds else {}) | ({"averaged": averaged} if averaged else {})
+
+
+def gain_record(gains: Sequence[float]) -> dict[str, float]:
+    """How much longer the fused updates are than the mean updates, over the layers; for ``fusion.json``."""
+    return {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
+
+
+def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
+    """The folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
+    run = Path(out).resolve().parent
+    return run if all(locate(source).resolve().is_relative_to(run) for source in sources) else None
+
+
+def recorded(source: str | Path, run: Path | None) -> str:
+    """A folder or hub id for a record: as given; in a record of a run so that it is found from the run's folder."""
+    if run is None or not Path(source).expanduser().is_dir():
+        return str(source)
+    folder = Path(source).expanduser().resolve()
+    return str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
+
+
+def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
+    """Start to hash the weights of folders or hub ids, beside what else is done; sha256 by name."""
+    pool = ThreadPoolExecutor(1, "sha256")
+    folders = {str(source): locate(source) for source in sources}
+    hashes = {name: pool.submit(_weights_sha256, folder) for name, folder in folders.items()}
+    pool.shutdown(wait=False)
+    return hashes
+
+
+def _weights_sha256(folder: Path) -> str:
+    return files_sha256(shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
+
+
+def common_text(sources: Sequence[str | Path], name: str) -> str | None:
+    """What a file says beside all of them: the prompt or the base model of their training, if it is known and one."""
+    files = [locate(source) / name for source in sources]
+    texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def rule_record(bound: BoundRule) -> dict[str, Any]:
+    """What a rule is, for records: its method, its options, and those that every method has as far as they are set."""
+    use = {key: value for key, value in asdict(bound.use).items() if value is not None}
+    return {"method": bound.name, "options": dict(bound.options), "use": use}
+
+
+def fusion_record(
+    bound: BoundRule,
+    fused: Fused | None,
+    hashes: Mapping[str, Future[str]],
+    *,
+    base_model: str,
+    run: Path | None = None,
+) -> dict[str, Any]:
+    """How a fused adapter was made, for ``fusion.json``.
+
+    Args:
+        bound: the rule.
+        fused: its result; None if it went into a base model without compression.
+        hashes: of the inputs, as :func:`hash_inputs` gives them.
+        base_model: name or path of the base model.
+        run: as :func:`run_around` says; the inputs are named relative to it, so that a run can be moved.
+    """
+    record: dict[str, Any] = {
+        **rule_record(bound),
+        "source": bound.method.source,
+        "inputs": [{"name": recorded(source, run), "sha256": digest.result()} for source, digest in hashes.items()],
+        "base_model": base_model,
+        "seedlora": version("seedlora"),
+    }
+    if fused is not None and fused.compression:
+        errors = list(fused.compression.values())
+        record["compression"] = {
+            "relative_error_mean": sum(errors) / len(errors),
+            "relative_error_max": max(errors),
+            "svd": dict(Counter(fused.svd.values())),
+            "layers": fused.compression,
+        }
+    if fused is not None and fused.inputs:
+        record["inputs_compressed"] = {"relative_error_max": max(fused.inputs.values()), "layers": fused.inputs}
+    return record

@@ -1,0 +1,1 @@
+"""Steps that several merge rules are composed of."""

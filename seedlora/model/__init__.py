@@ -1,0 +1,1 @@
+"""The base model: loading, outline, weight files, quantisation, compilation."""

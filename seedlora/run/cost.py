@@ -1,0 +1,109 @@
+"""``cost.json``: what a run took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from seedlora.model.loading import identity
+from seedlora.run.plan import RunPlan
+from seedlora.utils.files import read_record, write_text
+
+#: Whose versions a run writes down.
+LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
+
+
+def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
+    """Write down what a run is going to do and by which libraries; what an earlier part took is kept.
+
+    Args:
+        file: to write.
+        plan: of the run.
+        libraries: further ones, which decide the data.
+    """
+    versions = {name: version(name) for name in (*LIBRARIES, *libraries)}
+    try:
+        before = read_record(file) or {}
+    except ValueError as error:
+        raise ValueError(f"{error}; without it --resume does not know what the run has cost so far") from None
+    taken = {"took": before.get("took", {}), "peak_bytes": before.get("peak_bytes", 0)}
+    cost = {
+        "plan": asdict(plan),
+        "versions": {"python": python_version(), **versions},
+        "base": identity(plan.model),
+        **taken,
+    }
+    write_text(file, json.dumps(cost, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def timed(file: Path, device: torch.device, clock: Any, control: str | None = None) -> Iterator[None]:
+    """Add the seconds that a fit takes, phase by phase, to those in a cost file, also when it is interrupted.
+
+    Args:
+        file: written by :func:`write_cost`.
+        device: whose memory is watched, while seeds are trained.
+        clock: the callback that knows the seconds of each phase: ``took``, and ``enter(None)`` to stop it.
+        control: the control that is trained; default: the seeds.
+    """
+    peak = PeakMemory(device)
+    try:
+        yield
+    finally:
+        clock.enter(None)
+        if (cost := read_record(file)) is not None:
+            before = cost["took"].get(control or "seeds", {})
+            added = {phase: before.get(phase, 0.0) + seconds for phase, seconds in clock.took.items()}
+            cost["took"][control or "seeds"] = {**before, **added}
+            if control is None:
+                cost["peak_bytes"] = max(cost["peak_bytes"], peak.bytes)
+            write_text(file, json.dumps(cost, indent=2) + "\n")
+
+
+class PeakMemory:
+    """The most memory that is held, beside what was held when this was made.
+
+    Args:
+        device: a CUDA device, whose allocations are counted, or the CPU: then this process's resident memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # or there are no statistics to reset, which is an error
+        self.forget()
+        cuda = device.type == "cuda"
+        self._before = torch.cuda.memory_allocated(device) if cuda else _process_memory("VmRSS")
+
+    def forget(self) -> None:
+        """Start the peak anew from what is held now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):  # Linux forgets the old peak
+                Path("/proc/self/clear_refs").write_text("5")
+
+    @property
+    def bytes(self) -> int:
+        """Since this was made."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return _process_memory("VmHWM") - self._before
+
+
+def _process_memory(field: str) -> int:
+    """``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))

@@ -1,0 +1,306 @@
+"""The folder of a run, which is the state of its ensemble."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from seedlora.adapters.adapter import is_trained
+from seedlora.merge.record import RECORD_NAME
+from seedlora.names import (
+    CONTROL_NAME,
+    EXCLUDED_NAME,
+    FUSED,
+    RESULTS_NAME,
+    SELECTION_NAME,
+    SETTINGS_NAME,
+    SOUP,
+    TRAINED_NAME,
+    seed_name,
+)
+from seedlora.utils.files import read_record, remove_folder, saving, sync, write_text
+
+#: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
+FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
+#: What a run does without a file, for whoever has to remove one that cannot be read.
+WITHOUT = {
+    SETTINGS_NAME: "takes the options that are given for those that it was started with",
+    EXCLUDED_NAME: "trains what was left out again",
+    TRAINED_NAME: "does not know how long finished adapters were trained",
+    SELECTION_NAME: "chooses again",
+}
+
+
+class RunFolder:
+    """What a run has finished, has begun and has still to do, read from its files each time.
+
+    - ``run.json``: the settings that decide what is learned.
+    - ``seed_11``, ..., ``long_seed``, ``wide_seed``: an adapter, or a whole model, that is trained. A seed or a trained
+      control is finished when its folder is there.
+    - ``excluded.json``: the adapters that were left out, and why.
+    - ``trained.json``: how long each adapter was trained, on how many tokens, and which step was kept.
+    - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone. The folder is there from
+      the first step on, until all of the stack is written.
+    - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
+    - ``results.json``: what the last test said.
+
+    Each is whole or not there, wherever a process was killed. Only the first rank writes.
+
+    Args:
+        path: of the folder; it need not exist.
+        seeds: those of the ensemble.
+        controls: the controls to train after them, in this order.
+    """
+
+    def __init__(self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = ()) -> None:
+        self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+        #: Checkpoints that were read from end to end.
+        self._whole: set[Path] = set()
+
+    def adapter(self, seed: int) -> Path:
+        """Where the adapter of a seed is, once it is trained."""
+        return self.path / seed_name(seed)
+
+    # What is to be done
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The seeds whose adapters, or whole models, are there."""
+        return tuple(seed for seed in self.seeds if is_trained(self.adapter(seed)))
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The adapters that were left out, seeds and controls, and why."""
+        return self._read(EXCLUDED_NAME) or {}
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The seeds that are still to be trained."""
+        trained, left_out = self.trained, self.left_out
+        return tuple(seed for seed in self.seeds if seed not in trained and seed_name(seed) not in left_out)
+
+    @property
+    def pending_controls(self) -> tuple[str, ...]:
+        """The controls that are still to be trained, once the seeds are."""
+        if self.pending:
+            return ()
+        left_out = self.left_out
+        return tuple(name for name in self.controls if name not in {*left_out, *self.trained_controls})
+
+    @property
+    def trained_controls(self) -> tuple[str, ...]:
+        """The controls that are there, for as many seeds as there are now: of fewer they were trained for less."""
+        alike = {"seeds": len(self.seeds)}
+        there = (name for name in self.controls if is_trained(self.path / name))
+        return tuple(name for name in there if self._read(f"{name}/{CONTROL_NAME}") in (None, alike))
+
+    def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
+        """The seeds to train next, ``stack_size`` at once; all by default.
+
+        A stack that was killed while its adapters were written goes on as it was, from its checkpoint if it has one: a
+        smaller stack would start anew, and its products are rounded otherwise.
+        """
+        pending, trained = {*self.pending}, {*self.trained}
+        seeds = {seed_name(seed): seed for seed in self.seeds}
+        for folder in self._checkpoints(()).glob("*-*"):
+            names = folder.name.split("-")
+            stack = tuple(seeds[name] for name in names if name in seeds)
+            partly = pending.intersection(stack) and trained.intersection(stack)
+            fits = len(stack) == len(names) <= (stack_size or len(names))
+            if partly and fits:
+                return stack
+        return self.pending[:stack_size]
+
+    def metrics(self, names: Sequence[str]) -> Path:
+        """Where the metrics of these adapters belong: one file per stack of seeds, one per control."""
+        stack = () if len(names) == len(self.seeds) else names
+        return self.path / ("-".join(["metrics", *(name.removeprefix("seed_") for name in stack)]) + ".jsonl")
+
+    # Settings and outcomes
+
+    def open(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Begin a run here, or go on with the one that is here.
+
+        Args:
+            settings: plain data, all that decides a replica's training.
+            resume: whether a run may be here.
+
+        Raises:
+            ValueError: if one is and may not be, if it was started differently, or a file of it cannot be read.
+        """
+        for name in (*WITHOUT, f"{FUSED}/{RECORD_NAME}"):
+            self._read(name)
+        before = self.settings
+        if before is None:
+            write_text(self.path / SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path} already holds a run; go on with it by --resume, or choose another --ensemble.dirpath"
+            )
+        # How many processes train does not matter once all is trained.
+        free = FREE if self.pending or self.pending_controls else {*FREE, "processes"}
+        for key in sorted((set(before) | set(settings)) - free):
+            if before.get(key) != settings.get(key):
+                raise ValueError(
+                    f"{self.path} was started with {key} = {before.get(key)!r}, now it is "
+                    f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
+                )
+        # What a killed process was writing: a whole model, perhaps.
+        for rest in self.path.glob(".*.tmp"):
+            remove(rest)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What the run was started with; None before."""
+        return self._read(SETTINGS_NAME)
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """What the validation rows said when the seeds were fused."""
+        return self._read(SELECTION_NAME)
+
+    @property
+    def fusion(self) -> dict[str, Any] | None:
+        """How the fused adapter was made."""
+        return self._read(f"{FUSED}/{RECORD_NAME}")
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Write down adapters that are left out, and why."""
+        self.write(EXCLUDED_NAME, {**self.left_out, **reasons})
+
+    def add_trained(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write down how adapters were trained."""
+        self.write(TRAINED_NAME, {**(self._read(TRAINED_NAME) or {}), **rows})
+
+    def forget_fusion(self) -> list[str]:
+        """Remove what these seeds were fused to before, and what was said of it; the names of the folders removed."""
+        found = [name for name in (FUSED, SOUP) if (self.path / name / RECORD_NAME).is_file()]
+        for name in (SELECTION_NAME, RESULTS_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        for name in found:
+            remove_folder(self.path / name)
+        return found
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one of the JSON files."""
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """One of the JSON files, if it is there; ValueError if it cannot be read."""
+        try:
+            return read_record(self.path / name)
+        except ValueError as error:
+            folder, _, _ = name.rpartition("/")
+            gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[name])
+            raise ValueError(f"{error}; without {gone} --resume {does}") from None
+
+    # Checkpoints
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Write down that these are trained in one stack."""
+        self._checkpoints(names).mkdir(parents=True, exist_ok=True)
+
+    def checkpoint(self, names: Sequence[str]) -> Path | None:
+        """The newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
+
+        Raises:
+            ValueError: if there are some and none is whole.
+        """
+        saved = self.saved(names)
+        for path in saved:
+            if path in self._whole or _is_whole(path):
+                self._whole.add(path)
+                return path
+        if saved:
+            raise ValueError(f"{saved[0]} is damaged, and no older one is there; without it --resume starts at step 0")
+        return None
+
+    def saved(self, names: Sequence[str]) -> list[Path]:
+        """The checkpoints of a stack, the newest first; copies of other names are somebody's own."""
+        found = [path for path in self._checkpoints(names).glob("step=*.ckpt") if path.stem[5:].isdigit()]
+        return sorted(found, key=step_of, reverse=True)
+
+    @contextmanager
+    def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
+        """Where to save the next one, to be given to :meth:`keep`; it is removed after an error.
+
+        Raises:
+            OSError: as :func:`seedlora.utils.files.saving`.
+        """
+        path, before = self._checkpoints(names) / f"step={step}.ckpt", next(iter(self.saved(names)), None)
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Lightning writes to a temporary file first: on the disk where it belongs, which has room for it.
+        elsewhere, tempfile.tempdir = tempfile.tempdir, str(path.parent)
+        try:
+            with saving(path, size=before.stat().st_size if before is not None and before.is_file() else None):
+                yield temporary
+        except BaseException:
+            remove(temporary)
+            raise
+        finally:
+            tempfile.tempdir = elsewhere
+
+    def keep(self, temporary: Path) -> None:
+        """Flush a new checkpoint, rename it, then remove the older ones: at any moment a whole one is there."""
+        path = temporary.with_suffix(".ckpt")
+        sync(temporary)
+        if path.is_dir():  # one that was damaged
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+        for other in self.saved(path.parent.name.split("-")):
+            if other != path:
+                remove(other)
+
+    def forget_checkpoints(self, names: Sequence[str]) -> None:
+        """Remove the checkpoints of a finished stack, and of others that share a seed; after the last one all."""
+        finished = {*names}
+        if not finished.intersection(self.controls):
+            # A control that was begun before these seeds stands for fewer.
+            finished.update(self.controls)
+        for folder in self._checkpoints(()).glob("*"):
+            if finished.intersection(folder.name.split("-")):
+                shutil.rmtree(folder, ignore_errors=True)
+        if not (self.pending or self.pending_controls):
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def _checkpoints(self, names: Sequence[str]) -> Path:
+        return self.path / "checkpoints" / "-".join(names)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in which a checkpoint was taken."""
+    return int(checkpoint.stem.removeprefix("step="))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint has every byte that torch.save wrote: it stores checksums, and torch.load ignores them.
+
+    Under DeepSpeed a checkpoint is a folder of such files.
+    """
+    files = [*path.rglob("*.pt")] if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as opened:
+            try:
+                if zipfile.ZipFile(opened).testzip() is not None:
+                    return False
+            except Exception:  # zipfile has no word for all that may be wrong with a file
+                return False
+    return bool(files)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, if it is there: a file, or a folder under DeepSpeed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

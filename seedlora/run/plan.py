@@ -1,0 +1,175 @@
+"""The plan of a run, before it starts: who trains how long, and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from rich.table import Table
+
+from seedlora.model.outline import outline
+from seedlora.run.budget import ReplicaBudget
+from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
+
+if TYPE_CHECKING:
+    from seedlora.training.module import SeedLoRAModule
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be trained.
+
+    Args:
+        seeds: of the replicas.
+        passes: how many stacks they are trained in, one after the other.
+        budget: ``equal`` or ``full``.
+        replica: how long each replica trains.
+        steps: optimizer steps of each replica.
+        batch: rows of each replica in an optimizer step.
+        rows: training rows.
+        tokens: that each replica sees in training.
+        supervised: of these, scored.
+        padding: part of the tokens of a forward that is padding.
+        trainable: parameters of one replica.
+        base_parameters: of the frozen model.
+        memory: estimate for one stack.
+        memory_alone: estimate for one seed alone.
+        model: its name.
+        data: its name, with validation and test rows.
+        merge: the method.
+        dtype: of the base weights.
+        adapter: what is trained, for people.
+        compile: the backend that compiles the layers.
+        controls: those that are trained too, for people.
+        processes: that train, each with the memory estimated.
+        left_out: what became of rows that are not used as they are, a sentence for each source that has some.
+        note: what was asked for and does nothing.
+    """
+
+    seeds: Sequence[int]
+    passes: int
+    budget: str
+    replica: ReplicaBudget
+    steps: int
+    batch: int
+    rows: int
+    tokens: int
+    supervised: int
+    padding: float
+    trainable: int
+    base_parameters: int
+    memory: Memory
+    memory_alone: Memory
+    model: str
+    data: str
+    merge: str
+    dtype: str
+    adapter: str
+    compile: str | None
+    controls: str | None
+    processes: int = 1
+    left_out: Sequence[str] = ()
+    note: str | None = None
+
+    def table(self) -> Table:
+        """The plan as a table for the terminal."""
+        table = Table(title="The run", title_justify="left", show_header=False)
+        n = len(self.seeds)
+        epochs = (
+            "" if self.replica.epochs is None else f"{_counted(self.replica.epochs, 'epoch')} of {self.rows:,} rows, "
+        )
+        stacks = "one stack" if self.passes == 1 else f"{self.passes} passes"
+        memory = self.memory
+        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
+        rows = {
+            "base model": f"{self.model}, {self.base_parameters / 1e6:,.1f} M parameters, {self.dtype}, frozen",
+            "data": self.data,
+            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}",
+            "budget": f"{self.budget}: each seed {epochs}{self.steps:,} steps of {self.batch} rows",
+            "tokens": (
+                f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
+                f"{self.padding:.0%} padding beside them"
+            ),
+            "adapter": self.adapter,
+            "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
+            "memory": (
+                f"about {gib(memory.total)}{each}: base {gib(memory.base)}, adapters {gib(memory.adapters)}, "
+                f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}; "
+                "beside Python and its libraries"
+            ),
+            "merge": self.merge,
+            "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
+            "controls": self.controls,
+            "note": self.note,
+        }
+        for name, value in rows.items():
+            if value is not None:
+                table.add_row(name, value)
+        return table
+
+
+def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: Any) -> RunPlan:
+    """The plan of a run from its parts, without loading the base model's weights.
+
+    Args:
+        trainer: its limits and accumulation count.
+        module: the model to train.
+        data: a data module that is set up: its ``rows``, and a training loader whose sampler knows its own padding.
+        ensemble: the callback: seeds, budget, stack size and method.
+    """
+    n, hparams = len(ensemble.seeds), module.hparams
+    share = ensemble.share(trainer)
+    loader = data.train_dataloader()
+    steps = ensemble.replica_steps(trainer, data)
+    rows, sampler = data.rows["train"], loader.sampler
+    seen = steps * sampler.rows_per_step
+    model = outline(hparams["base_model"])
+    stack = min(n, ensemble.stack_size or n)
+    memory = memory_of(trainer, module, data)
+    return RunPlan(
+        seeds=ensemble.seeds,
+        passes=math.ceil(n / stack),
+        budget=ensemble.budget,
+        replica=share,
+        steps=steps,
+        batch=sampler.rows_per_step,
+        rows=len(rows),
+        tokens=int(seen * rows.lengths.mean()),
+        supervised=int(seen * rows.num_items.mean()),
+        padding=sampler.padding(),
+        trainable=trainable_parameters(module),
+        base_parameters=model.parameters,
+        memory=memory(stack),
+        memory_alone=memory(1),
+        model=hparams["base_model"],
+        data=_rows(data),
+        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_words))),
+        dtype=module.precision_of_base,
+        adapter=module.adapter_words,
+        compile=hparams["compile"],
+        controls=(
+            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "
+            f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
+            if ensemble.trains_controls
+            else None
+        ),
+        processes=trainer.world_size,
+        left_out=_left_out(data),
+        note=ensemble.comparison.nothing_for(n),
+    )
+
+
+def _rows(data: Any) -> str:
+    parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
+    return "; ".join([f"{type(data).__name__}: {parts}", *_left_out(data)])
+
+
+def _left_out(data: Any) -> list[str]:
+    return [sentence for counts in data.counts.values() if (sentence := counts.sentence())]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

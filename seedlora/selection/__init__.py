@@ -1,0 +1,1 @@
+"""Choose among ways to fuse on validation rows, and what a run compares."""

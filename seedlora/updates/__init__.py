@@ -1,0 +1,1 @@
+"""Updates of weights and their algebra, from the factors."""

@@ -1,0 +1,1 @@
+"""Files, names and streams that everything uses."""
