@@ -84,7 +84,7 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
     tokens = runs * config["trainer"]["max_epochs"] * TOKENS[data]
     recomputed = module.hparams["gradient_checkpointing"]
     operations = work(module).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)
-    stack = ensemble["stack_size"] or (1 if module.trains_all else seeds)
+    stack = ensemble["stack_size"] or (1 if module.is_full_finetuning else seeds)
     large = stack * rows["batch_size"] * rows["max_length"]
     # One token as the longest row: attention on a GPU keeps no scores, on the machine that counts it may.
     memory = step_memory(module, stack, tokens=large, supervised=int(SCORED * large), longest=1, shared=shared)

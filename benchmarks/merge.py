@@ -28,7 +28,7 @@ from seedlora.adapters.adapter import WEIGHTS_NAME
 from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.layers import fuse, updates
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_into_base
 from seedlora.updates.dense import DenseUpdates
 from seedlora.updates.factors import LoRAFactors
@@ -105,7 +105,7 @@ def dense_seedlora(stacks: dict[str, LoRAFactors]) -> None:
 
 def blockwise(stacks: dict[str, LoRAFactors], method: str) -> None:
     """Every block of the exact dense result, computed and let go."""
-    for _, update in updates(stacks, bind(method)):
+    for _, update in updates(stacks, make_rule(method)):
         assert isinstance(update, DenseUpdates)
         for _ in update.blocks():
             pass
@@ -257,7 +257,7 @@ def main() -> None:
         return found
 
     def fused(method: str, **rank: int) -> None:
-        fuse({path: LoRAFactors(s.A, s.B) for path, s in stacks.items()}, bind(method, rank))  # nothing remembered
+        fuse({path: LoRAFactors(s.A, s.B) for path, s in stacks.items()}, make_rule(method, rank))  # nothing remembered
 
     whole = {name: report(name, measured(lambda m=name: fused(m), options.repeat)) for name in EXACT + CORE}
     report("seedlora to rank 8", measured(lambda: fused("seedlora", rank=RANK), options.repeat))
@@ -285,7 +285,7 @@ def main() -> None:
             peer = report("PEFT svd to rank 8, q of layer 0", measured(lambda: peft_merge(model, "svd")))
             mine = report(
                 "soup to rank 8, q of layer 0",
-                measured(lambda: fuse(one, bind("soup", {"rank": RANK})), options.repeat),
+                measured(lambda: fuse(one, make_rule("soup", {"rank": RANK})), options.repeat),
             )
             report("PEFT svd / ours", {"ratio": peer["seconds"] / mine["seconds"]})
         try:

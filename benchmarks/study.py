@@ -55,7 +55,7 @@ from seedlora.datamodules import ReasoningGym
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import fuse
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.model.embedded import EMBEDDED
 from seedlora.names import seed_name
 from seedlora.report.figures import COLOURS
@@ -104,7 +104,7 @@ PROMPTS = 16
 JOINT_RULES = ("soup", "seedlora", "ties", "dare_ties", "knots_ties", "knots_dare_ties", "core_ties")
 MEAN_SEED, SOUP, BASE = "mean seed", "soup", "base"
 METRICS = ("loss", "match")
-AT_ONCE = 6  # adapters in one forward
+ADAPTERS_PER_FORWARD = 6  # adapters in one forward
 Line = dict[str, Any]
 
 
@@ -352,7 +352,7 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
         _match_outputs(more, stacks, seeds, module, data)
     setting.console.print("  scoring the test split", highlight=False)
     scores = score_seeds(module, data, "test", {label: made() for label, made in seeds.items()})
-    scores |= score_lazily({BASE: dict, **more.adapters}, scorer(module, data, "test"), at_once=AT_ONCE)
+    scores |= score_lazily({BASE: dict, **more.adapters}, scorer(module, data, "test"), at_once=ADAPTERS_PER_FORWARD)
     scores |= {label: scores[same] for label, same in more.same.items()}
     found = {label: (per_token(s), s.correct.numpy().astype(float)) for label, s in scores.items()}
     for label, parts in {MEAN_SEED: list(seeds), **more.means}.items():
@@ -414,17 +414,19 @@ def run_controls(cell: Cell, setting: Setting) -> Line:
     stacks, trained = trained_parts.pop("seeds"), time.monotonic()
     seeds = {seed_name(seed): partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     on_validation = scorer(module, data, "val")
-    val = {name: scores.loss for name, scores in score_lazily(seeds, on_validation, at_once=AT_ONCE).items()}
+    val = {
+        name: scores.loss for name, scores in score_lazily(seeds, on_validation, at_once=ADAPTERS_PER_FORWARD).items()
+    }
     greedy = greedy_soup(stacks, on_validation)
     adapters: dict[str, Callable[[], Layers]] = {
         BASE: dict,
         **seeds,
-        SOUP: partial(fuse, stacks, bind("soup")),
-        "seedlora": partial(fuse, stacks, bind("seedlora")),
+        SOUP: partial(fuse, stacks, make_rule("soup")),
+        "seedlora": partial(fuse, stacks, make_rule("seedlora")),
         "greedy soup": partial(fuse, stacks, greedy),
         **{label: partial(dict, layers) for label, layers in trained_parts.items()},
     }
-    scores = score_lazily(adapters, scorer(module, data, "test"), at_once=AT_ONCE)
+    scores = score_lazily(adapters, scorer(module, data, "test"), at_once=ADAPTERS_PER_FORWARD)
     scores["best on validation"] = scores[min(val, key=val.__getitem__)]
     found = {label: (per_token(s), s.correct.numpy().astype(float)) for label, s in scores.items()}
     found[MEAN_SEED] = tuple(np.mean([found[seed][metric] for seed in seeds], axis=0) for metric in (0, 1))
@@ -474,7 +476,7 @@ def _all_rules(
         own = made()
         families[f"{name} x scale"] = {f"{name} x {x:g}": partial(scaled, own, x) for x in (1.0, *SCALES)}
     tried = {name: made for family in families.values() for name, made in family.items()}
-    scores = score_lazily(tried, score, at_once=AT_ONCE)
+    scores = score_lazily(tried, score, at_once=ADAPTERS_PER_FORWARD)
     more = _More({}, val={name: _short(s.loss) for name, s in scores.items()})
     for family, names in families.items():
         more.chosen[family] = choose({name: scores[name] for name in names})
@@ -487,7 +489,7 @@ def _all_rules(
         if label in ANSWERED and not everything:
             continue
         setting.console.print(f"  fusing by {label}", highlight=False)
-        fused = fuse(stacks, bind(method, options))
+        fused = fuse(stacks, make_rule(method, options))
         more.adapters[label] = partial(dict, fused)
         if fused.compression:
             more.compression[label] = _short(statistics.mean(fused.compression.values()))
@@ -575,7 +577,7 @@ def _subsets(stacks: Layers) -> _More:
             if (k := len(chosen)) == 1:
                 continue
             label = method if k == n else f"{method} of {','.join(map(str, chosen))}"
-            more.adapters[label] = lambda chosen=chosen, method=method: fuse(members(stacks, chosen), bind(method))
+            more.adapters[label] = lambda chosen=chosen, method=method: fuse(members(stacks, chosen), make_rule(method))
             if k < n:
                 more.means.setdefault(f"{method} of {k}", []).append(label)
     return more
@@ -597,14 +599,17 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
         data[task] = setting.data(task, module, **JOINT_SIZES)
         own[task] = members(by_task[task], [0])
     stacks = {path: LoRAFactors.stack([own[task][path] for task in own]) for path in next(iter(own.values()))}
-    fused = {rule: fuse(stacks, bind(rule)) for rule in JOINT_RULES}
+    fused = {rule: fuse(stacks, make_rule(rule)) for rule in JOINT_RULES}
     made = {f"{rule} x {x:g}": partial(scaled, fused[rule], x) for rule in JOINT_RULES for x in JOINT_SCALES}
-    val = [score_lazily(made, scorer(module, rows, "val"), at_once=AT_ONCE) for rows in data.values()]
+    val = [score_lazily(made, scorer(module, rows, "val"), at_once=ADAPTERS_PER_FORWARD) for rows in data.values()]
     total = {name: statistics.mean(scores[name].loss for scores in val) for name in made}
     chosen = {rule: min(JOINT_SCALES, key=lambda x, rule=rule: total[f"{rule} x {x:g}"]) for rule in JOINT_RULES}
     adapters = {BASE: dict, **{f"only {task}": partial(dict, layers) for task, layers in own.items()}}
     adapters |= {rule: made[f"{rule} x {x:g}"] for rule, x in chosen.items()}
-    test = {task: score_lazily(adapters, scorer(module, rows, "test"), at_once=AT_ONCE) for task, rows in data.items()}
+    test = {
+        task: score_lazily(adapters, scorer(module, rows, "test"), at_once=ADAPTERS_PER_FORWARD)
+        for task, rows in data.items()
+    }
     return {
         "cell": asdict(cell),
         "n": {task: len(rows.rows["test"]) for task, rows in data.items()},

@@ -26,14 +26,14 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.distributed.strategies import check_batches, holds_whole_adapters, saves_folders
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.bound_rule import COMMON, BoundRule, MergeRule
-from seedlora.merge.inputs import base_of, stack_adapters, stack_updates
+from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import check_dense, fuse_into_base
 from seedlora.model.loading import resolve
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.names import (
     ALL_CONTROLS,
     BASE,
@@ -59,7 +59,7 @@ from seedlora.selection.choice import Score, score_lazily
 from seedlora.selection.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError, Replica, StoppedError
-from seedlora.training.scoring import AT_ONCE
+from seedlora.training.scoring import ADAPTERS_PER_FORWARD
 from seedlora.updates.stacks import Layers, joined, members
 from seedlora.utils.files import remove_folder
 
@@ -89,10 +89,10 @@ class SeedEnsembleCallback(pl.Callback):
       the validation rows, with what is to be chosen on them, and ``selection.json``, ``soup`` and ``fused`` are
       written. ``Trainer.validate`` does the same for seeds that are all trained.
     - *test*: base, seeds, soup and fused adapter, read back from their folders, are scored on the same items, then
-      what else is compared, :data:`seedlora.training.scoring.AT_ONCE` adapters at a time, whole models one by one.
-      Nothing is chosen any more. All of them are also scored on the same few training rows, as many as there are test
-      items and at most :data:`seedlora.selection.comparison.TRAIN_ROWS`: their training losses, beside the test's
-      scores.
+      what else is compared, :data:`seedlora.training.scoring.ADAPTERS_PER_FORWARD` adapters at a time, whole models one
+      by one. Nothing is chosen any more. All of them are also scored on the same few training rows, as many as there
+      are test items and at most :data:`seedlora.selection.comparison.TRAIN_ROWS`: their training losses, beside the
+      test's scores.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -325,7 +325,7 @@ class SeedEnsembleCallback(pl.Callback):
 
         A stack of them would take their memory together and no less time: they share no product.
         """
-        if self.stack_size is None and module.trains_all:
+        if self.stack_size is None and module.is_full_finetuning:
             self.stack_size = 1
         if self.stack_size == AUTO:
             self.stack_size = fitting_stack(len(self.seeds), memory_of(trainer, module, data), device_memory(trainer))
@@ -417,10 +417,10 @@ class SeedEnsembleCallback(pl.Callback):
                 f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
                 "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
             )
-        if module.trains_all:
+        if module.is_full_finetuning:
             for rule in filter(None, (self.rule, *self.comparison.compare.values())):
                 check_dense(rule)
-        if not (module.starts_at_weights or module.trains_all) or len(self.seeds) == 1:
+        if not (module.starts_at_weights or module.is_full_finetuning) or len(self.seeds) == 1:
             return
         if self.trains_controls:
             raise ValueError(
@@ -558,7 +558,7 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._listen(_leave)
-            if module.trains_all:
+            if module.is_full_finetuning:
                 module.scored = {BASE: None}
             else:
                 self._load(module, self._read_seeds())
@@ -598,8 +598,8 @@ class SeedEnsembleCallback(pl.Callback):
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
         if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
             files[BASE_NAME] = json.dumps(base) + "\n"
-        about = {"base_model": module.base_path, "adapter": module.adapter_words, "note": module.base_note}
-        files[CARD_NAME] = seed_card(**about, whole=module.trains_all)
+        about = {"base_model": module.base_path, "adapter": module.display_text, "note": module.base_note}
+        files[CARD_NAME] = seed_card(**about, whole=module.is_full_finetuning)
         if self._control is not None:
             files[CONTROL_NAME] = json.dumps({"seeds": len(self.seeds)}) + "\n"
         names = [replica.name for replica in module.replicas]
@@ -680,7 +680,7 @@ class SeedEnsembleCallback(pl.Callback):
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
         self._listen(_leave)
-        if module.trains_all:  # the others one by one, after the base model
+        if module.is_full_finetuning:  # the others one by one, after the base model
             module.scored, module.mixtures = {BASE: None}, {}
             return
         scored = {label: self._read(folder) for label, folder in self.folders.items()}
@@ -742,7 +742,7 @@ class SeedEnsembleCallback(pl.Callback):
         fused = partial(module.fused_model, [self.adapter_path(seed) for seed in self.trained])
         if len(self.trained) > 1:
             if SOUP not in made and (self.rule is not None or self.comparison.compare):
-                made[SOUP] = partial(fused, bind(SOUP))
+                made[SOUP] = partial(fused, make_rule(SOUP))
             made |= {name: partial(fused, rule) for name, rule in self._compared.compare.items() if rule is not None}
         return made
 
@@ -768,9 +768,9 @@ class SeedEnsembleCallback(pl.Callback):
         return {seed_name(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
 
     @property
-    def _base(self) -> BaseWeights:
+    def _base(self) -> WeightFiles:
         """The base weights that DoRA's updates need; opened when they are read."""
-        return base_of([self.adapter_path(seed) for seed in self.trained])
+        return weight_files_of([self.adapter_path(seed) for seed in self.trained])
 
     def _load(self, module: SeedLoRAModule, adapters: Mapping[str, Adapter]) -> None:
         for label, adapter in adapters.items():
@@ -826,14 +826,14 @@ class SeedEnsembleCallback(pl.Callback):
     def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:
         """The methods and controls that are not in the test's own pass, on its batches and then on ``more``."""
         beside, loader = (
-            self._models(module) if module.trains_all else self.beside(module.device),
+            self._models(module) if module.is_full_finetuning else self.beside(module.device),
             trainer.test_dataloaders,
         )
         if not beside:
             return {}
         batches = [*list(loader)[: _limited(len(loader), trainer.limit_test_batches)], *more]
         with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
-            return score_lazily(beside, score, at_once=1 if module.trains_all else AT_ONCE)
+            return score_lazily(beside, score, at_once=1 if module.is_full_finetuning else ADAPTERS_PER_FORWARD)
 
     @contextmanager
     def _scorer(
@@ -933,7 +933,7 @@ def _ours(module: pl.LightningModule) -> SeedLoRAModule:
 
 def _fuse_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:
     """Fuse whole models with a bar: it takes minutes where they are large."""
-    weights = BaseWeights(base)
+    weights = WeightFiles(base)
     matrices = sum(len(weights.shape(key)) == 2 for key in weights.files)
     with _bar(hidden=False) as progress:
         task = progress.add_task(f"Fusing whole models by {getattr(method, 'name', method)}", total=matrices)

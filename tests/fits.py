@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.merge.layers import Fused, fuse
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.updates.factors import LoRAFactors
 
 
@@ -90,4 +90,4 @@ def fused_on(device: torch.device | str, method: str) -> Fused:
         for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
     }
     options = {"score": lambda layers: float(next(iter(layers.values())).B.sum())} if method == "greedy_soup" else {}
-    return fuse(stacks, bind(method, options))
+    return fuse(stacks, make_rule(method, options))

@@ -29,9 +29,9 @@ from seedlora.adapters.servers import base_shapes
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.record import RECORD_NAME
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_into_base
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.selection.choice import soup_of
 from seedlora.updates.factors import LoRAFactors
 
@@ -261,7 +261,7 @@ def test_against_peft_s_own_conversion(kind, made, tmp_path):
     model.peft_config["default"].init_lora_weights = KINDS[kind]["init_lora_weights"]
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     wanted = read_adapter(tmp_path / "plain")
-    found = read_adapter(case.folders[0], base=BaseWeights(case.base))
+    found = read_adapter(case.folders[0], base=WeightFiles(case.base))
     assert found.layers.keys() == wanted.layers.keys()
     for path, factors in wanted.layers.items():
         assert found.layers[path].rank == factors.rank == 2 * 4
@@ -275,7 +275,7 @@ def test_starts_are_subtracted_as_they_were(made, tmp_path):
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(case.folders[0] / WEIGHTS_NAME).items()}
     save_file(tensors, tmp_path / "a" / WEIGHTS_NAME)
     start = get_peft_model(loaded(case.base), LoraConfig(**KINDS["pissa"], task_type="CAUSAL_LM")).state_dict()
-    found = read_adapter(tmp_path / "a", base=BaseWeights(case.base))
+    found = read_adapter(tmp_path / "a", base=WeightFiles(case.base))
     for path, factors in found.layers.items():
         key = f"base_model.model.{path}.lora_{{}}"
         a, b = (tensors[key.format(x) + ".weight"].double() for x in "AB")
@@ -331,7 +331,7 @@ def test_a_rule_s_own_weights_are_its_own(made, tmp_path):
         assert weights == "of another meaning"
         return LoRAFactors(stack.A[:1], stack.B[:1])
 
-    fuse_folders(made("lora").folders, tmp_path / "out", method=bind(first, {"weights": "of another meaning"}))
+    fuse_folders(made("lora").folders, tmp_path / "out", method=make_rule(first, {"weights": "of another meaning"}))
 
 
 @pytest.mark.parametrize("kind", ["modules_to_save", "lora_bias"])
@@ -616,7 +616,7 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
     assert len(list((tmp_path / "q").glob("*.safetensors"))) > 2
     assert "quantization_config" in json.loads((tmp_path / "q" / "config.json").read_text())
     assert base_shapes(tmp_path / "q") == base_shapes(case.base)
-    weights = BaseWeights(tmp_path / "q")
+    weights = WeightFiles(tmp_path / "q")
     dense = {
         f"{name}.weight": dequantize_module_weight(module).float()
         for name, module in quantised.named_modules()
@@ -649,7 +649,7 @@ def test_an_int8_base_comes_out_as_it_was_made(made, tmp_path):
         case.base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
     ).save_pretrained(tmp_path / "q")
     fuse_into_base(case.folders[:1], tmp_path / "q", tmp_path / "out", method="soup", options=LAYERS)
-    found, weights = load_file(tmp_path / "out" / "model.safetensors"), BaseWeights(tmp_path / "q")
+    found, weights = load_file(tmp_path / "out" / "model.safetensors"), WeightFiles(tmp_path / "q")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     update = read_adapter(case.folders[0]).layers["model.layers.0.mlp.up_proj"].dense()[0]
     for name, added in (("up_proj", update), ("down_proj", torch.zeros(()))):

@@ -20,7 +20,7 @@ from seedlora.adapters.servers import base_shapes, servable
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.inputs import read_adapters, stack_adapters
 from seedlora.merge.record import RECORD_NAME
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -400,7 +400,7 @@ FUZZ = settings(
 
 
 def only_adapter_errors(folder):
-    for base in (None, BaseWeights(folder / "nowhere")):
+    for base in (None, WeightFiles(folder / "nowhere")):
         with contextlib.suppress(AdapterError):
             adapter = read_adapter(folder, base=base)
             assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
@@ -460,7 +460,7 @@ def test_fuzzed_base_folders(base_and_pissa, name, content):
     try:
         file.write_text(json.dumps(content))
         with contextlib.suppress(AdapterError):
-            read_adapter(base_and_pissa / "a", base=BaseWeights(base_and_pissa / "base"))
+            read_adapter(base_and_pissa / "a", base=WeightFiles(base_and_pissa / "base"))
         base_shapes(base_and_pissa / "base")
     finally:
         file.write_bytes(before)
@@ -475,9 +475,9 @@ def test_bases_that_are_broken_are_named(base_and_pissa, tmp_path):
     ]:
         (tmp_path / "base" / name).write_text(json.dumps(content))
         with pytest.raises(AdapterError, match=f"a is PiSSA: its update depends on .* cannot be read: .*{said}"):
-            read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
+            read_adapter(base_and_pissa / "a", base=WeightFiles(tmp_path / "base"))
         shutil.copy(base_and_pissa / "base" / name, tmp_path / "base" / name)
-    read_adapter(base_and_pissa / "a", base=BaseWeights(tmp_path / "base"))
+    read_adapter(base_and_pissa / "a", base=WeightFiles(tmp_path / "base"))
 
 
 NAMES = st.sampled_from(

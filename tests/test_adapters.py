@@ -29,7 +29,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.distributed.strategies import choose_strategy, prepare
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.model.quantization import dequantized, quantized
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.run.memory import trainable_parameters
 from seedlora.training.model_options import PROJECTIONS
 
@@ -229,7 +229,7 @@ def test_dora_is_read_back_scored_and_fused_as_it_acts(tiny_llama, tmp_path):
     assert list(callback.results.scores) == ["base", "seed_11", "seed_42", "soup"]
     module.stack.route(["seed_42"])
     torch.testing.assert_close(module.model(input_ids=ROWS).logits, expected, atol=1e-5, rtol=1e-5)
-    base = BaseWeights(tiny_llama)
+    base = WeightFiles(tiny_llama)
     read = read_adapter(tmp_path / "seed_42", base=base).magnitudes
     assert all(torch.equal(magnitude, trained[path]) for path, magnitude in read.items())
     assert read_adapter(tmp_path / "fused").layers.keys() == trained.keys()

@@ -19,7 +19,7 @@ from seedlora.datamodules import ReasoningGym
 from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import soup
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.scores.advice import advice
 from seedlora.scores.intervals import loss_difference
 from seedlora.scores.row_scores import RowScores
@@ -76,7 +76,7 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
     stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
     found = callback.folder.selection
     named = {row["name"]: row for row in found["candidates"]}
-    on_ffn = bind("seedlora_gain", {"p": 0.75, "layers": "ffn", "rest": "soup"})
+    on_ffn = make_rule("seedlora_gain", {"p": 0.75, "layers": "ffn", "rest": "soup"})
     for layers, row in (
         (read_adapter(callback.fused_path).layers, found["scores"]["fused"]),
         (read_adapter(callback.dirpath / "soup").layers, found["scores"]["soup"]),
@@ -106,7 +106,7 @@ def test_all_that_was_tested_has_a_loss_on_the_same_training_rows(everything):
     assert found["rows"] == 12  # as many as test items
     drawn = sorted(np.random.default_rng(0).permutation(24)[:12].tolist())
     stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
-    adapters = {"base": None, "ties": fuse(stacks, bind("ties"))}
+    adapters = {"base": None, "ties": fuse(stacks, make_rule("ties"))}
     folders = ("seed_1", "seed_2", "seed_3", "long_seed", "wide_seed", "soup", "fused")
     adapters |= {name: read_adapter(callback.dirpath / name).layers for name in folders}
     losses = {}
@@ -270,7 +270,7 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
     module.mixtures = {"mean": ("seed_1", "seed_3")}
     with torch.no_grad():
         whole = module.score({"input_ids": ids, "labels": labels})
-        monkeypatch.setattr("seedlora.training.scoring.AT_ONCE", 2)
+        monkeypatch.setattr("seedlora.training.scoring.ADAPTERS_PER_FORWARD", 2)
         parts = module.score({"input_ids": ids, "labels": labels})
     assert torch.allclose(whole[0], parts[0], rtol=1e-5)
     assert torch.equal(whole[1], parts[1])

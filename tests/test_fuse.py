@@ -19,7 +19,7 @@ from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.seedlora import seedlora
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 
 SEEDS = (11, 42, 202)
 
@@ -95,7 +95,7 @@ def test_the_folder_has_the_shape_that_servers_load(folders, tmp_path):
 
 def test_without_the_mean_the_rank_is_the_sum_of_the_ranks(folders):
     stacks = stack_adapters({folder.name: read_adapter(folder) for folder in folders})
-    layers = fuse(stacks, bind("seedlora", {"mean_shift": False}))
+    layers = fuse(stacks, make_rule("seedlora", {"mean_shift": False}))
     assert {factors.rank for factors in layers.values()} == {12}
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from seedlora.merge.layers import fuse
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import any_method, gain_family, scaled_soups, seed_times_gain, subsets
-from seedlora.selection.choice import choose, described, greedy_soup, score_rules
+from seedlora.selection.choice import choose, describe_rule, greedy_soup, score_rules
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import members
 
@@ -68,20 +68,20 @@ def test_scaled_soups_and_all_candidates():
     assert torch.allclose(fused[FFN].dense()[0], 1.4 * stack[FFN].dense().mean(0))
     everything = any_method(list(stack), 3)
     assert {*gain_family(list(stack)), *found, "seedlora", "knots_ties"} <= set(everything)
-    assert described(everything["soup x 1.2"]) == {"method": "task_arithmetic", "options": {"scale": 1.2 / 3}}
-    part = described(everything["seedlora_gain p=0.5 on ffn"])["options"]
+    assert describe_rule(everything["soup x 1.2"]) == {"method": "task_arithmetic", "options": {"scale": 1.2 / 3}}
+    part = describe_rule(everything["seedlora_gain p=0.5 on ffn"])["options"]
     assert part == {"p": 0.5, "layers": "ffn", "rest": "soup"}
 
 
 def test_one_seed_gets_the_length_that_the_fused_adapter_has_over_the_mean():
     stack = stacks()
-    fused = fuse(stack, bind("seedlora"))
+    fused = fuse(stack, make_rule("seedlora"))
     single = seed_times_gain(stack, fused, index=1)
     for path, factors in stack.items():
         dense = factors.dense()
         gain = fused[path].dense().norm() / dense.mean(0).norm()
         assert torch.allclose(single[path].dense()[0], gain * dense[1])
-    same = seed_times_gain(stack, fuse(stack, bind("soup")), index=0)
+    same = seed_times_gain(stack, fuse(stack, make_rule("soup")), index=0)
     assert torch.allclose(same[FFN].dense()[0], stack[FFN].dense()[0])
 
 
@@ -129,4 +129,4 @@ def test_a_greedy_soup_leaves_out_who_harms():
     rule = greedy_soup(stack, score)
     assert sorted(rule.options["members"]) == [0, 2]
     assert torch.allclose(fuse(stack, rule)[FFN].dense()[0], goal)
-    assert described(rule)["method"] == "greedy_soup"
+    assert describe_rule(rule)["method"] == "greedy_soup"

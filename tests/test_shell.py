@@ -19,7 +19,7 @@ from seedlora.cli.main import main
 from seedlora.merge.inputs import read_adapters, stack_adapters
 from seedlora.merge.layers import fuse
 from seedlora.merge.record import RECORD_NAME
-from seedlora.merge.registry import METHODS, bind
+from seedlora.merge.registry import METHODS, make_rule
 from seedlora.merge.whole_models import fuse_into_base
 from tests import reference as ref
 from tests.test_adapter_reader import KINDS, SEVEN, gpt2, llama, save_adapter, weights
@@ -63,7 +63,7 @@ def test_every_method_from_the_shell(method, folders, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["method"] == method
     merged = read_adapters([tmp_path / "o"])[str(tmp_path / "o")]
-    wanted = fuse(stack_adapters(read_adapters(folders)), bind(method))
+    wanted = fuse(stack_adapters(read_adapters(folders)), make_rule(method))
     for path, factors in wanted.items():
         assert torch.allclose(merged.layers[path].dense(), factors.dense(), atol=1e-4)
 

@@ -33,7 +33,7 @@ def setting(tiny_llama, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(study, "AT_ONCE", 3)
+    monkeypatch.setattr(study, "ADAPTERS_PER_FORWARD", 3)
     monkeypatch.setattr(study, "JOINT_SIZES", {})
 
 
@@ -195,7 +195,7 @@ def test_outputs_are_matched_on_the_prompts_alone(setting):
     module = setting.module(CELL)
     data = setting.data("chain_sum", module)
     stacks = study.stack_of(study.train(CELL, setting, module, data))
-    soup = study.fuse(stacks, study.bind("soup"))
+    soup = study.fuse(stacks, study.make_rule("soup"))
     ids, labels = data.rows["val"].padded(range(4))
     _, outputs = study.prompt_logits(module, {"soup": soup}, ids, labels, stacks)
     gains = study.output_gains(outputs)

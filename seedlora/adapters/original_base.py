@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seedlora.adapters.adapter import Adapter, AdapterError, Start
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
 if TYPE_CHECKING:
     pass
 
 
-def without_start(adapter: Adapter, base: BaseWeights, *, on_layer: Callable[[str], object] | None = None) -> Adapter:
+def without_start(adapter: Adapter, base: WeightFiles, *, on_layer: Callable[[str], object] | None = None) -> Adapter:
     """The adapter relative to the original base weights, if PiSSA or OLoRA took its start out of them.
 
     The start is computed again by PEFT's own code, and the factors become ``[B, -B_0] [A; A_0]``, of twice the rank, in
@@ -45,7 +45,7 @@ def without_start(adapter: Adapter, base: BaseWeights, *, on_layer: Callable[[st
     return replace(adapter, layers=layers, start=None)
 
 
-def base_key_of(file: Path, adapter: Adapter, name: str, base: BaseWeights) -> str:
+def base_key_of(file: Path, adapter: Adapter, name: str, base: WeightFiles) -> str:
     """The key of a layer's base weight, after checking that it is there and has the shape of the update."""
     kind = ", ".join(adapter.kinds)
     if not str(base.source):
@@ -76,7 +76,7 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-def _minus_start(adapter: Adapter, start: Start, name: str, base: BaseWeights) -> LoRAFactors:
+def _minus_start(adapter: Adapter, start: Start, name: str, base: WeightFiles) -> LoRAFactors:
     if name in adapter.embeddings:
         raise AdapterError(
             f"{start.file}: '{name}' is an embedding, for which PEFT has no init_lora_weights {start.init!r}"

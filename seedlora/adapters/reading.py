@@ -34,7 +34,7 @@ from seedlora.adapters.adapter import (
     locate,
 )
 from seedlora.adapters.original_base import base_key_of, without_start
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,7 +106,7 @@ def quantization_of(folder: Path) -> str:
 def read_adapter(
     path: str | Path,
     *,
-    base: BaseWeights | None = None,
+    base: WeightFiles | None = None,
     keep_start: bool = False,
     on_layer: Callable[[str], object] | None = None,
 ) -> Adapter:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
@@ -88,7 +88,7 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
     Returns:
         None if there is none on this machine, or it cannot be read. Nothing is downloaded.
     """
-    base = BaseWeights(base_model, cached=True)
+    base = WeightFiles(base_model, cached=True)
     try:
         shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
     except (SafetensorError, OSError, ValueError):

@@ -16,10 +16,10 @@ from rich.table import Table
 from seedlora.adapters.adapter import Adapter, locate
 from seedlora.adapters.servers import NOT_KNOWN, servable, vllm_rank
 from seedlora.cli.terminal import formatted, is_unknown, number_table, print_json, progress_bar
-from seedlora.merge.inputs import base_of, read_adapters, stack_updates
+from seedlora.merge.inputs import read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse
-from seedlora.merge.registry import bind
-from seedlora.model.weight_files import BaseWeights
+from seedlora.merge.registry import make_rule
+from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSED
 from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.weights import weight_facts
@@ -33,8 +33,8 @@ from seedlora.utils.files import write_text
 _SHOWN_RANK = 64
 
 
-def _read(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], BaseWeights]:
-    weights = base_of(sources, base)
+def _read(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], WeightFiles]:
+    weights = weight_files_of(sources, base)
     with progress_bar() as progress:  # for PiSSA, whose starts take an SVD of every weight
         task = progress.add_task("reading", total=None)
         return read_adapters(sources, base=weights, on_layer=lambda _path: progress.advance(task)), weights
@@ -92,7 +92,7 @@ def run_compare(arguments: Mapping[str, Any]) -> None:
     adapters, base = _read(arguments["adapters"], arguments["base"])
     stacks, error = _shown_factors(stack_updates(adapters, base))
     names = list(adapters)
-    merged = fuse(stacks, bind(arguments["method"]))
+    merged = fuse(stacks, make_rule(arguments["method"]))
     layers = _facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
     drawn = [] if arguments["plot"] is None else _plot(arguments, stacks, merged, names)

@@ -17,7 +17,7 @@ from seedlora.adapters.servers import next_commands, servable
 from seedlora.cli.terminal import print_json, progress_bar, served_line
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.record import RECORD_NAME
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_into_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +31,7 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
         if key.startswith("option ") and text is not None
     }
     method, sources, out = arguments["method"], arguments["adapters"], Path(arguments["out"])
-    bind(method, options)
+    make_rule(method, options)
     if arguments["into_base"] is not None:
         for name, reason in (("dtype", "weights keep the dtype of the base model"), ("gguf", "it converts an adapter")):
             if arguments[name] is not None:

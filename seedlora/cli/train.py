@@ -152,7 +152,7 @@ def _leaving_on_sigterm() -> Iterator[None]:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.trains_all:
+    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.is_full_finetuning:
         raise UsageError(
             "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
             "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
@@ -263,7 +263,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         method = ensemble.method_name if ensemble.rule is not None else ""
         console.print(results_table(ensemble.results, method=method))
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.rule is not None and cli.model.trains_all:
+    if ensemble.rule is not None and cli.model.is_full_finetuning:
         console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
     elif ensemble.rule is not None:
         fused, full = ensemble.fused_path.resolve(), bool(cli.model.full_modules)

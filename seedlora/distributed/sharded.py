@@ -53,7 +53,7 @@ def release(trainer: pl.Trainer) -> None:
         engine.destroy()
 
 
-def from_first(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+def broadcast_from_rank0(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     """The first rank's tensor on all ranks, where others give one of its shape and dtype. All ranks must call it."""
     if trainer.world_size == 1:
         return tensor

@@ -21,7 +21,7 @@ from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerat
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.model.quantization import check_quantization, quantize
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
 from seedlora.updates.factors import LoRAFactors
 
@@ -218,7 +218,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
             model,
             tokenizer,
             {a.name: a.folder for a in adapters if a.folder},
-            base=BaseWeights(resolve(base_model), cached=True),
+            base=WeightFiles(resolve(base_model), cached=True),
             batch_size=arguments["batch_size"],
         )
     if quantization != "none":
@@ -235,7 +235,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
 
 
 def folder_generator(
-    model: Any, tokenizer: Any, folders: Mapping[str, Path], *, base: BaseWeights, batch_size: int = 16
+    model: Any, tokenizer: Any, folders: Mapping[str, Path], *, base: WeightFiles, batch_size: int = 16
 ) -> StackGenerator:
     """Generates with adapter folders over one loaded base model: stacked, or where that cannot be, one by one.
 

@@ -19,7 +19,7 @@ from seedlora.adapters.servers import base_shapes, complete
 from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.averages import average
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.merge.inputs import base_of, check_vocabulary, read_adapters, stack_updates
+from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse, layer_threads
 from seedlora.merge.record import (
     RECORD_NAME,
@@ -31,7 +31,7 @@ from seedlora.merge.record import (
     recorded,
     run_around,
 )
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.updates.algebra import gain
 from seedlora.updates.stacks import Stacks
 
@@ -98,8 +98,8 @@ def fuse_folders(
         ValueError: for an unknown method or option, or an ``out`` that is not to be replaced (:func:`check_output`);
             ``AdapterError`` for adapters that cannot be read or fused.
     """
-    bound = bind(method, options)
-    weights = base_of(sources, base)
+    bound = make_rule(method, options)
+    weights = weight_files_of(sources, base)
     check_output(out, sources, weights.source)
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
     hashes, run = hash_inputs(sources), run_around(out, sources)

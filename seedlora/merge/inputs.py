@@ -11,7 +11,7 @@ import torch
 from seedlora.adapters.adapter import BASE_NAME, Adapter, AdapterError, locate
 from seedlora.adapters.original_base import without_start
 from seedlora.adapters.reading import base_model_of, read_adapter
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.dora import dora_updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
@@ -34,7 +34,7 @@ def stack_adapters(adapters: Mapping[str, Adapter], *, device: torch.device | No
 
 
 def stack_updates(
-    adapters: Mapping[str, Adapter], base: BaseWeights, *, device: torch.device | None = None
+    adapters: Mapping[str, Adapter], base: WeightFiles, *, device: torch.device | None = None
 ) -> Stacks[Any]:
     """As :func:`stack_adapters`, also for DoRA: the updates in row blocks, as they act on the base weights.
 
@@ -150,7 +150,7 @@ def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
     the copy alone holds, the rows of a resized vocabulary, would be lost.
     """
     try:
-        known = BaseWeights(base, cached=True).vocabulary if adapter.copies else None
+        known = WeightFiles(base, cached=True).vocabulary if adapter.copies else None
     except (ValueError, OSError):
         known = None
     for path, (rows, _) in adapter.copies.items():
@@ -170,7 +170,7 @@ def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
 def read_adapters(
     sources: Sequence[str | Path],
     *,
-    base: BaseWeights | None = None,
+    base: WeightFiles | None = None,
     on_layer: Callable[[str], object] | None = None,
 ) -> dict[str, Adapter]:
     """Read adapter folders or hub ids, by the name under which each was given.
@@ -198,8 +198,8 @@ def read_adapters(
     return {name: without_start(adapter, base, on_layer=on_layer) for name, adapter in found.items()}
 
 
-def base_of(sources: Sequence[str | Path], base: str | Path | None = None) -> BaseWeights:
+def weight_files_of(sources: Sequence[str | Path], base: str | Path | None = None) -> WeightFiles:
     """The base model that is given, or else the one that the first adapter names; opened when it is needed."""
     if base is None:
         base = base_model_of(sources[0]) if sources else ""
-    return BaseWeights(base)
+    return WeightFiles(base)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seedlora.merge.averages import averaged
 from seedlora.merge.bound_rule import BoundRule, MergeRule
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.updates.compression import Compressed, factored
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
@@ -57,15 +57,15 @@ def updates(
 
     Args:
         stacks: the adapters of every layer by path.
-        rule: a rule, or one with options as :func:`seedlora.merge.registry.bind` gives it. One that needs factors gets
-            updates of full rank compressed, each to the rule's ``rank``, by default ``N*R``.
+        rule: a rule, or one with options as :func:`seedlora.merge.registry.make_rule` gives it. One that needs factors
+            gets updates of full rank compressed, each to the rule's ``rank``, by default ``N*R``.
         order: paths in the order in which they are wanted. Default: that of ``stacks``.
         inputs: filled with the error of what was compressed for the rule, by path.
 
     Raises:
         ValueError: if the rule's ``layers`` selects none.
     """
-    merged = _merged(stacks, bind(rule), {} if inputs is None else inputs)
+    merged = _merged(stacks, make_rule(rule), {} if inputs is None else inputs)
     for path in order if order is not None else stacks:
         yield path, merged(path)
 
@@ -121,14 +121,14 @@ def fuse(
 
     Args:
         stacks: the adapters of every layer by path.
-        rule: a rule, or one with options as :func:`seedlora.merge.registry.bind` gives it. Dense results are compressed
-            to its ``rank``, by default ``N*R`` (one more where the rule adds a constant); the result says with which
-            error.
+        rule: a rule, or one with options as :func:`seedlora.merge.registry.make_rule` gives it. Dense results are
+            compressed to its ``rank``, by default ``N*R`` (one more where the rule adds a constant); the result says
+            with which error.
         on_layer: called with each layer's path when it is done.
         each: how to go through the layers, as :func:`layer_threads` gives it. What may be dense, and as large as the
             layer, is done one after the other all the same.
     """
-    bound = bind(rule)
+    bound = make_rule(rule)
     dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
     if dense and bound.use.rank is None and not bound.method.dense:
         bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))

@@ -126,7 +126,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def bind(method: str | MergeRule | Method, options: Mapping[str, Any] | None = None) -> BoundRule:
+def make_rule(method: str | MergeRule | Method, options: Mapping[str, Any] | None = None) -> BoundRule:
     """Turn a method and its options into a function of the stack alone, checking both now.
 
     A method of the table is tried on a stack of a few entries, so that values out of range are found here and not

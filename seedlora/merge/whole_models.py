@@ -34,8 +34,8 @@ from seedlora.merge.record import (
     recorded,
     run_around,
 )
-from seedlora.merge.registry import METHODS, bind
-from seedlora.model.weight_files import MODEL_FILES, BaseWeights
+from seedlora.merge.registry import METHODS, make_rule
+from seedlora.model.weight_files import MODEL_FILES, WeightFiles
 from seedlora.updates.algebra import gram
 from seedlora.updates.dense import DenseUpdates, Updates, block_rows
 from seedlora.utils.files import atomic_folder
@@ -76,8 +76,8 @@ def fuse_into_base(
             ``AdapterError`` for adapters that cannot be read or fused. Nothing is written then.
         OSError: if a file cannot be read or written.
     """
-    bound = bind(method, options)
-    weights, out = BaseWeights(base), Path(out)
+    bound = make_rule(method, options)
+    weights, out = WeightFiles(base), Path(out)
     check_output(out, sources, base)
     if sources and all(map(is_model, sources)):
         _fuse_models(sources, weights, out, bound, on_layer)
@@ -144,7 +144,7 @@ def fuse_into_base(
 
 
 def write_model(
-    folder: Path, base: BaseWeights, change: Callable[[str, Tensor], Tensor], *, dtype: str | None = None
+    folder: Path, base: WeightFiles, change: Callable[[str, Tensor], Tensor], *, dtype: str | None = None
 ) -> None:
     """Write a base model with other weights into a folder, a shard at a time, its configuration and tokenizer too.
 
@@ -175,7 +175,7 @@ def write_model(
 
 
 def write_trained(
-    out: str | Path, base: BaseWeights, weights: Mapping[str, Tensor], *, files: Mapping[str, str] | None = None
+    out: str | Path, base: WeightFiles, weights: Mapping[str, Tensor], *, files: Mapping[str, str] | None = None
 ) -> None:
     """Write a model that was trained in full, in the dtype of its weights, whole or not at all.
 
@@ -198,8 +198,8 @@ def write_trained(
 
 
 def fused_weights(
-    models: Sequence[BaseWeights],
-    base: BaseWeights,
+    models: Sequence[WeightFiles],
+    base: WeightFiles,
     rule: MergeRule | BoundRule,
     *,
     on_layer: Callable[[str], object] | None = None,
@@ -220,7 +220,7 @@ def fused_weights(
     Raises:
         ValueError: for a rule that needs factors, or a model of other keys or shapes.
     """
-    bound = bind(rule)
+    bound = make_rule(rule)
     check_dense(bound)
     stacks = {}
     for key in base.files:
@@ -265,7 +265,7 @@ def check_dense(rule: BoundRule) -> None:
         raise ValueError(f"rank {rule.use.rank} is for adapters; weights trained in full are fused at their full rank")
 
 
-def _differences(models: Sequence[BaseWeights], base: BaseWeights, key: str) -> DenseUpdates:
+def _differences(models: Sequence[WeightFiles], base: WeightFiles, key: str) -> DenseUpdates:
     """What training added to a matrix, all models together, by row blocks."""
     (d, k), n = base.shape(key), len(models)
     step = block_rows(n, k)
@@ -281,13 +281,13 @@ def _differences(models: Sequence[BaseWeights], base: BaseWeights, key: str) -> 
 
 def _fuse_models(
     sources: Sequence[str | Path],
-    base: BaseWeights,
+    base: WeightFiles,
     out: Path,
     bound: BoundRule,
     on_layer: Callable[[str], object] | None,
 ) -> None:
     """Fuse models that were trained in full from a base model; ``out`` is written whole or not at all."""
-    models = [BaseWeights(source) for source in sources]
+    models = [WeightFiles(source) for source in sources]
     change = fused_weights(models, base, bound, on_layer=on_layer)
     hashes = hash_inputs(sources)
     with atomic_folder(out) as folder:
@@ -308,7 +308,7 @@ def _tell(folder: Path, record: Mapping[str, Any], sources: Sequence[str | Path]
         (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")
 
 
-def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> None:
+def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles) -> None:
     for path, key in keys.items():
         found, shape = weights.shape(key), adapter.layers[path].shape
         wanted = shape[::-1] if adapter.flipped(path) else shape
@@ -318,7 +318,7 @@ def _check_shapes(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeight
             )
 
 
-def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> tuple[dict[str, str], dict[str, str]]:
+def _places(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles) -> tuple[dict[str, str], dict[str, str]]:
     """Where averaged biases and full weights go: their keys in the base, by layer path and by key of the adapter."""
     biases = {path: keys[path].removesuffix("weight") + "bias" for path in adapter.biases}
     if missing := [path for path, key in biases.items() if key not in weights.files]:
@@ -346,7 +346,7 @@ def _places(adapter: Adapter, keys: Mapping[str, str], weights: BaseWeights) -> 
 
 
 def _check_tied(
-    keys: Mapping[str, str], modules: Mapping[str, Tensor], module_keys: Mapping[str, str], weights: BaseWeights
+    keys: Mapping[str, str], modules: Mapping[str, Tensor], module_keys: Mapping[str, str], weights: WeightFiles
 ) -> None:
     """See that what was trained as an embedding or a head does not become both."""
     alone = {

@@ -25,7 +25,7 @@ _INT8_SCALE = ".SCB"
 _NF4_STATE = ".quant_state.bitsandbytes__"
 
 
-class BaseWeights:
+class WeightFiles:
     """A base model as adapters see it: one weight per layer path. Nothing is opened before something is asked for.
 
     Weights that bitsandbytes stored in 4 or 8 bits are dequantised, a layer at a time.

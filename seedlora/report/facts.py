@@ -11,7 +11,7 @@ from typing import Any
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model, is_trained
 from seedlora.merge.bound_rule import COMMON
-from seedlora.merge.inputs import base_of, read_adapters, stack_adapters
+from seedlora.merge.inputs import read_adapters, stack_adapters, weight_files_of
 from seedlora.merge.record import RECORD_NAME, hash_inputs
 from seedlora.names import BASE, COST_NAME, FUSED, LONG_SEED, SELECTION_NAME, SOUP, TRAINED_NAME, WIDE_SEED, seed_name
 from seedlora.report.outcomes import item_outcomes, tests_of
@@ -103,7 +103,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     broken, whole = None, any(is_model(run / seed) for seed in trained)
     try:
         if trained and not whole:
-            base = base_of([run / seed for seed in trained])
+            base = weight_files_of([run / seed for seed in trained])
             stacks = stack_adapters(read_adapters([run / seed for seed in trained], base=base))
             fused = read_adapters([run / FUSED], base=base)[str(run / FUSED)].layers if record else {}
             label = merged if record else None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from seedlora.merge.methods.soup import soup
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.names import FUSED, SOUP
 from seedlora.report.stored import Facts
 from seedlora.updates.diagnostics import (
@@ -116,7 +116,7 @@ def _distributions(
 
     What lies beyond the edges is counted in the sum alone. Without attention layers it is the one given as the middle.
     """
-    rule = bind("soup", {} if layers == "all" else {"layers": layers, "rest": "soup"})
+    rule = make_rule("soup", {} if layers == "all" else {"layers": layers, "rest": "soup"})
     chosen = [path for path in sorted(stacks, key=natural) if rule.selects(path)]
     if not chosen and layers != LAYERS:
         raise ValueError(f"'{layers}' names none of the {len(stacks)} layers, of which one is {middle}")

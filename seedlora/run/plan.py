@@ -146,9 +146,9 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         memory_alone=memory(1),
         model=hparams["base_model"],
         data=_rows(data),
-        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_words))),
+        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_text))),
         dtype=module.precision_of_base,
-        adapter=module.adapter_words,
+        adapter=module.display_text,
         compile=hparams["compile"],
         controls=(
             f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "

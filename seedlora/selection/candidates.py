@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any
 
 from seedlora.merge.bound_rule import COMMON, BoundRule
-from seedlora.merge.registry import bind
+from seedlora.merge.registry import make_rule
 from seedlora.updates.algebra import gain, weighted_sum
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, full_weights
@@ -39,14 +39,14 @@ def gain_family(
         options: of the rule, besides ``p``; if they name ``layers``, these alone are tried.
     """
     options = dict(options or {})
-    found = {"soup": bind("soup", {key: value for key, value in options.items() if key in COMMON})}
+    found = {"soup": make_rule("soup", {key: value for key, value in options.items() if key in COMMON})}
     for layers in ("all", "attention", "ffn"):
         use = {} if layers == "all" else {"layers": layers, "rest": "soup"}
-        if use and ("layers" in options or not 0 < sum(map(bind("soup", use).selects, paths)) < len(paths)):
+        if use and ("layers" in options or not 0 < sum(map(make_rule("soup", use).selects, paths)) < len(paths)):
             continue
         for p in powers:
             name = f"seedlora_gain p={p:g}" + (f" on {layers}" if use else "")
-            found[name] = bind("seedlora_gain", {**options, "p": p, **use})
+            found[name] = make_rule("seedlora_gain", {**options, "p": p, **use})
     return found
 
 
@@ -57,13 +57,13 @@ def scaled_soups(n: int, *, scales: Sequence[float] = SCALES) -> dict[str, Bound
         n: adapters that are averaged.
         scales: to try.
     """
-    multiples = {f"soup x {scale:g}": bind("task_arithmetic", {"scale": scale / n}) for scale in scales}
-    return {"soup": bind("soup"), **multiples}
+    multiples = {f"soup x {scale:g}": make_rule("task_arithmetic", {"scale": scale / n}) for scale in scales}
+    return {"soup": make_rule("soup"), **multiples}
 
 
 def any_method(paths: Sequence[str], n: int) -> dict[str, BoundRule]:
     """The gain family, the scaled soups, and the methods of :data:`TRIED` as they are."""
-    return {**gain_family(paths), **scaled_soups(n), **{name: bind(name) for name in TRIED}}
+    return {**gain_family(paths), **scaled_soups(n), **{name: make_rule(name) for name in TRIED}}
 
 
 def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> Stacks[LoRAFactors]:

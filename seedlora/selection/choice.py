@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import greedy_search
-from seedlora.merge.registry import METHODS, bind
+from seedlora.merge.registry import METHODS, make_rule
 from seedlora.scores.row_scores import RowScores
 from seedlora.updates.stacks import Layers
 
@@ -84,10 +84,10 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
 
 def soup_of(chosen: Sequence[int]) -> BoundRule:
     """The greedy soup as a rule of one layer, once its members are known."""
-    return bind(replace(METHODS["greedy_soup"], surveys={}), {"members": list(chosen)})
+    return make_rule(replace(METHODS["greedy_soup"], surveys={}), {"members": list(chosen)})
 
 
-def described(rule: BoundRule) -> dict[str, Any]:
+def describe_rule(rule: BoundRule) -> dict[str, Any]:
     """Method and options of a rule as plain data."""
     use = {key: value for key, value in asdict(rule.use).items() if value != getattr(type(rule.use)(), key)}
     return {"method": rule.name, "options": {**rule.options, **use}}

@@ -14,7 +14,7 @@ from typing import Any
 
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.layers import fuse
-from seedlora.merge.registry import METHODS, bind
+from seedlora.merge.registry import METHODS, make_rule
 from seedlora.names import (
     ALL_CONTROLS,
     FUSED,
@@ -33,7 +33,7 @@ from seedlora.selection.choice import (
     Score,
     check_select_by,
     choose,
-    described,
+    describe_rule,
     greedy_soup,
     score_lazily,
     score_rules,
@@ -93,10 +93,10 @@ class Comparison:
         self.rule: BoundRule | None = None
         try:
             if self.chooses:
-                gain_family((), options=self.options) if merge == GAIN else bind("soup", self.options)
-                self.rule = bind("soup")
+                gain_family((), options=self.options) if merge == GAIN else make_rule("soup", self.options)
+                self.rule = make_rule("soup")
             elif merge != NO_MERGE:
-                self.rule = bind(merge, self.options)
+                self.rule = make_rule(merge, self.options)
         except ValueError as error:
             others = "" if merge in METHODS else f" ('{NO_MERGE}' fuses nothing, '{AUTO}' chooses)"
             raise ValueError(f"{error}{others}") from None
@@ -117,7 +117,7 @@ class Comparison:
             same = name == self.merge and given == self.options and not self.chooses
             if same or (name == SOUP and not given):
                 continue
-            bound[name] = None if name == GREEDY else bind(name, given)
+            bound[name] = None if name == GREEDY else make_rule(name, given)
         return bound
 
     def of_seeds(self, kept: Sequence[int]) -> Comparison:
@@ -216,12 +216,12 @@ class Comparison:
         fused = fuse(stacks, rule)
         last: dict[str, Callable[[], Layers]] = {FUSED: lambda: fused}
         if n > 1:
-            last[SOUP] = partial(fuse, stacks, bind("soup"))
+            last[SOUP] = partial(fuse, stacks, make_rule("soup"))
         if self.has_controls and n > 1:
             soups = scaled_soups(n)
             tuned = score_rules(stacks, soups, score, at_once=ALONE)
             best = choose(tuned, by=by)
-            controls[GAIN_SOUP] = {"name": best, **described(soups[best]), "candidates": _rows(soups, tuned)}
+            controls[GAIN_SOUP] = {"name": best, **describe_rule(soups[best]), "candidates": _rows(soups, tuned)}
             found[GAIN_SOUP] = tuned[best]
             last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
             last[GREEDY] = partial(fuse, stacks, soup_of(controls[GREEDY]["members"]))
@@ -235,7 +235,7 @@ class Comparison:
             "rows": len(first.tokens),
             "tokens": int(first.tokens.sum()),
             "asked": self.method_name,
-            "chosen": None if chosen is None else {"name": chosen, **described(rule)},
+            "chosen": None if chosen is None else {"name": chosen, **describe_rule(rule)},
             "candidates": _rows(rules, scores),
             "best_seed": best_seed,
             "scores": {label: {"loss": row.loss, "match": row.match} for label, row in found.items() if is_finite(row)},
@@ -252,7 +252,7 @@ class Comparison:
         self, stacks: Layers, seeds: Sequence[str], rule: BoundRule, found: Mapping[str, RowScores], score: Score
     ) -> list[dict[str, Any]]:
         """Validation loss of soup and rule by the seeds fused; a rule whose options count the seeds is left out."""
-        rules = {SOUP: bind("soup")}
+        rules = {SOUP: make_rule("soup")}
         if not {"members", "weights", "scale"} & set(rule.options):
             rules[FUSED] = rule
         made = {
@@ -293,7 +293,7 @@ class Comparison:
             made[GAIN_SEED] = partial(seed_times_gain, factors, fused, index=best)
         if self.has_controls and GAIN_SOUP in tuned:
             control = tuned[GAIN_SOUP]
-            made[GAIN_SOUP] = partial(fuse, stacks, bind(control["method"], control["options"]))
+            made[GAIN_SOUP] = partial(fuse, stacks, make_rule(control["method"], control["options"]))
         if GREEDY in tuned and (self.has_controls or GREEDY in self.compare):
             made[GREEDY] = partial(fuse, stacks, soup_of(tuned[GREEDY]["members"]))
         for name, rule in self.compare.items():
@@ -320,7 +320,7 @@ def _fused_members(stacks: Layers, chosen: Sequence[int], rule: BoundRule) -> La
 
 def _rows(rules: Mapping[str, BoundRule], scores: Mapping[str, RowScores]) -> list[dict[str, Any]]:
     return [
-        {"name": name, **described(rule), "loss": scores[name].loss, "match": scores[name].match}
+        {"name": name, **describe_rule(rule), "loss": scores[name].loss, "match": scores[name].match}
         for name, rule in rules.items()
         if is_finite(scores[name])
     ]

@@ -23,7 +23,14 @@ from seedlora.adapters.stack import PARTS, AdapterStack
 from seedlora.adapters.stacked_forward import Start
 from seedlora.adapters.writing import write_adapter
 from seedlora.distributed.clipping import clip_gradients
-from seedlora.distributed.sharded import decoder_layers, from_first, is_partitioned, is_sharded, release, shard
+from seedlora.distributed.sharded import (
+    broadcast_from_rank0,
+    decoder_layers,
+    is_partitioned,
+    is_sharded,
+    release,
+    shard,
+)
 from seedlora.distributed.strategies import prepare, step_scale
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.whole_models import fused_weights, write_trained
@@ -33,13 +40,13 @@ from seedlora.model.head_losses import head_losses, is_plain
 from seedlora.model.loading import evaluating, fast_dtype, load_model, load_tokenizer, resolve
 from seedlora.model.outline import ALL_LINEAR, outline
 from seedlora.model.quantization import check_quantization
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 from seedlora.scores.row_scores import RowScores
 from seedlora.training.losses import in_place, next_tokens
 from seedlora.training.model_options import ADAPTERS, DTYPES, FULL, PROJECTIONS, SCHEDULES, require
 from seedlora.training.optimizer import learning_rate_factor
 from seedlora.training.replicas import DivergedError, Replica
-from seedlora.training.scoring import AT_ONCE, real_items
+from seedlora.training.scoring import ADAPTERS_PER_FORWARD, real_items
 from seedlora.training.starting_points import prepare_base
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, full_weights
@@ -213,19 +220,19 @@ class SeedLoRAModule(pl.LightningModule):
         return self.hparams["adapter"] in ("pissa", "loftq")
 
     @property
-    def trains_all(self) -> bool:
+    def is_full_finetuning(self) -> bool:
         """Whether every weight of the model is trained, and there are no adapters."""
         return bool(self.hparams["adapter"] == FULL)
 
     @property
     def adds_dense(self) -> bool:
         """Whether what is trained adds updates of full rank to the weights, which take longer to fuse than to score."""
-        return self.trains_all or self.hparams["adapter"] == "dora"
+        return self.is_full_finetuning or self.hparams["adapter"] == "dora"
 
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """The layers to adapt, with their shapes (D, K); raises as :func:`seedlora.model.outline.outline`."""
-        if self.trains_all:
+        if self.is_full_finetuning:
             return {}
         return outline(self.hparams["base_model"]).matching(self.hparams["target_modules"])
 
@@ -233,7 +240,7 @@ class SeedLoRAModule(pl.LightningModule):
     def full_modules(self) -> dict[str, int]:
         """The modules that are trained in full, with the number of their parameters; raises as :attr:`targets`."""
         model = outline(self.hparams["base_model"])
-        if self.trains_all:
+        if self.is_full_finetuning:
             model.check_order(model.modules, f"model.adapter {FULL}")
             return model.modules
         return model.owning(self.hparams["modules_to_save"] or ())
@@ -242,7 +249,7 @@ class SeedLoRAModule(pl.LightningModule):
     def unsplit(self) -> dict[str, Any]:
         """What does not go with a base model in parts, for :func:`seedlora.distributed.strategies.prepare`."""
         hparams, names = self.hparams, ", ".join(self.hparams["modules_to_save"] or ())
-        full = f"adapter {FULL}" if self.trains_all else names and f"modules_to_save {names}"
+        full = f"adapter {FULL}" if self.is_full_finetuning else names and f"modules_to_save {names}"
         return {"quantization": hparams["quantization"], "backend": hparams["compile"], "full": full or None}
 
     @property
@@ -252,10 +259,10 @@ class SeedLoRAModule(pl.LightningModule):
         return dtype if kind == "none" else f"{kind} and {dtype}"
 
     @property
-    def adapter_words(self) -> str:
+    def display_text(self) -> str:
         """What is trained, for people."""
         hparams = self.hparams
-        if self.trains_all:
+        if self.is_full_finetuning:
             return "no adapter, every weight in full, in float32"
         words = f"{hparams['adapter']}, r {hparams['r']}, lora_alpha {hparams['lora_alpha']:g}"
         if hparams["rank_pattern"] or hparams["alpha_pattern"]:
@@ -268,9 +275,9 @@ class SeedLoRAModule(pl.LightningModule):
         return words
 
     @property
-    def averaged_words(self) -> str:
+    def averaged_text(self) -> str:
         """What a merge rule is not applied to, for people; empty if it is applied to everything."""
-        if self.trains_all:
+        if self.is_full_finetuning:
             return "vectors (norms, biases) are averaged"
         return "what is trained in full is averaged" if self.full_modules else ""
 
@@ -293,7 +300,7 @@ class SeedLoRAModule(pl.LightningModule):
         from peft.utils.constants import DUMMY_TARGET_MODULES
 
         hparams, names, wider = self.hparams, self.hparams["target_modules"], self.rank_factor
-        if self.trains_all:
+        if self.is_full_finetuning:
             names = DUMMY_TARGET_MODULES  # PEFT's word for no layer at all
         elif names == ALL_LINEAR:
             names = sorted({path.rpartition(".")[2] for path in self.targets})
@@ -392,9 +399,9 @@ class SeedLoRAModule(pl.LightningModule):
                 else:
                     self.model.add_adapter(replica.name, self.lora_config)
         self.stack = AdapterStack(self.model, starts=self._starts)
-        if self.trains_all:
+        if self.is_full_finetuning:
             # What training adds is measured from the files, which may be finer than the base's dtype.
-            weights = BaseWeights(self.base_path)
+            weights = WeightFiles(self.base_path)
             places = self.places(weights)
             for own, parameter in (p for r in self.replicas for p in self.stack.full_weights(r.name).items()):
                 parameter.copy_(weights.tensor(places[own]))
@@ -582,7 +589,8 @@ class SeedLoRAModule(pl.LightningModule):
         self.idle |= set(names)
 
     def score(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, "N b"], Tensor, Tensor]:
-        r"""Every adapter of :attr:`scored` on the same rows, :data:`AT_ONCE` of them in one pass over the base model.
+        r"""Every adapter of :attr:`scored` on the same rows, :data:`ADAPTERS_PER_FORWARD` of them in one pass over the
+        base model.
 
         A mixture's probability of a token is the mean of its members' after the same true tokens:
         :math:`p(t) = \frac1N \sum_n p_n(t)`.
@@ -595,8 +603,8 @@ class SeedLoRAModule(pl.LightningModule):
         """
         ids, labels = batch["input_ids"], batch["labels"]
         names, found = list(self.scored), []
-        for start in range(0, len(names), AT_ONCE):
-            group = names[start : start + AT_ONCE]
+        for start in range(0, len(names), ADAPTERS_PER_FORWARD):
+            group = names[start : start + ADAPTERS_PER_FORWARD]
             n = len(group)
             self.stack.route([self.scored[name] for name in group])
             losses, right, keep = self.token_losses(ids.repeat(n, 1), labels.repeat(n, 1))
@@ -621,7 +629,7 @@ class SeedLoRAModule(pl.LightningModule):
         losses = math.log(len(members)) - mixed_SV.gather(1, targets[:, None])[:, 0]
         return *in_place(losses, mixed_SV.argmax(-1) == targets, keep, at), keep
 
-    def places(self, weights: BaseWeights) -> dict[str, str]:
+    def places(self, weights: WeightFiles) -> dict[str, str]:
         """Where a folder of the base model, or of one like it, has what is trained in full: its key by our name."""
         found, tied = {}, outline(self.hparams["base_model"]).tied
         for path, wrapper in self.stack.modules.items():
@@ -645,23 +653,23 @@ class SeedLoRAModule(pl.LightningModule):
         """
         layers, magnitudes = self.stack.stored(name), self.stack.magnitudes(name)
         modules = self.stack.full_weights(name)
-        if writer and self.trains_all:
-            base = BaseWeights(self.base_path)
+        if writer and self.is_full_finetuning:
+            base = WeightFiles(self.base_path)
             write_trained(path, base, {key: modules[own] for own, key in self.places(base).items()}, files=files)
         elif writer:
             write_adapter(path, layers, self.saved_config, files=files, magnitudes=magnitudes, modules=modules)
 
     def read_model(self, folder: Path) -> Layers:
         """A whole model like the base, to be scored."""
-        weights = BaseWeights(folder)
+        weights = WeightFiles(folder)
         return Stacks({}, {own: [weights.tensor(key)] for own, key in self.places(weights).items()})
 
     def fused_model(self, folders: Sequence[Path], rule: BoundRule) -> Layers:
         """Whole models fused, to be scored; all of it in memory. The first rank fuses; all ranks must call it."""
-        base, change = BaseWeights(self.base_path), lambda _, weight: torch.empty_like(weight)
+        base, change = WeightFiles(self.base_path), lambda _, weight: torch.empty_like(weight)
         if self.global_rank == 0:
-            change = fused_weights([BaseWeights(folder) for folder in folders], base, rule)
-        new = {key: from_first(self.trainer, change(key, base.weight(key))) for key in base.files}
+            change = fused_weights([WeightFiles(folder) for folder in folders], base, rule)
+        new = {key: broadcast_from_rank0(self.trainer, change(key, base.weight(key))) for key in base.files}
         return Stacks({}, {own: [new[key]] for own, key in self.places(base).items()})
 
     def current(self, names: Sequence[str]) -> Stacks[LoRAFactors]:

@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 #: Adapters that are scored in one forward.
-AT_ONCE = 8
+ADAPTERS_PER_FORWARD = 8
 
 
 def real_items(items: Tensor) -> Int[Tensor, " I"]:

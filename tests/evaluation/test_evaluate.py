@@ -16,7 +16,7 @@ from seedlora.cli.main import main
 from seedlora.datamodules import prompts
 from seedlora.evaluation.answering import OneAfterTheOther, folder_generator
 from seedlora.model.loading import load_model, load_tokenizer
-from seedlora.model.weight_files import BaseWeights
+from seedlora.model.weight_files import WeightFiles
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{i} and {i}\n#### {2 * i}"} for i in range(1, 8)]
 
@@ -202,7 +202,7 @@ def test_nobody_is_scored_on_a_base_that_another_changed(kinds, stacked, tiny_ll
     for i, (name, folder) in enumerate(folders.items()):
         wanted[name] = trained_by_peft(tiny_llama, folder, i, **kinds[i])
     model, tokenizer = load_model(tiny_llama, dtype=torch.float32).eval(), load_tokenizer(tiny_llama)
-    generator = folder_generator(model, tokenizer, folders, base=BaseWeights(tiny_llama))
+    generator = folder_generator(model, tokenizer, folders, base=WeightFiles(tiny_llama))
     assert isinstance(generator, OneAfterTheOther) != stacked
     for name in [*wanted, *reversed(wanted)]:
         generator.route([name])

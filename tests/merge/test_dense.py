@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seedlora.merge.layers import fuse, updates
-from seedlora.merge.registry import METHODS, bind
+from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates import dense as _dense
 from seedlora.updates.compression import factored
 from seedlora.updates.dense import DenseUpdates, row_blocks
@@ -52,8 +52,8 @@ def test_every_rule_fuses_them(name):
     """At a rank that holds all of an update, dense updates fuse to what their factors fuse to."""
     stack = make_stack(n=2, r=2, d=13, k=11)
     options = {"rank": 11, "match_norm": False, **SAME_FOR_ANY_FACTORS.get(name, {})}
-    found = fuse({"a.mlp.up_proj": as_dense(stack)}, bind(name, options))
-    wanted = dict(updates({"a.mlp.up_proj": stack}, bind(name, options)))["a.mlp.up_proj"]
+    found = fuse({"a.mlp.up_proj": as_dense(stack)}, make_rule(name, options))
+    wanted = dict(updates({"a.mlp.up_proj": stack}, make_rule(name, options)))["a.mlp.up_proj"]
     assert relative(found["a.mlp.up_proj"].dense()[0], dense(wanted)) < 1e-6
     assert bool(found.inputs) == (not METHODS[name].dense)
     assert all(error < 1e-6 for error in found.inputs.values())
@@ -65,7 +65,7 @@ def test_compressing_the_inputs_says_its_error():
     wanted = [torch.linalg.svdvals(update) for update in dense_list(stack)]
     assert error == pytest.approx(max(float(s[3:].norm() / s.norm()) for s in wanted), rel=1e-6)
     assert found.rank == 3
-    fused = fuse({"up": as_dense(stack)}, bind("tsv_m", {"rank": 3}))
+    fused = fuse({"up": as_dense(stack)}, make_rule("tsv_m", {"rank": 3}))
     assert fused.inputs == pytest.approx({"up": error})
 
 
