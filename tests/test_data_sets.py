@@ -231,7 +231,7 @@ def test_num_train_keeps_the_validation_split(tmp_path, tokenizer):
 def test_rows_are_tokenised_once_and_mapped(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "rows.jsonl", rows_of(20))
     first = made(MetaMathQA(path), tokenizer)
-    monkeypatch.setattr("seedlora.datamodules.rows.chunks", None)  # calling it would fail
+    monkeypatch.setattr("seedlora.datamodules.base.chunks", None)  # calling it would fail
     second = made(MetaMathQA(path, batch_size=3, val_fraction=0.5), tokenizer)
     assert isinstance(second.rows["train"].tokens, np.memmap)
     assert (second.rows["train"].tokens == first.rows["train"].tokens).all()

@@ -17,6 +17,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli import train as cli
 from seedlora.distributed.strategies import FSDP2Strategy, Sharding
 from seedlora.run import plan
+from seedlora.run.cost import PeakMemory
 from seedlora.run.memory import device_memory, memory_of, step_memory
 from seedlora.training import module
 from train import PARTS
@@ -34,8 +35,8 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     happened, load = [], module.load_model
     monkeypatch.setattr(module, "load_model", lambda *a, **o: (happened.append("load"), load(*a, **o))[1])
-    forget = plan.PeakMemory.forget
-    monkeypatch.setattr(plan.PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
+    forget = PeakMemory.forget
+    monkeypatch.setattr(PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
     options = ["--model.base_model", tiny_llama, *SMALL, "--trainer.max_epochs", "6"]
     assert cli.main(PARTS, [*options, "--plan"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from seedlora.adapters import reading as adapter
+from seedlora.adapters import adapter as adapter_file
 from seedlora.adapters.adapter import adapter_sha256
 from seedlora.cli import main as shell
 from seedlora.cli import train as cli
 from seedlora.datamodules import ReasoningGym, prompts
-from seedlora.merge import adapter_folders as fuse
+from seedlora.merge import record
 from seedlora.merge.inputs import read_adapters
 from seedlora.merge.registry import METHODS
 from seedlora.names import MEANING
@@ -548,8 +548,8 @@ def test_adapters_are_hashed_once_also_where_tasks_were_scored(run, monkeypatch)
     (run / "evaluation").mkdir(exist_ok=True)
     labels = ["base", *SEEDS, "fused"]
     known = {label: {"weights_sha256": None if label == "base" else adapter_sha256(run / label)} for label in labels}
-    hashed, real = [], fuse.files_sha256
-    for module in (fuse, adapter):
+    hashed, real = [], record.files_sha256
+    for module in (record, adapter_file):
         monkeypatch.setattr(module, "files_sha256", lambda files: hashed.extend(files) or real(files))
     for changed in ([], ["seed_42"]):
         adapters = known | {label: {"weights_sha256": "another"} for label in changed}

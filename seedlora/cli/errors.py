@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 
-from seedlora.cli.parser import KINDS
+#: What values are, for people.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "Sequence": 'a list such as "[1,2]"',
+    "Mapping": 'a mapping such as "{name: value}"',
+}
 
 
 class UsageError(ValueError):

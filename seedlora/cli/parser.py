@@ -44,15 +44,6 @@ SHORT = {
 }
 #: What the short options mean that are given without a value.
 BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
-#: What values are, for people.
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "Sequence": 'a list such as "[1,2]"',
-    "Mapping": 'a mapping such as "{name: value}"',
-}
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
     "devices": 1,  # more GPUs would make more rows of an optimizer step, and other adapters, unasked
