@@ -27,7 +27,7 @@ def _forwarding(hook: str) -> Callable[..., None]:
         for part in self.parts:
             getattr(part, hook)(*arguments, **named)
 
-    forward.__name__, forward.__doc__ = hook, getattr(pl.Callback, hook).__doc__
+    forward.__name__ = hook
     return forward
 
 

@@ -65,7 +65,7 @@ TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy"
 
 
 class EnsembleCallback(Protocol):
-    """The callback that runs an ensemble, as the command line uses it: Lightning's hooks are not among this."""
+    """Offer what the command line uses of the callback that runs an ensemble: none of Lightning's hooks."""
 
     ensemble: Ensemble
 
@@ -80,11 +80,11 @@ class EnsembleCallback(Protocol):
 
 
 class Clock(PhaseClock, Protocol):
-    """A clock that also knows how long a micro-batch takes."""
+    """Measure the phases of a fit, and how long a micro-batch takes."""
 
     @property
     def seconds(self) -> float:
-        """Of one micro-batch."""
+        """Return the seconds of one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,13 @@ class SeedLoRACLI(LightningCLI):
 
     @property
     def callback(self) -> EnsembleCallback:
-        """The callback that runs the ensemble."""
+        """Return the callback that runs the ensemble."""
         callback: EnsembleCallback = self.config_init.ensemble
         return callback
 
     @property
     def ensemble(self) -> Ensemble:
-        """What is trained, fused and compared."""
+        """Return what is trained, fused and compared."""
         return self.callback.ensemble
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
