@@ -15,7 +15,7 @@ from seedlora.utils.files import write_text
 
 
 class JSONLinesLogger(Logger):
-    """One line per optimizer step or validation: ``{"step": 10, "train/loss_seed_42": 1.2}``.
+    """Write one line per optimizer step or validation: ``{"step": 10, "train/loss_seed_42": 1.2}``.
 
     A line is written after the checkpoint of its step, so a crash between the two loses that line and nothing else. A
     run that goes on from a checkpoint first drops the lines of steps that it is going to repeat, see :meth:`rewind`.
@@ -30,17 +30,17 @@ class JSONLinesLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Of the run: the folder's."""
+        """Return the folder's name, which is the run's."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """There is one file per run."""
+        """Return nothing: there is one file per run."""
         return ""
 
     @property
     def log_dir(self) -> str:
-        """The folder of the file."""
+        """Return the folder of the file."""
         return str(self.path.parent)
 
     @rank_zero_only

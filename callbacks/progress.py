@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 class EnsembleProgressBar(RichProgressBar):
-    """Lightning's rich bar with the losses of the seeds under short names.
+    """Show Lightning's rich bar with the losses of the seeds under short names.
 
     Where there is no terminal, it prints a line after each validation instead.
     """
@@ -20,7 +20,7 @@ class EnsembleProgressBar(RichProgressBar):
         self._lines = Console(soft_wrap=True)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Training and fused validation losses, and the speed: the seeds' validation losses are in the log."""
+        """Return training and fused validation losses, and the speed: the seeds' validation losses are in the log."""
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         speed = shown.pop("speed/tokens_per_s", None)

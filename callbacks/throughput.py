@@ -20,7 +20,7 @@ _MEASURED = 4
 
 
 class Throughput(pl.Callback):
-    """Tokens per second over the last micro-batches, all seeds in training and ranks together, padding included.
+    """Log tokens per second over the last micro-batches, all seeds in training and ranks together, padding included.
 
     After a few steps of a fit it prints once how long the fit will take, validation not counted.
 
@@ -47,7 +47,7 @@ class Throughput(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Of one micro-batch, the median: one that waits for a compiler is no measure of the others."""
+        """Return the median seconds of a micro-batch: one that waits for a compiler is no measure of the others."""
         return median(later - earlier for (earlier, *_), (later, *_) in pairwise(self._marks))
 
     def enter(self, phase: str | None) -> None:
@@ -73,7 +73,7 @@ class Throughput(pl.Callback):
         self._peak = get_available_flops(trainer.strategy.root_device, pl_module.dtype_base)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The time of a validation is none of training's."""
+        """Book the time of a validation apart: it is none of training's."""
         if self._phase is not None and self._phase[0] == "training":
             self.enter("validation")
 
@@ -84,7 +84,7 @@ class Throughput(pl.Callback):
             self.enter("training")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What follows is done once, whatever the training took."""
+        """Book what follows apart: it is done once, whatever the training took."""
         self.enter("fusing")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -137,7 +137,7 @@ def run(
         trainer.fit(module, datamodule=data)
         assert module.model.get_input_embeddings().weight.dtype == module.dtype_base
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
-        metrics |= {f"best step of {name}": best["step"] for name, best in callback._best.items()}
+        metrics |= {f"best step of {name}": best.step for name, best in callback.fit_state.best.items()}
         metrics |= {f"stopped {name}": True for name in module.idle - set(module.diverged)}
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores

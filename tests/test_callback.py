@@ -15,6 +15,7 @@ from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import METHODS
+from seedlora.run.fusion import fuse_run
 
 
 def trainer(callback, **options):
@@ -116,10 +117,10 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
 
 def test_what_a_run_killed_after_its_last_adapter_had_saved_is_removed_if_nothing_is_fused_too(tmp_path):
     callback = SeedEnsembleCallback([1], merge="none", dirpath=tmp_path)
-    callback.folder.begin(["seed_1"])
+    callback.ensemble.folder.begin(["seed_1"])
     (tmp_path / "seed_1").mkdir()
     (tmp_path / "seed_1" / "adapter_config.json").touch()
-    callback.fuse()
+    fuse_run(callback.ensemble)
     assert [path.name for path in tmp_path.iterdir()] == ["seed_1"]
 
 

@@ -37,7 +37,7 @@ def fit(folder, base_model, *, seeds=SEEDS, data=None, test=True, module=None, *
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = lambda **kw: pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, **quiet, **kw)  # noqa: E731
     while callback.pending or callback.pending_controls:
-        limits = callback.control_limits(max_epochs=3, max_steps=-1)
+        limits = callback.ensemble.control_limits(max_epochs=3, max_steps=-1)
         trainer = run(**{"max_epochs": 3, **limits})
         trainer.fit(module, datamodule=data)
     if test:
@@ -74,7 +74,7 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
     callback, module, data = everything
     ids, labels = data.rows["val"].padded(range(8))
     stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
-    found = callback.folder.selection
+    found = callback.ensemble.folder.selection
     named = {row["name"]: row for row in found["candidates"]}
     on_ffn = make_rule("seedlora_gain", {"p": 0.75, "layers": "ffn", "rest": "soup"})
     for layers, row in (
@@ -138,7 +138,7 @@ def test_all_that_was_tested_has_a_loss_on_the_same_training_rows(everything):
 def test_the_training_rows_do_not_change_what_the_test_says(everything):
     """The outcomes of what is scored beside the test's own pass, on the test's batches alone."""
     callback, module, data = everything
-    made = {name: make() for name, make in callback.beside(module.device).items()}
+    made = {name: make() for name, make in callback.ensemble.beside(module.device).items()}
     alone = module.score_rows(made, data.test_dataloader())
     for name, row in alone.items():
         assert callback.results.items[name] == "".join("01"[int(right)] for right in row.correct), name
@@ -191,12 +191,12 @@ def test_a_control_that_is_missing_is_trained_alone(everything, tiny_llama, tmp_
 
 def test_the_full_budget_gives_the_long_control_as_much_as_all_seeds(tmp_path):
     callback = SeedEnsembleCallback([1, 2], budget="full", controls="all", dirpath=tmp_path)
-    assert callback.control_limits(max_epochs=3, max_steps=-1) == {}
+    assert callback.ensemble.control_limits(max_epochs=3, max_steps=-1) == {}
     for seed in (1, 2):
         callback.adapter_path(seed).mkdir()
         (callback.adapter_path(seed) / "adapter_config.json").write_text("{}")
-    assert callback.control_limits(max_epochs=3, max_steps=-1) == {"max_epochs": 6}
-    assert callback.next_names == ("long_seed",)
+    assert callback.ensemble.control_limits(max_epochs=3, max_steps=-1) == {"max_epochs": 6}
+    assert callback.ensemble.next_names == ("long_seed",)
 
 
 class _Untouchable(ReasoningGym):
@@ -316,7 +316,7 @@ def test_what_is_given_is_not_chosen(tiny_llama, tmp_path):
     assert not Comparison("seedlora_gain", {"p": 1}).chooses
     assert Comparison("seedlora", compare=["seedlora", "soup", "ties"]).compare.keys() == {"ties"}
     callback, *_ = fit(tmp_path / "x", tiny_llama, seeds=[1], merge="auto", controls="all")
-    assert callback.folder.selection["chosen"] is None
+    assert callback.ensemble.folder.selection["chosen"] is None
     assert list(callback.results.items) == ["base", "seed_1", "fused"]
 
 

@@ -81,7 +81,7 @@ def test_passes_live_fusion_choice_controls_and_test(tiny_llama, tmp_path):
         found = fit(tiny_llama, tmp_path / "there", (1, 2, 3), on=ON_DEVICE, **options)
     for name in ("seed_1", "seed_3", "soup", "fused"):
         assert_close(weights(found, name), weights(wanted, name), atol=1e-5)
-    assert found.folder.selection["chosen"] == wanted.folder.selection["chosen"]
+    assert found.ensemble.folder.selection["chosen"] == wanted.ensemble.folder.selection["chosen"]
     assert found.results.scores.keys() == wanted.results.scores.keys()
     # what is fused while it is scored is fused there: only a weight or two of a layer come to the host
     assert not any("numpy" in what for what in mode.waits)
@@ -109,7 +109,7 @@ def test_packed_rows_a_seed_that_is_stopped_and_one_that_diverges(tiny_llama, tm
     wanted = fit(tiny_llama, tmp_path / "cpu", (1, 2, 3), on=ON_CPU, trainer=trainer, **options)
     with second_device():
         found = fit(tiny_llama, tmp_path / "there", (1, 2, 3), on=ON_DEVICE, trainer=trainer, **options)
-    assert found.excluded.keys() == wanted.excluded.keys() == {2}
+    assert found.ensemble.excluded.keys() == wanted.ensemble.excluded.keys() == {2}
     assert_close(weights(found, "fused"), weights(wanted, "fused"), atol=1e-5)
 
 

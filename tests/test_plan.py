@@ -13,11 +13,12 @@ import pytest
 from conftest import make_data, make_module
 from strategies_job import zero
 
-from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli import train as cli
 from seedlora.distributed.strategies import FSDP2Strategy, Sharding
 from seedlora.run import plan
 from seedlora.run.cost import PeakMemory
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.memory import device_memory, memory_of, step_memory
 from seedlora.training import module
 from train import PARTS
@@ -113,7 +114,7 @@ def test_the_processes_of_a_machine_share_its_memory():
 
 
 def test_a_plan_of_several_processes_says_so(tiny_llama):
-    model, data, ensemble = make_module(tiny_llama), make_data(), SeedEnsembleCallback((1, 2), budget="full")
+    model, data, ensemble = make_module(tiny_llama), make_data(), Ensemble(EnsembleOptions((1, 2), budget="full"))
     data.tokenizer = model.tokenizer
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False)
     data.trainer = trainer

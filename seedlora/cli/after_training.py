@@ -13,7 +13,7 @@ from seedlora.adapters.adapter import adapter_sha256
 from seedlora.cli.errors import UsageError, in_words_of_train, one_line
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.distributed.sharded import is_partitioned, is_sharded
-from seedlora.evaluation.answering import DEFAULT_STYLE, Scored, candidate
+from seedlora.evaluation.answering import Scored, candidate
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.samples import TaskRun
@@ -37,7 +37,7 @@ def asked_tasks(cli: SeedLoRACLI, console: Console) -> AskedTasks:
     """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
     names, harness = ([name for name in text.split(",") if name] for text in (config.evaluate, config.evaluate_lm_eval))
-    own = {f"data.{key}": value for key, value in getattr(cli.datamodule, "hparams", {}).items()}
+    own = {f"data.{key}": value for key, value in cli.datamodule.hparams.items()}
     trained_on = str(own.get("data.task"))
     if not (names or harness):
         return AskedTasks()
@@ -82,13 +82,14 @@ def evaluate_run(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
         return 0
     # Lightning leaves the model on the CPU.
     module.to(trainer.strategy.root_device)
-    ensemble.on_test_start(trainer, module)
-    for label, make in ensemble.beside(module.device).items():
-        module.load(label, make())
-        module.scored[label] = label
+    with cli.callback.holding_tested(module):
+        return _evaluate_held(cli, asked, console)
+
+
+def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
+    """Score the adapters that the module holds; returns the exit code."""
+    module, ensemble, record = cli.model, cli.ensemble, cli.datamodule.prompt_record()
     mixtures, module.mixtures = module.mixtures, {}
-    data = cli.datamodule
-    record = data.prompt_record() if hasattr(data, "prompt_record") else DEFAULT_STYLE
     generator = StackGenerator(
         module.model.get_base_model(),
         module.tokenizer,

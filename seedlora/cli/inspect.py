@@ -15,7 +15,7 @@ from rich.table import Table
 
 from seedlora.adapters.adapter import Adapter, locate
 from seedlora.adapters.servers import NOT_KNOWN, servable, vllm_rank
-from seedlora.cli.terminal import formatted, is_unknown, number_table, print_json, progress_bar
+from seedlora.cli.terminal import counting_bar, formatted, is_unknown, number_table, print_json
 from seedlora.merge.inputs import read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse
 from seedlora.merge.registry import make_rule
@@ -35,7 +35,7 @@ _SHOWN_RANK = 64
 
 def _read(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], WeightFiles]:
     weights = weight_files_of(sources, base)
-    with progress_bar() as progress:  # for PiSSA, whose starts take an SVD of every weight
+    with counting_bar() as progress:  # for PiSSA, whose starts take an SVD of every weight
         task = progress.add_task("reading", total=None)
         return read_adapters(sources, base=weights, on_layer=lambda _path: progress.advance(task)), weights
 
@@ -137,7 +137,7 @@ def _plot(
 
 def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None) -> list[LayerFacts]:
     paths = sorted(stacks, key=natural)
-    with progress_bar() as progress:
+    with counting_bar() as progress:
         return [
             layer_facts(path, stacks[path], merged=None if merged is None else merged[path])
             for path in progress.track(paths, description="layers")
@@ -147,7 +147,7 @@ def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] 
 def _shown_factors(stacks: Mapping[str, Updates]) -> tuple[dict[str, LoRAFactors], float | None]:
     """The updates as factors; those of full rank at their best approximation, and the largest error of one."""
     shown, worst = {}, None
-    with progress_bar() as progress:
+    with counting_bar() as progress:
         for path, stack in progress.track(stacks.items(), description="reading"):
             if isinstance(stack, LoRAFactors):
                 shown[path] = stack

@@ -14,7 +14,7 @@ from rich.console import Console
 from seedlora.adapters.gguf import convert, gguf_command
 from seedlora.adapters.reading import TASKS
 from seedlora.adapters.servers import next_commands, servable
-from seedlora.cli.terminal import print_json, progress_bar, served_line
+from seedlora.cli.terminal import counting_bar, print_json, served_line
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
@@ -38,7 +38,7 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
                 raise ValueError(f"--{name} is not used with --into-base: {reason}")
         if arguments["base"] not in (None, arguments["into_base"]):
             raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
-    with progress_bar() as progress:
+    with counting_bar() as progress:
         task = progress.add_task(f"{method}", total=None)
         on_layer = lambda _path: progress.advance(task)  # noqa: E731
         if arguments["into_base"] is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import lightning.pytorch as pl
 import yaml
@@ -20,6 +21,9 @@ from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.tasks import TASKS, Generate
 from seedlora.names import ALL_CONTROLS, UNFINISHED_NAME
+from seedlora.run.cost import PhaseClock
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.stack_data import StackData
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
 
@@ -60,6 +64,29 @@ TRAINER_DEFAULTS = {
 TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "accumulate_grad_batches")
 
 
+class EnsembleCallback(Protocol):
+    """Offer what the command line uses of the callback that runs an ensemble: none of Lightning's hooks."""
+
+    ensemble: Ensemble
+
+    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
+        """Raise ValueError if validation rows decide and cannot."""
+
+    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+        """Begin the run in its folder, or go on with the one that is there; ValueError if that cannot be."""
+
+    def holding_tested(self, module: SeedLoRAModule) -> AbstractContextManager[None]:
+        """Have the module hold and score, inside, all that a test scores, and what is compared beside it."""
+
+
+class Clock(PhaseClock, Protocol):
+    """Measure the phases of a fit, and how long a micro-batch takes."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of one micro-batch."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What ``train.py`` puts together.
@@ -75,12 +102,12 @@ class Parts:
         generate: makes the rows of generated tasks, for ``--evaluate``.
     """
 
-    ensemble: type[pl.Callback]
+    ensemble: type[EnsembleCallback]
     data: type[pl.LightningDataModule]
     default_data: str
     progress: Callable[[], pl.Callback]
     logger: Callable[[Path], Any]
-    throughput: Callable[[], Any]
+    throughput: Callable[[], Clock]
     prompts: Prompts
     generate: Generate
 
@@ -204,9 +231,15 @@ class SeedLoRACLI(LightningCLI):
         return message
 
     @property
-    def ensemble(self) -> Any:
-        """The callback that runs the ensemble."""
-        return self.config_init.ensemble
+    def callback(self) -> EnsembleCallback:
+        """Return the callback that runs the ensemble."""
+        callback: EnsembleCallback = self.config_init.ensemble
+        return callback
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """Return what is trained, fused and compared."""
+        return self.callback.ensemble
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from seedlora.cli.terminal import number_table, print_json, progress_bar
+from seedlora.cli.terminal import counting_bar, number_table, print_json
 from seedlora.report.page import write_comparison, write_report
 from seedlora.report.sections import runs_table
 
@@ -21,7 +21,7 @@ def run_report(arguments: Mapping[str, Any]) -> None:
     if repeated := [run for i, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:i]]]:
         raise ValueError(f"{repeated[0]} is given twice")
     found = []
-    with progress_bar() as progress:
+    with counting_bar() as progress:
         for run in runs:
             task = progress.add_task(run.name, total=None)
             advance = lambda _path: progress.advance(task)  # noqa: B023, E731 - called now

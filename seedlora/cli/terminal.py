@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from seedlora.adapters.servers import NOT_KNOWN, vllm_rank
+from seedlora.utils.progress import progress_bar
 
 
 def served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
@@ -32,11 +32,9 @@ def is_unknown(reasons: Sequence[str]) -> bool:
     return any(reason.startswith(NOT_KNOWN) for reason in reasons)
 
 
-def progress_bar() -> Progress:
-    """Return a bar on stderr, hidden where no terminal is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def counting_bar() -> Progress:
+    """Return a bar that counts what is done."""
+    return progress_bar(MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def number_table(*columns: str) -> Table:

@@ -39,7 +39,10 @@ from seedlora.distributed.process_watch import ProcessWatch, lost_connection
 from seedlora.distributed.strategies import prepare
 from seedlora.names import COST_NAME, UNFINISHED_NAME
 from seedlora.report.page import write_report
+from seedlora.run.budget import replica_share
 from seedlora.run.cost import PeakMemory, timed, write_cost
+from seedlora.run.fusion import fuse_run
+from seedlora.run.memory import choose_stack_size
 from seedlora.run.plan import RunPlan, run_plan
 from seedlora.scores.tables import results_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
@@ -75,9 +78,8 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
-            made, asked = otherwise
-            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {asked}"
-            raise UsageError(f"{cli.ensemble.dirpath} was fused by {made}; --resume instead of test {does}")
+            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {otherwise.asked}"
+            raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise.made}; --resume instead of test {does}")
         asked = asked_tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
@@ -157,7 +159,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
             "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
             "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
         )
-    ensemble.share(trainer)
+    replica_share(ensemble.options, trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.check()
         prepare(trainer, **module.unsplit)
@@ -165,20 +167,20 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
-    ensemble.check_validation(trainer, data)
-    ensemble.choose_stack_size(trainer, module, data)
+    cli.callback.check_validation(trainer, data)
+    choose_stack_size(ensemble, trainer, module, data)
     if cli.metrics is not None:
         cli.metrics.path = ensemble.metrics_path
     plan = run_plan(trainer, module, data, ensemble)
     if not planning:
-        ensemble.open(trainer, module, data)
+        cli.callback.open(trainer, module, data)
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(config), encoding="utf-8")
-        write_cost(ensemble.dirpath / COST_NAME, plan, getattr(data, "libraries", ()))
+        write_cost(ensemble.dirpath / COST_NAME, plan, data.libraries)
     console.print(plan.table())
     return plan
 
@@ -223,7 +225,7 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
             cli.trainer.loggers = []  # what is scored now is no part of the training's curves
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         elif cli.trainer.is_global_zero:
-            ensemble.fuse()
+            fuse_run(ensemble)
     while ensemble.pending or ensemble.pending_controls:
         control, given = None, cli.config_init.trainer
         if not ensemble.pending:
@@ -260,6 +262,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         console.print()
+        assert ensemble.results is not None
         method = ensemble.method_name if ensemble.rule is not None else ""
         console.print(results_table(ensemble.results, method=method))
         console.print(verdict(ensemble.results), highlight=False)

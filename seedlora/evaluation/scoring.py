@@ -33,7 +33,7 @@ from seedlora.evaluation.samples import (
     write_solutions,
 )
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.showing import StatusLines, progress_bar, say_unscored, show_scores, style_of
+from seedlora.evaluation.showing import StatusLines, long_progress_bar, say_unscored, show_scores, style_of
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
 from seedlora.names import BASE
 from seedlora.scores.intervals import adjust_over_tasks, wilson
@@ -147,7 +147,7 @@ def score(
     with open_samples(folder, settings, replace=replace) as samples:
         if samples.dropped:
             console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
-        with progress_bar(console) as progress:
+        with long_progress_bar(console) as progress:
             new = _generate(samples, scored, runs, progress)
             seconds = time.monotonic() - started
             judged = [_judge(samples, names, run, sandbox, progress) for run in runs]

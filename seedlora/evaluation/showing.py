@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from seedlora.evaluation.samples import Candidate, Judged, TaskRun
 from seedlora.scores.results import Results
 from seedlora.scores.tables import results_table, verdict
+from seedlora.utils.progress import progress_bar
 
 
 class StatusLines:
@@ -32,13 +33,10 @@ class StatusLines:
         self.console.print(f"{shown.description}: {shown.completed:.0f} of {shown.total:.0f}{left}", highlight=False)
 
 
-def progress_bar(console: Console) -> Progress:
+def long_progress_bar(console: Console) -> Progress:
     """Return a bar that shows the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(
-        *columns, *times, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
-    )
+    return progress_bar(MofNCompleteColumn(), *times, console=console, speed_estimate_period=600)
 
 
 def show_scores(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:

@@ -1,25 +1,40 @@
-"""How long each replica trains."""
+"""Share a trainer's epochs, steps and batches among the replicas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-BUDGETS = ("equal", "full")
+from seedlora.distributed.strategies import check_batches
+from seedlora.names import LONG_SEED
+from seedlora.run.ensemble_options import BUDGETS, EnsembleOptions, check_choice
+from seedlora.run.stack_data import Loader, StackData
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 @dataclass(frozen=True)
 class ReplicaBudget:
-    """How long each replica trains: whole epochs, or optimizer steps, whichever ends first; ``None`` is no limit."""
+    """Limit each replica's training: whole epochs, or optimizer steps, whichever ends first; ``None`` is no limit."""
 
-    epochs: int | None
-    steps: int | None
+    epochs: int | None = None
+    steps: int | None = None
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of a replica, given those of an epoch."""
+        """Return the optimizer steps of a replica, given those of an epoch."""
         limits = [] if self.steps is None else [self.steps]
         if self.epochs is not None:
             limits.append(self.epochs * steps_per_epoch)
         return min(limits)
+
+    def has_all_steps(self, steps: int) -> bool:
+        """Return whether so many optimizer steps are all that a replica gets."""
+        return self.steps is not None and steps >= self.steps
+
+    def has_all_epochs(self, epochs: int) -> bool:
+        """Return whether so many whole epochs are all that a replica gets."""
+        return self.epochs is not None and epochs >= self.epochs
 
 
 def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: int) -> ReplicaBudget:
@@ -34,8 +49,7 @@ def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: in
     Raises:
         ValueError: for an unknown budget, no limit at all, or a limit that ``n`` does not divide.
     """
-    if budget not in BUDGETS:
-        raise ValueError(f"Unknown ensemble.budget '{budget}'; choose one of {', '.join(BUDGETS)}")
+    check_choice("budget", budget, BUDGETS)
     limits = {
         "max_epochs": None if max_epochs in (None, -1) else max_epochs,
         "max_steps": None if max_steps == -1 else max_steps,
@@ -52,3 +66,43 @@ def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: in
                 )
         limits = {name: None if limit is None else limit // n for name, limit in limits.items()}
     return ReplicaBudget(limits["max_epochs"], limits["max_steps"])
+
+
+def replica_share(options: EnsembleOptions, trainer: pl.Trainer, *, control: str | None = None) -> ReplicaBudget:
+    """Return each replica's part of the trainer's epochs or steps; raises as :func:`replica_budget`.
+
+    A trainer's ``fast_dev_run`` is one step, which cannot be shared: there every replica gets it. The control that
+    trains as long as all seeds together has its trainer for itself.
+
+    Args:
+        options: of the ensemble.
+        trainer: of the fit.
+        control: the control that it trains; default: seeds.
+    """
+    return replica_budget(
+        "full" if trainer.fast_dev_run or control == LONG_SEED else options.budget,
+        n=len(options.seeds),
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+    )
+
+
+def replica_steps(share: ReplicaBudget, trainer: pl.Trainer, data: StackData) -> int:
+    """Return the optimizer steps of each replica under this trainer with this data module.
+
+    Raises:
+        ValueError: as :func:`seedlora.distributed.strategies.check_batches`.
+    """
+    loader = data.train_dataloader()
+    check_batches(trainer, limited_batches(len(loader), trainer.limit_train_batches))
+    return share.total_steps(steps_per_epoch(trainer, loader))
+
+
+def steps_per_epoch(trainer: pl.Trainer, loader: Loader) -> int:
+    """Return the optimizer steps of an epoch of training batches; the last one may have fewer of them."""
+    return -(-limited_batches(len(loader), trainer.limit_train_batches) // trainer.accumulate_grad_batches)
+
+
+def limited_batches(batches: int, limit: int | float) -> int:
+    """Return how many of the batches a trainer takes: a number of them, or a part."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -21,6 +21,16 @@ from seedlora.utils.files import read_record, write_text
 
 #: Whose versions a run writes down.
 LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
+
+
+class PhaseClock(Protocol):
+    """Measure the phases of a fit, as :class:`seedlora.callbacks.throughput.Throughput` does."""
+
+    #: Seconds of the last fit by phase.
+    took: dict[str, float]
+
+    def enter(self, phase: str | None) -> None:
+        """Begin another phase; ``None`` stops the clock."""
 
 
 def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
@@ -47,13 +57,13 @@ def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None
 
 
 @contextlib.contextmanager
-def timed(file: Path, device: torch.device, clock: Any, control: str | None = None) -> Iterator[None]:
+def timed(file: Path, device: torch.device, clock: PhaseClock, control: str | None = None) -> Iterator[None]:
     """Add the seconds that a fit takes, phase by phase, to those in a cost file, also when it is interrupted.
 
     Args:
         file: written by :func:`write_cost`.
         device: whose memory is watched, while seeds are trained.
-        clock: the callback that knows the seconds of each phase: ``took``, and ``enter(None)`` to stop it.
+        clock: the callback that knows the seconds of each phase.
         control: the control that is trained; default: the seeds.
     """
     peak = PeakMemory(device)
@@ -71,7 +81,7 @@ def timed(file: Path, device: torch.device, clock: Any, control: str | None = No
 
 
 class PeakMemory:
-    """The most memory that is held, beside what was held when this was made.
+    """Measure the most memory that is held, beside what was held when this was made.
 
     Args:
         device: a CUDA device, whose allocations are counted, or the CPU: then this process's resident memory.
@@ -95,14 +105,14 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
-        """Since this was made."""
+        """Return the peak since this was made."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return _process_memory("VmHWM") - self._before
 
 
 def _process_memory(field: str) -> int:
-    """``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
+    """Read ``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -39,7 +39,7 @@ WITHOUT = {
 
 
 class RunFolder:
-    """What a run has finished, has begun and has still to do, read from its files each time.
+    """Tell what a run has finished, has begun and has still to do, from its files, which are read each time.
 
     - ``run.json``: the settings that decide what is learned.
     - ``seed_11``, ..., ``long_seed``, ``wide_seed``: an adapter, or a whole model, that is trained. A seed or a trained
@@ -65,30 +65,30 @@ class RunFolder:
         self._whole: set[Path] = set()
 
     def adapter(self, seed: int) -> Path:
-        """Where the adapter of a seed is, once it is trained."""
+        """Return where the adapter of a seed is, once it is trained."""
         return self.path / seed_name(seed)
 
     # What is to be done
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The seeds whose adapters, or whole models, are there."""
+        """Return the seeds whose adapters, or whole models, are there."""
         return tuple(seed for seed in self.seeds if is_trained(self.adapter(seed)))
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The adapters that were left out, seeds and controls, and why."""
+        """Return the adapters that were left out, seeds and controls, and why."""
         return self._read(EXCLUDED_NAME) or {}
 
     @property
     def pending(self) -> tuple[int, ...]:
-        """The seeds that are still to be trained."""
+        """Return the seeds that are still to be trained."""
         trained, left_out = self.trained, self.left_out
         return tuple(seed for seed in self.seeds if seed not in trained and seed_name(seed) not in left_out)
 
     @property
     def pending_controls(self) -> tuple[str, ...]:
-        """The controls that are still to be trained, once the seeds are."""
+        """Return the controls that are still to be trained, once the seeds are."""
         if self.pending:
             return ()
         left_out = self.left_out
@@ -96,13 +96,17 @@ class RunFolder:
 
     @property
     def trained_controls(self) -> tuple[str, ...]:
-        """The controls that are there, for as many seeds as there are now: of fewer they were trained for less."""
-        alike = {"seeds": len(self.seeds)}
+        """Return the controls that are there, for as many seeds as now: of fewer they were trained for less."""
         there = (name for name in self.controls if is_trained(self.path / name))
-        return tuple(name for name in there if self._read(f"{name}/{CONTROL_NAME}") in (None, alike))
+        return tuple(name for name in there if self._read(f"{name}/{CONTROL_NAME}") in (None, self.control_record))
+
+    @property
+    def control_record(self) -> dict[str, int]:
+        """Return what ``control.json`` says of a control that is trained now: how many seeds it stands for."""
+        return {"seeds": len(self.seeds)}
 
     def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
-        """The seeds to train next, ``stack_size`` at once; all by default.
+        """Return the seeds to train next, ``stack_size`` at once; all by default.
 
         A stack that was killed while its adapters were written goes on as it was, from its checkpoint if it has one: a
         smaller stack would start anew, and its products are rounded otherwise.
@@ -119,7 +123,7 @@ class RunFolder:
         return self.pending[:stack_size]
 
     def metrics(self, names: Sequence[str]) -> Path:
-        """Where the metrics of these adapters belong: one file per stack of seeds, one per control."""
+        """Return where the metrics of these adapters belong: one file per stack of seeds, one per control."""
         stack = () if len(names) == len(self.seeds) else names
         return self.path / ("-".join(["metrics", *(name.removeprefix("seed_") for name in stack)]) + ".jsonl")
 
@@ -159,17 +163,17 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """What the run was started with; None before."""
+        """Return the settings that the run was started with; None before."""
         return self._read(SETTINGS_NAME)
 
     @property
     def selection(self) -> dict[str, Any] | None:
-        """What the validation rows said when the seeds were fused."""
+        """Return what the validation rows said when the seeds were fused."""
         return self._read(SELECTION_NAME)
 
     @property
     def fusion(self) -> dict[str, Any] | None:
-        """How the fused adapter was made."""
+        """Return how the fused adapter was made."""
         return self._read(f"{FUSED}/{RECORD_NAME}")
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
@@ -181,7 +185,7 @@ class RunFolder:
         self.write(TRAINED_NAME, {**(self._read(TRAINED_NAME) or {}), **rows})
 
     def forget_fusion(self) -> list[str]:
-        """Remove what these seeds were fused to before, and what was said of it; the names of the folders removed."""
+        """Remove what these seeds were fused to before, and what was said of it; return the names of the folders."""
         found = [name for name in (FUSED, SOUP) if (self.path / name / RECORD_NAME).is_file()]
         for name in (SELECTION_NAME, RESULTS_NAME):
             (self.path / name).unlink(missing_ok=True)
@@ -194,7 +198,7 @@ class RunFolder:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """One of the JSON files, if it is there; ValueError if it cannot be read."""
+        """Read one of the JSON files, if it is there; ValueError if it cannot be read."""
         try:
             return read_record(self.path / name)
         except ValueError as error:
@@ -209,7 +213,7 @@ class RunFolder:
         self._checkpoints(names).mkdir(parents=True, exist_ok=True)
 
     def checkpoint(self, names: Sequence[str]) -> Path | None:
-        """The newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
+        """Return the newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
 
         Raises:
             ValueError: if there are some and none is whole.
@@ -224,13 +228,13 @@ class RunFolder:
         return None
 
     def saved(self, names: Sequence[str]) -> list[Path]:
-        """The checkpoints of a stack, the newest first; copies of other names are somebody's own."""
+        """Return the checkpoints of a stack, the newest first; copies of other names are somebody's own."""
         found = [path for path in self._checkpoints(names).glob("step=*.ckpt") if path.stem[5:].isdigit()]
         return sorted(found, key=step_of, reverse=True)
 
     @contextmanager
     def new_checkpoint(self, names: Sequence[str], step: int) -> Iterator[Path]:
-        """Where to save the next one, to be given to :meth:`keep`; it is removed after an error.
+        """Yield where to save the next one, to be given to :meth:`keep`; it is removed after an error.
 
         Raises:
             OSError: as :func:`seedlora.utils.files.saving`.
@@ -278,12 +282,12 @@ class RunFolder:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in which a checkpoint was taken."""
+    """Return the optimizer step in which a checkpoint was taken."""
     return int(checkpoint.stem.removeprefix("step="))
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint has every byte that torch.save wrote: it stores checksums, and torch.load ignores them.
+    """Return whether a checkpoint has every byte that torch.save wrote, by its checksums, which torch.load ignores.
 
     Under DeepSpeed a checkpoint is a folder of such files.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,9 @@ from seedlora.model.head_losses import chunk_rows
 from seedlora.model.loading import attention
 from seedlora.model.outline import outline
 from seedlora.model.quantization import QUANTIZATIONS
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import AUTO
+from seedlora.run.stack_data import PlannedData, StackData
 
 if TYPE_CHECKING:
     from seedlora.training.module import SeedLoRAModule
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes by part."""
+    """Hold estimated bytes by part."""
 
     base: int
     adapters: int
@@ -31,7 +34,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Return the bytes of all parts together."""
         return self.base + self.adapters + self.optimizer + self.activations
 
 
@@ -59,7 +62,7 @@ def memory_estimate(
     processes: int = 1,
     gathered: int = 0,
 ) -> Memory:
-    """Bytes that a training step needs, beside Python and its libraries.
+    """Estimate the bytes that a training step needs, beside Python and its libraries.
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
     for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
@@ -124,14 +127,14 @@ def memory_estimate(
 
 
 def trainable_parameters(module: SeedLoRAModule) -> int:
-    """Parameters of one replica."""
+    """Count the parameters of one replica."""
     magnitudes = module.hparams["adapter"] == "dora"
     factors = sum(module.rank(path) * (d + k) + magnitudes * d for path, (d, k) in module.targets.items())
     return factors + sum(module.full_modules.values())
 
 
-def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
-    """:func:`memory_estimate` of a step of this module on this data in one process, by the seeds trained at once."""
+def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData) -> Callable[[int], Memory]:
+    """Return a function of the seeds trained at once: :func:`memory_estimate` of a step of them in one process."""
     rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
@@ -155,7 +158,7 @@ def step_memory(
     shared: Sharding = ONE_PROCESS,
     device: torch.device | None = None,
 ) -> Memory:
-    """:func:`memory_estimate` of a step of this module.
+    """Return :func:`memory_estimate` of a step of this module.
 
     Args:
         module: the model to train.
@@ -200,20 +203,48 @@ def step_memory(
 
 
 def attention_scores(module: SeedLoRAModule, tokens: int, device: torch.device | None = None) -> int:
-    """Scores that attention keeps of one token in one layer, for rows of so many tokens; 0 where none are kept."""
+    """Count the scores that attention keeps of one token in one layer, for rows of so many tokens; 0 if none."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if module.dtype_base != torch.bfloat16 or attention(device, tokens) != "eager":
         return 0
     return int(outline(module.hparams["base_model"]).config.num_attention_heads) * tokens
 
 
+def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+    """Decide the stack size of an ensemble where its options leave it open; whole models go one by one.
+
+    A stack of them would take their memory together and no less time: they share no product.
+
+    Args:
+        ensemble: whose :attr:`~seedlora.run.ensemble.Ensemble.stack_size` is set, once.
+        trainer: of the fit.
+        module: the model to train.
+        data: the data module, set up.
+
+    Raises:
+        ValueError: if the memory is to decide and the data module does not know what its batches take.
+    """
+    if ensemble.stack_size is not None:
+        return
+    if ensemble.options.stack_size == AUTO:
+        if not isinstance(data, PlannedData):
+            raise ValueError(
+                f"ensemble.stack_size {AUTO} needs a data module with `rows`, `counts` and `batch_size`, got "
+                f"{type(data).__name__}; give a number"
+            )
+        memory = memory_of(trainer, module, data)
+        ensemble.stack_size = fitting_stack(len(ensemble.seeds), memory, device_memory(trainer))
+    elif module.is_full_finetuning:
+        ensemble.stack_size = 1
+
+
 def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -> int:
-    """The most seeds, of those given and at least one, whose estimate is within 80 % of the memory."""
+    """Return the most seeds, of those given and at least one, whose estimate is within 80 % of the memory."""
     return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= 0.8 * available)])
 
 
 def device_memory(trainer: pl.Trainer) -> int:
-    """Bytes of the device that a process of the trainer uses, free or not: the same at every start of a run.
+    """Return the bytes of the device that a process of the trainer uses, free or not: the same at every start of a run.
 
     The processes of one machine share its memory where they train on the CPU.
     """

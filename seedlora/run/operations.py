@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from seedlora.model.outline import outline
 from seedlora.run.memory import trainable_parameters
 
+if TYPE_CHECKING:
+    from seedlora.training.module import SeedLoRAModule
+
 
 @dataclass(frozen=True)
 class Work:
-    """Weights that a token passes in training.
+    """Hold how many weights a token passes in training.
 
     Args:
         body: frozen, in the linear layers.
@@ -26,7 +29,7 @@ class Work:
     head_trained: bool = False
 
     def operations(self, *, tokens: int, scored: float, recomputed: bool = False) -> float:
-        """Floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one.
+        """Return the floating-point operations of forward and backward: 4 per frozen weight, 6 per trained one.
 
         Args:
             tokens: of the training.
@@ -39,8 +42,8 @@ class Work:
         )
 
 
-def work(module: Any) -> Work:
-    """What a token costs in this module."""
+def work(module: SeedLoRAModule) -> Work:
+    """Count the weights that a token passes in this module."""
     model = outline(module.hparams["base_model"])
     head = model.config.vocab_size * model.config.hidden_size
     full = module.full_modules

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from rich.table import Table
 
 from seedlora.model.outline import outline
-from seedlora.run.budget import ReplicaBudget
+from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
+from seedlora.run.ensemble import Ensemble
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
+from seedlora.run.stack_data import PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.module import SeedLoRAModule
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What will be trained.
+    """Hold what will be trained, and what it takes.
 
     Args:
         seeds: of the replicas.
@@ -75,7 +77,7 @@ class RunPlan:
     note: str | None = None
 
     def table(self) -> Table:
-        """The plan as a table for the terminal."""
+        """Return the plan as a table for the terminal."""
         table = Table(title="The run", title_justify="left", show_header=False)
         n = len(self.seeds)
         epochs = (
@@ -111,19 +113,19 @@ class RunPlan:
         return table
 
 
-def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: Any) -> RunPlan:
-    """The plan of a run from its parts, without loading the base model's weights.
+def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData, ensemble: Ensemble) -> RunPlan:
+    """Plan a run from its parts, without loading the base model's weights.
 
     Args:
         trainer: its limits and accumulation count.
         module: the model to train.
-        data: a data module that is set up: its ``rows``, and a training loader whose sampler knows its own padding.
-        ensemble: the callback: seeds, budget, stack size and method.
+        data: a data module that is set up.
+        ensemble: its seeds, budget, stack size and method.
     """
     n, hparams = len(ensemble.seeds), module.hparams
-    share = ensemble.share(trainer)
+    share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
-    steps = ensemble.replica_steps(trainer, data)
+    steps = replica_steps(share, trainer, data)
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
     model = outline(hparams["base_model"])
@@ -132,7 +134,7 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
-        budget=ensemble.budget,
+        budget=ensemble.options.budget,
         replica=share,
         steps=steps,
         batch=sampler.rows_per_step,
@@ -162,12 +164,12 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
     )
 
 
-def _rows(data: Any) -> str:
+def _rows(data: PlannedData) -> str:
     parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
     return "; ".join([f"{type(data).__name__}: {parts}", *_left_out(data)])
 
 
-def _left_out(data: Any) -> list[str]:
+def _left_out(data: PlannedData) -> list[str]:
     return [sentence for counts in data.counts.values() if (sentence := counts.sentence())]
 
 

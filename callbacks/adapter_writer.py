@@ -1,0 +1,83 @@
+"""Write the adapters of a fit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import lightning.pytorch as pl
+
+from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
+from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
+from seedlora.names import CONTROL_NAME, seed_name
+from seedlora.run.budget import steps_per_epoch
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.fit_state import FitState
+from seedlora.run.stack_data import CountsTokens, HasPrompt
+from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import DivergedError
+
+
+class AdapterWriter(pl.Callback):
+    """Write each replica's PEFT folder, or its whole model's, when the fit ends; who diverged is left out.
+
+    Args:
+        ensemble: the run.
+        state: of the fit.
+    """
+
+    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
+        self._ensemble, self._state = ensemble, state
+
+    def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Write the adapters of this stack.
+
+        Raises:
+            DivergedError: if no seed is left.
+        """
+        if trainer.fast_dev_run:
+            return
+        ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
+        files = self._files(trainer.datamodule, module)
+        module.check_weights()
+        if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.diverged):
+            raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
+        # Before the folders, and who is left out after them: until then the stack is not finished.
+        if writes:
+            folder.add_trained(self._trained_on(trainer, module))
+        for name in (replica.name for replica in module.replicas):
+            if name not in module.diverged:
+                module.write(ensemble.dirpath / name, name, files, writer=writes)
+        if writes and module.diverged:
+            folder.leave_out(module.diverged)
+
+    def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str]:
+        """Return the text files that go with each adapter, by name."""
+        files = {}
+        if isinstance(data, HasPrompt):
+            files[PROMPT_NAME] = json.dumps(data.prompt_record(), indent=2) + "\n"
+        if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
+            files[BASE_NAME] = json.dumps(base) + "\n"
+        about = {"base_model": module.base_path, "adapter": module.display_text, "note": module.base_note}
+        files[CARD_NAME] = seed_card(**about, whole=module.is_full_finetuning)
+        if self._state.control is not None:
+            files[CONTROL_NAME] = json.dumps(self._ensemble.folder.control_record) + "\n"
+        return files
+
+    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, dict[str, Any]]:
+        """Return how long each adapter was trained, on how many tokens if that is known, and which step is kept."""
+        loader = trainer.datamodule.train_dataloader()
+        found = {}
+        for replica in module.replicas:
+            if replica.name in module.diverged:
+                continue
+            best = self._state.best.get(replica.name)
+            stopped = None if best is None else best.stopped
+            steps = trainer.global_step if stopped is None else stopped
+            row: dict[str, Any] = {"steps": steps, "stopped": stopped is not None}
+            row["kept_step"] = best.step if best is not None and self._ensemble.options.keep == "best" else None
+            if isinstance(loader.sampler, CountsTokens):
+                per_epoch = steps_per_epoch(trainer, loader)
+                row["tokens"], row["scored"] = loader.sampler.seen(replica.order_seed, steps, steps_per_epoch=per_epoch)
+            found[replica.name] = row
+        return found

@@ -1,0 +1,115 @@
+"""Refuse, before anything is trained, what an ensemble cannot do."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from seedlora.distributed.strategies import holds_whole_adapters, saves_folders
+from seedlora.merge.whole_models import check_dense
+from seedlora.names import ALL_CONTROLS
+from seedlora.run.budget import limited_batches, replica_share
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.fingerprint import run_settings
+from seedlora.run.memory import choose_stack_size
+from seedlora.run.stack_data import StackData
+from seedlora.training.module import SeedLoRAModule
+
+
+class Checks(pl.Callback):
+    """Check that trainer, module, data and folder fit the ensemble, and open its folder.
+
+    Args:
+        ensemble: the run.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+        self._is_open = False
+
+    def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Check everything, and take the first rank's folder.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        if not isinstance(module, SeedLoRAModule):
+            raise ValueError(f"SeedEnsembleCallback trains a SeedLoRAModule, got {type(module).__name__}")
+        ensemble, data = self._ensemble, trainer.datamodule
+        ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
+        if stage != "fit":
+            return
+        if not isinstance(data, StackData):
+            raise ValueError(
+                "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
+                f"orders its training batches hold; got {type(data).__name__}"
+            )
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
+        self.check_validation(trainer, data)
+        if ensemble.next_control is None:
+            choose_stack_size(ensemble, trainer, module, data)
+            self.open(trainer, module, data)
+            if not ensemble.pending:
+                raise ValueError(f"{ensemble.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
+
+    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
+        """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
+        watches = self._ensemble.options.watches_validation
+        if watches and not holds_whole_adapters(trainer):
+            raise ValueError(
+                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
+                "parts; use ddp, or ensemble.keep last without patience"
+            )
+        needed = "ensemble.keep best and ensemble.patience need" if watches else None
+        if (reason := self._ensemble.comparison.validated_for) is not None:
+            needed = f"{reason} chooses on"
+        if not needed or trainer.fast_dev_run:
+            return
+        if not limited_batches(len(data.val_dataloader()), trainer.limit_val_batches):
+            raise ValueError(f"{needed} validation rows, and there are none")
+
+    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+        """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
+
+        Raises:
+            ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently, or what
+                it has saved cannot be read; or if this kind of adapter cannot do what was asked.
+        """
+        check_adapter(self._ensemble, module)
+        if self._is_open or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        options, folder = self._ensemble.options, self._ensemble.folder
+        share = replica_share(options, trainer)
+        folder.open(run_settings(options, share, trainer, module, data), resume=options.resume)
+        saved = self._ensemble.ckpt_path
+        if saved is not None and saved.is_dir() != saves_folders(trainer):
+            how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
+            raise ValueError(
+                f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"
+            )
+        self._is_open = True
+
+
+def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
+    """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
+    adapter, comparison = module.hparams["adapter"], ensemble.comparison
+    if module.adds_dense and (reason := comparison.validated_for) is not None:
+        raise ValueError(
+            f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
+            "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
+        )
+    if module.is_full_finetuning:
+        for rule in filter(None, (ensemble.rule, *comparison.compare.values())):
+            check_dense(rule)
+    if not (module.starts_at_weights or module.is_full_finetuning) or len(ensemble.seeds) == 1:
+        return
+    if ensemble.trains_controls:
+        raise ValueError(
+            f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
+            "at other factors, over another base; use untrained"
+        )
+    if ensemble.options.vary == "init" and not module.hparams["lora_dropout"]:
+        raise ValueError(
+            f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
+            "dropout they end at the same; use ensemble.vary order, or both"
+        )

@@ -1,0 +1,85 @@
+"""Score all adapters of a run on the test items, and compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+
+from seedlora.adapters.model_card import refresh_card
+from seedlora.callbacks.scored_batches import load_adapters, score_loaded, scorer, tested_batches, train_sample
+from seedlora.merge.registry import make_rule
+from seedlora.names import BASE, FUSED, LOGITS, RESULTS_NAME, SOUP, seed_name
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.outcome import Outcome
+from seedlora.scores.row_scores import RowScores
+from seedlora.selection.choice import score_lazily
+from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import ADAPTERS_PER_FORWARD
+from seedlora.updates.stacks import Layers
+
+
+class ComparisonOnTest(pl.Callback):
+    """Score base, seeds, soup and fused adapter on the test items, then what else is compared, also on training rows.
+
+    Args:
+        ensemble: the run, which gets the results.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+
+    def on_test_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Read the adapters back from their folders."""
+        self.load(module)
+
+    def load(self, module: SeedLoRAModule) -> None:
+        """Have the module score what the test's own pass scores: of whole models the base alone, the others later."""
+        module.scored, module.mixtures = {BASE: None}, {}
+        if module.is_full_finetuning:
+            return
+        load_adapters(module, self._ensemble.read_tested(module.device))
+        module.scored = {BASE: None, **module.scored}
+        if self._ensemble.comparison.has_controls and len(self._ensemble.trained) > 1:
+            module.mixtures = {LOGITS: tuple(map(seed_name, self._ensemble.trained))}
+
+    def on_test_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Score what else is compared, and all on some training rows; compare and write ``results.json``."""
+        ensemble, labels = self._ensemble, (*module.scored, *module.mixtures)
+        outcome = Outcome.of_test(labels, module.test_matrix(), module.tested_items())
+        sample = train_sample(trainer, len(outcome.items))
+        if sample:
+            outcome.train = score_loaded(trainer, module, sample)
+        module.mixtures = {}
+        outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
+        ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
+        if trainer.is_global_zero:
+            ensemble.folder.write(RESULTS_NAME, outcome.record(ensemble.results, trainer.datamodule))
+            if FUSED in ensemble.results.scores:
+                refresh_card(ensemble.fused_path)
+
+    def _score_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:
+        """Score what is not in the test's own pass, on its batches and then on ``more``. All ranks must call it."""
+        whole = module.is_full_finetuning
+        beside = self._whole_models(module) if whole else self._ensemble.beside(module.device)
+        if not beside:
+            return {}
+        batches = [*tested_batches(trainer), *more]
+        with scorer(trainer, module, batches, "Scoring what is compared", adapters=len(beside)) as score:
+            return score_lazily(beside, score, at_once=1 if whole else ADAPTERS_PER_FORWARD)
+
+    def _whole_models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
+        """Return the whole models to be scored, by label: seeds, soup, what is compared, and the fused one; read when
+        called.
+        """
+        ensemble, trained = self._ensemble, self._ensemble.trained
+        made: dict[str, Callable[[], Layers]] = {}
+        made |= {label: partial(module.read_model, folder) for label, folder in ensemble.folders.items()}
+        fused = partial(module.fused_model, [ensemble.adapter_path(seed) for seed in trained])
+        if len(trained) > 1:
+            if SOUP not in made and (ensemble.rule is not None or ensemble.comparison.compare):
+                made[SOUP] = partial(fused, make_rule(SOUP))
+            made |= {name: partial(fused, rule) for name, rule in ensemble.compared.compare.items() if rule is not None}
+        return made

@@ -1,0 +1,98 @@
+"""Keep each seed's best weights, and stop seeds that no longer improve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.fit_state import BestValidation, FitState
+from seedlora.training.module import SeedLoRAModule
+
+
+class SeedEarlyStopping(pl.Callback):
+    """Watch each seed's own validation loss: keep the weights of the best, stop the seed that has no patience left.
+
+    A seed keeps what it would alone, whenever the others stop. Who is stopped or left out is part of a checkpoint.
+
+    Args:
+        ensemble: the run.
+        state: of the fit, whose best validations are remembered here.
+    """
+
+    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
+        self._options, self._state = ensemble.options, state
+        self._module: SeedLoRAModule | None = None
+        self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Forget the fit before."""
+        if stage == "fit":
+            self._module, self._restored = module, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs of the seeds' validations."""
+        module, best = self._module, self._state.best
+        return {
+            "best": {name: {k: v for k, v in vars(row).items() if v is not None} for name, row in best.items()},
+            "idle": sorted(() if module is None else module.idle),
+            "diverged": {} if module is None else module.diverged,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations where they were."""
+        self._state.best = {name: BestValidation(**row) for name, row in state_dict["best"].items()}
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Put back who was stopped in the checkpoint."""
+        module.idle |= set(self._restored.get("idle", ()))
+        module.diverged |= self._restored.get("diverged", {})
+
+    def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Look at the losses of the seeds in training; the fit ends when all are stopped."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._options.watches_validation:
+            return
+        for replica in module.replicas:
+            if replica.name not in module.idle:
+                loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
+                self._watch(module, replica.name, loss, step=trainer.global_step)
+        if len(module.idle) == len(module.replicas):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Put the best weights in the place of the last ones, if they are kept; who was stopped has them already."""
+        if trainer.fast_dev_run:
+            return
+        for replica in module.replicas:
+            if replica.name not in module.idle:
+                self._take_best(module, replica.name)
+
+    def _watch(self, module: SeedLoRAModule, name: str, loss: float, *, step: int) -> None:
+        """Remember a validation that is the best so far; otherwise stop the seed, if it has no patience left."""
+        best = self._state.best.get(name)
+        if best is None or best.is_beaten_by(loss):
+            weights = _copied(module.stack.parameters(name)) if self._options.keep == "best" else []
+            self._state.best[name] = BestValidation(loss, step, weights)
+            return
+        best.stale += 1
+        if self._options.patience is not None and best.stale >= self._options.patience:
+            module.idle.add(name)
+            best.stopped = step
+            self._take_best(module, name)
+
+    @torch.no_grad()
+    def _take_best(self, module: SeedLoRAModule, name: str) -> None:
+        """Put a seed's best weights in the place of its last ones, if they are kept."""
+        best = self._state.best.get(name)
+        if best is not None and best.weights:
+            for parameter, weight in zip(module.stack.parameters(name), best.weights, strict=True):
+                parameter.copy_(weight)
+
+
+def _copied(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.detach().cpu().clone() for parameter in parameters]

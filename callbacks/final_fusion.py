@@ -1,0 +1,69 @@
+"""Fuse the seeds when all are trained."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from seedlora.callbacks.scored_batches import load_adapters, scorer, validation_batches
+from seedlora.merge.bound_rule import BoundRule
+from seedlora.merge.inputs import stack_adapters
+from seedlora.names import BASE, SELECTION_NAME
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.fit_state import FitState
+from seedlora.run.fusion import fuse_run
+from seedlora.training.module import SeedLoRAModule
+
+
+class FinalFusion(pl.Callback):
+    """Choose on the validation rows what is to be chosen, and fuse: after the last seed, and in ``Trainer.validate``.
+
+    Args:
+        ensemble: the run.
+        state: of the fit.
+    """
+
+    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
+        self._ensemble, self._state = ensemble, state
+
+    def on_validation_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Read the seeds that ``Trainer.validate`` scores; whole models are read one by one, later."""
+        if trainer.state.fn != "validate":
+            return
+        if module.is_full_finetuning:
+            module.scored = {BASE: None}
+        else:
+            load_adapters(module, self._ensemble.read_seeds())
+
+    def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Fuse what ``Trainer.validate`` has scored."""
+        if trainer.state.fn == "validate":
+            self._fuse(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Fuse the seeds if these were the last."""
+        if trainer.fast_dev_run:
+            return
+        if self._state.control is None:
+            self._fuse(trainer, module)
+        trainer.strategy.barrier()
+
+    def _fuse(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Choose and fuse, once all seeds are there. All ranks must call it."""
+        ensemble = self._ensemble
+        if ensemble.pending or not ensemble.trained or trainer.fast_dev_run:
+            return
+        batches = [] if ensemble.rule is None else validation_batches(trainer)
+        rule = self._choose(trainer, module, batches) if batches and not module.adds_dense else None
+        if trainer.is_global_zero:
+            fuse_run(ensemble, rule)
+
+    def _choose(self, trainer: pl.Trainer, module: SeedLoRAModule, batches: list[object]) -> BoundRule:
+        """Choose the rule, and write down what the validation rows say. All ranks must call it."""
+        comparison, adapters = self._ensemble.compared, self._ensemble.read_seeds()
+        stacks = stack_adapters(adapters, device=module.device)
+        most = comparison.adapters_to_score(list(stacks), len(adapters))
+        with scorer(trainer, module, batches, "Scoring on validation rows", adapters=most) as score:
+            rule, found = comparison.settle(stacks, list(adapters), score)
+        if trainer.is_global_zero:
+            self._ensemble.folder.write(SELECTION_NAME, found)
+        return rule

@@ -1,0 +1,56 @@
+"""Fuse the seeds at every validation of a fit."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from seedlora.names import FUSED, SOUP
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.fit_state import FitState
+from seedlora.training.module import SeedLoRAModule
+
+
+class LiveFusion(pl.Callback):
+    """Have the seeds of the fit validated side by side, and their fusion with those already finished beside them.
+
+    Nothing random is drawn and no weight is changed. What the last step spoiled is left out.
+
+    Args:
+        ensemble: the run.
+        state: of the fit.
+    """
+
+    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
+        self._ensemble, self._state = ensemble, state
+
+    def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Say what is validated."""
+        if stage == "fit":
+            module.scored = self._validated(module)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Fuse the seeds as they are now."""
+        if trainer.state.fn == "validate":
+            return
+        module.check_weights()
+        module.scored = self._validated(module)
+        label = self._label
+        if label is None or label not in module.scored:
+            return
+        stack = [replica.name for replica in module.replicas]
+        names = [name for name in stack if name not in module.diverged]
+        module.load(label, self._ensemble.fuse_live(module.current(names), names, stack=stack))
+
+    @property
+    def _label(self) -> str | None:
+        """Return the label of what is fused: as long as a rule is not chosen, soup stands for it under its own name."""
+        if self._ensemble.rule is None or self._state.control is not None:
+            return None
+        return SOUP if self._ensemble.comparison.chooses else FUSED
+
+    def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
+        """Return the labels of what is validated, and the adapters that they stand for."""
+        names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
+        # What DoRA and whole models add to a weight has full rank: fusing it each time would take longer than training.
+        fused = [self._label] if self._label and names and not module.adds_dense else []
+        return {name: name for name in (*names, *fused)}
