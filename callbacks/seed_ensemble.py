@@ -57,9 +57,12 @@ from seedlora.scores.results import Results, results
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.choice import Score, score_lazily
 from seedlora.selection.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds
+from seedlora.training.live_updates import load_updates, read_updates
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.replicas import DivergedError, Replica, StoppedError
-from seedlora.training.scoring import ADAPTERS_PER_FORWARD
+from seedlora.training.replicas import DivergedError, FitSettings, Replica, StoppedError
+from seedlora.training.scoring import ADAPTERS_PER_FORWARD, ScoredLabels
+from seedlora.training.whole_models import WholeModels
+from seedlora.training.writing import write_replica
 from seedlora.updates.stacks import Layers, joined, members
 from seedlora.utils.files import remove_folder
 
@@ -325,10 +328,12 @@ class SeedEnsembleCallback(pl.Callback):
 
         A stack of them would take their memory together and no less time: they share no product.
         """
-        if self.stack_size is None and module.is_full_finetuning:
+        if self.stack_size is None and module.options.is_full_finetuning:
             self.stack_size = 1
         if self.stack_size == AUTO:
-            self.stack_size = fitting_stack(len(self.seeds), memory_of(trainer, module, data), device_memory(trainer))
+            self.stack_size = fitting_stack(
+                len(self.seeds), memory_of(trainer, module.options, data), device_memory(trainer)
+            )
 
     def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
         """What the Trainer of the next control needs besides the run's own options.
@@ -361,19 +366,24 @@ class SeedEnsembleCallback(pl.Callback):
         self.check_validation(trainer, data)
         self._control = self.pending_controls[0] if self.pending_controls else None
         self._share = self.share(trainer)
-        module.rank_factor = len(self.trained) if self._control == WIDE_SEED else 1
         if self._control is None:
             self.choose_stack_size(trainer, module, data)
             self.open(trainer, module, data)
             if not self.pending:
                 raise ValueError(f"{self.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
-            module.replicas = tuple(map(self._replica, self._next_stack))
+            replicas = tuple(map(self._replica, self._next_stack))
         else:
-            module.replicas = (replace(self._replica(self.trained[0]), name=self._control),)
-        module.exclude_diverged = self.on_divergence == "exclude"
+            replicas = (replace(self._replica(self.trained[0]), name=self._control),)
         self._best, self._restored, self._due = {}, {}, None
-        data.seeds = tuple(replica.order_seed for replica in module.replicas)
-        module.total_steps = self.replica_steps(trainer, data)
+        data.seeds = tuple(replica.order_seed for replica in replicas)
+        module.prepare_fit(
+            FitSettings(
+                replicas,
+                total_steps=self.replica_steps(trainer, data),
+                rank_factor=len(self.trained) if self._control == WIDE_SEED else 1,
+                on_divergence=self.on_divergence,
+            )
+        )
         module.scored = self._validated(module)
         self._module = module
 
@@ -411,23 +421,23 @@ class SeedEnsembleCallback(pl.Callback):
 
     def _check_adapter(self, module: SeedLoRAModule) -> None:
         """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
-        adapter = module.hparams["adapter"]
-        if module.adds_dense and (reason := self.comparison.validated_for) is not None:
+        adapter = module.options.adapter
+        if module.options.adds_dense and (reason := self.comparison.validated_for) is not None:
             raise ValueError(
                 f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
                 "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
             )
-        if module.is_full_finetuning:
+        if module.options.is_full_finetuning:
             for rule in filter(None, (self.rule, *self.comparison.compare.values())):
                 check_dense(rule)
-        if not (module.starts_at_weights or module.is_full_finetuning) or len(self.seeds) == 1:
+        if not (module.options.starts_at_weights or module.options.is_full_finetuning) or len(self.seeds) == 1:
             return
         if self.trains_controls:
             raise ValueError(
                 f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
                 "at other factors, over another base; use untrained"
             )
-        if self.vary == "init" and not module.hparams["lora_dropout"]:
+        if self.vary == "init" and not module.options.lora_dropout:
             raise ValueError(
                 f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
                 "dropout they end at the same; use ensemble.vary order, or both"
@@ -460,8 +470,7 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self.folder.begin([replica.name for replica in module.replicas])
-        module.idle |= set(self._restored.get("idle", ()))
-        module.diverged |= self._restored.get("diverged", {})
+        module.replicas.restore(idle=self._restored.get("idle", ()), diverged=self._restored.get("diverged", {}))
         self._terminated = False
         self._listen(self._terminate)
 
@@ -526,7 +535,7 @@ class SeedEnsembleCallback(pl.Callback):
     def _watch(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """After a validation: keep the best weights, stop who has no patience left."""
         for replica in module.replicas:
-            if replica.name in module.idle:
+            if replica.name in module.replicas.idle:
                 continue
             loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
             best = self._best.get(replica.name)
@@ -538,15 +547,16 @@ class SeedEnsembleCallback(pl.Callback):
                 continue
             best["stale"] += 1
             if self.patience and best["stale"] >= self.patience:
-                module.idle.add(replica.name)
+                module.replicas.stop(replica.name)
                 best["stopped"] = trainer.global_step
                 self._take_best(module, replica.name)
-        if len(module.idle) == len(module.replicas):
+        if not module.replicas.active:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs of the seeds' validations."""
-        idle, diverged = (set(), {}) if self._module is None else (self._module.idle, self._module.diverged)
+        replicas = None if self._module is None else self._module.replicas
+        idle, diverged = (set(), {}) if replicas is None else (replicas.idle, replicas.diverged)
         return {"best": self._best, "idle": sorted(idle), "diverged": diverged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -558,18 +568,19 @@ class SeedEnsembleCallback(pl.Callback):
         module = _ours(pl_module)
         if trainer.state.fn == "validate":
             self._listen(_leave)
-            if module.is_full_finetuning:
-                module.scored = {BASE: None}
+            if module.options.is_full_finetuning:
+                module.scored = ScoredLabels({BASE: None})
             else:
                 self._load(module, self._read_seeds())
             return
         module.check_weights()
         module.scored = self._validated(module)
-        if self._live not in module.scored:
+        live = self._live
+        if live is None or live not in module.scored.adapters:
             return
         names = [r.name for r in module.replicas]
-        current = [name for name in names if name not in module.diverged]
-        stacks = module.current(current)
+        current = [name for name in names if name not in module.replicas.diverged]
+        stacks = read_updates(module.stack, current)
         finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in names]
         if finished:
             stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
@@ -577,8 +588,9 @@ class SeedEnsembleCallback(pl.Callback):
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
         assert rule is not None
-        module.load(
-            self._live,
+        load_updates(
+            module.stack,
+            live,
             fuse(members(stacks, [there.index(s) for s in map(seed_name, seeds)]), rule),
         )
 
@@ -591,32 +603,41 @@ class SeedEnsembleCallback(pl.Callback):
                 comes later raises SystemExit at once: choosing and fusing may take longer than a job is given to end.
         """
         module = _ours(pl_module)
+        options = module.options
         if trainer.fast_dev_run:
             self._listen_no_more()
             return
         record = getattr(trainer.datamodule, "prompt_record", None)
         files = {} if record is None else {PROMPT_NAME: json.dumps(record(), indent=2) + "\n"}
-        if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
+        if base := base_record(module.options.adapter, module.options.quantization):
             files[BASE_NAME] = json.dumps(base) + "\n"
-        about = {"base_model": module.base_path, "adapter": module.display_text, "note": module.base_note}
-        files[CARD_NAME] = seed_card(**about, whole=module.is_full_finetuning)
+        about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
+        files[CARD_NAME] = seed_card(**about, whole=module.options.is_full_finetuning)
         if self._control is not None:
             files[CONTROL_NAME] = json.dumps({"seeds": len(self.seeds)}) + "\n"
         names = [replica.name for replica in module.replicas]
         for name in names:
-            if name not in module.idle:
+            if name not in module.replicas.idle:
                 self._take_best(module, name)
         module.check_weights()
-        if not self.trained and set(map(seed_name, self.pending)) <= set(module.diverged):
+        if not self.trained and set(map(seed_name, self.pending)) <= set(module.replicas.diverged):
             raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if trainer.is_global_zero:
             self.folder.add_trained(self._trained_on(trainer, module))
         for name in names:
-            if name not in module.diverged:
-                module.write(self.dirpath / name, name, files, writer=trainer.is_global_zero)
-        if trainer.is_global_zero and module.diverged:
-            self.folder.leave_out(module.diverged)
+            if name not in module.replicas.diverged:
+                write_replica(
+                    self.dirpath / name,
+                    name,
+                    module.stack,
+                    options,
+                    rank_factor=module.fit_settings.rank_factor,
+                    files=files,
+                    writer=trainer.is_global_zero,
+                )
+        if trainer.is_global_zero and module.replicas.diverged:
+            self.folder.leave_out(module.replicas.diverged)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             self.folder.forget_checkpoints(names)
@@ -680,8 +701,8 @@ class SeedEnsembleCallback(pl.Callback):
         """Read the adapters back from their folders, so that what is scored is what was written."""
         module = _ours(pl_module)
         self._listen(_leave)
-        if module.is_full_finetuning:  # the others one by one, after the base model
-            module.scored, module.mixtures = {BASE: None}, {}
+        if module.options.is_full_finetuning:  # the others one by one, after the base model
+            module.scored = ScoredLabels({BASE: None})
             return
         scored = {label: self._read(folder) for label, folder in self.folders.items()}
         seeds = {label: scored[label] for label in map(seed_name, self.trained)}
@@ -690,17 +711,16 @@ class SeedEnsembleCallback(pl.Callback):
             modules = {key: each[0] for key, each in fused.modules.items()}
             scored[SOUP] = replace(next(iter(seeds.values())), magnitudes={}, layers=fused, modules=modules)
         self._load(module, scored)
-        module.scored = {BASE: None, **module.scored}
-        module.mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
+        mixtures = {LOGITS: tuple(seeds)} if self.comparison.has_controls and len(seeds) > 1 else {}
+        module.scored = ScoredLabels({BASE: None, **module.scored.adapters}, mixtures)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score what else is compared, and all on some training rows; compare and write ``results.json``."""
         module = _ours(pl_module)
-        columns = dict(zip((*module.scored, *module.mixtures), module.test_matrix().cpu().numpy().T, strict=True))
-        tested = module.tested_items()
+        tested, matches = module.exact_matches.rows()
+        columns = dict(zip(module.scored.labels, matches.cpu().numpy().T, strict=True))
         sample = self._train_sample(trainer, len(tested))
         trained_on = self._scored_on(trainer, module, sample) if sample else {}
-        module.mixtures = {}
         after = int(tested[-1]) + 1
         sample = [{**batch, "items": batch["items"] + after * (batch["items"] >= 0)} for batch in sample]
         for label, scored in self._scored_beside(trainer, module, sample).items():
@@ -738,8 +758,9 @@ class SeedEnsembleCallback(pl.Callback):
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
         made: dict[str, Callable[[], Layers]] = {}
-        made |= {label: partial(module.read_model, folder) for label, folder in self.folders.items()}
-        fused = partial(module.fused_model, [self.adapter_path(seed) for seed in self.trained])
+        models, seeds = WholeModels(module.stack, module.options), [self.adapter_path(seed) for seed in self.trained]
+        made |= {label: partial(models.read, folder) for label, folder in self.folders.items()}
+        fused = partial(models.fuse, module.trainer, seeds)
         if len(self.trained) > 1:
             if SOUP not in made and (self.rule is not None or self.comparison.compare):
                 made[SOUP] = partial(fused, make_rule(SOUP))
@@ -775,7 +796,7 @@ class SeedEnsembleCallback(pl.Callback):
     def _load(self, module: SeedLoRAModule, adapters: Mapping[str, Adapter]) -> None:
         for label, adapter in adapters.items():
             module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes, modules=adapter.modules)
-        module.scored = {label: label for label in adapters}
+        module.scored = ScoredLabels({label: label for label in adapters})
 
     @property
     def _live(self) -> str | None:
@@ -784,11 +805,11 @@ class SeedEnsembleCallback(pl.Callback):
             return None
         return SOUP if self.comparison.chooses else FUSED
 
-    def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
-        names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
+    def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
+        names = [replica.name for replica in module.replicas if replica.name not in module.replicas.diverged]
         # What DoRA and whole models add to a weight has full rank: fusing it each time would take longer than training.
-        live = [self._live] if self._live and names and not module.adds_dense else []
-        return {name: name for name in (*names, *live)}
+        live = [self._live] if self._live and names and not module.options.adds_dense else []
+        return ScoredLabels({name: name for name in (*names, *live)})
 
     def _validation_batches(self, trainer: pl.Trainer, data: Any) -> list[Any]:
         """The validation batches of this rank, as many as the trainer validates on."""
@@ -801,7 +822,7 @@ class SeedEnsembleCallback(pl.Callback):
             return
         rule, comparison = None, self._compared
         batches = [] if self.rule is None else self._validation_batches(trainer, trainer.datamodule)
-        if batches and not module.adds_dense:
+        if batches and not module.options.adds_dense:
             adapters = self._read_seeds()
             stacks = stack_adapters(adapters, device=module.device)
             total = len(batches) * comparison.adapters_to_score(list(stacks), len(adapters))
@@ -821,19 +842,19 @@ class SeedEnsembleCallback(pl.Callback):
         """What the test's own pass has scored, on further batches."""
         with _bar(hidden=not trainer.is_global_zero) as progress:
             task = progress.add_task("Scoring on training rows", total=len(batches))
-            return module.score_batches(batches, on_batch=lambda: progress.advance(task))
+            return module.scorer.score_batches(batches, module.scored, on_batch=lambda: progress.advance(task))
 
     def _scored_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:
         """The methods and controls that are not in the test's own pass, on its batches and then on ``more``."""
         beside, loader = (
-            self._models(module) if module.is_full_finetuning else self.beside(module.device),
+            self._models(module) if module.options.is_full_finetuning else self.beside(module.device),
             trainer.test_dataloaders,
         )
         if not beside:
             return {}
         batches = [*list(loader)[: _limited(len(loader), trainer.limit_test_batches)], *more]
         with self._scorer(trainer, module, batches, "Scoring what is compared", len(batches) * len(beside)) as score:
-            return score_lazily(beside, score, at_once=1 if module.is_full_finetuning else ADAPTERS_PER_FORWARD)
+            return score_lazily(beside, score, at_once=1 if module.options.is_full_finetuning else ADAPTERS_PER_FORWARD)
 
     @contextmanager
     def _scorer(
@@ -842,7 +863,7 @@ class SeedEnsembleCallback(pl.Callback):
         """A score on these batches, with a bar that counts them for every adapter."""
         with _bar(hidden=not trainer.is_global_zero) as progress:
             task = progress.add_task(what, total=total)
-            yield lambda adapters: module.score_rows(
+            yield lambda adapters: module.scorer.score_rows(
                 adapters, batches, on_batch=lambda: progress.advance(task, len(adapters))
             )
 
@@ -859,7 +880,7 @@ class SeedEnsembleCallback(pl.Callback):
         batches = _limited(len(loader), trainer.limit_train_batches)
         found = {}
         for replica in module.replicas:
-            if replica.name in module.diverged:
+            if replica.name in module.replicas.diverged:
                 continue
             best = self._best.get(replica.name, {})
             steps = best.get("stopped", trainer.global_step)

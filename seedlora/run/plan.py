@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from rich.table import Table
 
-from seedlora.model.outline import outline
 from seedlora.run.budget import ReplicaBudget
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 
 if TYPE_CHECKING:
-    from seedlora.training.module import SeedLoRAModule
+    from seedlora.training.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -111,24 +110,24 @@ class RunPlan:
         return table
 
 
-def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: Any) -> RunPlan:
+def run_plan(trainer: pl.Trainer, options: ModelOptions, data: Any, ensemble: Any) -> RunPlan:
     """The plan of a run from its parts, without loading the base model's weights.
 
     Args:
         trainer: its limits and accumulation count.
-        module: the model to train.
+        options: of the model to train.
         data: a data module that is set up: its ``rows``, and a training loader whose sampler knows its own padding.
         ensemble: the callback: seeds, budget, stack size and method.
     """
-    n, hparams = len(ensemble.seeds), module.hparams
+    n = len(ensemble.seeds)
     share = ensemble.share(trainer)
     loader = data.train_dataloader()
     steps = ensemble.replica_steps(trainer, data)
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
-    model = outline(hparams["base_model"])
+    model = options.outline
     stack = min(n, ensemble.stack_size or n)
-    memory = memory_of(trainer, module, data)
+    memory = memory_of(trainer, options, data)
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -140,18 +139,18 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: Any, ensemble: A
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
-        trainable=trainable_parameters(module),
+        trainable=trainable_parameters(options),
         base_parameters=model.parameters,
         memory=memory(stack),
         memory_alone=memory(1),
-        model=hparams["base_model"],
+        model=options.base_model,
         data=_rows(data),
-        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_text))),
-        dtype=module.precision_of_base,
-        adapter=module.display_text,
-        compile=hparams["compile"],
+        merge="; ".join(filter(None, (ensemble.method_name, options.averaged_text))),
+        dtype=options.base_precision,
+        adapter=options.display_text,
+        compile=options.compile,
         controls=(
-            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "
+            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * options.r} for {steps:,}; "
             f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
             if ensemble.trains_controls
             else None
