@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 class NextTokens(NamedTuple):
-    """The tokens that are scored, and where they are predicted: at the position before each.
+    """Says which tokens are scored, and where they are predicted: at the position before each.
 
     Attributes:
         targets: their ids.
@@ -60,7 +60,7 @@ def next_tokens(labels: Int[Tensor, "M T"]) -> NextTokens:
 
 
 class TokenScores(NamedTuple):
-    """The scores of labels by position, shifted by one: position ``t`` predicts the label of ``t + 1``.
+    """Holds the scores of labels by position, shifted by one: position ``t`` predicts the label of ``t + 1``.
 
     Attributes:
         losses: negative log-likelihood of the label, 0 where there is none.
@@ -74,7 +74,7 @@ class TokenScores(NamedTuple):
 
 
 class KeptScores(NamedTuple):
-    """As :class:`TokenScores`, of the scored tokens alone; ``right`` is None if nobody asked."""
+    """Holds what :class:`TokenScores` holds, of the scored tokens alone; ``right`` is None if nobody asked."""
 
     losses: Float[Tensor, " S"]
     right: Bool[Tensor, " S"] | None

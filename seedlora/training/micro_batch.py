@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TrainingBatch(TypedDict):
-    """A micro-batch of all replicas: a block of rows for each.
+    """Holds a micro-batch of all replicas: a block of rows for each.
 
     Attributes:
         input_ids: padded on the right.
@@ -40,7 +40,7 @@ class TrainingBatch(TypedDict):
 
 
 class MicroBatchLosses(NamedTuple):
-    """The losses of the active replicas in one forward.
+    """Holds the losses of the active replicas in one forward.
 
     Attributes:
         replicas: the active ones, in their order.
@@ -63,7 +63,7 @@ class MicroBatchLosses(NamedTuple):
 
 
 class ForwardSize(NamedTuple):
-    """The tokens of a forward on one rank, padding included, and how many a rank scored, on average."""
+    """Counts the tokens of a forward on one rank, padding included, and those that a rank scored, on average."""
 
     tokens: int
     scored: float

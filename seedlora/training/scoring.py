@@ -49,7 +49,7 @@ class ScoredLabels:
 
 
 class BatchScores(NamedTuple):
-    """The scores of one batch, per label and row.
+    """Holds the scores of one batch, per label and row.
 
     Attributes:
         losses: summed over the supervised tokens of the row.
@@ -191,7 +191,7 @@ def _by_row(scores: TokenScores, n: int) -> BatchScores:
 
 
 class MatchedRows(NamedTuple):
-    """The rows of a test, on all ranks, in the order of their numbers.
+    """Holds the rows of a test, on all ranks, in the order of their numbers.
 
     Attributes:
         items: the numbers of the rows; not all, if the trainer limits the batches.

@@ -28,7 +28,7 @@ _ITERATIONS = 16
 
 
 class FrozenBase(NamedTuple):
-    """A base model without adapters.
+    """Holds a base model without adapters.
 
     Attributes:
         model: of transformers, quantised if that was asked for.
