@@ -76,18 +76,18 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
         model: options of the model that are different.
     """
     options = {**config["model"], **model}
-    module = SeedLoRAModule(model_folder(options.pop("base_model"), root), **options)
+    model_options = SeedLoRAModule(model_folder(options.pop("base_model"), root), **options).options
     ensemble, rows = config["ensemble"], config["data"]["init_args"]
     seeds = len(ensemble["seeds"])
     runs = seeds if ensemble["budget"] == "full" else 1
     data = config["data"]["class_path"].removeprefix("seedlora.datamodules.")
     tokens = runs * config["trainer"]["max_epochs"] * TOKENS[data]
-    recomputed = module.hparams["gradient_checkpointing"]
-    operations = work(module).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)
-    stack = ensemble["stack_size"] or (1 if module.is_full_finetuning else seeds)
+    recomputed = model_options.gradient_checkpointing
+    operations = work(model_options).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)
+    stack = ensemble["stack_size"] or (1 if model_options.is_full_finetuning else seeds)
     large = stack * rows["batch_size"] * rows["max_length"]
     # One token as the longest row: attention on a GPU keeps no scores, on the machine that counts it may.
-    memory = step_memory(module, stack, tokens=large, supervised=int(SCORED * large), longest=1, shared=shared)
+    memory = step_memory(model_options, stack, tokens=large, supervised=int(SCORED * large), longest=1, shared=shared)
     hours = operations / (PEAK * REACHED) / 3600 / shared.processes
     return Estimate(hours, tokens, memory.total / 2**30, memory.base / 2**30)
 

@@ -77,7 +77,7 @@ def measure(
     """Estimate and peak of three steps, in bytes."""
     module = SeedLoRAModule(model, r=8, lr_scheduler="constant", gradient_checkpointing=checkpointing, **options)
     estimate = step_memory(
-        module, seeds, tokens=seeds * batch * tokens, supervised=seeds * batch * supervised, longest=tokens
+        module.options, seeds, tokens=seeds * batch * tokens, supervised=seeds * batch * supervised, longest=tokens
     )
     speed.ROWS["here"] = (tokens, supervised)
     with tempfile.TemporaryDirectory() as folder, speed.quiet():

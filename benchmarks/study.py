@@ -15,7 +15,7 @@ left a question.
 
 - Gains, scales and p are chosen by the loss on the validation split. The test split is scored once, after that.
 - Loss: nats per supervised token, end token included. Match: greedy decoding gives the answer exactly, which needs no
-  generation (see ``SeedLoRAModule.score``). Both on every test item, paired item by item.
+  generation (see ``Scorer.score``). Both on every test item, paired item by item.
 - Of each cell the differences from the mean seed and from soup are kept, with a bootstrap interval over items. Over
   cells, intervals are Student's t over clusters: all cells of one task and one set of seeds are one cluster.
 - Budget: 1 epoch per seed is what one seed for 3 epochs costs (equal budget); 3 epochs per seed is the full budget.
@@ -285,7 +285,7 @@ def train(cell: Cell, setting: Setting, module: SeedLoRAModule, data: ReasoningG
 
 def scorer(module: SeedLoRAModule, data: ReasoningGym, split: str) -> Score:
     """Scores adapters on the rows of a split; no layers are the base model."""
-    return lambda adapters: module.score_rows(adapters, _loader(data, split))
+    return lambda adapters: module.scorer.score_rows(adapters, _loader(data, split))
 
 
 def score_seeds(

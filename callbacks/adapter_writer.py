@@ -16,6 +16,7 @@ from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import CountsTokens, HasPrompt
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError
+from seedlora.training.writing import write_replica
 
 
 class AdapterWriter(pl.Callback):
@@ -40,26 +41,34 @@ class AdapterWriter(pl.Callback):
         ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
         files = self._files(trainer.datamodule, module)
         module.check_weights()
-        if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.diverged):
+        if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.replicas.diverged):
             raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if writes:
             folder.add_trained(self._trained_on(trainer, module))
         for name in (replica.name for replica in module.replicas):
-            if name not in module.diverged:
-                module.write(ensemble.dirpath / name, name, files, writer=writes)
-        if writes and module.diverged:
-            folder.leave_out(module.diverged)
+            if name not in module.replicas.diverged:
+                write_replica(
+                    ensemble.dirpath / name,
+                    name,
+                    module.stack,
+                    module.options,
+                    rank_factor=module.fit_settings.rank_factor,
+                    files=files,
+                    writer=writes,
+                )
+        if writes and module.replicas.diverged:
+            folder.leave_out(module.replicas.diverged)
 
     def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str]:
         """Return the text files that go with each adapter, by name."""
-        files = {}
+        files, options = {}, module.options
         if isinstance(data, HasPrompt):
             files[PROMPT_NAME] = json.dumps(data.prompt_record(), indent=2) + "\n"
-        if base := base_record(module.hparams["adapter"], module.hparams["quantization"]):
+        if base := base_record(options.adapter, options.quantization):
             files[BASE_NAME] = json.dumps(base) + "\n"
-        about = {"base_model": module.base_path, "adapter": module.display_text, "note": module.base_note}
-        files[CARD_NAME] = seed_card(**about, whole=module.is_full_finetuning)
+        about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
+        files[CARD_NAME] = seed_card(**about, whole=options.is_full_finetuning)
         if self._state.control is not None:
             files[CONTROL_NAME] = json.dumps(self._ensemble.folder.control_record) + "\n"
         return files
@@ -69,7 +78,7 @@ class AdapterWriter(pl.Callback):
         loader = trainer.datamodule.train_dataloader()
         found = {}
         for replica in module.replicas:
-            if replica.name in module.diverged:
+            if replica.name in module.replicas.diverged:
                 continue
             best = self._state.best.get(replica.name)
             stopped = None if best is None else best.stopped

@@ -10,6 +10,7 @@ from seedlora.run.budget import replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import FitSettings
 
 
 class Assignment(pl.Callback):
@@ -34,11 +35,15 @@ class Assignment(pl.Callback):
         ensemble, data = self._ensemble, trainer.datamodule
         control = ensemble.next_control
         self._state.begin(control, replica_share(ensemble.options, trainer, control=control))
-        module.rank_factor = ensemble.next_rank_factor
-        module.replicas = ensemble.next_replicas
-        module.exclude_diverged = ensemble.options.on_divergence == "exclude"
-        data.seeds = tuple(replica.order_seed for replica in module.replicas)
-        module.total_steps = replica_steps(self._state.share, trainer, data)
+        replicas = ensemble.next_replicas
+        data.seeds = tuple(replica.order_seed for replica in replicas)
+        settings = FitSettings(
+            replicas,
+            total_steps=replica_steps(self._state.share, trainer, data),
+            rank_factor=ensemble.next_rank_factor,
+            on_divergence=ensemble.options.on_divergence,
+        )
+        module.prepare_fit(settings)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: SeedLoRAModule, outputs: Any, batch: Any, batch_idx: int

@@ -47,7 +47,7 @@ class Checks(pl.Callback):
             raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
         self.check_validation(trainer, data)
         if ensemble.next_control is None:
-            choose_stack_size(ensemble, trainer, module, data)
+            choose_stack_size(ensemble, trainer, module.options, data)
             self.open(trainer, module, data)
             if not ensemble.pending:
                 raise ValueError(f"{ensemble.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
@@ -92,23 +92,24 @@ class Checks(pl.Callback):
 
 def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
-    adapter, comparison = module.hparams["adapter"], ensemble.comparison
-    if module.adds_dense and (reason := comparison.validated_for) is not None:
+    options, comparison = module.options, ensemble.comparison
+    adapter = options.adapter
+    if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
             f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
             "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
         )
-    if module.is_full_finetuning:
+    if options.is_full_finetuning:
         for rule in filter(None, (ensemble.rule, *comparison.compare.values())):
             check_dense(rule)
-    if not (module.starts_at_weights or module.is_full_finetuning) or len(ensemble.seeds) == 1:
+    if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.seeds) == 1:
         return
     if ensemble.trains_controls:
         raise ValueError(
             f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
             "at other factors, over another base; use untrained"
         )
-    if ensemble.options.vary == "init" and not module.hparams["lora_dropout"]:
+    if ensemble.options.vary == "init" and not options.lora_dropout:
         raise ValueError(
             f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
             "dropout they end at the same; use ensemble.vary order, or both"

@@ -17,7 +17,8 @@ from seedlora.run.outcome import Outcome
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.choice import score_lazily
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.scoring import ADAPTERS_PER_FORWARD
+from seedlora.training.scoring import ADAPTERS_PER_FORWARD, ScoredLabels
+from seedlora.training.whole_models import WholeModels
 from seedlora.updates.stacks import Layers
 
 
@@ -37,22 +38,22 @@ class ComparisonOnTest(pl.Callback):
 
     def load(self, module: SeedLoRAModule) -> None:
         """Have the module score what the test's own pass scores: of whole models the base alone, the others later."""
-        module.scored, module.mixtures = {BASE: None}, {}
-        if module.is_full_finetuning:
+        module.scored = ScoredLabels({BASE: None})
+        if module.options.is_full_finetuning:
             return
-        load_adapters(module, self._ensemble.read_tested(module.device))
-        module.scored = {BASE: None, **module.scored}
+        adapters, mixtures = self._ensemble.read_tested(module.device), {}
+        load_adapters(module.stack, adapters)
         if self._ensemble.comparison.has_controls and len(self._ensemble.trained) > 1:
-            module.mixtures = {LOGITS: tuple(map(seed_name, self._ensemble.trained))}
+            mixtures = {LOGITS: tuple(map(seed_name, self._ensemble.trained))}
+        module.scored = ScoredLabels({BASE: None, **{label: label for label in adapters}}, mixtures)
 
     def on_test_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Score what else is compared, and all on some training rows; compare and write ``results.json``."""
-        ensemble, labels = self._ensemble, (*module.scored, *module.mixtures)
-        outcome = Outcome.of_test(labels, module.test_matrix(), module.tested_items())
+        ensemble, tested = self._ensemble, module.exact_matches.rows()
+        outcome = Outcome.of_test(module.scored.labels, tested.correct, tested.items)
         sample = train_sample(trainer, len(outcome.items))
         if sample:
             outcome.train = score_loaded(trainer, module, sample)
-        module.mixtures = {}
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
         ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
         if trainer.is_global_zero:
@@ -62,7 +63,7 @@ class ComparisonOnTest(pl.Callback):
 
     def _score_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:
         """Score what is not in the test's own pass, on its batches and then on ``more``. All ranks must call it."""
-        whole = module.is_full_finetuning
+        whole = module.options.is_full_finetuning
         beside = self._whole_models(module) if whole else self._ensemble.beside(module.device)
         if not beside:
             return {}
@@ -75,9 +76,10 @@ class ComparisonOnTest(pl.Callback):
         called.
         """
         ensemble, trained = self._ensemble, self._ensemble.trained
+        models = WholeModels(module.stack, module.options)
         made: dict[str, Callable[[], Layers]] = {}
-        made |= {label: partial(module.read_model, folder) for label, folder in ensemble.folders.items()}
-        fused = partial(module.fused_model, [ensemble.adapter_path(seed) for seed in trained])
+        made |= {label: partial(models.read, folder) for label, folder in ensemble.folders.items()}
+        fused = partial(models.fuse, module.trainer, [ensemble.adapter_path(seed) for seed in trained])
         if len(trained) > 1:
             if SOUP not in made and (ensemble.rule is not None or ensemble.comparison.compare):
                 made[SOUP] = partial(fused, make_rule(SOUP))

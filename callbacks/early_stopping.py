@@ -39,8 +39,8 @@ class SeedEarlyStopping(pl.Callback):
         module, best = self._module, self._state.best
         return {
             "best": {name: {k: v for k, v in vars(row).items() if v is not None} for name, row in best.items()},
-            "idle": sorted(() if module is None else module.idle),
-            "diverged": {} if module is None else module.diverged,
+            "idle": sorted(() if module is None else module.replicas.idle),
+            "diverged": {} if module is None else module.replicas.diverged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -50,27 +50,25 @@ class SeedEarlyStopping(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Put back who was stopped in the checkpoint."""
-        module.idle |= set(self._restored.get("idle", ()))
-        module.diverged |= self._restored.get("diverged", {})
+        idle, diverged = self._restored.get("idle", ()), self._restored.get("diverged", {})
+        module.replicas.restore(idle=idle, diverged=diverged)
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Look at the losses of the seeds in training; the fit ends when all are stopped."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._options.watches_validation:
             return
-        for replica in module.replicas:
-            if replica.name not in module.idle:
-                loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
-                self._watch(module, replica.name, loss, step=trainer.global_step)
-        if len(module.idle) == len(module.replicas):
+        for replica in module.replicas.active:
+            loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
+            self._watch(module, replica.name, loss, step=trainer.global_step)
+        if not module.replicas.active:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Put the best weights in the place of the last ones, if they are kept; who was stopped has them already."""
         if trainer.fast_dev_run:
             return
-        for replica in module.replicas:
-            if replica.name not in module.idle:
-                self._take_best(module, replica.name)
+        for replica in module.replicas.active:
+            self._take_best(module, replica.name)
 
     def _watch(self, module: SeedLoRAModule, name: str, loss: float, *, step: int) -> None:
         """Remember a validation that is the best so far; otherwise stop the seed, if it has no patience left."""
@@ -81,7 +79,7 @@ class SeedEarlyStopping(pl.Callback):
             return
         best.stale += 1
         if self._options.patience is not None and best.stale >= self._options.patience:
-            module.idle.add(name)
+            module.replicas.stop(name)
             best.stopped = step
             self._take_best(module, name)
 

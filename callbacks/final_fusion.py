@@ -12,6 +12,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.run.fusion import fuse_run
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import ScoredLabels
 
 
 class FinalFusion(pl.Callback):
@@ -29,10 +30,12 @@ class FinalFusion(pl.Callback):
         """Read the seeds that ``Trainer.validate`` scores; whole models are read one by one, later."""
         if trainer.state.fn != "validate":
             return
-        if module.is_full_finetuning:
-            module.scored = {BASE: None}
-        else:
-            load_adapters(module, self._ensemble.read_seeds())
+        if module.options.is_full_finetuning:
+            module.scored = ScoredLabels({BASE: None})
+            return
+        seeds = self._ensemble.read_seeds()
+        load_adapters(module.stack, seeds)
+        module.scored = ScoredLabels({label: label for label in seeds})
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Fuse what ``Trainer.validate`` has scored."""
@@ -53,7 +56,7 @@ class FinalFusion(pl.Callback):
         if ensemble.pending or not ensemble.trained or trainer.fast_dev_run:
             return
         batches = [] if ensemble.rule is None else validation_batches(trainer)
-        rule = self._choose(trainer, module, batches) if batches and not module.adds_dense else None
+        rule = self._choose(trainer, module, batches) if batches and not module.options.adds_dense else None
         if trainer.is_global_zero:
             fuse_run(ensemble, rule)
 

@@ -7,7 +7,9 @@ import lightning.pytorch as pl
 from seedlora.names import FUSED, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
+from seedlora.training.live_updates import load_updates, read_updates
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import ScoredLabels
 
 
 class LiveFusion(pl.Callback):
@@ -35,11 +37,12 @@ class LiveFusion(pl.Callback):
         module.check_weights()
         module.scored = self._validated(module)
         label = self._label
-        if label is None or label not in module.scored:
+        if label is None or label not in module.scored.adapters:
             return
         stack = [replica.name for replica in module.replicas]
-        names = [name for name in stack if name not in module.diverged]
-        module.load(label, self._ensemble.fuse_live(module.current(names), names, stack=stack))
+        names = [name for name in stack if name not in module.replicas.diverged]
+        updates = read_updates(module.stack, names)
+        load_updates(module.stack, label, self._ensemble.fuse_live(updates, names, stack=stack))
 
     @property
     def _label(self) -> str | None:
@@ -48,9 +51,9 @@ class LiveFusion(pl.Callback):
             return None
         return SOUP if self._ensemble.comparison.chooses else FUSED
 
-    def _validated(self, module: SeedLoRAModule) -> dict[str, str | None]:
+    def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
         """Return the labels of what is validated, and the adapters that they stand for."""
-        names = [replica.name for replica in module.replicas if replica.name not in module.diverged]
+        names = [replica.name for replica in module.replicas if replica.name not in module.replicas.diverged]
         # What DoRA and whole models add to a weight has full rank: fusing it each time would take longer than training.
-        fused = [self._label] if self._label and names and not module.adds_dense else []
-        return {name: name for name in (*names, *fused)}
+        fused = [self._label] if self._label and names and not module.options.adds_dense else []
+        return ScoredLabels({name: name for name in (*names, *fused)})

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from rich.progress import Progress, TaskProgressColumn, TimeRemainingColumn
 
 from seedlora.adapters.adapter import Adapter
+from seedlora.adapters.stack import AdapterStack
 from seedlora.run.budget import limited_batches
 from seedlora.run.stack_data import HasTrainSample, Loader
 from seedlora.scores.row_scores import RowScores
@@ -35,18 +36,17 @@ def train_sample(trainer: pl.Trainer, n: int) -> list[Any]:
     return list(data.train_sample(min(n, TRAIN_ROWS))) if isinstance(data, HasTrainSample) else []
 
 
-def load_adapters(module: SeedLoRAModule, adapters: Mapping[str, Adapter]) -> None:
+def load_adapters(stack: AdapterStack, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters beside those in training, to be scored under their labels."""
     for label, adapter in adapters.items():
-        module.stack.load(label, adapter.layers, magnitudes=adapter.magnitudes, modules=adapter.modules)
-    module.scored = {label: label for label in adapters}
+        stack.load(label, adapter.layers, magnitudes=adapter.magnitudes, modules=adapter.modules)
 
 
 def score_loaded(trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[Any]) -> dict[str, RowScores]:
     """Score what the test's own pass has scored on further batches, which are training rows."""
     with _progress(trainer) as progress:
         task = progress.add_task("Scoring on training rows", total=len(batches))
-        return module.score_batches(batches, on_batch=lambda: progress.advance(task))
+        return module.scorer.score_batches(batches, module.scored, on_batch=lambda: progress.advance(task))
 
 
 @contextmanager
@@ -64,7 +64,9 @@ def scorer(
     """
     with _progress(trainer) as progress:
         task = progress.add_task(title, total=len(batches) * adapters)
-        yield lambda scored: module.score_rows(scored, batches, on_batch=lambda: progress.advance(task, len(scored)))
+        yield lambda scored: module.scorer.score_rows(
+            scored, batches, on_batch=lambda: progress.advance(task, len(scored))
+        )
 
 
 def _taken(loader: Loader, limit: int | float) -> list[Any]:

@@ -26,7 +26,9 @@ from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import StackData
 from seedlora.scores.results import Results
+from seedlora.training.live_updates import load_updates
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import ScoredLabels
 
 
 class SeedEnsembleCallback(CallbackOfParts):
@@ -181,9 +183,11 @@ class SeedEnsembleCallback(CallbackOfParts):
         """
         with self._termination.leaving_at_once():
             self._comparison.load(module)
+            adapters = dict(module.scored.adapters)
             for label, make in self.ensemble.beside(module.device).items():
-                module.load(label, make())
-                module.scored[label] = label
+                load_updates(module.stack, label, make())
+                adapters[label] = label
+            module.scored = ScoredLabels(adapters, module.scored.mixtures)
             yield
 
     # The ensemble's own, under the names that a user's code has for them

@@ -69,8 +69,8 @@ class Throughput(pl.Callback):
         self.enter("training")
         self._marks.clear()
         self._announce_at = None if trainer.fast_dev_run else trainer.global_step + _MEASURED
-        self._work = work(pl_module)
-        self._peak = get_available_flops(trainer.strategy.root_device, pl_module.dtype_base)
+        self._work = work(pl_module.options)
+        self._peak = get_available_flops(trainer.strategy.root_device, pl_module.options.base_dtype)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Book the time of a validation apart: it is none of training's."""
@@ -113,7 +113,7 @@ class Throughput(pl.Callback):
         if self._announce_at is None or trainer.global_step < self._announce_at:
             return
         self._announce_at, bar = None, trainer.progress_bar_callback
-        left = (pl_module.total_steps or 0) - trainer.global_step
+        left = (pl_module.fit_settings.total_steps or 0) - trainer.global_step
         if left > 0 and bar is not None and trainer.is_global_zero:
             seconds = self.seconds * trainer.accumulate_grad_batches
             names = ", ".join(replica.name for replica in pl_module.replicas)

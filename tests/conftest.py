@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seedlora.datamodules import ReasoningGym
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.replicas import Replica
+from seedlora.training.replicas import FitSettings, Replica
 from seedlora.utils.wheel_files import cache_folder
 
 torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def replicas(*seeds: int) -> tuple[Replica, ...]:
 def built(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
     """A module that is set up, with B made non-zero so that its adapters do something."""
     module = make_module(base_model, **options)
-    module.replicas = replicas(*seeds)
+    module.prepare_fit(FitSettings(replicas(*seeds)))
     module.setup("fit")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():

@@ -14,8 +14,8 @@ from conftest import make_data, make_module
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
-from seedlora.training import module as seedlora_module
-from seedlora.training.module import SeedLoRAModule
+from seedlora.training import whole_models
+from seedlora.training.whole_models import WholeModels
 
 SEEDS = (11, 42, 202)
 
@@ -88,7 +88,7 @@ class Stop(Poison):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == self.step and self.name in {replica.name for replica in module.replicas}:
-            module.idle.add(self.name)
+            module.replicas.stop(self.name)
 
 
 def run(
@@ -135,10 +135,10 @@ def run(
             devices=devices,
         )
         trainer.fit(module, datamodule=data)
-        assert module.model.get_input_embeddings().weight.dtype == module.dtype_base
+        assert module.model.get_input_embeddings().weight.dtype == module.options.base_dtype
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics |= {f"best step of {name}": best.step for name, best in callback.fit_state.best.items()}
-        metrics |= {f"stopped {name}": True for name in module.idle - set(module.diverged)}
+        metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.diverged)}
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
@@ -152,19 +152,19 @@ def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str
 
 def watch_fusions(folder: Path) -> None:
     """Write down who fuses whole models to be scored, and the hash of what is scored on each rank."""
-    fused_weights, fused_model = seedlora_module.fused_weights, SeedLoRAModule.fused_model
+    fused_weights, fuse = whole_models.fused_weights, WholeModels.fuse
 
     def change(models, base, rule):
         (folder / f"{os.getpid()} fuses {rule.name}").touch()
         return fused_weights(models, base, rule)
 
-    def fused(self, folders, rule):
-        made = fused_model(self, folders, rule)
+    def fused(self, trainer, folders, rule):
+        made = fuse(self, trainer, folders, rule)
         digest = hashlib.sha256(b"".join(each.numpy().tobytes() for (each,) in made.modules.values())).hexdigest()
         (folder / f"{os.getpid()} scores {rule.name}").write_text(digest)
         return made
 
-    seedlora_module.fused_weights, SeedLoRAModule.fused_model = change, fused
+    whole_models.fused_weights, WholeModels.fuse = change, fused
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:

@@ -32,6 +32,7 @@ from seedlora.model.quantization import dequantized, quantized
 from seedlora.model.weight_files import WeightFiles
 from seedlora.run.memory import trainable_parameters
 from seedlora.training.model_options import PROJECTIONS
+from seedlora.training.replicas import FitSettings
 
 KINDS = [
     ("lora", "none"),
@@ -60,9 +61,9 @@ def moved(base_model, *seeds, **options):
 
 def peft_model(module, name):
     """A PEFT model of its own with one adapter of the module; the base is dequantised, PiSSA's is the residual."""
-    base = AutoModelForCausalLM.from_pretrained(module.base_path, dtype=torch.float32)
-    config = module.lora_config
-    config.fan_in_fan_out = module.saved_config.fan_in_fan_out
+    base = AutoModelForCausalLM.from_pretrained(module.options.base_path, dtype=torch.float32)
+    config = module.options.lora_config()
+    config.fan_in_fan_out = module.options.saved_config().fan_in_fan_out
     model = get_peft_model(base, config, adapter_name=name)
     with torch.no_grad():
         for path, layer in module.stack.layers.items():
@@ -261,7 +262,9 @@ def test_peft_loads_what_is_saved_to_the_same_logits(tiny_llama, tmp_path, adapt
     """On the original base, or on what transformers quantises it to: LoftQ's folder too is for that one."""
     module = moved(tiny_llama, *SEEDS, adapter=adapter, quantization=quantization)
     stack = module.stack
-    write_adapter(tmp_path, stack.stored("seed_42"), module.saved_config, magnitudes=stack.magnitudes("seed_42"))
+    write_adapter(
+        tmp_path, stack.stored("seed_42"), module.options.saved_config(), magnitudes=stack.magnitudes("seed_42")
+    )
     model = PeftModel.from_pretrained(plain(adapter, quantization)(tiny_llama)[0], tmp_path).train()
     stack.route(["seed_42"])
     ours = module.model(input_ids=ROWS).logits
@@ -300,7 +303,7 @@ def test_pissa_starts_at_the_best_approximation_of_a_weight(tiny_llama):
 def test_starts_on_a_4_bit_base_lose_less_than_the_base_alone(tiny_llama, adapter):
     """And what is loaded, or is no adapter, has PiSSA's start beside it, because the layer holds the residual."""
     module = make_module(tiny_llama, adapter=adapter, quantization="nf4")
-    module.replicas = replicas(11, 42)
+    module.prepare_fit(FitSettings(replicas(11, 42)))
     module.setup("fit")
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     lost = torch.zeros(2)
@@ -379,9 +382,9 @@ def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
         rank_pattern={"layers.1.self_attn.q_proj": 2},
         alpha_pattern={"down_proj": 5},
     )
-    module.check()
+    module.options.check()
     assert {path.rpartition(".")[2] for path in module.stack.layers} == {"q_proj", "down_proj"}
-    write_adapter(tmp_path, module.stack.stored("seed_11"), module.saved_config)
+    write_adapter(tmp_path, module.stack.stored("seed_11"), module.options.saved_config())
     model = PeftModel.from_pretrained(plain("lora", "none")(tiny_llama)[0], tmp_path)
     module.stack.route(["seed_11"])
     logits = module.model(input_ids=ROWS).logits
@@ -392,13 +395,13 @@ def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
     factors = module.stack.factors(["seed_11", "seed_42"])
     assert factors["model.layers.1.self_attn.q_proj"].rank == 4
     trained = sum(p.numel() for p in module.stack.parameters("seed_11"))
-    assert trained == trainable_parameters(module)
+    assert trained == trainable_parameters(module.options)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_the_plan_counts_what_is_trained(tiny_llama, adapter):
     module = built(tiny_llama, 42, adapter=adapter)
-    assert sum(p.numel() for p in module.stack.parameters("seed_42")) == trainable_parameters(module)
+    assert sum(p.numel() for p in module.stack.parameters("seed_42")) == trainable_parameters(module.options)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +429,7 @@ def test_the_plan_counts_what_is_trained(tiny_llama, adapter):
 )
 def test_what_cannot_be_trained_is_refused_before_anything_loads(tiny_llama, options, message):
     with pytest.raises(ValueError, match=message):
-        make_module(tiny_llama, **options).check()
+        make_module(tiny_llama, **options).options.check()
 
 
 def test_a_missing_bitsandbytes_is_said_at_once(tiny_llama, monkeypatch):

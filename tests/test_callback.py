@@ -56,7 +56,7 @@ def test_the_equal_budget_divides_epochs_or_steps(tiny_llama, tmp_path, options,
     run = trainer(callback, **{"max_epochs": -1, **options})
     module = make_module(tiny_llama)
     run.fit(module, datamodule=make_data())
-    assert (run.current_epoch, run.global_step, module.total_steps) == (epochs, steps, steps)
+    assert (run.current_epoch, run.global_step, module.fit_settings.total_steps) == (epochs, steps, steps)
 
 
 def test_live_fusion_does_not_disturb_training(tiny_llama, tmp_path):

@@ -21,7 +21,7 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.cli import main as shell
 from seedlora.cli.train import main
 from seedlora.datamodules.prompts import render
-from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import Scorer
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -283,10 +283,11 @@ def test_the_curves_of_a_trained_run_do_not_change_when_it_is_fused_again(tiny_l
 
 def test_help_and_print_config_in_a_fresh_process():
     for option, expected in (("--help", "--ensemble.seeds"), ("--print_config", "base_model: embedded")):
-        done = subprocess.run(
-            [sys.executable, "train.py", option], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-X", "importtime", "train.py", option]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert expected in done.stdout
+        # They would take seconds.
+        assert not re.search(r"\| +(peft|transformers\.modeling_utils)$", done.stderr, re.MULTILINE)
         assert done.stdout.count("\n") < 220
 
 
@@ -399,7 +400,7 @@ def test_a_disk_that_is_full_at_the_end_is_said_and_the_run_goes_on_later(tiny_l
 
 
 def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny_llama, monkeypatch, capsys):
-    score, calls = SeedLoRAModule.score_rows, []
+    score, calls = Scorer.score_rows, []
 
     def terminated(self, *args, **kwargs):
         if not calls:
@@ -407,7 +408,7 @@ def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny
             os.kill(os.getpid(), signal.SIGTERM)
         return score(self, *args, **kwargs)
 
-    monkeypatch.setattr(SeedLoRAModule, "score_rows", terminated)
+    monkeypatch.setattr(Scorer, "score_rows", terminated)
     before = signal.getsignal(signal.SIGTERM)
     assert run(tiny_llama, "--ensemble.dirpath", "here") == 1
     assert signal.getsignal(signal.SIGTERM) == before

@@ -24,6 +24,7 @@ from seedlora.scores.advice import advice
 from seedlora.scores.intervals import loss_difference
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.comparison import Comparison
+from seedlora.training.scoring import ScoredLabels
 from tests.test_selection import rows, stacks
 
 SEEDS = [1, 2, 3]
@@ -139,7 +140,7 @@ def test_the_training_rows_do_not_change_what_the_test_says(everything):
     """The outcomes of what is scored beside the test's own pass, on the test's batches alone."""
     callback, module, data = everything
     made = {name: make() for name, make in callback.ensemble.beside(module.device).items()}
-    alone = module.score_rows(made, data.test_dataloader())
+    alone = module.scorer.score_rows(made, data.test_dataloader())
     for name, row in alone.items():
         assert callback.results.items[name] == "".join("01"[int(right)] for right in row.correct), name
         assert len(row.tokens) == 12
@@ -244,10 +245,10 @@ def test_a_mixture_is_the_mean_of_the_probabilities(tiny_llama):
     data.tokenizer = module.tokenizer
     data.setup("fit")
     ids, labels = data.rows["val"].padded(range(8))
-    module.scored = {f"seed_{i}": f"seed_{i}" for i in (1, 2)} | {"again": "seed_1"}
-    module.mixtures = {"mean": ("seed_1", "seed_2")}
+    adapters = {f"seed_{i}": f"seed_{i}" for i in (1, 2)} | {"again": "seed_1"}
+    scored = ScoredLabels(adapters, {"mean": ("seed_1", "seed_2")})
     with torch.no_grad():
-        losses, right, tokens = module.score({"input_ids": ids, "labels": labels})
+        losses, right, tokens = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
         p = 0
         for name in ("seed_1", "seed_2"):
             module.stack.route([name])
@@ -266,12 +267,11 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
     data.tokenizer = module.tokenizer
     data.setup("fit")
     ids, labels = data.rows["val"].padded(range(8))
-    module.scored = {f"seed_{i}": f"seed_{i}" for i in (1, 2, 3)}
-    module.mixtures = {"mean": ("seed_1", "seed_3")}
+    scored = ScoredLabels({f"seed_{i}": f"seed_{i}" for i in (1, 2, 3)}, {"mean": ("seed_1", "seed_3")})
     with torch.no_grad():
-        whole = module.score({"input_ids": ids, "labels": labels})
-        monkeypatch.setattr("seedlora.training.module.ADAPTERS_PER_FORWARD", 2)
-        parts = module.score({"input_ids": ids, "labels": labels})
+        whole = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
+        monkeypatch.setattr("seedlora.training.scoring.ADAPTERS_PER_FORWARD", 2)
+        parts = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
     assert torch.allclose(whole[0], parts[0], rtol=1e-5)
     assert torch.equal(whole[1], parts[1])
 

@@ -14,6 +14,7 @@ from scipy import stats
 from seedlora.scores.intervals import adjust_over_tasks, mcnemar, paired_difference, wilson
 from seedlora.scores.results import results
 from seedlora.scores.tables import results_table, verdict
+from seedlora.training.scoring import ScoredLabels
 
 
 def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
@@ -37,9 +38,8 @@ def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
         optimizer.step()
     assert 4 <= matches <= 12
     module.model.eval()
-    module.scored = {"it": "seed_42"}
     with torch.no_grad():
-        scored = module.score({"input_ids": ids, "labels": labels})[1][0]
+        scored = module.scorer.score({"input_ids": ids, "labels": labels}, ScoredLabels({"it": "seed_42"})).correct[0]
         generated = []
         for i in range(16):
             said = labels[i] != -100

@@ -28,8 +28,11 @@ from seedlora.merge.whole_models import fuse_into_base
 from seedlora.run.memory import step_memory, trainable_parameters
 from seedlora.run.operations import Work, work
 from seedlora.selection.choice import soup_of
+from seedlora.training.live_updates import load_updates
 from seedlora.training.model_options import PROJECTIONS
 from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.replicas import FitSettings
+from seedlora.training.whole_models import WholeModels
 
 ENDS = ["embed_tokens", "lm_head"]
 SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -38,8 +41,8 @@ SILENT = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar",
 def spread(base_model, *seeds, **options):
     """A module that is set up, everything that is trained away from where it starts."""
     module = make_module(base_model, **options)
-    module.replicas = replicas(*seeds)
-    module.check()
+    module.prepare_fit(FitSettings(replicas(*seeds)))
+    module.options.check()
     module.setup("fit")
     generator = torch.Generator().manual_seed(1)
     for replica in module.replicas:
@@ -50,7 +53,7 @@ def spread(base_model, *seeds, **options):
 
 def save(module, name, folder):
     stack = module.stack
-    write_adapter(folder, stack.stored(name), module.saved_config, modules=stack.full_weights(name))
+    write_adapter(folder, stack.stored(name), module.options.saved_config(), modules=stack.full_weights(name))
 
 
 def base(folder):
@@ -88,7 +91,7 @@ def test_each_block_has_its_own_weights_and_peft_loads_them(model_of, tmp_path, 
         module.stack.route([None, "read"])
         read = module.model(input_ids=torch.cat([rows, rows])).logits[2:]
         torch.testing.assert_close(read, logits, atol=1e-5, rtol=1e-5)
-    assert trainable_parameters(module) == sum(p.numel() for p in module.stack.parameters("seed_42"))
+    assert trainable_parameters(module.options) == sum(p.numel() for p in module.stack.parameters("seed_42"))
     assert all(parameter.dtype == torch.float32 for parameter in module.stack.parameters("seed_42"))
 
 
@@ -232,12 +235,14 @@ def test_a_base_in_bfloat16_trains_float32_copies(tiny_llama, tmp_path):
 
 def test_the_estimate_of_memory_counts_them(tiny_llama):
     size = {"tokens": 100, "supervised": 50, "longest": 10}
-    plain, full = (step_memory(make_module(tiny_llama, **o), 3, **size) for o in ({}, {"modules_to_save": ENDS}))
+    plain, full = (
+        step_memory(make_module(tiny_llama, **o).options, 3, **size) for o in ({}, {"modules_to_save": ENDS})
+    )
     weights = 3 * 2 * 257 * 32
     assert full.adapters - plain.adapters == full.optimizer - plain.optimizer == 8 * weights
     assert full.activations - plain.activations == 50 * 257 * (2 * 4 + 12 - 4 - 8)
-    half = step_memory(make_module(tiny_llama, modules_to_save=ENDS, dtype="bfloat16"), 3, **size)
-    small = step_memory(make_module(tiny_llama, dtype="bfloat16"), 3, **size)
+    half = step_memory(make_module(tiny_llama, modules_to_save=ENDS, dtype="bfloat16").options, 3, **size)
+    small = step_memory(make_module(tiny_llama, dtype="bfloat16").options, 3, **size)
     assert half.activations - small.activations == 50 * 257 * (2 * 2 + 12 - 2 - 8) + 2 * weights
 
 
@@ -258,7 +263,7 @@ def test_the_estimate_of_memory_counts_them(tiny_llama):
 )
 def test_what_cannot_be_trained_in_full_is_refused_before_anything_loads(tiny_llama, options, message):
     with pytest.raises(ValueError, match=message):
-        make_module(tiny_llama, **options).check()
+        make_module(tiny_llama, **options).options.check()
 
 
 def test_experts_do_not_see_their_rows_in_order(tiny_llama, tmp_path):
@@ -267,7 +272,7 @@ def test_experts_do_not_see_their_rows_in_order(tiny_llama, tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     MixtralConfig(vocab_size=257, **size).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="mlp.experts of base model .* does not see whole rows in their order"):
-        make_module(str(tmp_path), modules_to_save=["experts"], target_modules=["q_proj"]).check()
+        make_module(str(tmp_path), modules_to_save=["experts"], target_modules=["q_proj"]).options.check()
 
 
 def test_weights_in_full_are_not_split_over_processes():
@@ -409,7 +414,7 @@ def test_whole_models_are_scored_as_their_folders_answer(whole_run):
         right = ((predicted == labels) | (labels == -100)).all(1)
         correct += right[batch["items"] >= 0].tolist()
     assert scores["fused"].value == pytest.approx(sum(correct) / len(correct))
-    module.load("fused", module.read_model(callback.fused_path))
+    load_updates(module.stack, "fused", WholeModels(module.stack, module.options).read(callback.fused_path))
     module.stack.route([None, "fused"])
     with torch.no_grad():
         rows = torch.cat([ROWS, ROWS])
@@ -478,13 +483,13 @@ def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_p
 def test_the_plan_of_whole_models(tiny_llama):
     module = make_module(tiny_llama, **FULL, dtype="bfloat16")
     parameters = sum(p.numel() for p in base(tiny_llama).parameters())
-    assert trainable_parameters(module) == parameters
+    assert trainable_parameters(module.options) == parameters
     size = {"tokens": 100, "supervised": 50, "longest": 10}
-    one, two = (step_memory(module, n, **size) for n in (1, 2))
+    one, two = (step_memory(module.options, n, **size) for n in (1, 2))
     assert one.base == 2 * parameters
     assert one.adapters == one.optimizer == two.adapters - one.adapters == 8 * parameters
     assert two.activations - one.activations == 2 * parameters
-    assert work(module).operations(tokens=1, scored=0) == 6 * sum(d * k for d, k in module_shapes(tiny_llama))
+    assert work(module.options).operations(tokens=1, scored=0) == 6 * sum(d * k for d, k in module_shapes(tiny_llama))
 
 
 def module_shapes(folder):

@@ -133,7 +133,7 @@ def test_the_main_job_and_its_memory(smollm2, tmp_path):
     rows.tokenizer = module.tokenizer
     rows.setup()
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    estimate, peak = memory_of(trainer, module, rows)(3).total, PeakMemory(DEVICE)
+    estimate, peak = memory_of(trainer, module.options, rows)(3).total, PeakMemory(DEVICE)
     seeds = [11, 42, 202]
     run = fit(smollm2, tmp_path / "run", seeds, on=ON, ensemble=ensemble, data=data, trainer=log, **options)
     assert run.results.scores["fused"].n == data["num_test"]
@@ -190,7 +190,7 @@ def test_a_strategy_gives_what_one_process_gives(tiny_llama, tmp_path, devices, 
 
 def test_rows_of_a_stack_see_their_own_adapter(tiny_llama):
     module = built(tiny_llama, 1, 2, dtype="bfloat16").to(DEVICE)
-    assert module.replicas == replicas(1, 2)
+    assert tuple(module.replicas) == replicas(1, 2)
     ids = torch.randint(0, 257, (2, 9), device=DEVICE)
     with torch.no_grad():
         module.stack.route(["seed_1", "seed_2"])

@@ -100,13 +100,14 @@ def test_the_module_sees_what_follows_the_head(family, request):
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
-    module.stack.route([module.replicas[0].name])
+    (replica,) = module.replicas
+    module.stack.route([replica.name])
     wanted = cross_entropy(module.model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    parameters = module.stack.parameters(module.replicas[0].name)
+    parameters = module.stack.parameters(replica.name)
     gradients = torch.autograd.grad(wanted, parameters)
     for _ in range(2):  # the first forward finds out, the second knows
         losses, _, keep = module.token_losses(ids, ids)
-        assert module._head_is_last is (family == "tiny_llama")
+        assert module.token_losses.head_is_last is (family == "tiny_llama")
         loss = losses.sum() / keep.sum()
         torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
         for mine, theirs in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):

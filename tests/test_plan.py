@@ -20,7 +20,7 @@ from seedlora.run.cost import PeakMemory
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.memory import device_memory, memory_of, step_memory
-from seedlora.training import module
+from seedlora.training import building
 from train import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +34,8 @@ SIZE = {"tokens": 100, "supervised": 50, "longest": 10}
 
 def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    happened, load = [], module.load_model
-    monkeypatch.setattr(module, "load_model", lambda *a, **o: (happened.append("load"), load(*a, **o))[1])
+    happened, load = [], building.load_model
+    monkeypatch.setattr(building, "load_model", lambda *a, **o: (happened.append("load"), load(*a, **o))[1])
     forget = PeakMemory.forget
     monkeypatch.setattr(PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
     options = ["--model.base_model", tiny_llama, *SMALL, "--trainer.max_epochs", "6"]
@@ -72,14 +72,16 @@ def test_a_run_foretells_its_time_after_four_steps(tiny_llama, tmp_path, monkeyp
     ],
 )
 def test_each_process_holds_its_part(tiny_llama, shared, base, adapters, optimizer):
-    found = step_memory(make_module(tiny_llama), 3, **SIZE, shared=shared)
+    found = step_memory(make_module(tiny_llama).options, 3, **SIZE, shared=shared)
     assert found.base == 4 * base
     assert found.adapters == 3 * ADAPTER * adapters
     assert found.optimizer == 3 * ADAPTER * optimizer
 
 
 def test_a_head_in_parts_takes_all_logits(tiny_llama):
-    whole, parts = (step_memory(make_module(tiny_llama), 3, **SIZE, shared=Sharding(stage, 2)) for stage in (2, 3))
+    whole, parts = (
+        step_memory(make_module(tiny_llama).options, 3, **SIZE, shared=Sharding(stage, 2)) for stage in (2, 3)
+    )
     assert parts.activations - whole.activations == 50 * 257 * (2 * 4 + 12 - 4 - 8)
 
 
@@ -102,9 +104,9 @@ def test_the_estimate_of_a_run_knows_its_strategy(tiny_llama, strategy, stage):
     rows = data.rows["train"]
     size = {"tokens": 6 * int(rows.lengths.max()), "supervised": int(6 * rows.num_items.mean())}
     expected = step_memory(
-        model, 3, **size, longest=int(rows.lengths.max()), shared=Sharding(stage, trainer.num_devices)
+        model.options, 3, **size, longest=int(rows.lengths.max()), shared=Sharding(stage, trainer.num_devices)
     )
-    assert memory_of(trainer, model, data)(3) == expected
+    assert memory_of(trainer, model.options, data)(3) == expected
 
 
 def test_the_processes_of_a_machine_share_its_memory():
@@ -119,7 +121,7 @@ def test_a_plan_of_several_processes_says_so(tiny_llama):
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False)
     data.trainer = trainer
     data.setup("fit")
-    found = plan.run_plan(trainer, model, data, ensemble)
+    found = plan.run_plan(trainer, model.options, data, ensemble)
     cells = dict(zip(*(column.cells for column in found.table().columns), strict=True))
     assert " in each of 2 processes: base " in cells["memory"]
 

@@ -69,7 +69,7 @@ def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(
     fit(tiny_llama, plain, {}, max_epochs=1)
     callback = SeedEnsembleCallback([1, 2], budget="full", patience=1, dirpath=tmp_path / "x")
     module, run = fit(tiny_llama, callback, {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}, max_epochs=1)
-    assert module.idle == {"seed_1"}
+    assert module.replicas.idle == {"seed_1"}
     assert same(written(callback, 1), module.weights[1]["seed_1"])
     trained = json.loads((callback.dirpath / "trained.json").read_text())
     assert {name: (row["steps"], row["stopped"]) for name, row in trained.items()} == {
@@ -92,7 +92,7 @@ def test_a_seed_stopped_within_an_optimizer_step_moves_no_more(tiny_llama, tmp_p
     # validations after 3, 6, 9 and 12 batches, steps of 4: at the second one two batches are accumulated
     losses = {"seed_1": [1, 2], "seed_2": [4, 3, 2, 1]}
     module, run = fit(tiny_llama, callback, losses, max_epochs=1, accumulate_grad_batches=4)
-    assert module.idle == {"seed_1"}
+    assert module.replicas.idle == {"seed_1"}
     assert run.global_step == 3
     assert same(written(callback, 1), module.weights[0]["seed_1"])
     assert same(written(callback, 2), module.weights[3]["seed_2"])
@@ -346,13 +346,13 @@ def test_a_resume_leaves_a_seed_stopped_that_had_no_patience_left(tiny_llama, tm
     run.callbacks.append(Terminate(7))  # validations after 3, 6, 9 and 12
     with pytest.raises(StoppedError, match="step 8 is saved"):
         run.fit(module, datamodule=make_data())
-    assert module.idle == {"seed_1"}
+    assert module.replicas.idle == {"seed_1"}
     again = SeedEnsembleCallback([1, 2], budget="full", patience=1, keep="best", dirpath=tmp_path / "x", resume=True)
     module = Scripted(tiny_llama, dtype="float32", r=4)
     module.losses, module.weights = {"seed_1": [0], "seed_2": [2, 1]}, []  # better than ever, and not looked at
     run = trainer(again, val_check_interval=0.25, num_sanity_val_steps=0, **options)
     run.fit(module, datamodule=make_data(), ckpt_path=again.ckpt_path, weights_only=True)
-    assert module.idle == {"seed_1"}
+    assert module.replicas.idle == {"seed_1"}
     assert len(module.weights) == 2
     for name in ("seed_1", "seed_2", "fused"):
         file = "adapter_model.safetensors"

@@ -9,6 +9,7 @@ import torch
 from conftest import built, make_module, replicas
 
 from seedlora.callbacks import Throughput, throughput
+from seedlora.training.replicas import FitSettings
 
 # conftest's tiny Llama: weights of the layers, of the head, of an adapter of rank 4
 BODY = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
@@ -24,7 +25,7 @@ def run(tiny_llama, monkeypatch):
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: PEAK)
     module, callback, logged, lines = make_module(tiny_llama), Throughput(window=4), {}, []
-    module.replicas, module.total_steps = replicas(1, 2), 100
+    module.prepare_fit(FitSettings(replicas(1, 2), total_steps=100))
     module.log = lambda name, value, **_: logged.update({name: float(value)})
     trainer = SimpleNamespace(
         global_step=0,
@@ -72,7 +73,7 @@ def test_stopped_seeds_are_not_counted(tiny_llama):
     batch |= {"lengths": (10, 10), "num_items": torch.tensor([12, 12])}
     module.training_step(batch, 0)
     assert module.last_forward == (60, 24)
-    module.idle = {"seed_2"}
+    module.replicas.stop("seed_2")
     module.training_step(batch, 0)
     assert module.last_forward == (30, 12)
 

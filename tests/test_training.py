@@ -13,6 +13,7 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.training.model_options import PROJECTIONS
 from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.replicas import FitSettings
 
 SEEDS = (11, 42, 202)
 OPTIONS = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
@@ -165,7 +166,7 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
 def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama):
     """Three replicas, padded rows, accumulation: each loss against a sum over rows written out."""
     module = make_module(tiny_llama)
-    module.replicas = replicas(*SEEDS)
+    module.prepare_fit(FitSettings(replicas(*SEEDS)))
     module.setup("fit")
     data = make_data(task="gcd")
     data.tokenizer = module.tokenizer
@@ -177,8 +178,8 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama)
     module.stack.route([r.name for r in module.replicas])
     losses, _, _ = module.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
     ours = losses.view(3, -1).sum(1) / batch["num_items"]
-    for i, rows in enumerate(micro.rows):
-        module.stack.route([module.replicas[i].name])
+    for i, (replica, rows) in enumerate(zip(module.replicas, micro.rows, strict=True)):
+        module.stack.route([replica.name])
         total = 0.0
         for row in rows:
             ids, labels = data.rows["train"].padded([row])
@@ -189,7 +190,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama)
 
 def test_replicas_are_clipped_each_on_its_own_norm(tiny_llama):
     module = make_module(tiny_llama)
-    module.replicas = replicas(42, 1)
+    module.prepare_fit(FitSettings(replicas(42, 1)))
     module.setup("fit")
     for replica, size in zip(module.replicas, (1e-3, 1e3), strict=True):
         for parameter in module.stack.parameters(replica.name):

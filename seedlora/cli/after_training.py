@@ -89,34 +89,34 @@ def evaluate_run(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
 def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
     """Score the adapters that the module holds; returns the exit code."""
     module, ensemble, record = cli.model, cli.ensemble, cli.datamodule.prompt_record()
-    mixtures, module.mixtures = module.mixtures, {}
+    adapters, mixtures = module.scored.adapters, module.scored.mixtures
     generator = StackGenerator(
         module.model.get_base_model(),
         module.tokenizer,
         route=module.stack.route,
         frozen=module.stack.frozen,
-        adapters=module.scored,
+        adapters=adapters,
         mixtures=mixtures,
         batch_size=cli.config.evaluate_batch_size,
     )
     files = {label: adapter_sha256(folder) for label, folder in ensemble.folders.items()}
-    made = [label for label in module.scored if label not in (BASE, *files)]
-    weights: dict[str, Any] = dict.fromkeys(module.scored) | files
+    made = [label for label in adapters if label not in (BASE, *files)]
+    weights: dict[str, Any] = dict.fromkeys(adapters) | files
     weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
     candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
-    dtype = str(module.dtype_base).removeprefix("torch.")
-    settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
-    settings["quantization"] = module.hparams["quantization"]
+    dtype = str(module.options.base_dtype).removeprefix("torch.")
+    settings = {"generator": "transformers", "base_model": module.options.base_path, "dtype": dtype}
+    settings["quantization"] = module.options.quantization
     scored, folder = Scored(generator, candidates, settings), ensemble.dirpath / "evaluation"
-    adapters = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
+    without_mixtures = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
     limit = cli.config.evaluate_limit
     try:
         if asked.runs:
             method = ensemble.method_name
             score(scored, asked.runs, folder, console, sandbox=asked.sandbox, method=method, replace=True)
         if asked.harness:
-            score_with_harness(adapters, asked.harness, asked.manager, folder, console, limit=limit)
+            score_with_harness(without_mixtures, asked.harness, asked.manager, folder, console, limit=limit)
     except (ValueError, OSError) as error:
         print(f"train.py: not scored: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, ValueError) else 1

@@ -154,15 +154,15 @@ def _leaving_on_sigterm() -> Iterator[None]:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.is_full_finetuning:
+    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.options.is_full_finetuning:
         raise UsageError(
             "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
             "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
         )
     replica_share(ensemble.options, trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
-        module.check()
-        prepare(trainer, **module.unsplit)
+        module.options.check()
+        prepare(trainer, **module.options.needs_whole_base)
         data.tokenizer = module.tokenizer
     data.trainer = trainer
     data.prepare_data()
@@ -171,7 +171,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     choose_stack_size(ensemble, trainer, module, data)
     if cli.metrics is not None:
         cli.metrics.path = ensemble.metrics_path
-    plan = run_plan(trainer, module, data, ensemble)
+    plan = run_plan(trainer, module.options, data, ensemble)
     if not planning:
         cli.callback.open(trainer, module, data)
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
@@ -266,17 +266,17 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         method = ensemble.method_name if ensemble.rule is not None else ""
         console.print(results_table(ensemble.results, method=method))
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.rule is not None and cli.model.is_full_finetuning:
+    if ensemble.rule is not None and cli.model.options.is_full_finetuning:
         console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
     elif ensemble.rule is not None:
-        fused, full = ensemble.fused_path.resolve(), bool(cli.model.full_modules)
+        fused, full = ensemble.fused_path.resolve(), bool(cli.model.options.full_modules)
         rank = json.loads((fused / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
-        commands = next_commands(base_model=cli.model.base_path, adapter=fused, rank=rank, serve=not full)
+        commands = next_commands(base_model=cli.model.options.base_path, adapter=fused, rank=rank, serve=not full)
         console.print("\n" + commands, highlight=False, markup=False)
         if full:
             why = "no server loads an adapter with full weights beside it; for a whole model, add --into-base"
             console.print(f"# {why} to the command in {fused / CARD_NAME}", highlight=False, markup=False)
-        if note := cli.model.base_note:
+        if note := cli.model.options.base_note:
             console.print(note, highlight=False, markup=False)
 
 

@@ -13,14 +13,13 @@ import torch
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding
 from seedlora.model.head_losses import chunk_rows
 from seedlora.model.loading import attention
-from seedlora.model.outline import outline
 from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
 from seedlora.run.stack_data import PlannedData, StackData
 
 if TYPE_CHECKING:
-    from seedlora.training.module import SeedLoRAModule
+    from seedlora.training.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,19 @@ def memory_estimate(
     )
 
 
-def trainable_parameters(module: SeedLoRAModule) -> int:
+def trainable_parameters(options: ModelOptions) -> int:
     """Count the parameters of one replica."""
-    magnitudes = module.hparams["adapter"] == "dora"
-    factors = sum(module.rank(path) * (d + k) + magnitudes * d for path, (d, k) in module.targets.items())
-    return factors + sum(module.full_modules.values())
+    magnitudes = options.adapter == "dora"
+    factors = sum(options.rank(path) * (d + k) + magnitudes * d for path, (d, k) in options.targets.items())
+    return factors + sum(options.full_modules.values())
 
 
-def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData) -> Callable[[int], Memory]:
+def memory_of(trainer: pl.Trainer, options: ModelOptions, data: PlannedData) -> Callable[[int], Memory]:
     """Return a function of the seeds trained at once: :func:`memory_estimate` of a step of them in one process."""
     rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
-        module,
+        options,
         stack,
         tokens=stack * sampler.most_tokens,
         supervised=int(stack * supervised),
@@ -149,7 +148,7 @@ def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData) ->
 
 
 def step_memory(
-    module: SeedLoRAModule,
+    options: ModelOptions,
     stack: int,
     *,
     tokens: int,
@@ -158,10 +157,10 @@ def step_memory(
     shared: Sharding = ONE_PROCESS,
     device: torch.device | None = None,
 ) -> Memory:
-    """Return :func:`memory_estimate` of a step of this module.
+    """Return :func:`memory_estimate` of a step of this model.
 
     Args:
-        module: the model to train.
+        options: of the model to train.
         stack: replicas trained at once.
         tokens: of one forward, padding included.
         supervised: of these, scored.
@@ -170,16 +169,16 @@ def step_memory(
             the next, and what is outside of them, the head among it, which then takes all logits at once.
         device: that trains. Default: a GPU, if there is one.
     """
-    hparams, model = module.hparams, outline(module.hparams["base_model"])
-    config, targets, trainable = model.config, module.targets, trainable_parameters(module)
-    per_weight = QUANTIZATIONS[hparams["quantization"]]
+    model = options.outline
+    config, targets, trainable = model.config, options.targets, trainable_parameters(options)
+    per_weight = QUANTIZATIONS[options.quantization]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
-    full, body = module.full_modules, sum(d * k for d, k in model.linear.values())
+    full, body = options.full_modules, sum(d * k for d, k in model.linear.values())
     # What is recomputed is cast again.
-    kept = [n for path, n in full.items() if not (hparams["gradient_checkpointing"] and path in model.linear)]
+    kept = [n for path, n in full.items() if not (options.gradient_checkpointing and path in model.linear)]
     return memory_estimate(
         base_parameters=model.parameters,
-        base_bytes=module.dtype_base.itemsize,
+        base_bytes=options.base_dtype.itemsize,
         trainable=stack * trainable,
         tokens=tokens,
         supervised=supervised,
@@ -187,14 +186,14 @@ def step_memory(
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
-        scores=attention_scores(module, longest, device),
-        checkpointing=hparams["gradient_checkpointing"],
+        scores=attention_scores(options, longest, device),
+        checkpointing=options.gradient_checkpointing,
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),
-        frozen=trainable - sum(full.values()) if module.starts_at_weights else 0,
-        rescaled=sum(d for d, _ in targets.values()) if hparams["adapter"] == "dora" else 0,
-        copies=stack * sum(kept) if module.dtype_base != torch.float32 else 0,
+        frozen=trainable - sum(full.values()) if options.starts_at_weights else 0,
+        rescaled=sum(d for d, _ in targets.values()) if options.adapter == "dora" else 0,
+        copies=stack * sum(kept) if options.base_dtype != torch.float32 else 0,
         all_logits=model.head in full or shared.stage == 3,
         stage=shared.stage,
         processes=shared.processes,
@@ -202,15 +201,15 @@ def step_memory(
     )
 
 
-def attention_scores(module: SeedLoRAModule, tokens: int, device: torch.device | None = None) -> int:
+def attention_scores(options: ModelOptions, tokens: int, device: torch.device | None = None) -> int:
     """Count the scores that attention keeps of one token in one layer, for rows of so many tokens; 0 if none."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if module.dtype_base != torch.bfloat16 or attention(device, tokens) != "eager":
+    if options.base_dtype != torch.bfloat16 or attention(device, tokens) != "eager":
         return 0
-    return int(outline(module.hparams["base_model"]).config.num_attention_heads) * tokens
+    return int(options.outline.config.num_attention_heads) * tokens
 
 
-def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackData) -> None:
     """Decide the stack size of an ensemble where its options leave it open; whole models go one by one.
 
     A stack of them would take their memory together and no less time: they share no product.
@@ -218,7 +217,7 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, module: SeedLoRAM
     Args:
         ensemble: whose :attr:`~seedlora.run.ensemble.Ensemble.stack_size` is set, once.
         trainer: of the fit.
-        module: the model to train.
+        options: of the model to train.
         data: the data module, set up.
 
     Raises:
@@ -232,9 +231,9 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, module: SeedLoRAM
                 f"ensemble.stack_size {AUTO} needs a data module with `rows`, `counts` and `batch_size`, got "
                 f"{type(data).__name__}; give a number"
             )
-        memory = memory_of(trainer, module, data)
+        memory = memory_of(trainer, options, data)
         ensemble.stack_size = fitting_stack(len(ensemble.seeds), memory, device_memory(trainer))
-    elif module.is_full_finetuning:
+    elif options.is_full_finetuning:
         ensemble.stack_size = 1
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from seedlora.model.outline import outline
 from seedlora.run.memory import trainable_parameters
 
 if TYPE_CHECKING:
-    from seedlora.training.module import SeedLoRAModule
+    from seedlora.training.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ class Work:
         )
 
 
-def work(module: SeedLoRAModule) -> Work:
-    """Count the weights that a token passes in this module."""
-    model = outline(module.hparams["base_model"])
+def work(options: ModelOptions) -> Work:
+    """Count the weights that a token passes in training."""
+    model = options.outline
     head = model.config.vocab_size * model.config.hidden_size
-    full = module.full_modules
+    full = options.full_modules
     sizes = {name: d * k for name, (d, k) in model.linear.items() if d != model.config.vocab_size}
     own = sum(size for name, size in sizes.items() if name in full)
-    factors = trainable_parameters(module) - sum(full.values())
+    factors = trainable_parameters(options) - sum(full.values())
     return Work(sum(sizes.values()) - own, head, factors + own, model.head in full)

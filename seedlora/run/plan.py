@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from rich.table import Table
 
-from seedlora.model.outline import outline
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import PlannedData
 
 if TYPE_CHECKING:
-    from seedlora.training.module import SeedLoRAModule
+    from seedlora.training.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -113,24 +112,24 @@ class RunPlan:
         return table
 
 
-def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData, ensemble: Ensemble) -> RunPlan:
+def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ensemble: Ensemble) -> RunPlan:
     """Plan a run from its parts, without loading the base model's weights.
 
     Args:
         trainer: its limits and accumulation count.
-        module: the model to train.
+        options: of the model to train.
         data: a data module that is set up.
         ensemble: its seeds, budget, stack size and method.
     """
-    n, hparams = len(ensemble.seeds), module.hparams
+    n = len(ensemble.seeds)
     share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
     steps = replica_steps(share, trainer, data)
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
-    model = outline(hparams["base_model"])
+    model = options.outline
     stack = min(n, ensemble.stack_size or n)
-    memory = memory_of(trainer, module, data)
+    memory = memory_of(trainer, options, data)
     return RunPlan(
         seeds=ensemble.seeds,
         passes=math.ceil(n / stack),
@@ -142,18 +141,18 @@ def run_plan(trainer: pl.Trainer, module: SeedLoRAModule, data: PlannedData, ens
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
-        trainable=trainable_parameters(module),
+        trainable=trainable_parameters(options),
         base_parameters=model.parameters,
         memory=memory(stack),
         memory_alone=memory(1),
-        model=hparams["base_model"],
+        model=options.base_model,
         data=_rows(data),
-        merge="; ".join(filter(None, (ensemble.method_name, module.averaged_text))),
-        dtype=module.precision_of_base,
-        adapter=module.display_text,
-        compile=hparams["compile"],
+        merge="; ".join(filter(None, (ensemble.method_name, options.averaged_text))),
+        dtype=options.base_precision,
+        adapter=options.display_text,
+        compile=options.compile,
         controls=(
-            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * hparams['r']} for {steps:,}; "
+            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * options.r} for {steps:,}; "
             f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
             if ensemble.trains_controls
             else None

@@ -1,20 +1,327 @@
-"""The options of the model."""
+"""The options of the model, checked, and what can be known without the weights.
+
+PEFT is imported inside the methods that need it: every ``--help`` imports this file, and PEFT would cost it seconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypedDict
+
 import torch
 
-# peft's and transformers' classes are typed Any here: the command line resolves the annotations of this file, and
-# importing both would cost every --help seconds.
+from seedlora.adapters.model_card import base_note
+from seedlora.model.compilation import check_backend
+from seedlora.model.embedded import EMBEDDED
+from seedlora.model.loading import fast_dtype, resolve
+from seedlora.model.outline import ALL_LINEAR, Outline, outline
+from seedlora.model.quantization import check_quantization
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: Instead of an adapter: every weight of the model is trained.
 FULL = "none"
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq", FULL)
+#: Adapters that start at factors of the base weights, the same for every seed.
+STARTING_AT_WEIGHTS = ("pissa", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NeedsWholeBase(TypedDict):
+    """Holds the options for which every process needs the whole base model, and their values.
+
+    They are the arguments of :func:`seedlora.distributed.strategies.prepare`.
+    """
+
+    quantization: str
+    backend: str | None
+    full: str | None
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError unless a condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Holds the options of :class:`seedlora.training.module.SeedLoRAModule`, which describes them.
+
+    Raises:
+        ValueError: for values out of range; the message names them.
+    """
+
+    base_model: str = EMBEDDED
+    adapter: str = "lora"
+    quantization: str = "none"
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Sequence[str] | str = PROJECTIONS
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    learning_rate: float = 2e-3
+    lora_plus_ratio: float = 1.0
+    weight_decay: float = 0.0
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.06
+    warmup_steps: int | None = None
+    dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_choices()
+        self._check_adapter_on_quantized_base()
+        if self.is_full_finetuning:
+            self._check_no_adapter_options()
+        self._check_patterns_are_positive()
+        if self.compile is not None:
+            self._check_compile(self.compile)
+
+    def _check_ranges(self) -> None:
+        require(self.r >= 1, f"model.r must be at least 1, got {self.r}")
+        require(self.lora_alpha > 0, f"model.lora_alpha must be positive, got {self.lora_alpha}")
+        require(0 <= self.lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        require(self.learning_rate > 0, f"model.learning_rate must be positive, got {self.learning_rate}")
+        require(self.lora_plus_ratio > 0, f"model.lora_plus_ratio must be positive, got {self.lora_plus_ratio}")
+        require(0 <= self.warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
+        require(len(self.target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
+
+    def _check_choices(self) -> None:
+        for name, value, allowed in (
+            ("adapter", self.adapter, ADAPTERS),
+            ("lr_scheduler", self.lr_scheduler, SCHEDULES),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            require(value in allowed, f"Unknown model.{name} '{value}'; choose one of {', '.join(allowed)}")
+        check_quantization(self.quantization)
+
+    def _check_adapter_on_quantized_base(self) -> None:
+        require(
+            self.adapter != "loftq" or self.quantization == "nf4",
+            f"model.adapter loftq starts at what nf4 loses; set model.quantization nf4, got {self.quantization}",
+        )
+        require(
+            self.adapter != "pissa" or self.quantization != "int8",
+            "model.adapter pissa goes with model.quantization none or nf4, got int8",
+        )
+
+    def _check_no_adapter_options(self) -> None:
+        """Refuse options of adapters where there is none: they must be at their defaults."""
+        at_default = {
+            "quantization": self.quantization == ModelOptions.quantization,
+            "lora_plus_ratio": self.lora_plus_ratio == ModelOptions.lora_plus_ratio,
+            "lora_dropout": self.lora_dropout == ModelOptions.lora_dropout,
+            "rank_pattern": not self.rank_pattern,
+            "alpha_pattern": not self.alpha_pattern,
+            "modules_to_save": not self.modules_to_save,
+            "r": self.r == ModelOptions.r,
+            "lora_alpha": self.lora_alpha == ModelOptions.lora_alpha,
+            "target_modules": [*self.target_modules] == [*PROJECTIONS],
+        }
+        odd = next((f"{name} {getattr(self, name)}" for name, is_default in at_default.items() if not is_default), None)
+        require(odd is None, f"model.adapter {FULL} trains every weight in full, to which model.{odd} does not apply")
+
+    def _check_patterns_are_positive(self) -> None:
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            low = {key: value for key, value in pattern.items() if value < 1}
+            require(not low, f"model.{name} must be at least 1 everywhere, got {low}")
+
+    def _check_compile(self, backend: str) -> None:
+        check_backend(backend)
+        require(
+            self.lora_dropout == 0,
+            f"model.compile {backend} does not go with model.lora_dropout {self.lora_dropout}, whose random streams "
+            "would break each graph into pieces; leave out one of them",
+        )
+
+    # What follows from them
+
+    @property
+    def base_path(self) -> str:
+        """Return what ``from_pretrained`` takes for the base model of these adapters."""
+        return resolve(self.base_model)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Return the dtype of the base weights; ``auto`` is what the machine multiplies fastest."""
+        return DTYPES[self.dtype] or fast_dtype()
+
+    @property
+    def base_precision(self) -> str:
+        """Describe the dtype of the base weights and what the linear layers are quantised to, for people."""
+        dtype = str(self.base_dtype).removeprefix("torch.")
+        return dtype if self.quantization == "none" else f"{self.quantization} and {dtype}"
+
+    @property
+    def base_note(self) -> str:
+        """Say what to know of the base model that the adapters belong to, for people."""
+        return base_note(self.adapter, self.quantization)
+
+    @property
+    def outline(self) -> Outline:
+        """Return the base model without its weights; raises as :func:`seedlora.model.outline.outline`."""
+        return outline(self.base_model)
+
+    @property
+    def starts_at_weights(self) -> bool:
+        """Tell whether the adapters start at factors of the base weights: the same ones for every seed."""
+        return self.adapter in STARTING_AT_WEIGHTS
+
+    @property
+    def is_full_finetuning(self) -> bool:
+        """Tell whether every weight of the model is trained, and there are no adapters."""
+        return self.adapter == FULL
+
+    @property
+    def adds_dense(self) -> bool:
+        """Tell whether training adds updates of full rank to the weights, which take longer to fuse than to score."""
+        return self.is_full_finetuning or self.adapter == "dora"
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Return the layers to adapt, with their shapes (D, K); raises as :func:`seedlora.model.outline.outline`."""
+        return {} if self.is_full_finetuning else self.outline.matching(self.target_modules)
+
+    @property
+    def full_modules(self) -> dict[str, int]:
+        """Return the modules trained in full, with the number of their parameters; raises as :attr:`targets`."""
+        model = self.outline
+        if self.is_full_finetuning:
+            model.check_order(model.modules, f"model.adapter {FULL}")
+            return model.modules
+        return model.owning(self.modules_to_save)
+
+    @property
+    def needs_whole_base(self) -> NeedsWholeBase:
+        """Return the options that do not go with a base model whose parts are on different processes."""
+        modules = f"modules_to_save {', '.join(self.modules_to_save)}" if self.modules_to_save else None
+        full = f"adapter {FULL}" if self.is_full_finetuning else modules
+        return {"quantization": self.quantization, "backend": self.compile, "full": full}
+
+    @property
+    def display_text(self) -> str:
+        """Describe what is trained, for people."""
+        if self.is_full_finetuning:
+            return "no adapter, every weight in full, in float32"
+        text = f"{self.adapter}, r {self.r}, lora_alpha {self.lora_alpha:g}"
+        if self.rank_pattern or self.alpha_pattern:
+            text += ", other ones by pattern"
+        if self.lora_plus_ratio != 1:
+            text += f", LoRA+ {self.lora_plus_ratio:g}"
+        text += f", on {len(self.targets)} layers"
+        if full := self.full_modules:
+            text += f"; {', '.join(dict.fromkeys(path.rpartition('.')[2] for path in full))} in full"
+        return text
+
+    @property
+    def averaged_text(self) -> str:
+        """Say what a merge rule is not applied to, for people; empty if it is applied to everything."""
+        if self.is_full_finetuning:
+            return "vectors (norms, biases) are averaged"
+        return "what is trained in full is averaged" if self.full_modules else ""
+
+    # PEFT's configurations
+
+    def rank(self, path: str) -> int:
+        """Return the rank of an adapted layer in training."""
+        from peft.utils.other import get_pattern_key
+
+        return int(self.rank_pattern.get(get_pattern_key(self.rank_pattern, path), self.r))
+
+    def lora_config(self, rank_factor: int = 1) -> LoraConfig:
+        """Make PEFT's configuration of one replica in training.
+
+        Args:
+            rank_factor: rank and ``lora_alpha`` in units of the options, at the same scaling.
+        """
+        from peft import LoraConfig
+        from peft.utils.constants import DUMMY_TARGET_MODULES
+
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        if self.is_full_finetuning:
+            targets = DUMMY_TARGET_MODULES  # PEFT's word for no layer at all
+        elif targets == ALL_LINEAR:
+            targets = sorted({path.rpartition(".")[2] for path in self.targets})
+        # rsLoRA divides by the root of the rank.
+        alpha_factor = rank_factor**0.5 if self.adapter == "rslora" else rank_factor
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base_path,
+            r=self.r * rank_factor,
+            lora_alpha=self.lora_alpha * alpha_factor,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            rank_pattern={key: rank * rank_factor for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * alpha_factor for key, alpha in self.alpha_pattern.items()},
+            # Whole paths: PEFT would take norm for the end of input_layernorm.
+            modules_to_save=sorted(self.full_modules) or None,
+            use_rslora=self.adapter == "rslora",
+            use_dora=self.adapter == "dora",
+            fan_in_fan_out=self.outline.transposed and self.quantization == "none",
+        )
+
+    def saved_config(self, rank_factor: int = 1) -> LoraConfig:
+        """Make PEFT's configuration of a replica as it is saved: for the original base model, without quantisation.
+
+        Args:
+            rank_factor: as in :meth:`lora_config`.
+        """
+        config = self.lora_config(rank_factor)
+        config.fan_in_fan_out = self.outline.transposed
+        if self.adapter == "pissa":
+            # The start, with its sign turned, is beside what was trained.
+            config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+            config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+            config.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+        return config
+
+    # What needs the base model's configuration
+
+    def check(self) -> None:
+        """Check what can be known without the weights: the model exists and has the layers to adapt.
+
+        Raises:
+            ValueError: if it has not.
+            OSError: if it cannot be read.
+        """
+        targets = self.targets
+        self._check_full_modules(targets)
+        self._check_patterns_match(targets)
+        if self.starts_at_weights:
+            self._check_start_ranks(targets)
+
+    def _check_full_modules(self, targets: Mapping[str, tuple[int, int]]) -> None:
+        full = self.full_modules
+        if both := [path for path in full if path in targets]:
+            raise ValueError(
+                f"model.modules_to_save: {both[0]} is among model.target_modules too; a layer has an adapter or is "
+                "trained in full"
+            )
+        if self.quantization != "none" and (few := set(full) & set(self.outline.linear)):
+            raise ValueError(
+                f"model.modules_to_save: {min(few)} would be quantised, and weights in {self.quantization} take "
+                "no gradient; embeddings, heads and norms are not quantised"
+            )
+
+    def _check_patterns_match(self, targets: Mapping[str, tuple[int, int]]) -> None:
+        from peft.utils.other import get_pattern_key
+
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            used = {get_pattern_key(pattern, path) for path in targets}
+            if unused := [key for key in pattern if key not in used]:
+                raise ValueError(f"model.{name}: '{unused[0]}' matches no adapted layer, e.g. {next(iter(targets))}")
+
+    def _check_start_ranks(self, targets: Mapping[str, tuple[int, int]]) -> None:
+        for path, shape in targets.items():
+            rank = self.rank(path)
+            if rank > min(shape):
+                raise ValueError(f"model.r {rank}: {self.adapter} takes at most {min(shape)} directions of {path}")

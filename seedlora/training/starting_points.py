@@ -6,23 +6,40 @@ Shape legend: ``D`` output features, ``K`` input features, ``r`` rank.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
+from torch import Tensor
 
 from seedlora.adapters.stacked_forward import Start
 from seedlora.model.quantization import dequantized, quantize, quantized
+from seedlora.training.model_options import STARTING_AT_WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 #: Power iterations of the truncated SVD: seconds a layer, where the whole one takes minutes.
 _ITERATIONS = 16
 
 
-def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: str) -> tuple[Any, dict[str, Start]]:
+class FrozenBase(NamedTuple):
+    """Holds a base model without adapters.
+
+    Attributes:
+        model: of transformers, quantised if that was asked for.
+        starts: the factors at which adapters start on it, by layer path; empty where they start at nothing.
+    """
+
+    model: PreTrainedModel
+    starts: Mapping[str, Start]
+
+
+def prepare_base(model: PreTrainedModel, config: LoraConfig, *, adapter: str, quantization: str) -> FrozenBase:
     r"""Quantise a base model that has no adapters yet, and find where adapters of this kind start on it.
 
     ``pissa`` (Meng et al., arXiv 2404.02948): :math:`s B_0 A_0` is the best rank-r approximation of W, by PEFT's own
@@ -40,21 +57,18 @@ def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: 
         config: of the adapters.
         adapter: ``lora``, ``rslora``, ``dora``, ``pissa`` or ``loftq``.
         quantization: ``none``, ``nf4`` or ``int8``.
-
-    Returns:
-        The model, and the factors by layer path; none where adapters start at nothing.
     """
-    starts: dict[str, Start] = {}
-    if adapter in ("pissa", "loftq"):
+    base = FrozenBase(model, {})
+    if adapter in STARTING_AT_WEIGHTS:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(0)
-            model, starts = _starts(model, config, adapter, quantization)
+            base = _find_starts(model, config, adapter, quantization)
     if quantization != "none":
-        quantize(model, quantization)
-    return model, starts
+        quantize(base.model, quantization)
+    return base
 
 
-def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> tuple[Any, dict[str, Start]]:
+def _find_starts(model: PreTrainedModel, config: LoraConfig, adapter: str, quantization: str) -> FrozenBase:
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -64,24 +78,36 @@ def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> 
     names = [name for name, _ in model.named_modules()]
     wrapped = get_peft_model(model, config, adapter_name="start")
     layers = {name: layer for name in names if isinstance(layer := model.get_submodule(name), LoraLayer)}
-    starts = {}
+    find = _pissa_start if adapter == "pissa" else _loftq_start
     quiet = rank_zero_only.rank != 0 or len(layers) < 20
-    for name, layer in track(layers.items(), f"Starting points of {adapter}", transient=True, disable=quiet):
-        base, r, scale = layer.base_layer, layer.r["start"], layer.scaling["start"]
-        kept = base.weight.data
-        if adapter == "pissa":
-            layer.pissa_init("start", f"pissa_niter_{_ITERATIONS}")
-            a, b = layer.lora_A["start"].weight, layer.lora_B["start"].weight
-            if quantization == "none":
-                base.weight.data = kept
-            else:
-                layer.base_layer = quantized(base, quantization)
-        else:
-            layer.base_layer = quantized(base, quantization)
-            w_DK = kept.T if layer.fan_in_fan_out else kept
-            u, s, v = torch.svd_lowrank(w_DK.float() - dequantized(layer.base_layer).float(), q=r, niter=_ITERATIONS)
-            root = (s / scale).sqrt()
-            a, b = root[:, None] * v.T, u * root
-        beside = "none" if adapter == "loftq" else "own" if quantization == "none" else "others"
-        starts[name] = Start(a.detach().float().clone(), b.detach().float().clone(), beside)
-    return wrapped.unload(), starts
+    shown = track(layers.items(), f"Starting points of {adapter}", transient=True, disable=quiet)
+    starts = {name: find(layer, quantization) for name, layer in shown}
+    return FrozenBase(wrapped.unload(), starts)
+
+
+def _pissa_start(layer: LoraLayer, quantization: str) -> Start:
+    """Find the best approximation of a layer's weight; take it out if the layer is quantised, which it then is."""
+    base = layer.base_layer
+    kept = base.weight.data
+    layer.pissa_init("start", f"pissa_niter_{_ITERATIONS}")
+    a, b = layer.lora_A["start"].weight, layer.lora_B["start"].weight
+    if quantization == "none":
+        base.weight.data = kept
+    else:
+        layer.base_layer = quantized(base, quantization)
+    return _start(a, b, "own" if quantization == "none" else "others")
+
+
+def _loftq_start(layer: LoraLayer, quantization: str) -> Start:
+    """Quantise a layer, and find the best approximation of what that loses."""
+    kept = layer.base_layer.weight.data
+    layer.base_layer = quantized(layer.base_layer, quantization)
+    w_DK = kept.T if layer.fan_in_fan_out else kept
+    lost_DK = w_DK.float() - dequantized(layer.base_layer).float()
+    u, s, v = torch.svd_lowrank(lost_DK, q=layer.r["start"], niter=_ITERATIONS)
+    root = (s / layer.scaling["start"]).sqrt()
+    return _start(root[:, None] * v.T, u * root, "none")
+
+
+def _start(a: Tensor, b: Tensor, beside: str) -> Start:
+    return Start(a.detach().float().clone(), b.detach().float().clone(), beside)

@@ -1,0 +1,115 @@
+"""Load the base model and put the adapters of the replicas on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from seedlora.adapters.stack import AdapterStack
+from seedlora.adapters.stacked_forward import Start
+from seedlora.distributed.sharded import decoder_layers, is_partitioned, is_sharded
+from seedlora.model.compilation import compile_layers
+from seedlora.model.loading import load_model
+from seedlora.training.replicas import Replica
+from seedlora.training.starting_points import FrozenBase, prepare_base
+from seedlora.training.whole_models import WholeModels
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from seedlora.training.model_options import ModelOptions
+
+
+@dataclass(frozen=True)
+class StackedModel:
+    """Holds a base model with the adapters of replicas on it.
+
+    Args:
+        model: PEFT's.
+        stack: of the adapters.
+        starts: as in :class:`FrozenBase`.
+        replicas: whose adapters they are.
+    """
+
+    model: PeftModel
+    stack: AdapterStack
+    starts: Mapping[str, Start]
+    replicas: Sequence[Replica]
+
+    def without_adapters(self, options: ModelOptions) -> FrozenBase | None:
+        """Take the adapters off again; None where the base model must be loaded anew for others.
+
+        So it is where FSDP2 has split the layers, and where ZeRO-3 has dealt the weights out and DoRA's magnitudes
+        start at their norms.
+        """
+        if is_sharded(self.model) or (options.adapter == "dora" and is_partitioned(self.model)):
+            return None
+        return FrozenBase(self.stack.remove(), self.starts)
+
+
+def load_base(options: ModelOptions, rank_factor: int) -> FrozenBase:
+    """Load the base model, quantise it, and find where adapters start on it.
+
+    Args:
+        options: of the model.
+        rank_factor: of the adapters: :class:`seedlora.training.replicas.FitSettings`.
+    """
+    return prepare_base(
+        load_model(options.base_model, dtype=options.base_dtype),
+        options.lora_config(rank_factor),
+        adapter=options.adapter,
+        quantization=options.quantization,
+    )
+
+
+def stack_replicas(
+    base: FrozenBase, replicas: Sequence[Replica], options: ModelOptions, rank_factor: int
+) -> StackedModel:
+    """Create the adapters of replicas on a base model, ready to be trained.
+
+    Args:
+        base: to which the adapters are added.
+        replicas: in the order of their blocks of rows.
+        options: of the model.
+        rank_factor: as in :func:`load_base`.
+    """
+    model = _add_adapters(base.model, replicas, options, rank_factor)
+    stack = AdapterStack(model, starts=base.starts)
+    if options.is_full_finetuning:
+        WholeModels(stack, options).start_at_files(replica.name for replica in replicas)
+    for replica in replicas:
+        for parameter in stack.parameters(replica.name):
+            parameter.requires_grad_(True)
+    if options.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.compile is not None:
+        compile_layers(decoder_layers(model), options.compile)
+    return StackedModel(model, stack, base.starts, tuple(replicas))
+
+
+def _add_adapters(
+    base: PreTrainedModel, replicas: Sequence[Replica], options: ModelOptions, rank_factor: int
+) -> PeftModel:
+    """Let PEFT initialise each adapter under its own seed, whatever it is stacked with.
+
+    The global random state is left as it was.
+    """
+    from peft import get_peft_model
+
+    first, *others = replicas
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # The stack ties what the base model ties.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        seed_cpu = torch.default_generator.manual_seed  # and no GPU
+        seed_cpu(first.init_seed)
+        model = get_peft_model(base, options.lora_config(rank_factor), adapter_name=first.name)
+        for replica in others:
+            seed_cpu(replica.init_seed)
+            model.add_adapter(replica.name, options.lora_config(rank_factor))
+    return model
