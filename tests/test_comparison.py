@@ -218,18 +218,22 @@ class _Untouchable(ReasoningGym):
         self._rows = value
 
 
+class _OfSomebodysOwn(_Untouchable):
+    """It has no training rows to be scored."""
+
+    train_sample = None
+
+
 def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
     """Neither the rows, nor through what they say: with other test items the same is chosen, to the bit."""
     chosen = []
-    for name, num_test in (("a", 12), ("b", 7)):
-        data = _Untouchable(num_train=24, num_val=8, num_test=num_test, batch_size=2, eval_batch_size=5, **TASK)
+    for name, num_test, kind in (("a", 12, _Untouchable), ("b", 7, _OfSomebodysOwn)):
+        data = kind(num_train=24, num_val=8, num_test=num_test, batch_size=2, eval_batch_size=5, **TASK)
         options = {"merge": "seedlora_gain", "controls": "untrained", "test": False}
         callback, module, _ = fit(tmp_path / name, tiny_llama, data=data, **options)
         selection = (callback.dirpath / "selection.json").read_bytes()
         chosen.append((selection, weights(callback.fused_path)))
         data.allowed = True
-        if name == "b":
-            data.train_sample = None  # as a data module of somebody's own
         trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_progress_bar=False)
         trainer.test(module, datamodule=data, verbose=False)
         assert callback.results.scores["fused"].n == num_test
