@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from seedlora.adapters.stack import AdapterStack
 from seedlora.evaluation.generate import greedy
-from seedlora.model.loading import evaluating, fast_dtype, load_model, load_tokenizer
+from seedlora.model.loading import eval_mode, fast_dtype, load_model, load_tokenizer
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,7 +70,7 @@ def main() -> None:
                 vars(layer)["forward"] = forward
 
         best = dict.fromkeys(("stacked", "one by one", "peft"), float("inf"))
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for _ in range(3):
                 for name, run in (("stacked", stacked), ("one by one", one_by_one), ("peft", peft)):
                     started = time.perf_counter()

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, Adapter, is_model, is_trained
 from seedlora.adapters.model_card import CARD_NAME, base_record, refresh_card, seed_card
 from seedlora.adapters.reading import read_adapter
-from seedlora.distributed.strategies import check_batches, holds_whole_adapters, saves_folders
+from seedlora.distributed.strategies import check_batches, holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.bound_rule import COMMON, BoundRule, MergeRule
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
@@ -32,7 +32,7 @@ from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import check_dense, fuse_into_base
-from seedlora.model.loading import resolve
+from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import (
     ALL_CONTROLS,
@@ -60,7 +60,7 @@ from seedlora.selection.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError, Replica, StoppedError
 from seedlora.training.scoring import ADAPTERS_PER_FORWARD
-from seedlora.updates.stacks import Layers, joined, members
+from seedlora.updates.stacks import Layers, join_stacks, select_adapters
 from seedlora.utils.files import remove_folder
 
 AUTO = "auto"
@@ -402,7 +402,7 @@ class SeedEnsembleCallback(pl.Callback):
             return
         self.folder.open(self._settings(trainer, module, data), resume=self.resume)
         saved = self.folder.checkpoint(self.next_names)
-        if saved is not None and saved.is_dir() != saves_folders(trainer):
+        if saved is not None and saved.is_dir() != saves_checkpoint_folders(trainer):
             how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
             raise ValueError(
                 f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"
@@ -572,14 +572,14 @@ class SeedEnsembleCallback(pl.Callback):
         stacks = module.current(current)
         finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in names]
         if finished:
-            stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
+            stacks = join_stacks(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *current]
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
         assert rule is not None
         module.load(
             self._live,
-            fuse(members(stacks, [there.index(s) for s in map(seed_name, seeds)]), rule),
+            fuse(select_adapters(stacks, [there.index(s) for s in map(seed_name, seeds)]), rule),
         )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -667,7 +667,7 @@ class SeedEnsembleCallback(pl.Callback):
         write: Callable[..., Path] = fuse_folders
         if is_model(folders[0]):
             settings = self.folder.settings or {}
-            write = partial(_fuse_models, base=resolve(settings["model.base_model"]))
+            write = partial(_fuse_models, base=resolve_base_model(settings["model.base_model"]))
         if self.comparison.is_soup or len(folders) == 1:
             remove_folder(self.dirpath / SOUP)
         else:

@@ -85,7 +85,7 @@ class Source:
     def fingerprint(self) -> list[str]:
         """Changes when the rows do: the digest of each file, or what ``datasets`` knows the rows by."""
         if self.path is None:
-            return [str(self._dataset._fingerprint)]
+            return [dataset_fingerprint(self._dataset)]
         digests = []
         for file in self.files:
             with file.open("rb") as stream:
@@ -130,6 +130,14 @@ class Source:
             ) from None
         finally:
             hub.constants.HF_HUB_OFFLINE = offline
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """Return what a data set of the package ``datasets`` is known by: it changes when the rows do.
+
+    ``_fingerprint`` is no documented attribute; ``datasets`` names its own cache files after it.
+    """
+    return str(dataset._fingerprint)
 
 
 def _json(file: Path) -> Iterator[Row]:

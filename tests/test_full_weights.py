@@ -21,7 +21,7 @@ from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.main import main
-from seedlora.distributed.strategies import choose_strategy, prepare
+from seedlora.distributed.strategies import choose_strategy, prepare_strategy
 from seedlora.merge.averages import averaged
 from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_into_base
@@ -276,7 +276,7 @@ def test_weights_in_full_are_not_split_over_processes():
     with pytest.raises(
         ValueError, match="modules_to_save.*CPUDeepSpeedStrategy, which splits.*use ddp or deepspeed_stage_2"
     ):
-        prepare(trainer, full="modules_to_save norm")
+        prepare_strategy(trainer, full="modules_to_save norm")
 
 
 def test_the_work_of_a_head_that_is_trained():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from seedlora.model import head_losses as head_file
-from seedlora.model.head_losses import head_losses, is_plain
+from seedlora.model.head_losses import head_losses, is_frozen_matrix
 from tests.conftest import make_module
 
 S, H, V = 23, 12, 50
@@ -62,11 +62,11 @@ def test_bfloat16_is_as_close_as_autograd():
 
 def test_a_trained_or_adapted_head_is_not_plain():
     head = nn.Linear(H, V)
-    assert not is_plain(head)
-    assert is_plain(head.requires_grad_(False))
-    assert not is_plain(nn.Sequential(head))
+    assert not is_frozen_matrix(head)
+    assert is_frozen_matrix(head.requires_grad_(False))
+    assert not is_frozen_matrix(nn.Sequential(head))
     head.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # as DeepSpeed leaves it between two layers
-    assert not is_plain(head)
+    assert not is_frozen_matrix(head)
 
 
 @pytest.fixture

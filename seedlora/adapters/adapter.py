@@ -70,7 +70,7 @@ class Adapter:
         revision: of the base model on the hub; None for its main one.
     """
 
-    layers: dict[str, LoRAFactors]
+    layers: Mapping[str, LoRAFactors]
     base_model: str
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False

@@ -83,11 +83,11 @@ def _minus_start(adapter: Adapter, start: Start, name: str, base: WeightFiles) -
         )
     factors = adapter.layers[name]
     what = base_key_of(start.file, adapter, name, base), start.init, factors.rank, start.scalings[name]
-    if what not in base.starts:
+    if what not in base.initial_factors:
         with _readable(start.file, ", ".join(adapter.kinds)):
             weight = base.weight(what[0])
-        base.starts[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
-    a, b = (part.to(factors.dtype) for part in base.starts[what])
+        base.initial_factors[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+    a, b = (part.to(factors.dtype) for part in base.initial_factors[what])
     return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
 
 

@@ -34,6 +34,7 @@ from seedlora.adapters.adapter import (
     locate,
 )
 from seedlora.adapters.original_base import base_key_of, without_start
+from seedlora.model.peft_internals import pattern_key
 from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
@@ -269,12 +270,10 @@ def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
 
 def _scaling(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     """What PEFT multiplies ``B @ A`` with in this layer, after checking that the layer has the rank it should have."""
-    from peft.utils.other import get_pattern_key
-
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
-        expected = ranks.get(get_pattern_key(ranks.keys(), name), config["r"])
-        alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
+        expected = ranks.get(pattern_key(ranks, name), config["r"])
+        alpha = alphas.get(pattern_key(alphas, name), config["lora_alpha"])
     except re.error as error:
         raise AdapterError(
             f"{path / CONFIG_NAME}: a key of rank_pattern or alpha_pattern is no regex: {error}"

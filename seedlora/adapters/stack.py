@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.adapters.stacked_forward import Block, Route, Start, full_module_forward, stacked_forward, weight_norms
-from seedlora.distributed.sharded import whole
+from seedlora.distributed.sharded import gather_parameter
 from seedlora.updates.factors import LoRAFactors
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class AdapterStack:
         """
         stored = {}
         for path, layer in self.layers.items():
-            a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+            a, b = gather_parameter(layer.lora_A[name].weight), gather_parameter(layer.lora_B[name].weight)
             if (start := layer.stack_start) is not None and start.beside != "none":
                 a, b = torch.cat([a, start.A.to(a)]), torch.cat([b, -start.B.to(b)], dim=1)
             stored[path] = LoRAFactors(a[None], b[None])
@@ -274,7 +274,7 @@ class AdapterStack:
     def magnitudes(self, name: str) -> dict[str, Tensor]:
         """DoRA's magnitudes of one PEFT adapter, shape (D,) per layer, detached; empty for others. On all ranks."""
         return {
-            path: whole(layer.lora_magnitude_vector[name].weight)
+            path: gather_parameter(layer.lora_magnitude_vector[name].weight)
             for path, layer in self.layers.items()
             if name in layer.lora_magnitude_vector
         }
@@ -290,7 +290,9 @@ class AdapterStack:
     def is_finite(self, name: str) -> bool:
         """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
         # One answer for all: each is a wait for the device.
-        return bool(torch.stack([whole(parameter).isfinite().all() for parameter in self.parameters(name)]).all())
+        return bool(
+            torch.stack([gather_parameter(parameter).isfinite().all() for parameter in self.parameters(name)]).all()
+        )
 
     def parameters(self, name: str, parts: Sequence[str] = PARTS) -> list[nn.Parameter]:
         """The parameters of one PEFT adapter, layer by layer, in the order of the parts: those of :data:`PARTS`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from seedlora.model.quantization import dequantized
+from seedlora.model.quantization import dequantized_weight
 from seedlora.utils.random_streams import stream_seed
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _beside(block: Block, a: Tensor, b: Tensor) -> Block:
 def weight_norms(layer: LoraLayer) -> Tensor:
     """The norms of the base weight's rows, shape (D,), float32; computed once."""
     if layer.stack_norms is None:
-        w_DK = dequantized(layer.get_base_layer()).float()
+        w_DK = dequantized_weight(layer.get_base_layer()).float()
         vars(layer)["stack_norms"] = w_DK.norm(dim=0 if layer.fan_in_fan_out else 1)
     return layer.stack_norms
 

@@ -23,9 +23,9 @@ from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSED
 from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.weights import weight_facts
-from seedlora.updates.compression import factored
+from seedlora.updates.compression import compress_each
 from seedlora.updates.dense import Updates
-from seedlora.updates.diagnostics import LayerFacts, layer_facts, model_cosines, module_facts, natural
+from seedlora.updates.diagnostics import LayerFacts, layer_facts, model_cosines, module_facts, natural_sort_key
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.files import write_text
 
@@ -136,7 +136,7 @@ def _plot(
 
 
 def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None) -> list[LayerFacts]:
-    paths = sorted(stacks, key=natural)
+    paths = sorted(stacks, key=natural_sort_key)
     with progress_bar() as progress:
         return [
             layer_facts(path, stacks[path], merged=None if merged is None else merged[path])
@@ -152,7 +152,7 @@ def _shown_factors(stacks: Mapping[str, Updates]) -> tuple[dict[str, LoRAFactors
             if isinstance(stack, LoRAFactors):
                 shown[path] = stack
                 continue
-            shown[path], error = factored(stack, min(_SHOWN_RANK, *stack.shape))
+            shown[path], error = compress_each(stack, min(_SHOWN_RANK, *stack.shape))
             worst = max(error, worst or 0.0)
     return shown, worst
 

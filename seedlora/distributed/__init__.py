@@ -1,1 +1,1 @@
-"""Strategies of Lightning: what a rank holds, how gradients are clipped, how processes end together."""
+"""How the processes of a run share its work: Lightning's strategies, clipping per replica, and a common end."""

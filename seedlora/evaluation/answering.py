@@ -19,7 +19,7 @@ from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import Generator, OnDone, Prompt, StackGenerator
 from seedlora.evaluation.samples import Candidate
-from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resolve
+from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resolve_base_model
 from seedlora.model.quantization import check_quantization, quantize
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
@@ -207,7 +207,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
     with console.status("Loading the base model and the adapters ..."):
         tokenizer = load_tokenizer(base_model)
         base = arguments["with_base"] or not adapters
-        style, folder = arguments["prompt_style"], Path(resolve(base_model))
+        style, folder = arguments["prompt_style"], Path(resolve_base_model(base_model))
         candidates = _candidates(adapters, base, style, prompts, lambda: tokenizer, folder)
         model = load_model(base_model, dtype=dtype)
         if quantization != "none":
@@ -218,7 +218,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
             model,
             tokenizer,
             {a.name: a.folder for a in adapters if a.folder},
-            base=WeightFiles(resolve(base_model), cached=True),
+            base=WeightFiles(resolve_base_model(base_model), cached=True),
             batch_size=arguments["batch_size"],
         )
     if quantization != "none":
@@ -227,7 +227,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
         console.print(f"one adapter after the other, since they cannot be stacked: {generator.reason}", soft_wrap=True)
     settings = {
         "generator": "transformers",
-        "base_model": resolve(base_model),
+        "base_model": resolve_base_model(base_model),
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": quantization,
     }

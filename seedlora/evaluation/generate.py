@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
 
 STOPPED, LENGTH = "stop", "length"
 
@@ -163,7 +163,7 @@ class StackGenerator:
                 on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
         limit = min(max_new_tokens, max(room))
-        with evaluating(self.model), self._frozen():
+        with eval_mode(self.model), self._frozen():
             self.route(adapters)
             greedy(self.model, rows, blocks=len(adapters), max_new_tokens=limit, ended=ended, on_done=done, pick=pick)
 

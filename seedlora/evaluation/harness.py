@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from seedlora.evaluation.generate import StackGenerator
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
 
 PROTOCOL = "lm-eval"
 
@@ -106,7 +106,7 @@ def harness_scores(
     from lm_eval.models.huggingface import HFLM
 
     found: Scores = {}
-    with _undisturbed(), evaluating(generator.model):
+    with _undisturbed(), eval_mode(generator.model):
         for name in names:
             on_adapter(name)
             generator.route([name])

@@ -55,7 +55,7 @@ def stack_updates(
         path: dora_updates(
             stack,
             torch.stack([member.magnitudes[path] for member in members]).to(stack.device),
-            base.rows(path, flipped=members[0].flipped(path)),
+            base.row_reader(path, flipped=members[0].flipped(path)),
         )
         for path, stack in stacks.items()
     }
@@ -150,7 +150,7 @@ def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
     the copy alone holds, the rows of a resized vocabulary, would be lost.
     """
     try:
-        known = WeightFiles(base, cached=True).vocabulary if adapter.copies else None
+        known = WeightFiles(base, cached=True).vocabulary_size if adapter.copies else None
     except (ValueError, OSError):
         known = None
     for path, (rows, _) in adapter.copies.items():

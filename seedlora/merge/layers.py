@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seedlora.merge.averages import averaged
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.registry import make_rule
-from seedlora.updates.compression import Compressed, factored
+from seedlora.updates.compression import Compressed, compress_each
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks, full_weights
@@ -23,27 +22,20 @@ from seedlora.updates.stacks import Stacks, full_weights
 _LAYERS_AT_A_TIME = 4
 
 
+@dataclass(frozen=True, eq=False)
 class Fused(Stacks[LoRAFactors]):
-    """One adapter per layer path, and averaged full weights.
+    """The result of a merge: one adapter per layer path, averaged full weights, and what compression took away.
 
-    Attributes:
+    Args:
         compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
         svd: which SVD each of these got, ``exact`` or ``randomized``.
-        inputs: the same of updates of full rank that were compressed before the rule, because it works on factors: the
-            largest of a layer's adapters.
+        inputs: relative Frobenius error of updates of full rank that were compressed before the rule, because it works
+            on factors: the largest of a layer's adapters.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, LoRAFactors],
-        compression: Mapping[str, float],
-        inputs: Mapping[str, float] | None = None,
-        modules: Mapping[str, Sequence[Tensor]] | None = None,
-        svd: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(layers, modules)
-        self.compression, self.svd = dict(compression), dict(svd or {})
-        self.inputs = dict(inputs or {})
+    compression: Mapping[str, float] = field(default_factory=dict)
+    svd: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, float] = field(default_factory=dict)
 
 
 def updates(
@@ -82,7 +74,7 @@ def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, f
         if isinstance(stack, LoRAFactors) or bound.method.dense:
             return stack
         if path not in made:
-            made[path], error = factored(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
+            made[path], error = compress_each(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
             inputs[path] = error
         return made[path]
 
@@ -149,4 +141,5 @@ def fuse(
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
     modules = {key: [mean] for key, mean in averaged(full_weights(stacks), bound).items()}
-    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules, svd)
+    padded = {path: factors.padded(rank) for path, factors in fused.items()}
+    return Fused(padded, modules, compression=compression, svd=svd, inputs=inputs)

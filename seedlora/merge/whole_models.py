@@ -83,11 +83,11 @@ def fuse_into_base(
         _fuse_models(sources, weights, out, bound, on_layer)
         return out
     for source in sources:
-        if (kind := quantization_of(locate(source))) not in ("none", weights.bits):
+        if (kind := quantization_of(locate(source))) not in ("none", weights.stored_as):
+            stored = "not quantised" if weights.stored_as == "none" else f"in {weights.stored_as}"
             raise AdapterError(
-                f"{source} belongs on the base model in {kind} alone, as its {BASE_NAME} says, and {base} is "
-                f"{'not quantised' if weights.bits == 'none' else f'in {weights.bits}'}; give a folder of the base "
-                f"that bitsandbytes stored in {kind}"
+                f"{source} belongs on the base model in {kind} alone, as its {BASE_NAME} says, and {base} is {stored}; "
+                f"give a folder of the base that bitsandbytes stored in {kind}"
             )
     homes: Mapping[str, Path] = weights.files
     adapters = read_adapters(sources, base=weights, on_layer=on_layer)
@@ -124,14 +124,14 @@ def fuse_into_base(
             gains.append((square / mean) ** 0.5 if mean > 0 else 1.0)
             if on_layer is not None:
                 on_layer(path)
-        weight = weights.restored(key, weight)
+        weight = weights.in_original_dtype(key, weight)
         if key in bias_paths:
             weight = (weight.float() + biases[bias_paths[key]].float()).to(weight.dtype)
         return modules[module_names[key]].to(weight.dtype) if key in module_names else weight
 
     with atomic_folder(out) as folder:
         write_model(folder, weights, change)
-        fused = Fused({}, compression, inputs, svd=svd)
+        fused = Fused({}, compression=compression, inputs=inputs, svd=svd)
         run = run_around(out, sources)
         record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
         record |= {"gain": gain_record(gains)} if len(adapters) > 1 else {}
@@ -156,7 +156,7 @@ def write_model(
         change: what to write for a key and the tensor that the base has there, called in the order of ``base.files``.
         dtype: of the new weights, for the configuration. Default: that of the base.
     """
-    statistics = {name for key in base.files if key.endswith(".weight") for name in base.statistics(key)}
+    statistics = {name for key in base.files if key.endswith(".weight") for name in base.quantization_keys(key)}
     for file in dict.fromkeys(base.files.values()):
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata()
@@ -271,7 +271,7 @@ def _differences(models: Sequence[WeightFiles], base: WeightFiles, key: str) -> 
     step = block_rows(n, k)
 
     def blocks() -> Iterator[Tensor]:
-        before, after = base.rows_of(key), [model.rows_of(key) for model in models]
+        before, after = base.row_reader_of(key), [model.row_reader_of(key) for model in models]
         for start in range(0, d, step):
             w_PK = before(start, start + step).float()
             yield torch.stack([rows(start, start + step).float() - w_PK for rows in after])
@@ -354,8 +354,8 @@ def _check_tied(
         for name, key in module_keys.items()  # a head that was trained as one with the embedding is its equal
         if not any(torch.equal(modules[name], other) for twin, other in modules.items() if twin != name)
     }
-    changed = [name for name, key in {**keys, **alone}.items() if weights.shape(key)[0] == weights.vocabulary]
-    if changed and weights.tied:
+    changed = [name for name, key in {**keys, **alone}.items() if weights.shape(key)[0] == weights.vocabulary_size]
+    if changed and weights.ties_head:
         raise AdapterError(
             f"the head of the base model {weights.source} is its input embedding (tie_word_embeddings), so what is "
             f"added to {changed[0]} would change both; leave --into-base out, or give a base model that stores both "

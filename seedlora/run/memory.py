@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding
+from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
 from seedlora.model.head_losses import chunk_rows
-from seedlora.model.loading import attention
+from seedlora.model.loading import attention_kernel
 from seedlora.model.outline import outline
 from seedlora.model.quantization import QUANTIZATIONS
 
@@ -132,7 +132,7 @@ def trainable_parameters(module: SeedLoRAModule) -> int:
 
 def memory_of(trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> Callable[[int], Memory]:
     """:func:`memory_estimate` of a step of this module on this data in one process, by the seeds trained at once."""
-    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding(trainer)
+    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding_of(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
         module,
@@ -202,7 +202,7 @@ def step_memory(
 def attention_scores(module: SeedLoRAModule, tokens: int, device: torch.device | None = None) -> int:
     """Scores that attention keeps of one token in one layer, for rows of so many tokens; 0 where none are kept."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if module.dtype_base != torch.bfloat16 or attention(device, tokens) != "eager":
+    if module.dtype_base != torch.bfloat16 or attention_kernel(device, tokens) != "eager":
         return 0
     return int(outline(module.hparams["base_model"]).config.num_attention_heads) * tokens
 

@@ -28,16 +28,16 @@ from seedlora.distributed.sharded import (
     decoder_layers,
     is_partitioned,
     is_sharded,
-    release,
-    shard,
+    release_engine,
+    shard_model,
 )
-from seedlora.distributed.strategies import prepare, step_scale
+from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.whole_models import fused_weights, write_trained
 from seedlora.model.compilation import check_backend, compile_layers
 from seedlora.model.embedded import EMBEDDED
-from seedlora.model.head_losses import head_losses, is_plain
-from seedlora.model.loading import evaluating, fast_dtype, load_model, load_tokenizer, resolve
+from seedlora.model.head_losses import head_losses, is_frozen_matrix
+from seedlora.model.loading import eval_mode, fast_dtype, load_model, load_tokenizer, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, outline
 from seedlora.model.quantization import check_quantization
 from seedlora.model.weight_files import WeightFiles
@@ -212,7 +212,7 @@ class SeedLoRAModule(pl.LightningModule):
     @property
     def base_path(self) -> str:
         """What to give ``from_pretrained`` for the base model of these adapters."""
-        return resolve(self.hparams["base_model"])
+        return resolve_base_model(self.hparams["base_model"])
 
     @property
     def starts_at_weights(self) -> bool:
@@ -234,20 +234,20 @@ class SeedLoRAModule(pl.LightningModule):
         """The layers to adapt, with their shapes (D, K); raises as :func:`seedlora.model.outline.outline`."""
         if self.is_full_finetuning:
             return {}
-        return outline(self.hparams["base_model"]).matching(self.hparams["target_modules"])
+        return outline(self.hparams["base_model"]).matching_layers(self.hparams["target_modules"])
 
     @property
     def full_modules(self) -> dict[str, int]:
         """The modules that are trained in full, with the number of their parameters; raises as :attr:`targets`."""
         model = outline(self.hparams["base_model"])
         if self.is_full_finetuning:
-            model.check_order(model.modules, f"model.adapter {FULL}")
+            model.check_row_order(model.modules, f"model.adapter {FULL}")
             return model.modules
-        return model.owning(self.hparams["modules_to_save"] or ())
+        return model.modules_trained_in_full(self.hparams["modules_to_save"] or ())
 
     @property
     def unsplit(self) -> dict[str, Any]:
-        """What does not go with a base model in parts, for :func:`seedlora.distributed.strategies.prepare`."""
+        """What does not go with a base model in parts, for :func:`seedlora.distributed.strategies.prepare_strategy`."""
         hparams, names = self.hparams, ", ".join(self.hparams["modules_to_save"] or ())
         full = f"adapter {FULL}" if self.is_full_finetuning else names and f"modules_to_save {names}"
         return {"quantization": hparams["quantization"], "backend": hparams["compile"], "full": full or None}
@@ -370,7 +370,7 @@ class SeedLoRAModule(pl.LightningModule):
         same bits however often a module was used; validation and test keep the adapters that are there.
         """
         if self._trainer is not None:
-            prepare(self.trainer, **self.unsplit)
+            prepare_strategy(self.trainer, **self.unsplit)
         if self._built == self.replicas and stage != "fit":
             if self._trainer is not None and is_partitioned(self.model):
                 # A fit ends on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
@@ -418,7 +418,7 @@ class SeedLoRAModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Split the model over the ranks where the strategy leaves that to the module."""
-        shard(self.model, self.trainer)
+        shard_model(self.model, self.trainer)
 
     def on_fit_start(self) -> None:
         """Models load in eval mode, which would silently switch dropout and gradient checkpointing off."""
@@ -427,7 +427,7 @@ class SeedLoRAModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Leave the module as another fit can take it."""
         if stage == "fit":
-            release(self.trainer)
+            release_engine(self.trainer)
 
     def forward(
         self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None
@@ -491,7 +491,7 @@ class SeedLoRAModule(pl.LightningModule):
         Some families scale or cap them afterwards. So the model runs with its head on one position, and what comes out
         is compared with the head alone; from the first difference on, the family's own code sees all positions.
         """
-        if self._head_is_last is not False and is_plain(self._head) and len(targets):
+        if self._head_is_last is not False and is_frozen_matrix(self._head) and len(targets):
             caught: list[Tensor] = []
 
             def catch(hidden: Tensor) -> Tensor:
@@ -716,7 +716,7 @@ class SeedLoRAModule(pl.LightningModule):
     ) -> dict[str, RowScores]:
         """Score :attr:`scored` and :attr:`mixtures` on batches as :meth:`score_rows` takes them."""
         columns = []
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for batch in batches:
                 batch = {key: value.to(self.device) for key, value in batch.items()}
                 losses, correct, tokens = self.score(batch)

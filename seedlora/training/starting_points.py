@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
 from seedlora.adapters.stacked_forward import Start
-from seedlora.model.quantization import dequantized, quantize, quantized
+from seedlora.model.quantization import dequantized_weight, quantize, quantize_layer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -75,11 +75,13 @@ def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> 
             if quantization == "none":
                 base.weight.data = kept
             else:
-                layer.base_layer = quantized(base, quantization)
+                layer.base_layer = quantize_layer(base, quantization)
         else:
-            layer.base_layer = quantized(base, quantization)
+            layer.base_layer = quantize_layer(base, quantization)
             w_DK = kept.T if layer.fan_in_fan_out else kept
-            u, s, v = torch.svd_lowrank(w_DK.float() - dequantized(layer.base_layer).float(), q=r, niter=_ITERATIONS)
+            u, s, v = torch.svd_lowrank(
+                w_DK.float() - dequantized_weight(layer.base_layer).float(), q=r, niter=_ITERATIONS
+            )
             root = (s / scale).sqrt()
             a, b = root[:, None] * v.T, u * root
         beside = "none" if adapter == "loftq" else "own" if quantization == "none" else "others"

@@ -7,7 +7,7 @@ import torch
 from conftest import built
 
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, before_stop, greedy
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
 
 SEEDS = (11, 42, 202)
 PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]
@@ -45,7 +45,7 @@ def texts(module, prompts, **options):
 def tokens_of(module, names, rows, **options):
     module.stack.route(names)
     ended = lambda _row, said: said[-1] == 0  # noqa: E731
-    with evaluating(module.model):
+    with eval_mode(module.model):
         return greedy(module.model.get_base_model(), rows, blocks=len(names), ended=ended, **options)
 
 
@@ -54,7 +54,7 @@ def peft_tokens(module, name, row, max_new_tokens):
     layers = module.stack.layers.values()
     saved = [vars(layer).pop("forward") for layer in layers]
     try:
-        with evaluating(module.model), torch.no_grad():
+        with eval_mode(module.model), torch.no_grad():
             ids = torch.tensor([row])
             options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
             if name is None:
@@ -180,7 +180,7 @@ def test_a_mixture_says_the_most_likely_token_of_the_mean(module):
         said = []
         while len(said) < 12 and 0 not in said:
             p = 0
-            with evaluating(module.model), torch.no_grad():
+            with eval_mode(module.model), torch.no_grad():
                 for name in members:
                     module.stack.route([name])
                     ids = torch.tensor([row + said])
