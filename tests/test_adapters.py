@@ -68,7 +68,7 @@ def peft_model(module, name):
         for path, layer in module.stack.layers.items():
             theirs = model.get_base_model().get_submodule(path)
             weight = dequantized_weight(layer.base_layer)
-            if layer.stack_start is not None and layer.stack_start.beside == "own":
+            if layer.stack_start is not None and layer.stack_start.frozen_block_of == "own":
                 weight = weight - layer.scaling[name] * layer.stack_start.B @ layer.stack_start.A
             theirs.base_layer.weight.copy_(weight.T if theirs.fan_in_fan_out != layer.fan_in_fan_out else weight)
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -261,7 +261,9 @@ def test_peft_loads_what_is_saved_to_the_same_logits(tiny_llama, tmp_path, adapt
     """On the original base, or on what transformers quantises it to: LoftQ's folder too is for that one."""
     module = moved(tiny_llama, *SEEDS, adapter=adapter, quantization=quantization)
     stack = module.stack
-    write_adapter(tmp_path, stack.stored("seed_42"), module.saved_config, magnitudes=stack.magnitudes("seed_42"))
+    write_adapter(
+        tmp_path, stack.stored_factors("seed_42"), module.saved_config, magnitudes=stack.magnitudes("seed_42")
+    )
     model = PeftModel.from_pretrained(plain(adapter, quantization)(tiny_llama)[0], tmp_path).train()
     stack.route(["seed_42"])
     ours = module.model(input_ids=ROWS).logits
@@ -383,7 +385,7 @@ def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
     )
     module.check()
     assert {path.rpartition(".")[2] for path in module.stack.layers} == {"q_proj", "down_proj"}
-    write_adapter(tmp_path, module.stack.stored("seed_11"), module.saved_config)
+    write_adapter(tmp_path, module.stack.stored_factors("seed_11"), module.saved_config)
     model = PeftModel.from_pretrained(plain("lora", "none")(tiny_llama)[0], tmp_path)
     module.stack.route(["seed_11"])
     logits = module.model(input_ids=ROWS).logits

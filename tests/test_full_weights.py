@@ -50,7 +50,7 @@ def spread(base_model, *seeds, **options):
 
 def save(module, name, folder):
     stack = module.stack
-    write_adapter(folder, stack.stored(name), module.saved_config, modules=stack.full_weights(name))
+    write_adapter(folder, stack.stored_factors(name), module.saved_config, modules=stack.full_weights(name))
 
 
 def base(folder):

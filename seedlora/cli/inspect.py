@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seedlora.adapters.adapter import Adapter, locate
-from seedlora.adapters.servers import NOT_KNOWN, servable, vllm_rank
+from seedlora.adapters.servers import NOT_KNOWN, serving_problems, vllm_rank
 from seedlora.cli.terminal import formatted, is_unknown, number_table, print_json, progress_bar
 from seedlora.merge.inputs import read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse
@@ -46,7 +46,7 @@ def run_inspect(arguments: Mapping[str, Any]) -> None:
     ((name, adapter),) = adapters.items()
     stacks, error = _shown_factors(stack_updates(adapters, base))
     layers = _facts(stacks)
-    served = servable(locate(name), base=arguments["base"])
+    served = serving_problems(locate(name), base=arguments["base"])
     ranks = sorted({factors.rank for factors in adapter.layers.values()})
     if arguments["json"]:
         print_json(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from seedlora.adapters.gguf import convert, gguf_command
-from seedlora.adapters.reading import TASKS
-from seedlora.adapters.servers import next_commands, servable
+from seedlora.adapters.gguf import convert_to_gguf, gguf_command
+from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
+from seedlora.adapters.servers import next_commands, serving_problems
 from seedlora.cli.terminal import print_json, progress_bar, served_line
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.record import RECORD_NAME
@@ -48,8 +48,10 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
             base = arguments["base"]
             fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
     record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
-    converted = None if arguments["gguf"] is None else convert(out, record["base_model"], Path(arguments["gguf"]))
-    served = {} if arguments["into_base"] is not None else servable(out, base=arguments["base"])
+    converted = (
+        None if arguments["gguf"] is None else convert_to_gguf(out, record["base_model"], Path(arguments["gguf"]))
+    )
+    served = {} if arguments["into_base"] is not None else serving_problems(out, base=arguments["base"])
     if arguments["json"]:
         print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
@@ -70,7 +72,7 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
             adapter=out,
             rank=config["r"],
             serve=not served["vLLM"],
-            auto_class=TASKS.get(config["task_type"], "AutoPeftModel"),
+            auto_class=PEFT_AUTO_CLASSES.get(config["task_type"], "AutoPeftModel"),
         )
         print(loads)  # noqa: T201 - to be copied
         console.print(served_line(served, config["r"]), soft_wrap=True)

@@ -15,7 +15,7 @@ import torch
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, locate
 from seedlora.adapters.model_card import CARD_NAME, model_card
-from seedlora.adapters.servers import base_shapes, complete
+from seedlora.adapters.servers import add_zero_updates, base_shapes
 from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.averages import average
 from seedlora.merge.bound_rule import MergeRule
@@ -115,7 +115,7 @@ def fuse_folders(
         walk = map if first.magnitudes else each
         gains = list(walk(lambda path: float(gain(stacks[path], fused[path])), stacks if len(adapters) > 1 else ()))
     shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
-    layers, unknown = complete(fused, shapes)
+    layers, unknown = add_zero_updates(fused, shapes)
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
         biases = {path: bias.to(dtype) for path, bias in biases.items()}

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import CatMetric
 
 from seedlora.adapters.model_card import base_note
-from seedlora.adapters.stack import PARTS, AdapterStack
-from seedlora.adapters.stacked_forward import Start
+from seedlora.adapters.stack import ADAPTER_PARTS, AdapterStack
+from seedlora.adapters.stacked_forward import StartFactors
 from seedlora.adapters.writing import write_adapter
 from seedlora.distributed.clipping import clip_gradients
 from seedlora.distributed.sharded import (
@@ -200,7 +200,7 @@ class SeedLoRAModule(pl.LightningModule):
         #: Whether nothing follows the head; unknown until the first forward.
         self._head_is_last: bool | None = None
         self._built: tuple[Replica, ...] = ()
-        self._starts: dict[str, Start] = {}
+        self._starts: dict[str, StartFactors] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -651,7 +651,7 @@ class SeedLoRAModule(pl.LightningModule):
             files: further text files, by name.
             writer: whether this rank writes.
         """
-        layers, magnitudes = self.stack.stored(name), self.stack.magnitudes(name)
+        layers, magnitudes = self.stack.stored_factors(name), self.stack.magnitudes(name)
         modules = self.stack.full_weights(name)
         if writer and self.is_full_finetuning:
             base = WeightFiles(self.base_path)
@@ -772,10 +772,10 @@ class SeedLoRAModule(pl.LightningModule):
         def parameters(*parts: str) -> list[torch.nn.Parameter]:
             return [p for replica in self.replicas for p in self.stack.parameters(replica.name, parts)]
 
-        groups: list[dict[str, Any]] = [{"params": parameters(*PARTS)}]
+        groups: list[dict[str, Any]] = [{"params": parameters(*ADAPTER_PARTS)}]
         if hparams["lora_plus_ratio"] != 1:
             rate_of_b = hparams["learning_rate"] * hparams["lora_plus_ratio"]
-            others = [part for part in PARTS if part != "lora_B"]
+            others = [part for part in ADAPTER_PARTS if part != "lora_B"]
             groups = [{"params": parameters(*others)}, {"params": parameters("lora_B"), "lr": rate_of_b}]
         optimizer = torch.optim.AdamW(
             groups, lr=hparams["learning_rate"], weight_decay=hparams["weight_decay"], fused=True

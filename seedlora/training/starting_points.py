@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 
-from seedlora.adapters.stacked_forward import Start
+from seedlora.adapters.stacked_forward import StartFactors
 from seedlora.model.quantization import dequantized_weight, quantize, quantize_layer
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 _ITERATIONS = 16
 
 
-def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: str) -> tuple[Any, dict[str, Start]]:
+def prepare_base(
+    model: Any, config: LoraConfig, *, adapter: str, quantization: str
+) -> tuple[Any, dict[str, StartFactors]]:
     r"""Quantise a base model that has no adapters yet, and find where adapters of this kind start on it.
 
     ``pissa`` (Meng et al., arXiv 2404.02948): :math:`s B_0 A_0` is the best rank-r approximation of W, by PEFT's own
@@ -44,7 +46,7 @@ def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: 
     Returns:
         The model, and the factors by layer path; none where adapters start at nothing.
     """
-    starts: dict[str, Start] = {}
+    starts: dict[str, StartFactors] = {}
     if adapter in ("pissa", "loftq"):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(0)
@@ -54,7 +56,7 @@ def prepare_base(model: Any, config: LoraConfig, *, adapter: str, quantization: 
     return model, starts
 
 
-def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> tuple[Any, dict[str, Start]]:
+def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> tuple[Any, dict[str, StartFactors]]:
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -85,5 +87,5 @@ def _starts(model: Any, config: LoraConfig, adapter: str, quantization: str) -> 
             root = (s / scale).sqrt()
             a, b = root[:, None] * v.T, u * root
         beside = "none" if adapter == "loftq" else "own" if quantization == "none" else "others"
-        starts[name] = Start(a.detach().float().clone(), b.detach().float().clone(), beside)
+        starts[name] = StartFactors(a.detach().float().clone(), b.detach().float().clone(), beside)
     return wrapped.unload(), starts

@@ -26,7 +26,7 @@ def adapters(tiny_llama, tmp_path_factory):
     module = built(tiny_llama, 1, 2, 3)
     root = tmp_path_factory.mktemp("adapters")
     for replica, name in zip(module.replicas, ("seed_1", "seed_2", "fused"), strict=True):
-        write_adapter(root / name, module.stack.stored(replica.name), module.lora_config)
+        write_adapter(root / name, module.stack.stored_factors(replica.name), module.lora_config)
     return root
 
 

@@ -92,7 +92,7 @@ def adapters(tiny_llama, tmp_path_factory):
     module = built(tiny_llama, 1, 2)
     root = tmp_path_factory.mktemp("adapters")
     for replica, name in zip(module.replicas, ("chain_sum", "leg_counting"), strict=True):
-        write_adapter(root / name, module.stack.stored(replica.name), module.lora_config)
+        write_adapter(root / name, module.stack.stored_factors(replica.name), module.lora_config)
     return root
 
 
