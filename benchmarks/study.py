@@ -465,7 +465,9 @@ def _all_rules(
     stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting, *, everything: bool
 ) -> _More:
     """The rules, with their numbers chosen on the validation split; ``everything`` adds controls and further rules."""
-    gains = {name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.use.layers == "all"}
+    gains = {
+        name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.common.layers == "all"
+    }
     families: dict[str, dict[str, Callable[[], Layers]]] = {
         "gain p": {name: partial(fuse, stacks, rule) for name, rule in gains.items()},
         "soup x scale": {

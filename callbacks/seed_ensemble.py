@@ -25,13 +25,14 @@ from seedlora.adapters.model_card import CARD_NAME, base_record, refresh_card, s
 from seedlora.adapters.reading import read_adapter
 from seedlora.distributed.strategies import check_batches, holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.bound_rule import COMMON, BoundRule, MergeRule
+from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule, MergeRule
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import check_dense, fuse_into_base
+from seedlora.merge.whole_models import check_dense
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import (
@@ -954,7 +955,9 @@ def _validates_now(trainer: pl.Trainer) -> bool:
 
 def _said(record: Mapping[str, Any]) -> str:
     """A rule of a record, with the options that are set."""
-    options = record["options"] | {key: value for key, value in record["use"].items() if value != COMMON.get(key)}
+    options = record["options"] | {
+        key: value for key, value in record["use"].items() if value != COMMON_DEFAULTS.get(key)
+    }
     return " ".join([record["method"], *([json.dumps(options)] if options else [])])
 
 

@@ -152,7 +152,7 @@ def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str
 
 def watch_fusions(folder: Path) -> None:
     """Write down who fuses whole models to be scored, and the hash of what is scored on each rank."""
-    fused_weights, fused_model = seedlora_module.fused_weights, SeedLoRAModule.fused_model
+    fused_weights, fused_model = seedlora_module.make_weight_merger, SeedLoRAModule.fused_model
 
     def change(models, base, rule):
         (folder / f"{os.getpid()} fuses {rule.name}").touch()
@@ -164,7 +164,7 @@ def watch_fusions(folder: Path) -> None:
         (folder / f"{os.getpid()} scores {rule.name}").write_text(digest)
         return made
 
-    seedlora_module.fused_weights, SeedLoRAModule.fused_model = change, fused
+    seedlora_module.make_weight_merger, SeedLoRAModule.fused_model = change, fused
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:

@@ -28,9 +28,9 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.servers import base_shapes
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 from seedlora.model.weight_files import WeightFiles
 from seedlora.selection.choice import soup_of
 from seedlora.updates.factors import LoRAFactors

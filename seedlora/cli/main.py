@@ -20,7 +20,7 @@ from seedlora.cli.report import run_report
 from seedlora.cli.terminal import print_json
 from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.tasks import Generate
-from seedlora.merge.bound_rule import COMMON
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS
 from seedlora.report.weights import LAYERS
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option_names() -> set[str]:
-    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON)
+    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON_DEFAULTS)
 
 
 def _methods(arguments: Mapping[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _methods(arguments: Mapping[str, Any]) -> None:
             }
             for name, method in METHODS.items()
         }
-        print_json({"methods": rows, "common options": dict(COMMON)})
+        print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
         return
     console = Console()
     table = Table("method", "formula", "options and defaults", "source")
@@ -139,7 +139,7 @@ def _methods(arguments: Mapping[str, Any]) -> None:
         options = [f"{key}={_shown(value)}" for key, value in method.options.items() if key != "generator"]
         table.add_row(name, method.formula, "\n".join(options), method.source)
     console.print(table)
-    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON.items()))
+    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON_DEFAULTS.items()))
 
 
 def _shown(value: object) -> object:

@@ -16,9 +16,9 @@ from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.adapters.servers import next_commands, serving_problems
 from seedlora.cli.terminal import print_json, progress_bar, served_line
 from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

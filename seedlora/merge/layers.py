@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from seedlora.merge.averages import averaged
+from seedlora.merge.averages import average_modules
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.registry import make_rule
 from seedlora.updates.compression import Compressed, compress_each
@@ -38,7 +38,7 @@ class Fused(Stacks[LoRAFactors]):
     inputs: Mapping[str, float] = field(default_factory=dict)
 
 
-def updates(
+def merged_updates(
     stacks: Mapping[str, Updates],
     rule: MergeRule | BoundRule,
     *,
@@ -57,16 +57,20 @@ def updates(
     Raises:
         ValueError: if the rule's ``layers`` selects none.
     """
-    merged = _merged(stacks, make_rule(rule), {} if inputs is None else inputs)
+    merged = _merge_function(stacks, make_rule(rule), {} if inputs is None else inputs)
     for path in order if order is not None else stacks:
         yield path, merged(path)
 
 
-def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, float]) -> Callable[[str], Updates]:
-    """Look at all layers, if the rule has to; what is left is a function of one path, as :func:`updates` applies it."""
+def _merge_function(
+    stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, float]
+) -> Callable[[str], Updates]:
+    """Look at all layers, if the rule has to, and return what :func:`merged_updates` applies to the path of each."""
     chosen = [path for path in stacks if bound.selects(path)]
     if stacks and not chosen:
-        raise ValueError(f"layers={bound.use.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}")
+        raise ValueError(
+            f"layers={bound.common.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}"
+        )
     made: dict[str, LoRAFactors] = {}
 
     def taken(path: str) -> Updates:
@@ -74,7 +78,9 @@ def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, f
         if isinstance(stack, LoRAFactors) or bound.method.dense:
             return stack
         if path not in made:
-            made[path], error = compress_each(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
+            made[path], error = compress_each(
+                stack, bound.common.rank or len(stack) * stack.rank, seed=bound.common.seed
+            )
             inputs[path] = error
         return made[path]
 
@@ -88,7 +94,7 @@ def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, f
 
 @contextmanager
 def layer_threads() -> Iterator[Callable[..., Iterator[Any]]]:
-    """A ``map`` over layers that is done by several threads of one core each, for CPU tensors.
+    """Give a ``map`` over layers that is done by several threads of one core each, for CPU tensors.
 
     Matrices of a layer are too small to be worth dividing among cores. The results come in order, with the bits of the
     plain ``map`` on one core.
@@ -122,10 +128,10 @@ def fuse(
     """
     bound = make_rule(rule)
     dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
-    if dense and bound.use.rank is None and not bound.method.dense:
-        bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))
+    if dense and bound.common.rank is None and not bound.method.dense:
+        bound = replace(bound, common=replace(bound.common, rank=max(len(stack) * stack.rank for stack in dense)))
     fused, compression, svd, inputs = {}, {}, {}, dict[str, float]()
-    merged = _merged(stacks, bound, inputs)
+    merged = _merge_function(stacks, bound, inputs)
 
     def finished(path: str) -> tuple[Compressed, bool]:
         update = merged(path)
@@ -140,6 +146,6 @@ def fuse(
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    modules = {key: [mean] for key, mean in averaged(full_weights(stacks), bound).items()}
+    modules = {key: [mean] for key, mean in average_modules(full_weights(stacks), bound).items()}
     padded = {path: factors.padded(rank) for path, factors in fused.items()}
     return Fused(padded, modules, compression=compression, svd=svd, inputs=inputs)

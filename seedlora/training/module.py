@@ -33,7 +33,8 @@ from seedlora.distributed.sharded import (
 )
 from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.merge.bound_rule import BoundRule
-from seedlora.merge.whole_models import fused_weights, write_trained
+from seedlora.merge.model_folders import write_trained
+from seedlora.merge.whole_models import make_weight_merger
 from seedlora.model.compilation import check_backend, compile_layers
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.head_losses import head_losses, is_frozen_matrix
@@ -668,7 +669,7 @@ class SeedLoRAModule(pl.LightningModule):
         """Whole models fused, to be scored; all of it in memory. The first rank fuses; all ranks must call it."""
         base, change = WeightFiles(self.base_path), lambda _, weight: torch.empty_like(weight)
         if self.global_rank == 0:
-            change = fused_weights([WeightFiles(folder) for folder in folders], base, rule)
+            change = make_weight_merger([WeightFiles(folder) for folder in folders], base, rule)
         new = {key: broadcast_from_rank0(self.trainer, change(key, base.weight(key))) for key in base.files}
         return Stacks({}, {own: [new[key]] for own, key in self.places(base).items()})
 

@@ -195,7 +195,10 @@ def weighted_sum(
     """
     if isinstance(stack, DenseUpdates):
         shift = 0.0 if constant is None else float(constant)
-        merge = lambda block: torch.tensordot(weights.to(block), block, 1) + shift  # noqa: E731
+
+        def merge(block: Float[Tensor, "N P K"]) -> Float[Tensor, "P K"]:
+            return torch.tensordot(weights.to(block), block, 1) + shift
+
         return dense_update(stack, lambda: merge, rank=len(stack) * stack.rank + (constant is not None))
     (n, r), (d, k) = (len(stack), stack.rank), stack.shape
     extra = 0 if constant is None else 1

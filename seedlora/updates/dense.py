@@ -50,7 +50,10 @@ class DenseUpdates:
 
     def one(self, n: int) -> DenseUpdates:
         """Return the update of one adapter."""
-        blocks = lambda: (block[n : n + 1] for block in self.blocks())  # noqa: E731
+
+        def blocks() -> Iterator[Float[Tensor, "1 P K"]]:
+            return (block[n : n + 1] for block in self.blocks())
+
         return DenseUpdates(self.shape, self.rank, self.dtype, self.device, blocks)
 
     def to(self, dtype: torch.dtype) -> DenseUpdates:
