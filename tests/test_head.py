@@ -17,7 +17,7 @@ S, H, V = 23, 12, 50
 @pytest.mark.parametrize("rows", [1, 4, S, 100], ids=lambda rows: f"chunks of {rows}")
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_and_gradients_are_those_of_all_logits(rows, bias, monkeypatch):
-    monkeypatch.setattr(head_file, "_CHUNK", rows * V)
+    monkeypatch.setattr(head_file, "_CHUNK_LOGITS", rows * V)
     torch.manual_seed(0)
     head = nn.Linear(H, V, bias=bias).requires_grad_(False)
     hidden, targets, share = torch.randn(S, H), torch.randint(V, (S,)), torch.rand(S)

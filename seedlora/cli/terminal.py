@@ -1,19 +1,19 @@
-"""What the commands show: tables, bars, JSON."""
+"""Show tables, bars and JSON in the terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from seedlora.adapters.servers import NOT_KNOWN, vllm_rank
 
 
-def served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
-    """Which servers load the adapter, and why others do not."""
+def describe_serving(served: Mapping[str, Sequence[str]], rank: int) -> str:
+    """Say which servers load an adapter, and why others do not."""
     good = [server for server, reasons in served.items() if not reasons]
     limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
     parts = [f"served by {', '.join(good)}{limit}"] if good else []
@@ -39,8 +39,17 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+def layer_counter(progress: Progress, task: TaskID) -> Callable[[str], None]:
+    """Return what moves a bar on by one for each layer that it is called with."""
+
+    def count(_path: str) -> None:
+        progress.advance(task)
+
+    return count
+
+
 def number_table(*columns: str) -> Table:
-    """A table of names and numbers; only a long name, a path, is folded."""
+    """Make a table of names and numbers, in which only a long name, a path, is folded."""
     table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
@@ -48,7 +57,7 @@ def number_table(*columns: str) -> Table:
     return table
 
 
-def formatted(*values: float) -> list[str]:
+def format_numbers(*values: float) -> list[str]:
     """Format numbers for a table."""
     return [f"{value:.3g}" for value in values]
 
