@@ -35,7 +35,7 @@ PromptRecord: TypeAlias = Mapping[str, Any]
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation: what one side says.
+    """A turn of a conversation: what one side says.
 
     Args:
         role: ``system``, ``user`` or ``assistant``.

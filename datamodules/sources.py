@@ -19,7 +19,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Row(NamedTuple):
-    """One row of a source, or what is wrong with it.
+    """A row of a source, or the reason why it cannot be read.
 
     Args:
         where: for messages: file and line, or file and row number.

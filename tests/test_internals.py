@@ -151,6 +151,19 @@ class TestPEFT:
         assert hasattr(wrapped.get_submodule("base_model.model.lm_head"), name)
 
 
+class TestBitsandbytes:
+    """What :func:`seedlora.model.quantization.quantize_layer` sets and reads."""
+
+    def test_quantize_layer_in_4_bits(self):
+        layer = quantize_layer(torch.nn.Linear(64, 64, bias=False), "nf4")
+        assert "support_avx512bf16_for_cpu" in inspect.getsource(type(layer))
+        assert layer.weight.quant_state.nested
+
+    def test_quantize_layer_in_8_bits(self):
+        layer = quantize_layer(torch.nn.Linear(64, 32, bias=False), "int8")
+        assert layer.weight.SCB.shape == (32,)
+
+
 class TestDeepSpeed:
     def test_skip_shared_memory_extension(self):
         # Of DeepSpeed's own, in a process of its own: it asks what can be built, once.

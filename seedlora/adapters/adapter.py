@@ -48,7 +48,7 @@ class StartRecord:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter as read from disk: its update per layer, and the base model it belongs to.
+    """An adapter as read from disk: its update per layer, and the base model it belongs to.
 
     Args:
         layers: layer path within the base model (``model.layers.0.self_attn.q_proj``) to one adapter (``N = 1``),

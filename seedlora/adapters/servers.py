@@ -33,7 +33,7 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class CompleteLayers(NamedTuple):
-    """One update for every layer that servers want: by layer path, in the order of the paths.
+    """The updates of every layer that servers want, by layer path, in the order of the paths.
 
     Args:
         layers: those that were adapted, and zeros for the others.
@@ -132,7 +132,7 @@ def _shape_of_partner(template: str, by_template: Mapping[str, LoRAFactors]) -> 
 
 @dataclass(frozen=True)
 class _AdapterHeader:
-    """What servers look at in an adapter folder: its configuration, and the shapes of its tensors."""
+    """The parts of an adapter folder that servers look at: its configuration, and the shapes of its tensors."""
 
     config: Mapping[str, Any]
     ranks: frozenset[int]

@@ -31,7 +31,7 @@ class StartFactors(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What one block of rows uses in one layer: A (r, K), B (D, r), the scaling, and DoRA's magnitudes (D)."""
+    """The adapter of one block of rows in one layer: A (r, K), B (D, r), the scaling, and DoRA's magnitudes (D)."""
 
     A: Tensor
     B: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +24,106 @@ from seedlora.merge.registry import make_rule
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of the command.
+
+    Args:
+        adapters: folders or hub ids.
+        out: the folder to write.
+        method: a merge method.
+        options: of the method.
+        dtype: a key of :data:`DTYPES`, for the result.
+        into_base: the base model that the result is added to.
+        base: the base model, where the adapters' own name for it will not do.
+        llama_cpp: the folder of llama.cpp, whose script converts the result.
+    """
+
+    adapters: Sequence[str]
+    out: Path
+    method: str
+    options: Mapping[str, object]
+    dtype: str | None
+    into_base: str | None
+    base: str | None
+    llama_cpp: Path | None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Request:
+        """Read the arguments as the parser gives them."""
+        options = {
+            key.removeprefix("option "): _parse_value(text)
+            for key, text in arguments.items()
+            if key.startswith("option ") and text is not None
+        }
+        return cls(
+            adapters=arguments["adapters"],
+            out=Path(arguments["out"]),
+            method=arguments["method"],
+            options=options,
+            dtype=arguments["dtype"],
+            into_base=arguments["into_base"],
+            base=arguments["base"],
+            llama_cpp=None if arguments["gguf"] is None else Path(arguments["gguf"]),
+        )
+
+
 def run_merge(arguments: Mapping[str, Any]) -> None:
     """Merge adapters into one folder, or into their base model."""
-    options = {
-        key.removeprefix("option "): _parse_value(text)
-        for key, text in arguments.items()
-        if key.startswith("option ") and text is not None
-    }
-    method, out = arguments["method"], Path(arguments["out"])
-    make_rule(method, options)
-    _check_into_base(arguments)
-    _merge(arguments, options, out)
+    request = _Request.of(arguments)
+    make_rule(request.method, request.options)
+    _check_into_base(request)
+    _merge(request)
+    out, method, into_base = request.out, request.method, request.into_base is not None
     record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
-    llama_cpp = None if arguments["gguf"] is None else Path(arguments["gguf"])
-    converted = None if llama_cpp is None else convert_to_gguf(out, record["base_model"], llama_cpp)
-    served = {} if arguments["into_base"] is not None else serving_problems(out, base=arguments["base"])
+    converted = None
+    if request.llama_cpp is not None:
+        converted = convert_to_gguf(out, record["base_model"], request.llama_cpp)
+    served = {} if into_base else serving_problems(out, base=request.base)
     if arguments["json"]:
         print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
     console = Console()
-    count = len(arguments["adapters"])
+    count = len(request.adapters)
     what = "1 adapter" if count == 1 else f"{count} adapters"
     console.print(f"{what} fused with [bold]{method}[/bold] into {out}", soft_wrap=True)
     _print_inputs(console, method, record)
-    if arguments["into_base"] is None:
+    if not into_base:
         _print_commands(console, out, record, served)
-    _print_compression(console, method, record, into_base=arguments["into_base"] is not None)
+    _print_compression(console, method, record, into_base=into_base)
     if missing := record.get("incomplete_groups"):
         console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
     if converted is not None:
         console.print(f"converted: {converted}", soft_wrap=True)
-    elif llama_cpp is not None:
+    elif request.llama_cpp is not None:
         console.print(f"no convert_lora_to_gguf.py in {arguments['gguf']}; where llama.cpp is, run:", soft_wrap=True)
         print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
 
 
-def _check_into_base(arguments: Mapping[str, Any]) -> None:
+def _check_into_base(request: _Request) -> None:
     """Raise ValueError for options that change nothing where the result is added to a base model."""
-    if arguments["into_base"] is None:
+    if request.into_base is None:
         return
-    for name, reason in (("dtype", "weights keep the dtype of the base model"), ("gguf", "it converts an adapter")):
-        if arguments[name] is not None:
-            raise ValueError(f"--{name} is not used with --into-base: {reason}")
-    if arguments["base"] not in (None, arguments["into_base"]):
+    if request.dtype is not None:
+        raise ValueError("--dtype is not used with --into-base: weights keep the dtype of the base model")
+    if request.llama_cpp is not None:
+        raise ValueError("--gguf is not used with --into-base: it converts an adapter")
+    if request.base not in (None, request.into_base):
         raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
 
 
-def _merge(arguments: Mapping[str, Any], options: Mapping[str, Any], out: Path) -> None:
+def _merge(request: _Request) -> None:
     """Write the folder of the result, with a bar that counts the layers."""
-    method, sources, base = arguments["method"], arguments["adapters"], arguments["base"]
+    sources, out, method, options = request.adapters, request.out, request.method, request.options
     with progress_bar() as progress:
         on_layer = layer_counter(progress, progress.add_task(f"{method}", total=None))
-        if arguments["into_base"] is not None:
-            fuse_into_base(sources, arguments["into_base"], out, method=method, options=options, on_layer=on_layer)
+        if request.into_base is not None:
+            fuse_into_base(sources, request.into_base, out, method=method, options=options, on_layer=on_layer)
         else:
-            dtype = DTYPES.get(arguments["dtype"] or "")
-            fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
+            dtype = DTYPES.get(request.dtype or "")
+            fuse_folders(
+                sources, out, method=method, options=options, dtype=dtype, base=request.base, on_layer=on_layer
+            )
 
 
 def _print_inputs(console: Console, method: str, record: Mapping[str, Any]) -> None:
@@ -123,7 +168,7 @@ def _print_compression(console: Console, method: str, record: Mapping[str, Any],
         )
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     """Read a word of the command line as JSON if it is JSON, else as text."""
     try:
         return json.loads(text)

@@ -1,1 +1,1 @@
-"""How the processes of a run share its work: Lightning's strategies, clipping per replica, and a common end."""
+"""Share a run among processes: Lightning's strategies, clipping per replica, and a common end."""

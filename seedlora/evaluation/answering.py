@@ -45,7 +45,7 @@ class EvaluationSetup:
 
 @dataclass(frozen=True)
 class Participants:
-    """Who is scored, by the options of ``evaluate``.
+    """The adapters and the base model that are scored, by the options of ``evaluate``.
 
     Args:
         adapters: ``NAME=DIR``, folders, hub ids, or names that a server knows.

@@ -67,7 +67,7 @@ class Generator(Protocol):
 
 
 class _Limits(NamedTuple):
-    """What ends an answer: a number of tokens, or one of some texts."""
+    """The end of an answer: after so many tokens, or before one of these texts."""
 
     max_new_tokens: int
     stops: Sequence[str]

@@ -29,7 +29,7 @@ PROTOCOL = "lm-eval"
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one task: a value and its standard error, if the harness gives one."""
+    """A metric of a task: its value and its standard error, if the harness gives one."""
 
     value: float
     stderr: float | None

@@ -68,7 +68,7 @@ class TaskRun:
 
 
 class SampleLine(TypedDict):
-    """One line of ``samples.jsonl``: an answer, with the prompt's checksum, its tokens, and why it ended."""
+    """A line of ``samples.jsonl``: an answer, with the prompt's checksum, its tokens, and why it ended."""
 
     task: str
     adapter: str

@@ -30,7 +30,7 @@ Generate: TypeAlias = Callable[[str, Mapping[str, Any] | None], Iterable[Row]]
 
 
 class Item(NamedTuple):
-    """One question of a task, with its right answer.
+    """A question of a task, with its right answer.
 
     Args:
         id: unique in its task.
@@ -57,7 +57,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: how its items are read, asked and judged.
+    """A benchmark: how its items are read, asked and judged.
 
     Args:
         item: number and fields of a row to the item; raises ``KeyError`` for a field that is missing.

@@ -38,7 +38,7 @@ REST_CHOICES = ("soup", "nothing")
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a rule, what it does in a line, and where it comes from.
+    """A row of the table of methods: a rule, what it does in a line, and where it comes from.
 
     Args:
         rule: takes a stack first, then keyword options. If it has a keyword ``generator``, it is random.

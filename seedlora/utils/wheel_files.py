@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file of one release of a package.
+    """A file of one release of a package.
 
     Args:
         package: its name on the package index.
