@@ -97,9 +97,9 @@ def main() -> int:
     if options.start:
         start(options.start, options.tokenizer)
         return 0
-    from seedlora.model.loading import resolve
+    from seedlora.model.loading import resolve_base_model
 
-    model = resolve(options.tokenizer)
+    model = resolve_base_model(options.tokenizer)
     print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "MetaMathQA-395K.jsonl"

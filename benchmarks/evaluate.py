@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from seedlora.adapters.stack import AdapterStack
-from seedlora.evaluation.generate import greedy
-from seedlora.model.loading import evaluating, fast_dtype, load_model, load_tokenizer
+from seedlora.evaluation.generate import generate_greedily
+from seedlora.model.loading import eval_mode, fast_dtype, load_model, load_tokenizer
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -51,7 +51,7 @@ def main() -> None:
         def stacked(names=names, rows=rows, stack=stack, length=length) -> None:
             with stack.frozen():
                 stack.route(names)
-                greedy(base, rows * len(names), blocks=len(names), ended=lambda *_: False, **length)
+                generate_greedily(base, rows * len(names), blocks=len(names), ended=lambda *_: False, **length)
 
         def one_by_one(stacked=stacked) -> None:
             for name in names:
@@ -70,7 +70,7 @@ def main() -> None:
                 vars(layer)["forward"] = forward
 
         best = dict.fromkeys(("stacked", "one by one", "peft"), float("inf"))
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for _ in range(3):
                 for name, run in (("stacked", stacked), ("one by one", one_by_one), ("peft", peft)):
                     started = time.perf_counter()

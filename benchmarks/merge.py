@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from seedlora.adapters.adapter import WEIGHTS_NAME
 from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.layers import fuse, updates
+from seedlora.merge.into_base import fuse_into_base
+from seedlora.merge.layers import fuse, merged_updates
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 from seedlora.updates.dense import DenseUpdates
 from seedlora.updates.factors import LoRAFactors
 
@@ -105,7 +105,7 @@ def dense_seedlora(stacks: dict[str, LoRAFactors]) -> None:
 
 def blockwise(stacks: dict[str, LoRAFactors], method: str) -> None:
     """Every block of the exact dense result, computed and let go."""
-    for _, update in updates(stacks, make_rule(method)):
+    for _, update in merged_updates(stacks, make_rule(method)):
         assert isinstance(update, DenseUpdates)
         for _ in update.blocks():
             pass

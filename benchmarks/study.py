@@ -68,7 +68,7 @@ from seedlora.training.module import SeedLoRAModule
 from seedlora.updates.algebra import factor_grams, gram, in_span, shrinkage, thin_svd
 from seedlora.updates.diagnostics import model_cosines
 from seedlora.updates.factors import LoRAFactors
-from seedlora.updates.stacks import Layers, members
+from seedlora.updates.stacks import Layers, select_adapters
 from seedlora.utils.files import atomic_file, write_text
 
 HERE = Path(__file__).parent
@@ -344,7 +344,7 @@ def run_stack(cell: Cell, setting: Setting) -> Line:
     data = setting.data(cell.task, module)
     stacks = stack_of(train(cell, setting, module, data))
     trained = time.monotonic()
-    seeds = {seed_name(seed): partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
+    seeds = {seed_name(seed): partial(select_adapters, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     if len(seeds) > 3:
         more = _subsets(stacks)
     else:
@@ -412,7 +412,7 @@ def run_controls(cell: Cell, setting: Setting) -> Line:
         data = setting.data(cell.task, module)
         trained_parts[label] = stack_of(train(part, setting, module, data))
     stacks, trained = trained_parts.pop("seeds"), time.monotonic()
-    seeds = {seed_name(seed): partial(members, stacks, [i]) for i, seed in enumerate(cell.seeds)}
+    seeds = {seed_name(seed): partial(select_adapters, stacks, [i]) for i, seed in enumerate(cell.seeds)}
     on_validation = scorer(module, data, "val")
     val = {
         name: scores.loss for name, scores in score_lazily(seeds, on_validation, at_once=ADAPTERS_PER_FORWARD).items()
@@ -465,7 +465,9 @@ def _all_rules(
     stacks: Layers, seeds: Mapping[str, Callable[[], Layers]], score: Score, setting: Setting, *, everything: bool
 ) -> _More:
     """The rules, with their numbers chosen on the validation split; ``everything`` adds controls and further rules."""
-    gains = {name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.use.layers == "all"}
+    gains = {
+        name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.common.layers == "all"
+    }
     families: dict[str, dict[str, Callable[[], Layers]]] = {
         "gain p": {name: partial(fuse, stacks, rule) for name, rule in gains.items()},
         "soup x scale": {
@@ -577,7 +579,9 @@ def _subsets(stacks: Layers) -> _More:
             if (k := len(chosen)) == 1:
                 continue
             label = method if k == n else f"{method} of {','.join(map(str, chosen))}"
-            more.adapters[label] = lambda chosen=chosen, method=method: fuse(members(stacks, chosen), make_rule(method))
+            more.adapters[label] = lambda chosen=chosen, method=method: fuse(
+                select_adapters(stacks, chosen), make_rule(method)
+            )
             if k < n:
                 more.means.setdefault(f"{method} of {k}", []).append(label)
     return more
@@ -597,7 +601,7 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
         module = setting.module(part)
         by_task[task] = stack_of(train(part, setting, module, setting.data(task, module)))
         data[task] = setting.data(task, module, **JOINT_SIZES)
-        own[task] = members(by_task[task], [0])
+        own[task] = select_adapters(by_task[task], [0])
     stacks = {path: LoRAFactors.stack([own[task][path] for task in own]) for path in next(iter(own.values()))}
     fused = {rule: fuse(stacks, make_rule(rule)) for rule in JOINT_RULES}
     made = {f"{rule} x {x:g}": partial(scaled, fused[rule], x) for rule in JOINT_RULES for x in JOINT_SCALES}

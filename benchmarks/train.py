@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.model.embedded import EMBEDDED
-from seedlora.model.loading import fast_dtype, resolve
+from seedlora.model.loading import fast_dtype, resolve_base_model
 from seedlora.training.model_options import PROJECTIONS
 from seedlora.training.module import SeedLoRAModule
 
@@ -245,7 +245,7 @@ def peft_model(model: str, seed: int, *, checkpointing: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=fast_dtype())
+    base = AutoModelForCausalLM.from_pretrained(resolve_base_model(model), dtype=fast_dtype())
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
     peft = get_peft_model(base.to("cuda" if CUDA else "cpu"), config).train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from seedlora.distributed.strategies import holds_whole_adapters, saves_folders
+from seedlora.distributed.strategies import holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.whole_models import check_dense
 from seedlora.names import ALL_CONTROLS
 from seedlora.run.budget import limited_batches, replica_share
@@ -82,7 +82,7 @@ class Checks(pl.Callback):
         share = replica_share(options, trainer)
         folder.open(run_settings(options, share, trainer, module, data), resume=options.resume)
         saved = self._ensemble.ckpt_path
-        if saved is not None and saved.is_dir() != saves_folders(trainer):
+        if saved is not None and saved.is_dir() != saves_checkpoint_folders(trainer):
             how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
             raise ValueError(
                 f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"

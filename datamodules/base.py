@@ -1,4 +1,6 @@
-"""The base of all data modules: rows of a task, tokenised once, as batches for a stack of replicas."""
+"""The base of all data modules: it tokenises the rows of a task once, and gives them as batches for a stack of
+replicas.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.data import DataLoader
 
 from seedlora.datamodules.cache import cached_rows
-from seedlora.datamodules.prompts import Composed, Turn, check, check_style, compose, prompt_record
+from seedlora.datamodules.prompts import Composed, PromptRecord, Turn, check_style, check_turns, compose, prompt_record
 from seedlora.datamodules.rows import (
     ON_LONG_ROW,
     PADDING,
@@ -25,12 +27,18 @@ from seedlora.datamodules.rows import (
     EvalRows,
     ReplicaRows,
     TokenRows,
-    chunks,
-    no_rows,
+    empty_chunk,
+    tokenise_in_chunks,
 )
 from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
 from seedlora.datamodules.sources import Row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: What a loader gives: tensors and tuples by name.
+Batch: TypeAlias = dict[str, object]
+_Item = TypeVar("_Item")
 SPLITS = ("train", "val", "test")
 
 
@@ -88,7 +96,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
-        self.tokenizer: Any = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         #: The splits, once set up.
         self.rows: dict[str, TokenRows] = {}
         #: What became of the rows of each source.
@@ -96,26 +104,30 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def sources(self) -> Mapping[str, Any]:
-        """What the rows come from, by name: plain data that changes whenever the rows, or what is said in them, do."""
+        """Return what the rows come from, by name: plain data that changes whenever the rows, or what is said in them,
+        do.
+        """
 
     @abstractmethod
     def read(self, source: str) -> Iterator[Row]:
-        """The rows of a source, in order."""
+        """Give the rows of a source, in order."""
 
     @abstractmethod
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """The conversation that a row holds; ValueError if it holds none."""
+        """Return the conversation that a row holds; raise ValueError if it holds none."""
 
     @abstractmethod
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
-        """The tokenised sources as the splits ``train``, ``val`` and ``test``; the last two may be empty."""
+        """Divide the tokenised sources into the splits ``train``, ``val`` and ``test``; the last two may be empty."""
 
     def domains(self, split: str) -> dict[str, list[str]]:  # noqa: ARG002 - a data set without sub-domains
-        """What kind of item each row of a split is, by the name of the kind; empty where the data does not say."""
+        """Return what kind of item each row of a split is, by the name of the kind; empty where the data
+        does not say.
+        """
         return {}
 
     def prompt_record(self) -> dict[str, Any]:
-        """How these rows are worded, as plain data: see :mod:`seedlora.datamodules.prompts`."""
+        """Return how these rows are worded, as plain data: see :mod:`seedlora.datamodules.prompts`."""
         return prompt_record(self.style, self._tokenizer())
 
     def prepare_data(self) -> None:
@@ -131,7 +143,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         if self.rows:
             return
         record = self.prompt_record()
-        same = [_fingerprint(self._tokenizer()), record, self.max_length, self.on_long_row, self.on_bad_row]
+        same = [_tokenizer_fingerprint(self._tokenizer()), record, self.max_length, self.on_long_row, self.on_bad_row]
         rows = {}
         for name, source in self.sources().items():
             rows[name] = cached_rows([source, *same], partial(self._tokenise, name, record))
@@ -143,8 +155,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} found no training rows: " + (why or f"the source has {read} rows"))
         self.rows = splits
 
-    def _tokenise(self, source: str, record: Mapping[str, Any]) -> Iterator[Chunk]:
-        """The rows of one source, tokenised; called once, and never again while they are on the disk."""
+    def _tokenise(self, source: str, record: PromptRecord) -> Iterator[Chunk]:
+        """Tokenise the rows of one source; called once, and never again while they are on the disk."""
         bad: list[str] = []
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
@@ -157,7 +169,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
                     try:
                         if row.error:
                             raise ValueError(row.error)
-                        text = compose(record, check(self.turns(row.value)))
+                        text = compose(record, check_turns(self.turns(row.value)))
                     except ValueError as error:
                         bad.append(f"{row.where}: {error}")
                         if self.on_bad_row == "error":
@@ -166,11 +178,11 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
                         yield number, text
 
             limit, on_long_row = self.max_length, self.on_long_row
-            yield from chunks(texts(), self._tokenizer(), record, max_length=limit, on_long_row=on_long_row)
+            yield from tokenise_in_chunks(texts(), self._tokenizer(), record, max_length=limit, on_long_row=on_long_row)
         if bad:
-            yield no_rows(Counts(read=len(bad), bad=len(bad), first_bad=bad[0]))
+            yield empty_chunk(Counts(read=len(bad), bad=len(bad), first_bad=bad[0]))
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             if self.trainer is None:
                 raise ValueError("the data module needs a tokenizer: set its attribute, or use it in a Trainer")
@@ -178,7 +190,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         return self.tokenizer
 
     def train_dataloader(self) -> ReplicaLoader:
-        """Micro-batches for the replicas of :attr:`seeds`."""
+        """Return a loader of micro-batches for the replicas of :attr:`seeds`."""
         trainer = self.trainer
         sampler = ReplicaSampler(
             self.rows["train"],
@@ -190,23 +202,23 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             world_size=trainer.world_size if trainer else 1,
             epoch=trainer.current_epoch if trainer else 0,
         )
-        return ReplicaLoader(ReplicaRows(self.rows["train"]), sampler=sampler, batch_size=None, collate_fn=_as_it_is)
+        return ReplicaLoader(ReplicaRows(self.rows["train"]), sampler=sampler, batch_size=None, collate_fn=_unchanged)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation rows of this rank, sorted by length."""
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the validation rows of this rank, sorted by length."""
         return self._eval_loader(self.rows["val"])
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test rows of this rank, sorted by length."""
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the test rows of this rank, sorted by length."""
         return self._eval_loader(self.rows["test"])
 
-    def train_sample(self, n: int) -> DataLoader[Any]:
-        """At most ``n`` of the training rows, always the same ones, as the validation rows come."""
+    def train_sample(self, n: int) -> DataLoader[Batch]:
+        """Return a loader of at most ``n`` training rows, always the same ones, laid out as the validation rows are."""
         rows = self.rows["train"]
         drawn = np.random.default_rng(0).permutation(len(rows))[:n]
         return self._eval_loader(rows.take(np.sort(drawn)))
 
-    def _eval_loader(self, rows: TokenRows) -> DataLoader[Any]:
+    def _eval_loader(self, rows: TokenRows) -> DataLoader[Batch]:
         order = np.argsort(rows.lengths, kind="stable")
         if self.trainer:
             # The same number of rows on every rank: where the model is sharded, a rank with a forward more would wait.
@@ -214,11 +226,11 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             order = np.append(order, np.full(-len(order) % ranks, PADDING))[rank::ranks]
         size = self.eval_batch_size
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
-        return DataLoader(EvalRows(rows), sampler=batches, batch_size=None, collate_fn=_as_it_is)
+        return DataLoader(EvalRows(rows), sampler=batches, batch_size=None, collate_fn=_unchanged)
 
 
-def _fingerprint(tokenizer: Any) -> str:
-    """Changes with anything that decides how text becomes tokens."""
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a checksum that changes with anything that decides how text becomes tokens."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     for passing in ("truncation", "padding"):
         state.pop(passing, None)
@@ -226,5 +238,5 @@ def _fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: _Item) -> _Item:
     return batch

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: made once by whoever comes first, and mapped into memory by all."""
+"""Keep tokenised rows on disk: made once by whoever comes first, and mapped into memory by all."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from seedlora.datamodules.rows import Chunk, Counts, TokenRows, add
+from seedlora.datamodules.rows import Chunk, Counts, TokenRows, add_counts
 
 #: Part of every key: a change of what is stored, or of how it is made, leaves old folders unused.
 FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """Where tokenised rows are: ``data`` in ``$SEEDLORA_CACHE``, or in ``seedlora`` in the user's cache folder."""
+    """Return where tokenised rows are: ``data`` in ``$SEEDLORA_CACHE``, or in ``seedlora`` in the user's
+    cache folder.
+    """
     if chosen := os.environ.get("SEEDLORA_CACHE"):
         return Path(chosen) / "data"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora" / "data"
 
 
-def cached_rows(key: Any, make: Callable[[], Iterable[Chunk]]) -> TokenRows:
-    """The rows that ``key`` stands for, from the disk, or made and put there.
+def cached_rows(key: object, make: Callable[[], Iterable[Chunk]]) -> TokenRows:
+    """Return the rows that ``key`` stands for, from the disk; or make them and put them there.
 
     Processes that want the same rows at the same moment wait for the first of them, however long it takes, by a lock on
     a file; it is free again when its holder dies. A folder is there whole or not at all.
@@ -79,7 +80,7 @@ def _write(folder: Path, chunks: Iterable[Chunk]) -> None:
             tokens.write(chunk.tokens.tobytes())
             supervised.write(chunk.supervised.tobytes())
             index.append(np.stack([chunk.lengths, chunk.num_items, chunk.numbers]))
-            counts = add(counts, chunk.counts)
+            counts = add_counts(counts, chunk.counts)
         for file in (tokens, supervised):
             file.flush()
             os.fsync(file.fileno())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, messages, text
+from seedlora.datamodules.table import TableDataModule, messages_column, text_column
 
 
 class CodeFeedback(TableDataModule):
@@ -28,5 +28,7 @@ class CodeFeedback(TableDataModule):
         super().__init__(path, **options)
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """Query and answer, or the messages."""
-        return messages(row) if self.multi_turn else exchange(text(row, "query"), text(row, "answer"))
+        """Return query and answer, or the messages."""
+        return (
+            messages_column(row) if self.multi_turn else exchange(text_column(row, "query"), text_column(row, "answer"))
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text
+from seedlora.datamodules.table import TableDataModule, text_column
 
 
 class Commonsense170k(TableDataModule):
@@ -20,5 +20,9 @@ class Commonsense170k(TableDataModule):
     own_style = "llm_adapters"
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """Instruction, with its input if there is one, and output."""
-        return exchange(text(row, "instruction"), text(row, "output"), text(row, "input") if "input" in row else "")
+        """Return the instruction, with its input if there is one, and the output."""
+        return exchange(
+            text_column(row, "instruction"),
+            text_column(row, "output"),
+            text_column(row, "input") if "input" in row else "",
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text
+from seedlora.datamodules.table import TableDataModule, text_column
 
 
 class GSM8K(TableDataModule):
@@ -20,9 +20,9 @@ class GSM8K(TableDataModule):
     subset = "main"
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """Question, and answer with its closing sentence."""
-        answer = text(row, "answer")
+        """Return the question, and the answer with its closing sentence."""
+        answer = text_column(row, "answer")
         _, mark, number = answer.rpartition("#### ")
         if not mark:
             raise ValueError("the answer does not end with '#### N'")
-        return exchange(text(row, "question"), f"{answer}\nThe answer is: {number.strip()}")
+        return exchange(text_column(row, "question"), f"{answer}\nThe answer is: {number.strip()}")

@@ -1,4 +1,4 @@
-"""A user's own file."""
+"""Train on a user's own file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, messages, text
+from seedlora.datamodules.table import TableDataModule, messages_column, text_column
 
 
 class InstructionData(TableDataModule):
@@ -40,17 +40,19 @@ class InstructionData(TableDataModule):
         super().__init__(path, val_fraction=val_fraction, test_fraction=test_fraction, **options)
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """The conversation, by the columns that are there."""
+        """Return the conversation, by the columns that are there."""
         prompt, response = self.fields
         if prompt not in row and response not in row:
             if "messages" in row:
-                return messages(row)
+                return messages_column(row)
             if "instruction" in row:
                 return exchange(
-                    text(row, "instruction"), text(row, "output"), text(row, "input") if row.get("input") else ""
+                    text_column(row, "instruction"),
+                    text_column(row, "output"),
+                    text_column(row, "input") if row.get("input") else "",
                 )
             raise ValueError(
                 f"neither {prompt} and {response}, nor instruction and output, nor messages are among its columns "
                 f"{', '.join(sorted(map(str, row))) or '(none)'}; data.prompt_field and data.response_field name others"
             )
-        return exchange(text(row, prompt), text(row, response))
+        return exchange(text_column(row, prompt), text_column(row, response))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text
+from seedlora.datamodules.table import TableDataModule, text_column
 
 
 class MetaMathQA(TableDataModule):
@@ -23,5 +23,5 @@ class MetaMathQA(TableDataModule):
     hub = "meta-math/MetaMathQA"
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """Query and response."""
-        return exchange(text(row, "query"), text(row, "response"))
+        """Return query and response."""
+        return exchange(text_column(row, "query"), text_column(row, "response"))

@@ -1,4 +1,4 @@
-"""``preview``: rows as the model will see them, how long they are, and what was left out."""
+"""The command ``preview``: show rows as the model will see them, how long they are, and what was left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from rich.console import Console, Group
@@ -20,13 +20,18 @@ from seedlora import datamodules
 from seedlora.datamodules.base import InstructionDataModule
 from seedlora.datamodules.rows import Counts
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+    from transformers import PreTrainedTokenizerBase
+
+#: Characters of the longest bar of the histogram.
 _BAR = 30
 _SEEDS = (11, 42, 202)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What training on a data module will see.
+    """Facts about what training on a data module will see.
 
     Args:
         data: its name.
@@ -54,7 +59,7 @@ class Preview:
 
 
 def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
-    """The facts of a data module that has its tokenizer.
+    """Collect the facts of a data module that has its tokenizer.
 
     Raises:
         ValueError: as :meth:`~seedlora.datamodules.base.InstructionDataModule.setup`.
@@ -81,14 +86,16 @@ def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
 
 def _pieces(data: InstructionDataModule, row: int) -> list[tuple[str, bool]]:
     ids, supervised = data.rows["train"].row(row)
-    ends = ids == data.tokenizer.eos_token_id
+    tokenizer = data.tokenizer
+    assert tokenizer is not None
+    ends = ids == tokenizer.eos_token_id
     changes = np.flatnonzero((np.diff(supervised) != 0) | ends[1:] | ends[:-1]) + 1
     parts = zip(np.split(ids, changes), np.split(supervised, changes), strict=True)
-    return [(data.tokenizer.decode(part.tolist()), bool(said[0])) for part, said in parts]
+    return [(tokenizer.decode(part.tolist()), bool(said[0])) for part, said in parts]
 
 
-def shown(facts: Preview, *, eos: str) -> Group:
-    """The facts for a terminal: prompts dim, what is trained on bright, end tokens reversed."""
+def render_preview(facts: Preview, *, eos: str) -> Group:
+    """Lay out the facts for a terminal: prompts dim, what is trained on bright, end tokens reversed."""
     panels = []
     for number, row in enumerate(facts.rows, start=1):
         text = Text()
@@ -116,8 +123,8 @@ def shown(facts: Preview, *, eos: str) -> Group:
     return Group(*panels, legend, table, Text("tokens of a row\n" + "\n".join(lines)))
 
 
-def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], Any], default_model: str) -> int:
-    """``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
+def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], PreTrainedTokenizerBase], default_model: str) -> int:
+    """Run ``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
 
     Args:
         argv: the words after ``preview``.
@@ -142,11 +149,11 @@ def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], Any], default_m
     if options.json:
         print(json.dumps(asdict(facts), indent=2))  # noqa: T201 - what --json asks for
     else:
-        Console().print(shown(facts, eos=data.tokenizer.eos_token))
+        Console().print(render_preview(facts, eos=data.tokenizer.eos_token))
     return 0
 
 
-def _parser(default_model: str) -> Any:
+def _parser(default_model: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):

@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 RECORD_NAME = "prompt.json"
 CHAT = "chat"
 _ROLES = ("system", "user", "assistant")
+#: A style as plain data, in the format at the top of this file; it may have been read from a ``prompt.json``.
+PromptRecord: TypeAlias = Mapping[str, Any]
 
 
 class Turn(NamedTuple):
-    """What one side says.
+    """A turn of a conversation: what one side says.
 
     Args:
         role: ``system``, ``user`` or ``assistant``.
@@ -47,12 +49,12 @@ class Turn(NamedTuple):
 
 
 def exchange(prompt: str, response: str, input: str = "") -> tuple[Turn, ...]:  # noqa: A002 - the data sets' own word
-    """A conversation of one request and one response."""
+    """Make a conversation of one request and one response."""
     return Turn("user", prompt, input), Turn("assistant", response)
 
 
-def check(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The conversation up to its last answer, if it is one.
+def check_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Return the conversation up to its last answer, if it is one.
 
     Raises:
         ValueError: if a role is unknown, the user does not begin (after at most one system turn), or nobody answers.
@@ -101,13 +103,13 @@ class Style:
     supervised: str = "assistant"
 
 
-_TASK = "Below is an instruction that describes a task"
+_DESCRIBES_TASK = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
 _ANSWER = ". Write a response that appropriately completes the request."
 _ALPACA = Style(
-    header=f"{_TASK}{_ANSWER}\n\n",
+    header=f"{_DESCRIBES_TASK}{_ANSWER}\n\n",
     user="### Instruction:\n{content}\n\n",
-    header_input=f"{_TASK}{_WITH_INPUT}{_ANSWER}\n\n",
+    header_input=f"{_DESCRIBES_TASK}{_WITH_INPUT}{_ANSWER}\n\n",
     user_input="### Instruction:\n{content}\n\n### Input:\n{input}\n\n",
     generation="### Response:",
     between="\n\n",
@@ -128,9 +130,9 @@ STYLES: Mapping[str, Style] = MappingProxyType(
             between="\n",
         ),
         "llm_adapters": Style(
-            header=f"{_TASK}{_ANSWER}  \n\n",
+            header=f"{_DESCRIBES_TASK}{_ANSWER}  \n\n",
             user=f"{_INDENT}### Instruction:\n{_INDENT}{{content}}\n{_INDENT}\n",
-            header_input=f"{_TASK}{_WITH_INPUT}{_ANSWER} \n\n",
+            header_input=f"{_DESCRIBES_TASK}{_WITH_INPUT}{_ANSWER} \n\n",
             user_input=(
                 f"{_INDENT}### Instruction:\n{_INDENT}{{content}}\n{_INDENT}\n"
                 f"{_INDENT}### Input:\n{_INDENT}{{input}}\n{_INDENT}\n"
@@ -150,7 +152,7 @@ def check_style(name: str) -> None:
 
 
 def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that :func:`render` needs, as plain data for JSON; the format is at the top of this file.
+    """Return all that :func:`render` needs, as plain data for JSON; the format is at the top of this file.
 
     Raises:
         ValueError: for an unknown style, a tokenizer without an end token, or ``chat`` without a chat template.
@@ -174,8 +176,8 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     }
 
 
-def render(style: str | Mapping[str, Any], turns: str | Sequence[Turn]) -> str:
-    """The text after which the model answers.
+def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
+    """Return the text after which the model answers.
 
     Args:
         style: a record, or the name of a style other than ``chat``.
@@ -192,8 +194,8 @@ def render(style: str | Mapping[str, Any], turns: str | Sequence[Turn]) -> str:
             raise ValueError(f"prompt style '{style}' by its name alone cannot render this; give its record")
         style = {"style": style, "templates": asdict(STYLES[style]), "eos_token": ""}
     if style["style"] == CHAT:
-        return _chat(style, turns, generation=True)
-    return "".join(text for _, text in _parts(style, [*turns, Turn("assistant", "")])[:-2])
+        return _render_chat(style, turns, generation=True)
+    return "".join(text for _, text in _pieces(style, [*turns, Turn("assistant", "")])[:-2])
 
 
 class Composed(NamedTuple):
@@ -208,15 +210,15 @@ class Composed(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def compose(record: Mapping[str, Any], turns: Sequence[Turn]) -> Composed:
-    """The text of a conversation that :func:`check` passed, and the parts of it that a model learns to say.
+def compose(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
+    """Return the text of a conversation that :func:`check_turns` passed, and the parts that a model learns to say.
 
     Raises:
         ValueError: if a chat template does not render the beginning of a conversation as the beginning of its text.
     """
     if record["style"] == CHAT:
         return _compose_chat(record, turns)
-    parts = _parts(record, turns)[:-1]  # the last end token is the tokenizer's
+    parts = _pieces(record, turns)[:-1]  # the last end token is the tokenizer's
     text = "".join(part for _, part in parts)
     if record["templates"]["supervised"] == "all":
         return Composed(text, [(0, len(text))])
@@ -231,11 +233,13 @@ def compose(record: Mapping[str, Any], turns: Sequence[Turn]) -> Composed:
     return Composed(text, spans)
 
 
-def _parts(record: Mapping[str, Any], turns: Sequence[Turn]) -> list[tuple[bool, str]]:
-    """The text in pieces, each with whether a model learns to say it; answers are ``content``, ``eos``, ``between``."""
+def _pieces(record: PromptRecord, turns: Sequence[Turn]) -> list[tuple[bool, str]]:
+    """Return the text in pieces, each with whether a model learns to say it; answers are ``content``, ``eos``,
+    ``between``.
+    """
     style = Style(**record["templates"])
     if style.split_input:
-        turns = [_split(turn) for turn in turns]
+        turns = [_split_input(turn) for turn in turns]
     first = next((turn for turn in turns if turn.role == "user"), Turn("user", ""))
     parts = []
     if turns[0].role != "system":
@@ -245,29 +249,29 @@ def _parts(record: Mapping[str, Any], turns: Sequence[Turn]) -> list[tuple[bool,
             parts += [(False, style.generation), (True, turn.content), (True, record["eos_token"])]
             parts.append((False, style.between))
         elif turn.role == "system":
-            parts.append((False, _fill(style.system, turn)))
+            parts.append((False, _fill_template(style.system, turn)))
         elif turn.input:
             parts.append(
-                (False, _fill(style.user_input or style.user.replace("{content}", "{content}\n{input}"), turn))
+                (False, _fill_template(style.user_input or style.user.replace("{content}", "{content}\n{input}"), turn))
             )
         else:
-            parts.append((False, _fill(style.user, turn)))
+            parts.append((False, _fill_template(style.user, turn)))
     return parts[:-1] if turns[-1].role == "assistant" else parts
 
 
-def _split(turn: Turn) -> Turn:
+def _split_input(turn: Turn) -> Turn:
     if turn.role != "user" or turn.input:
         return turn
     content, _, rest = turn.content.partition("\n")
     return Turn("user", content, rest)
 
 
-def _fill(template: str, turn: Turn) -> str:
-    """In one pass, so that braces in what is said stay as they are."""
+def _fill_template(template: str, turn: Turn) -> str:
+    """Fill in a turn in one pass, so that braces in what is said stay as they are."""
     return re.sub(r"\{(content|input)\}", lambda match: getattr(turn, match[1]), template)
 
 
-def _chat(record: Mapping[str, Any], turns: Sequence[Turn], *, generation: bool) -> str:
+def _render_chat(record: PromptRecord, turns: Sequence[Turn], *, generation: bool) -> str:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -285,16 +289,16 @@ def _chat(record: Mapping[str, Any], turns: Sequence[Turn], *, generation: bool)
     return str(rendered[0])
 
 
-def _compose_chat(record: Mapping[str, Any], turns: Sequence[Turn]) -> Composed:
+def _compose_chat(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
     eos: str = record["eos_token"]
-    whole = _chat(record, turns, generation=False)
+    text = _render_chat(record, turns, generation=False)
     spans: list[tuple[int, int]] = []
     for i, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        before = _chat(record, turns[:i], generation=True)
-        after = whole if i == len(turns) - 1 else _chat(record, turns[: i + 1], generation=False)
-        if not after.startswith(before) or not whole.startswith(after):
+        before = _render_chat(record, turns[:i], generation=True)
+        after = text if i == len(turns) - 1 else _render_chat(record, turns[: i + 1], generation=False)
+        if not after.startswith(before) or not text.startswith(after):
             raise ValueError(
                 "the chat template renders the beginning of a conversation differently once it goes on, so what the "
                 "model says cannot be told from the rest; choose another data.style"
@@ -304,7 +308,7 @@ def _compose_chat(record: Mapping[str, Any], turns: Sequence[Turn]) -> Composed:
         end = len(before) + (found + len(eos) if found >= 0 else len(said.rstrip()))
         spans.append((len(before), end))
     begin, end = spans[-1]
-    if whole[begin:end].endswith(eos):
+    if text[begin:end].endswith(eos):
         end -= len(eos)
     spans[-1] = (begin, end)
-    return Composed(whole[:end], spans)
+    return Composed(text[:end], spans)

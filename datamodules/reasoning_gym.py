@@ -20,7 +20,7 @@ _TWO_TERMS_OF_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "ma
 
 
 def generated_test(task: str, run: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The test items of a task, disjoint by question from the training rows of the same options.
+    """Return the test items of a task, disjoint by question from the training rows of the same options.
 
     Args:
         task: the name of a reasoning-gym data set.
@@ -92,26 +92,26 @@ class ReasoningGym(InstructionDataModule):
             raise ValueError(f"ReasoningGym needs num_train >= 1, num_val and num_test >= 0, got {self.sizes}")
 
     def sources(self) -> Mapping[str, Any]:
-        """One source per split."""
+        """Return one source per split."""
         same = [metadata.version("reasoning-gym"), self.task, dict(self.task_options), self.sizes, self.data_seed]
         return {split: ["reasoning-gym", split, *same] for split in SPLITS}
 
     def read(self, source: str) -> Iterator[Row]:
-        """The items of a split."""
+        """Give the items of a split."""
         items = self.items[source]
         for i, item in enumerate(items):
             yield Row(f"{self.task}, {source} item {i + 1}", item, "", (i + 1) / len(items))
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """Question and answer."""
+        """Return question and answer."""
         return exchange(row["question"], str(row["answer"]))
 
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
-        """The sources are the splits."""
+        """Return the sources, which are the splits."""
         return dict(rows)
 
     def domains(self, split: str) -> dict[str, list[str]]:
-        """What the generator says of each item, where few values cover all: the number of terms, for example."""
+        """Return what the generator says of each item, where few values cover all: the number of terms, for example."""
         items = [self.items[split][number]["metadata"] for number in self.rows[split].numbers]
         kinds = {}
         for key in items[0] if items else ():
@@ -124,7 +124,7 @@ class ReasoningGym(InstructionDataModule):
 
     @cached_property
     def items(self) -> dict[str, list[dict[str, Any]]]:
-        """The items of each split, generated.
+        """Generate the items of each split.
 
         Raises:
             ValueError: for an unknown task or option, or if the task has too few different questions.

@@ -1,4 +1,4 @@
-"""Tokenised rows: which tokens a model sees, and which of them it is trained to say.
+"""Hold tokenised rows: which tokens a model sees, and which of them it is trained to say.
 
 Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens of the longest of them.
 """
@@ -6,17 +6,17 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens of the longest of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seedlora.datamodules.prompts import Composed, Turn, compose
+from seedlora.datamodules.prompts import Composed, PromptRecord, Turn, compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,19 +42,19 @@ class MicroBatch(NamedTuple):
     packs: tuple[tuple[int, ...], ...] | None = None
 
     def groups(self) -> list[list[list[int]]]:
-        """Per replica, the row numbers of each row of the batch."""
+        """Return, for each replica, the row numbers of each row of the batch."""
         sizes = self.packs or [(1,) * len(rows) for rows in self.rows]
-        return [_parts(rows, each) for rows, each in zip(self.rows, sizes, strict=True)]
+        return [_grouped(rows, each) for rows, each in zip(self.rows, sizes, strict=True)]
 
 
-def _parts(rows: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+def _grouped(rows: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     rest = iter(rows)
     return [list(islice(rest, size)) for size in sizes]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows of a source.
+    """Counts of what became of the rows of a source.
 
     Args:
         read: all of them.
@@ -73,11 +73,11 @@ class Counts:
 
     @property
     def dropped(self) -> int:
-        """All that were left out."""
+        """Return how many were left out."""
         return self.bad + self.long + self.unsupervised
 
     def sentence(self) -> str:
-        """What was left out or shortened, in words; empty if nothing was."""
+        """Say what was left out or shortened; empty if nothing was."""
         parts = [
             (self.bad, f"unreadable (first: {self.first_bad})"),
             (self.long, "too long"),
@@ -86,6 +86,14 @@ class Counts:
         dropped = ", ".join(f"{count:,} {why}" for count, why in parts if count)
         cut = f"{self.cut:,} cut to max_length" if self.cut else ""
         return "; ".join(part for part in (f"{dropped} left out" if dropped else "", cut) if part)
+
+
+class PackedRows(NamedTuple):
+    """Rows packed into the rows of a batch, all of shape (groups, T); labels are -100 where nothing is scored."""
+
+    input_ids: Tensor
+    labels: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,17 @@ class TokenRows:
         return len(self.starts)
 
     def take(self, rows: np.ndarray) -> TokenRows:
-        """Some of the rows, in the order given; the tokens are not copied."""
+        """Return some of the rows, in the order given; the tokens are not copied."""
         picked = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "num_items", "numbers")}
         return replace(self, **picked)
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of one row, and which are supervised."""
+        """Return the token ids of one row, and which of them are supervised."""
         part = slice(int(self.starts[row]), int(self.starts[row] + self.lengths[row]))
         return self.tokens[part], self.supervised[part]
 
     def sha256(self) -> str:
-        """Of token ids and supervised places, row after row: the same for the same rows in the same order."""
+        """Return the sha256 of token ids and supervised places: the same for the same rows in the same order."""
         digest = hashlib.sha256()
         for i in range(len(self)):
             ids, supervised = self.row(i)
@@ -134,16 +142,16 @@ class TokenRows:
         return digest.hexdigest()
 
     def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The rows as input ids and labels of shape (len(rows), T), padded on the right.
+        """Return the rows as input ids and labels of shape (len(rows), T), padded on the right.
 
         Padding is told from the end token by its label, -100, never by its id. On the right it needs no attention mask:
         a causal model's real tokens do not see it.
         """
-        input_ids, labels, _ = self.packed([[row] for row in rows])
-        return input_ids, labels
+        packed = self.packed([[row] for row in rows])
+        return packed.input_ids, packed.labels
 
-    def packed(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of each group one after the other, as input ids, labels and positions of shape (len(groups), T).
+    def packed(self, groups: Sequence[Sequence[int]]) -> PackedRows:
+        """Put the rows of each group one after the other, as input ids, labels and positions of shape (len(groups), T).
 
         Positions restart at 0 with each row, and with the padding. That is how transformers' attention masks tell the
         rows of a group apart, if they are given positions and no mask.
@@ -162,7 +170,7 @@ class TokenRows:
                 labels[i, begin:end] = tokens.where(torch.from_numpy(np.array(supervised)), IGNORED)
                 positions[i, begin:end] = torch.arange(len(ids))
             positions[i, end:] = torch.arange(length - end)
-        return input_ids, labels, positions
+        return PackedRows(input_ids, labels, positions)
 
 
 class Chunk(NamedTuple):
@@ -180,29 +188,29 @@ def tokenise(
     conversations: Iterable[Sequence[Turn]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    record: Mapping[str, Any],
+    record: PromptRecord,
     max_length: int,
     on_long_row: str = "cut",
 ) -> TokenRows:
-    """All rows in memory; raises as :func:`chunks`."""
+    """Tokenise all rows into memory; raises as :func:`tokenise_in_chunks`."""
     composed = ((i, compose(record, turns)) for i, turns in enumerate(conversations))
-    parts = list(chunks(composed, tokenizer, record, max_length=max_length, on_long_row=on_long_row))
-    parts.append(no_rows(Counts()))
+    parts = list(tokenise_in_chunks(composed, tokenizer, record, max_length=max_length, on_long_row=on_long_row))
+    parts.append(empty_chunk(Counts()))
     tokens, supervised, lengths, num_items, numbers = (np.concatenate([part[i] for part in parts]) for i in range(5))
-    counts = add(*(part.counts for part in parts))
+    counts = add_counts(*(part.counts for part in parts))
     return TokenRows(tokens, supervised, np.cumsum(lengths) - lengths, lengths, num_items, numbers, counts)
 
 
-def add(*counts: Counts) -> Counts:
-    """The counts of several parts together."""
+def add_counts(*counts: Counts) -> Counts:
+    """Add the counts of several parts together."""
     sums = {key: sum(getattr(c, key) for c in counts) for key in ("read", "bad", "long", "unsupervised", "cut")}
     return Counts(**sums, first_bad=next((c.first_bad for c in counts if c.first_bad), ""))
 
 
-def chunks(
+def tokenise_in_chunks(
     texts: Iterable[tuple[int, Composed]],
     tokenizer: PreTrainedTokenizerBase,
-    record: Mapping[str, Any],
+    record: PromptRecord,
     *,
     max_length: int,
     on_long_row: str = "cut",
@@ -236,7 +244,7 @@ def chunks(
         for (number, composed), ids, offsets in zip(
             batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            row, said = _row(tokenizer, ids, np.array(offsets).reshape(-1, 2), composed)
+            row, said = _tokens_and_mask(tokenizer, ids, np.array(offsets).reshape(-1, 2), composed)
             if len(row) > max_length and on_long_row == "drop":
                 long += 1
             elif not said[:max_length].any():
@@ -246,16 +254,16 @@ def chunks(
                 tokens.append(row[:max_length])
                 supervised.append(said[:max_length])
                 numbers.append(number)
-        yield _chunk(tokens, supervised, numbers, Counts(len(batch), 0, long, unsupervised, cut))
+        yield _make_chunk(tokens, supervised, numbers, Counts(len(batch), 0, long, unsupervised, cut))
 
 
-def _row(
+def _tokens_and_mask(
     tokenizer: PreTrainedTokenizerBase,
     ids: list[int],
     offsets: np.ndarray,
     composed: Composed,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of one row, the end token included, and which of them are supervised."""
+    """Return the token ids of one row, the end token included, and which of them are supervised."""
     row, said = np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
     text, spans = composed
     for begin, end in spans:
@@ -274,12 +282,12 @@ def _row(
     return row, said
 
 
-def no_rows(counts: Counts) -> Chunk:
-    """A chunk that only counts."""
-    return _chunk([], [], [], counts)
+def empty_chunk(counts: Counts) -> Chunk:
+    """Return a chunk without rows, which only counts."""
+    return _make_chunk([], [], [], counts)
 
 
-def _chunk(tokens: list[np.ndarray], supervised: list[np.ndarray], numbers: list[int], counts: Counts) -> Chunk:
+def _make_chunk(tokens: list[np.ndarray], supervised: list[np.ndarray], numbers: list[int], counts: Counts) -> Chunk:
     return Chunk(
         np.concatenate([*tokens, np.empty(0, np.int32)], dtype=np.int32),
         np.concatenate([*supervised, np.empty(0, bool)], dtype=bool),
@@ -306,16 +314,16 @@ class ReplicaRows(Dataset[dict[str, object]]):
         n, most = len(replicas), max(map(len, replicas))
         # A replica that has fewer rows gets empty ones, which are all padding.
         groups = [group for replica in replicas for group in [*replica, *[[]] * (most - len(replica))]]
-        input_ids, labels, positions = self.rows.packed(groups)
+        packed = self.rows.packed(groups)
         lengths = self.rows.lengths
         batch: dict[str, object] = {
-            "input_ids": input_ids.view(n, most, -1),
-            "labels": labels.view(n, most, -1),
+            "input_ids": packed.input_ids.view(n, most, -1),
+            "labels": packed.labels.view(n, most, -1),
             "num_items": torch.tensor(index.num_items),
             "lengths": tuple(max(int(lengths[group].sum()) for group in replica) for replica in replicas),
         }
         if index.packs is not None:
-            batch |= {"position_ids": positions.view(n, most, -1), "rows": tuple(map(len, replicas))}
+            batch |= {"position_ids": packed.positions.view(n, most, -1), "rows": tuple(map(len, replicas))}
         return batch
 
 

@@ -1,4 +1,4 @@
-"""Which rows a replica sees: a pure function of (seed, epoch, position, rank)."""
+"""Choose which rows a replica sees: a pure function of (seed, epoch, position, rank)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one replica in one optimizer step."""
+        """Return the rows of one replica in one optimizer step."""
         return self.batch_size * self.accumulate * self.world_size
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
             self.epoch, self.start = epoch, 0
 
     def order(self, seed: int, step: int) -> np.ndarray:
-        """The rows of one optimizer step of one replica, sorted by length (ties in the order drawn)."""
+        """Return the rows of one optimizer step of one replica, sorted by length (ties in the order drawn)."""
         if (seed, self.epoch) not in self._permutations:
             others = {key: drawn for key, drawn in self._permutations.items() if key[1] == self.epoch}
             self._permutations = {**others, (seed, self.epoch): self._permutation(seed, self.epoch)}
@@ -90,7 +90,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
         return rows[np.argsort(self.lengths[rows], kind="stable")]
 
     def seen(self, seed: int, steps: int, *, steps_per_epoch: int) -> tuple[int, int]:
-        """Tokens that a replica has seen after so many optimizer steps from the start, and how many were scored.
+        """Count the tokens that a replica has seen after so many optimizer steps from the start, and those that were
+        scored.
 
         Costs one permutation per epoch.
         """
@@ -107,7 +108,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     @property
     def packs_per_micro_batch(self) -> int:
-        """Packs of one replica in a micro-batch: what the mean length asks for and a tenth, so that it seldom differs.
+        """Return how many packs of one replica a micro-batch has: those of rows of mean length, and a tenth, so that it
+        seldom differs.
 
         A step whose rows do not fit takes more.
         """
@@ -116,12 +118,14 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of one replica in a large micro-batch, padding included."""
+        """Return the tokens of one replica in a large micro-batch, padding included."""
         longest = self.batch_size * int(self.lengths.max())
         return longest if self.pack_tokens is None else min(longest, self.packs_per_micro_batch * self.pack_tokens)
 
     def packs(self, rows: np.ndarray) -> list[list[int]]:
-        """The rows of a step in packs of at most ``pack_tokens`` tokens, a multiple of the step's micro-batches."""
+        """Put the rows of a step into packs of at most ``pack_tokens`` tokens, a multiple of the step's
+        micro-batches.
+        """
         assert self.pack_tokens is not None
         micro_batches = self.accumulate * self.world_size
         for per_micro_batch in range(self.packs_per_micro_batch, self.batch_size + 1):
@@ -137,7 +141,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         raise AssertionError("a pack of one row always fits")
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """What this rank sees in one optimizer step."""
+        """Give what this rank sees in one optimizer step."""
         orders = [self.order(seed, step) for seed in self.seeds]
         num_items = tuple(int(self.num_items[rows].sum()) for rows in orders)
         packs = None if self.pack_tokens is None else [self.packs(rows) for rows in orders]
@@ -159,7 +163,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
             yield from islice(self.micro_batches(step), skipped, None)
 
     def padding(self, *, steps: int = 50) -> float:
-        """Part of the tokens in the forwards of the first ``steps`` optimizer steps that is padding."""
+        """Return the share of padding among the tokens in the forwards of the first ``steps`` optimizer steps."""
         real = total = 0
         for step in range(min(steps, self.steps)):
             for micro in self.micro_batches(step):
@@ -183,7 +187,7 @@ class ReplicaLoader(DataLoader[dict[str, object]]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of micro-batches handed out in it."""
+        """Return the epoch, and the number of micro-batches handed out in it."""
         assert isinstance(self.sampler, ReplicaSampler)
         return {"epoch": self.sampler.epoch, "position": getattr(self, "_position", 0)}
 

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder that mirrors a hub repository, or the hub."""
+"""Read rows from a file, from a folder that mirrors a hub repository, or from the hub."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 #: In a path; constraints.jsonl is not for training.
-_TRAINING = re.compile(r"(?<![a-z])train(ing|set)?(?![a-z])")
+_TRAINING_IN_PATH = re.compile(r"(?<![a-z])train(ing|set)?(?![a-z])")
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 _BOM = b"\xef\xbb\xbf"
 
 
 class Row(NamedTuple):
-    """One row of a source, or what is wrong with it.
+    """A row of a source, or the reason why it cannot be read.
 
     Args:
         where: for messages: file and line, or file and row number.
@@ -67,7 +67,7 @@ class Source:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files to read, in order."""
+        """Return the files to read, in order."""
         assert self.path is not None
         if not self.path.is_dir():
             return [self.path] if self.path.is_file() else []
@@ -78,14 +78,14 @@ class Source:
         ]
         found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
         found = [file for file in found if self.subset in file.parts] or found
-        found = [file for file in found if _TRAINING.search(str(file).lower())] or found
+        found = [file for file in found if _TRAINING_IN_PATH.search(str(file).lower())] or found
         kind = min((file.suffix for file in found), key=SUFFIXES.index, default="")
         return [self.path / file for file in found if file.suffix == kind]
 
     def fingerprint(self) -> list[str]:
-        """Changes when the rows do: the digest of each file, or what ``datasets`` knows the rows by."""
+        """Return what changes when the rows do: the digest of each file, or what ``datasets`` knows the rows by."""
         if self.path is None:
-            return [str(self._dataset._fingerprint)]
+            return [dataset_fingerprint(self._dataset)]
         digests = []
         for file in self.files:
             with file.open("rb") as stream:
@@ -93,7 +93,7 @@ class Source:
         return digests
 
     def rows(self) -> Iterator[Row]:
-        """All rows in order, one in memory at a time; what is wrong with a row is in the row.
+        """Give all rows in order, one in memory at a time; what is wrong with a row is in the row.
 
         Raises:
             ValueError: if a file is not what its name says: nothing in it can then be read.
@@ -106,13 +106,13 @@ class Source:
         sizes = [file.stat().st_size for file in self.files]
         before, total = 0, max(1, sum(sizes))
         for file, size in zip(self.files, sizes, strict=True):
-            for row in _parquet(file) if file.suffix == ".parquet" else _json(file):
+            for row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
                 yield row._replace(done=(before + size * row.done) / total)
             before += size
 
     @cached_property
     def _dataset(self) -> Any:
-        datasets, hub = _needed("datasets"), _needed("huggingface_hub")
+        datasets, hub = _import_optional("datasets"), _import_optional("huggingface_hub")
         offline = hub.constants.HF_HUB_OFFLINE
         try:
             try:
@@ -132,25 +132,33 @@ class Source:
             hub.constants.HF_HUB_OFFLINE = offline
 
 
-def _json(file: Path) -> Iterator[Row]:
-    """JSON lines, or one list of objects."""
+def dataset_fingerprint(dataset: Any) -> str:
+    """Return what a data set of the package ``datasets`` is known by: it changes when the rows do.
+
+    ``_fingerprint`` is no documented attribute; ``datasets`` names its own cache files after it.
+    """
+    return str(dataset._fingerprint)
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    """Read JSON lines, or one list of objects."""
     with file.open("rb") as stream:
         head = stream.read(4096).removeprefix(_BOM).lstrip()
-    return _json_list(file) if head.startswith(b"[") and file.suffix == ".json" else _json_lines(file)
+    return _read_json_list(file) if head.startswith(b"[") and file.suffix == ".json" else _read_json_lines(file)
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
+def _read_json_lines(file: Path) -> Iterator[Row]:
     size, done = max(1, file.stat().st_size), 0
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             done += len(line)
             line = line.removeprefix(_BOM).strip() if number == 1 else line.strip()
             if line:
-                value, error = _object(line)
+                value, error = _parse_object(line)
                 yield Row(f"{file}, line {number}", value, error, done / size)
 
 
-def _object(line: bytes) -> tuple[dict[str, Any], str]:
+def _parse_object(line: bytes) -> tuple[dict[str, Any], str]:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -162,8 +170,8 @@ def _object(line: bytes) -> tuple[dict[str, Any], str]:
     return (value, "") if isinstance(value, dict) else ({}, f"a {type(value).__name__}, not an object")
 
 
-def _json_list(file: Path) -> Iterator[Row]:
-    """The elements one by one: of a list of 400,000 rows only the text is in memory, not the objects."""
+def _read_json_list(file: Path) -> Iterator[Row]:
+    """Read the elements one by one: of a list of 400,000 rows only the text is in memory, not the objects."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -172,7 +180,7 @@ def _json_list(file: Path) -> Iterator[Row]:
     decoder, at, number = json.JSONDecoder(), text.index("[") + 1, 0
     try:
         while True:
-            at = _skip(text, at)
+            at = _skip_spaces(text, at)
             if text[at : at + 1] == "]" and not number:
                 return
             value, at = decoder.raw_decode(text, at)
@@ -180,7 +188,7 @@ def _json_list(file: Path) -> Iterator[Row]:
             good = isinstance(value, dict)
             wrong = "" if good else f"a {type(value).__name__}, not an object"
             yield Row(f"{file}, row {number}", value if good else {}, wrong, at / len(text))
-            at = _skip(text, at)
+            at = _skip_spaces(text, at)
             if text[at : at + 1] != ",":
                 break
             at += 1
@@ -190,14 +198,14 @@ def _json_list(file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}, line {error.lineno} is not JSON: {error.msg}") from None
 
 
-def _skip(text: str, at: int) -> int:
+def _skip_spaces(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
 
 
-def _parquet(file: Path) -> Iterator[Row]:
-    parquet = _needed("pyarrow.parquet")
+def _read_parquet(file: Path) -> Iterator[Row]:
+    parquet = _import_optional("pyarrow.parquet")
     try:
         table = parquet.ParquetFile(file)
         total, number = table.metadata.num_rows, 0
@@ -205,11 +213,11 @@ def _parquet(file: Path) -> Iterator[Row]:
             for value in batch.to_pylist():
                 number += 1
                 yield Row(f"{file}, row {number}", value, "", number / total)
-    except _needed("pyarrow").ArrowException as error:
+    except _import_optional("pyarrow").ArrowException as error:
         raise ValueError(f"{file} is not parquet: {str(error).splitlines()[0]}") from None
 
 
-def _needed(module: str) -> Any:
+def _import_optional(module: str) -> Any:
     from importlib import import_module
 
     try:

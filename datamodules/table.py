@@ -16,7 +16,7 @@ from seedlora.datamodules.sources import Row, Source
 
 ON_BAD_ROW = ("error", "skip")
 #: Options that do not decide what the rows say.
-_NOT_IN_THE_ROWS = {
+_OPTIONS_OUTSIDE_THE_ROWS = {
     *("path", "revision", "num_train", "val_fraction", "test_fraction", "split_seed", "on_bad_row"),
     *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style"),
 }
@@ -95,8 +95,8 @@ class TableDataModule(InstructionDataModule):
         self.source = Source(Path(path).expanduser() if path else None, self.hub, self.subset, revision)
 
     def sources(self) -> Mapping[str, Any]:
-        """One source; beside its content, the code and the options that make conversations of it."""
-        options = {key: value for key, value in self.hparams.items() if key not in _NOT_IN_THE_ROWS}
+        """Return one source: beside its content, the code and the options that make conversations of it."""
+        options = {key: value for key, value in self.hparams.items() if key not in _OPTIONS_OUTSIDE_THE_ROWS}
         try:
             code = inspect.getsource(type(self))
         except (OSError, TypeError):  # typed at a prompt
@@ -104,7 +104,7 @@ class TableDataModule(InstructionDataModule):
         return {"": [self.source.fingerprint(), code, options]}
 
     def read(self, source: str) -> Iterator[Row]:  # noqa: ARG002 - there is one
-        """The rows of the source."""
+        """Give the rows of the source."""
         return self.source.rows()
 
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
@@ -128,8 +128,8 @@ class TableDataModule(InstructionDataModule):
         return {split: found.take(np.sort(chosen[split])) for split in SPLITS}
 
 
-def text(row: Mapping[str, Any], field: str) -> str:
-    """A column that must hold text.
+def text_column(row: Mapping[str, Any], field: str) -> str:
+    """Return the text of a column that must hold text.
 
     Raises:
         ValueError: naming the columns found.
@@ -143,8 +143,8 @@ def text(row: Mapping[str, Any], field: str) -> str:
     return value
 
 
-def messages(row: Mapping[str, Any], field: str = "messages") -> Sequence[Turn]:
-    """A column that must hold a list of ``{"role": ..., "content": ...}``; raises as :func:`text`."""
+def messages_column(row: Mapping[str, Any], field: str = "messages") -> Sequence[Turn]:
+    """Return the turns of a column of ``{"role": ..., "content": ...}``; raises as :func:`text_column`."""
     if not isinstance(turns := row.get(field), list):
         found = ", ".join(sorted(map(str, row))) or "none"
         raise ValueError(f"no list in column '{field}'; its columns are {found}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn
-from seedlora.datamodules.table import TableDataModule, messages
+from seedlora.datamodules.table import TableDataModule, messages_column
 
 
 class Tulu(TableDataModule):
@@ -20,5 +20,5 @@ class Tulu(TableDataModule):
     own_style = "tulu"
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
-        """The messages."""
-        return messages(row)
+        """Return the messages."""
+        return messages_column(row)

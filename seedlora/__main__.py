@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from seedlora.cli.main import main
-from seedlora.evaluation.answering import Prompts
+from seedlora.evaluation.candidates import Prompts
 
 
 def _preview(argv: list[str]) -> int:

@@ -30,12 +30,12 @@ TRAINED_NAME = "trained.json"
 
 
 def seed_name(seed: int) -> str:
-    """The label of a seed's adapter, which is the name of its folder too."""
+    """Return the label of a seed's adapter, which is the name of its folder too."""
     return f"seed_{seed}"
 
 
 def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
-    """What was asked for and does nothing where there is one seed, in a sentence.
+    """Say which of the options given do nothing where there is one seed; None if there is none.
 
     Args:
         options: of the command line, and whether each was given.

@@ -225,7 +225,7 @@ def second_device() -> Iterator[SecondDevice]:
         patch.setattr(_Module, "there", True)
         # A frozen matrix is one of this class here, and as plain as on a GPU.
         plain = lambda head: type(head) is nn.Linear and not head.weight.requires_grad  # noqa: E731
-        patch.setattr("seedlora.training.losses.is_plain", plain)
+        patch.setattr("seedlora.training.losses.is_frozen_matrix", plain)
         # Parameters stay the same objects when a module moves, as they do from a CPU to a GPU.
         torch.__future__.set_swap_module_params_on_conversion(True)
         # torch.tensor(..., device=...) makes a CPU tensor, and moves it by an operation that the mode sees.

@@ -152,11 +152,11 @@ def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str
 
 def watch_fusions(folder: Path) -> None:
     """Write down who fuses whole models to be scored, and the hash of what is scored on each rank."""
-    fused_weights, fuse = whole_models.fused_weights, WholeModels.fuse
+    make_weight_merger, fuse = whole_models.make_weight_merger, WholeModels.fuse
 
     def change(models, base, rule):
         (folder / f"{os.getpid()} fuses {rule.name}").touch()
-        return fused_weights(models, base, rule)
+        return make_weight_merger(models, base, rule)
 
     def fused(self, trainer, folders, rule):
         made = fuse(self, trainer, folders, rule)
@@ -164,7 +164,7 @@ def watch_fusions(folder: Path) -> None:
         (folder / f"{os.getpid()} scores {rule.name}").write_text(digest)
         return made
 
-    whole_models.fused_weights, WholeModels.fuse = change, fused
+    whole_models.make_weight_merger, WholeModels.fuse = change, fused
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:

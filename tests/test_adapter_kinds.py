@@ -28,9 +28,9 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.servers import base_shapes
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 from seedlora.model.weight_files import WeightFiles
 from seedlora.selection.choice import soup_of
 from seedlora.updates.factors import LoRAFactors
@@ -290,7 +290,7 @@ def test_starts_are_not_computed_for_adapters_that_do_not_fit(made, copy, tmp_pa
     def start(*args, **kwargs):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("seedlora.adapters.original_base._start", start)
+    monkeypatch.setattr("seedlora.adapters.original_base._initial_factors", start)
     for merge in (fuse_folders, lambda *args: fuse_into_base(args[0], made("pissa").base, args[1])):
         with pytest.raises(AdapterError, match="task_type is CAUSAL_LM in .* and SEQ_CLS in"):
             merge([made("pissa").folders[0], folder], tmp_path / "out")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate
-from seedlora.adapters.reading import TASKS, read_adapter
-from seedlora.adapters.servers import base_shapes, servable
+from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
+from seedlora.adapters.reading import read_adapter
+from seedlora.adapters.servers import base_shapes, serving_problems
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.inputs import read_adapters, stack_adapters
 from seedlora.merge.record import RECORD_NAME
@@ -364,8 +365,8 @@ def test_resized_vocabularies_are_not_mixed(tmp_path):
 
 
 def test_our_task_types_are_those_of_peft():
-    assert set(TASKS) == set(TaskType)
-    assert all(hasattr(peft, name) for name in TASKS.values())
+    assert set(PEFT_AUTO_CLASSES) == set(TaskType)
+    assert all(hasattr(peft, name) for name in PEFT_AUTO_CLASSES.values())
 
 
 JSON = st.recursive(
@@ -405,7 +406,7 @@ def only_adapter_errors(folder):
             adapter = read_adapter(folder, base=base)
             assert all(bool(factors.B.isfinite().all()) for factors in adapter.layers.values())
     with contextlib.suppress(ValueError):
-        servable(folder)
+        serving_problems(folder)
 
 
 @FUZZ

@@ -26,9 +26,9 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.stack import AdapterStack
 from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.distributed.strategies import choose_strategy, prepare
+from seedlora.distributed.strategies import choose_strategy, prepare_strategy
 from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.model.quantization import dequantized, quantized
+from seedlora.model.quantization import dequantized_weight, quantize_layer
 from seedlora.model.weight_files import WeightFiles
 from seedlora.run.memory import trainable_parameters
 from seedlora.training.model_options import PROJECTIONS
@@ -68,8 +68,8 @@ def peft_model(module, name):
     with torch.no_grad():
         for path, layer in module.stack.layers.items():
             theirs = model.get_base_model().get_submodule(path)
-            weight = dequantized(layer.base_layer)
-            if layer.stack_start is not None and layer.stack_start.beside == "own":
+            weight = dequantized_weight(layer.base_layer)
+            if layer.stack_start is not None and layer.stack_start.frozen_block_of == "own":
                 weight = weight - layer.scaling[name] * layer.stack_start.B @ layer.stack_start.A
             theirs.base_layer.weight.copy_(weight.T if theirs.fan_in_fan_out != layer.fan_in_fan_out else weight)
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -263,7 +263,7 @@ def test_peft_loads_what_is_saved_to_the_same_logits(tiny_llama, tmp_path, adapt
     module = moved(tiny_llama, *SEEDS, adapter=adapter, quantization=quantization)
     stack = module.stack
     write_adapter(
-        tmp_path, stack.stored("seed_42"), module.options.saved_config(), magnitudes=stack.magnitudes("seed_42")
+        tmp_path, stack.stored_factors("seed_42"), module.options.saved_config(), magnitudes=stack.magnitudes("seed_42")
     )
     model = PeftModel.from_pretrained(plain(adapter, quantization)(tiny_llama)[0], tmp_path).train()
     stack.route(["seed_42"])
@@ -310,8 +310,10 @@ def test_starts_on_a_4_bit_base_lose_less_than_the_base_alone(tiny_llama, adapte
     for path, layer in module.stack.layers.items():
         w = original.get_submodule(path).weight
         start = layer.scaling["seed_42"] * layer.stack_start.B @ layer.stack_start.A
-        alone = dequantized(quantized(original.get_submodule(path), "nf4"))
-        lost += torch.stack([(dequantized(layer.base_layer) + start - w).square().sum(), (alone - w).square().sum()])
+        alone = dequantized_weight(quantize_layer(original.get_submodule(path), "nf4"))
+        lost += torch.stack(
+            [(dequantized_weight(layer.base_layer) + start - w).square().sum(), (alone - w).square().sum()]
+        )
         assert torch.equal(layer.lora_A["seed_11"].weight, layer.lora_A["seed_42"].weight)
     assert lost[0] < 0.95 * lost[1]
     module.stack.load("copy", module.stack.factors(["seed_42"]))
@@ -384,7 +386,7 @@ def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
     )
     module.options.check()
     assert {path.rpartition(".")[2] for path in module.stack.layers} == {"q_proj", "down_proj"}
-    write_adapter(tmp_path, module.stack.stored("seed_11"), module.options.saved_config())
+    write_adapter(tmp_path, module.stack.stored_factors("seed_11"), module.options.saved_config())
     model = PeftModel.from_pretrained(plain("lora", "none")(tiny_llama)[0], tmp_path)
     module.stack.route(["seed_11"])
     logits = module.model(input_ids=ROWS).logits
@@ -444,7 +446,7 @@ def test_a_quantised_base_is_not_split_over_processes(tiny_llama):
     strategy = choose_strategy("deepspeed_stage_3", accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="quantization nf4 and CPUDeepSpeedStrategy.*use ddp or deepspeed_stage_2"):
-        prepare(trainer, quantization="nf4")
+        prepare_strategy(trainer, quantization="nf4")
 
 
 def test_the_same_start_and_the_same_order_make_no_ensemble(tiny_llama, tmp_path):

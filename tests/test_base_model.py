@@ -14,7 +14,7 @@ def embedded(tmp_path_factory):
     """Converted once more, in a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield base_model.resolve("embedded")
+        yield base_model.resolve_base_model("embedded")
 
 
 def test_the_embedded_model_is_a_plain_bfloat16_llama(embedded):
@@ -68,14 +68,14 @@ def test_a_crash_in_the_conversion_leaves_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(embedded_model, "_convert", half)
     with pytest.raises(OSError, match="disk full"):
-        base_model.resolve("embedded")
+        base_model.resolve_base_model("embedded")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "message"), [("./nowhere", "does not exist"), ("/a/b", "does not exist")])
 def test_a_missing_folder_is_named(name, message):
     with pytest.raises(ValueError, match=message):
-        base_model.resolve(name)
+        base_model.resolve_base_model(name)
 
 
 def test_dropout_of_the_base_model_is_off(tmp_path):

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.rows import ReplicaRows
-from seedlora.distributed.strategies import choose_strategy, prepare
+from seedlora.distributed.strategies import choose_strategy, prepare_strategy
 
 NAMES = [f"seed_{seed}" for seed in SEEDS]
 #: Two of each seven layers, because tracing takes time.
@@ -191,4 +191,4 @@ def test_layers_in_parts_are_not_compiled(name):
     strategy = choose_strategy(name, accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="model.compile inductor and .*Strategy, which splits.*use ddp"):
-        prepare(trainer, backend="inductor")
+        prepare_strategy(trainer, backend="inductor")

@@ -27,7 +27,7 @@ from seedlora.datamodules import (
     Tulu,
 )
 from seedlora.datamodules.cache import cached_rows
-from seedlora.datamodules.rows import Counts, no_rows
+from seedlora.datamodules.rows import Counts, empty_chunk
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -231,7 +231,7 @@ def test_num_train_keeps_the_validation_split(tmp_path, tokenizer):
 def test_rows_are_tokenised_once_and_mapped(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "rows.jsonl", rows_of(20))
     first = made(MetaMathQA(path), tokenizer)
-    monkeypatch.setattr("seedlora.datamodules.base.chunks", None)  # calling it would fail
+    monkeypatch.setattr("seedlora.datamodules.base.tokenise_in_chunks", None)  # calling it would fail
     second = made(MetaMathQA(path, batch_size=3, val_fraction=0.5), tokenizer)
     assert isinstance(second.rows["train"].tokens, np.memmap)
     assert (second.rows["train"].tokens == first.rows["train"].tokens).all()
@@ -258,7 +258,7 @@ def tokenise_slowly(made):
     def make():
         made.write_text("x" + (made.read_text() if made.exists() else ""))
         time.sleep(0.5)
-        return [no_rows(Counts(read=3))]
+        return [empty_chunk(Counts(read=3))]
 
     assert cached_rows("key", make).counts.read == 3
 

@@ -66,7 +66,7 @@ def test_zero_updates():
 
 def test_layers_are_sorted_as_people_count():
     paths = ["model.layers.10.x", "model.layers.2.x", "model.layers.2.a"]
-    assert sorted(paths, key=diagnostics.natural) == [paths[2], paths[1], paths[0]]
+    assert sorted(paths, key=diagnostics.natural_sort_key) == [paths[2], paths[1], paths[0]]
 
 
 def test_histogram_counts_every_entry(monkeypatch):

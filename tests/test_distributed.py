@@ -21,7 +21,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 
 from seedlora.adapters.reading import read_adapter
-from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, check_batches, choose_strategy, prepare
+from seedlora.distributed.strategies import (
+    CPUDeepSpeedStrategy,
+    FSDP2Strategy,
+    check_batches,
+    choose_strategy,
+    prepare_strategy,
+)
 from tests import training_process
 from tests.training_process import finish, wait_for_step
 
@@ -167,18 +173,18 @@ def test_what_cannot_be_right_is_refused_by_name(strategy, options, message):
 
     with pytest.raises(ValueError, match=message):
         chosen = choose_strategy(strategy, accelerator="cpu")
-        prepare(pl.Trainer(strategy=chosen, accelerator="cpu", devices=1, logger=False, **options))
+        prepare_strategy(pl.Trainer(strategy=chosen, accelerator="cpu", devices=1, logger=False, **options))
 
 
 def test_deepspeed_does_not_clip_a_second_time():
     import lightning.pytorch as pl
 
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
-    prepare(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, gradient_clip_val=0.1))
+    prepare_strategy(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, gradient_clip_val=0.1))
     assert strategy.config["gradient_clipping"] == 0.0
     with pytest.raises(ValueError, match="must not have a section 'bf16'"):
         strategy = CPUDeepSpeedStrategy(config={"bf16": {"enabled": True}})
-        prepare(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False))
+        prepare_strategy(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False))
 
 
 def test_deepspeed_leaves_the_base_model_in_its_dtype():
@@ -186,7 +192,7 @@ def test_deepspeed_leaves_the_base_model_in_its_dtype():
 
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
-    prepare(trainer)
+    prepare_strategy(trainer)
     module = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     assert trainer.strategy.precision_plugin.convert_module(module).weight.dtype == torch.bfloat16
 

@@ -29,7 +29,7 @@ from seedlora.run.stack_data import CountsTokens, HasDomains, HasPrompt, HasRows
 from seedlora.scores.row_scores import RowScores
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
-from seedlora.updates.stacks import Stacks, members
+from seedlora.updates.stacks import Stacks, select_adapters
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 SEEDS = (3, 1, 2)
@@ -142,7 +142,7 @@ def test_seeds_in_training_are_fused_with_the_finished_ones_in_the_order_of_the_
         wanted = (5 * dense(drawn(3), path) + dense(drawn(1), path) + 2 * dense(drawn(2), path)) / 3
         assert torch.allclose(dense(found, path), wanted, atol=1e-5)
     # one that was left out, and one whose folder is of a run that was killed while it wrote the stack
-    alone = run.fuse_live(members(training, [1]), ["seed_2"], stack=["seed_1", "seed_2"])
+    alone = run.fuse_live(select_adapters(training, [1]), ["seed_2"], stack=["seed_1", "seed_2"])
     for path in PATHS:
         assert torch.allclose(dense(alone, path), 2 * dense(drawn(2), path), atol=1e-5)
 

@@ -21,10 +21,10 @@ from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.main import main
-from seedlora.distributed.strategies import choose_strategy, prepare
-from seedlora.merge.averages import averaged
+from seedlora.distributed.strategies import choose_strategy, prepare_strategy
+from seedlora.merge.averages import average_modules
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 from seedlora.run.memory import step_memory, trainable_parameters
 from seedlora.run.operations import Work, work
 from seedlora.selection.choice import soup_of
@@ -53,7 +53,7 @@ def spread(base_model, *seeds, **options):
 
 def save(module, name, folder):
     stack = module.stack
-    write_adapter(folder, stack.stored(name), module.options.saved_config(), modules=stack.full_weights(name))
+    write_adapter(folder, stack.stored_factors(name), module.options.saved_config(), modules=stack.full_weights(name))
 
 
 def base(folder):
@@ -216,11 +216,11 @@ def test_a_tied_head_goes_into_the_base_as_the_embedding_it_is(families, tmp_pat
 
 def test_members_and_weights_of_a_rule_say_what_is_averaged():
     each = {"lm_head.weight": [torch.full((2, 2), x) for x in (1.0, 2.0, 6.0)]}
-    assert averaged(each, make_rule("soup"))["lm_head.weight"].unique().item() == 3
-    assert averaged(each, make_rule("soup", {"weights": [1, 0, 3]}))["lm_head.weight"].unique().item() == 19 / 4
-    assert averaged(each, soup_of([2, 0]))["lm_head.weight"].unique().item() == 3.5
+    assert average_modules(each, make_rule("soup"))["lm_head.weight"].unique().item() == 3
+    assert average_modules(each, make_rule("soup", {"weights": [1, 0, 3]}))["lm_head.weight"].unique().item() == 19 / 4
+    assert average_modules(each, soup_of([2, 0]))["lm_head.weight"].unique().item() == 3.5
     with pytest.raises(AdapterError, match="must be 3 numbers"):
-        averaged(each, make_rule("soup", {"weights": [1, 2]}))
+        average_modules(each, make_rule("soup", {"weights": [1, 2]}))
 
 
 def test_a_base_in_bfloat16_trains_float32_copies(tiny_llama, tmp_path):
@@ -281,7 +281,7 @@ def test_weights_in_full_are_not_split_over_processes():
     with pytest.raises(
         ValueError, match="modules_to_save.*CPUDeepSpeedStrategy, which splits.*use ddp or deepspeed_stage_2"
     ):
-        prepare(trainer, full="modules_to_save norm")
+        prepare_strategy(trainer, full="modules_to_save norm")
 
 
 def test_the_work_of_a_head_that_is_trained():

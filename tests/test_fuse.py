@@ -37,7 +37,9 @@ def paper_formula(updates: torch.Tensor) -> torch.Tensor:
 def folders(tiny_llama, tmp_path):
     module = built(tiny_llama, *SEEDS)
     for seed in SEEDS:
-        write_adapter(tmp_path / f"seed_{seed}", module.stack.stored(f"seed_{seed}"), module.options.lora_config())
+        write_adapter(
+            tmp_path / f"seed_{seed}", module.stack.stored_factors(f"seed_{seed}"), module.options.lora_config()
+        )
     return [tmp_path / f"seed_{seed}" for seed in SEEDS]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from seedlora.model import head_losses as head_file
-from seedlora.model.head_losses import head_losses, is_plain
+from seedlora.model.head_losses import head_losses, is_frozen_matrix
 from tests.conftest import make_module
 
 S, H, V = 23, 12, 50
@@ -17,7 +17,7 @@ S, H, V = 23, 12, 50
 @pytest.mark.parametrize("rows", [1, 4, S, 100], ids=lambda rows: f"chunks of {rows}")
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_and_gradients_are_those_of_all_logits(rows, bias, monkeypatch):
-    monkeypatch.setattr(head_file, "_CHUNK", rows * V)
+    monkeypatch.setattr(head_file, "_CHUNK_LOGITS", rows * V)
     torch.manual_seed(0)
     head = nn.Linear(H, V, bias=bias).requires_grad_(False)
     hidden, targets, share = torch.randn(S, H), torch.randint(V, (S,)), torch.rand(S)
@@ -62,11 +62,11 @@ def test_bfloat16_is_as_close_as_autograd():
 
 def test_a_trained_or_adapted_head_is_not_plain():
     head = nn.Linear(H, V)
-    assert not is_plain(head)
-    assert is_plain(head.requires_grad_(False))
-    assert not is_plain(nn.Sequential(head))
+    assert not is_frozen_matrix(head)
+    assert is_frozen_matrix(head.requires_grad_(False))
+    assert not is_frozen_matrix(nn.Sequential(head))
     head.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # as DeepSpeed leaves it between two layers
-    assert not is_plain(head)
+    assert not is_frozen_matrix(head)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import make_module
 
-from seedlora.datamodules.prompts import STYLES, Turn, check, compose, exchange, prompt_record, render
+from seedlora.datamodules.prompts import STYLES, Turn, check_turns, compose, exchange, prompt_record, render
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 HEADER_INPUT = (
@@ -136,11 +136,11 @@ def test_a_chat_template_that_raises_is_one_sentence(tokenizer):
 )  # fmt: skip
 def test_what_is_no_conversation(turns, message):
     with pytest.raises(ValueError, match=message):
-        check(turns)
+        check_turns(turns)
 
 
 def test_what_nobody_answers_is_left_out():
-    assert check([*MULTI, Turn("user", "And?")]) == tuple(MULTI)
+    assert check_turns([*MULTI, Turn("user", "And?")]) == tuple(MULTI)
 
 
 @pytest.mark.parametrize(

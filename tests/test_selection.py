@@ -13,7 +13,7 @@ from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import any_method, gain_family, scaled_soups, seed_times_gain, subsets
 from seedlora.selection.choice import choose, describe_rule, greedy_soup, score_rules
 from seedlora.updates.factors import LoRAFactors
-from seedlora.updates.stacks import members
+from seedlora.updates.stacks import select_adapters
 
 ATTENTION, FFN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -91,7 +91,7 @@ def test_subsets_are_all_while_they_are_few_and_always_the_same():
     assert many == subsets(12, most=10)
     assert [sum(len(s) == size for s in many) for size in (1, 2, 6, 11, 12)] == [10, 10, 10, 10, 1]
     assert len(set(many)) == len(many)
-    kept = members(stacks(), (2, 0))[FFN]
+    kept = select_adapters(stacks(), (2, 0))[FFN]
     assert torch.equal(kept.A, stacks()[FFN].A[[2, 0]])
 
 

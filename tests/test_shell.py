@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from seedlora.cli.main import main
 from seedlora.merge.inputs import read_adapters, stack_adapters
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.layers import fuse
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import METHODS, make_rule
-from seedlora.merge.whole_models import fuse_into_base
 from tests import reference as ref
 from tests.test_adapter_reader import KINDS, SEVEN, gpt2, llama, save_adapter, weights
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import built
 
-from seedlora.adapters.stacked_forward import Block, _gain
+from seedlora.adapters.stacked_forward import Block, _dora_gain
 from seedlora.updates.dora import dora_updates
 from seedlora.updates.factors import LoRAFactors
 
@@ -156,7 +156,7 @@ def test_dora_s_norms_take_no_matrix_of_the_size_of_a_weight():
         get_base_layer = staticmethod(lambda: torch.nn.Linear(1, 1, bias=False))
 
     block = Block(a.float()[None], b.float()[:, None], scale, m.float())
-    gain = _gain(Layer, [block, None], block.A)
+    gain = _dora_gain(Layer, [block, None], block.A)
     assert gain.shape == (2, 1, size)
     torch.testing.assert_close(gain[0, 0].double(), m / norms - 1, atol=1e-3, rtol=1e-3)
     assert not gain[1].any()

@@ -1,4 +1,4 @@
-"""An adapter in memory, and the names of its files and keys."""
+"""Hold an adapter in memory, and name its files and keys."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ KEY_MAGNITUDE, KEY_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 
 
 class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or holds what cannot be fused. The message names file, key and value."""
+    """An adapter folder cannot be read, or holds what cannot be fused. The message names file, key and value."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the factors of an adapter started at, and PEFT took out of the base weights.
+class StartRecord:
+    """States how an adapter's factors were started from the base weights, and that PEFT took that start out of them.
 
     Args:
         file: of the adapter, for messages.
@@ -48,7 +48,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter as read from disk: its update per layer, and the base model it belongs to.
+    """An adapter as read from disk: its update per layer, and the base model it belongs to.
 
     Args:
         layers: layer path within the base model (``model.layers.0.self_attn.q_proj``) to one adapter (``N = 1``),
@@ -70,7 +70,7 @@ class Adapter:
         revision: of the base model on the hub; None for its main one.
     """
 
-    layers: dict[str, LoRAFactors]
+    layers: Mapping[str, LoRAFactors]
     base_model: str
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
@@ -82,27 +82,29 @@ class Adapter:
     kinds: tuple[str, ...] = ()
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None
-    start: Start | None = None
+    start: StartRecord | None = None
     quantization: str = "none"
     revision: str | None = None
 
     def flipped(self, path: str) -> bool:
-        """Whether the base stores this layer's weight as ``(K, D)``."""
+        """Return whether the base stores this layer's weight as ``(K, D)``."""
         return self.fan_in_fan_out or path in self.embeddings
 
 
 def is_model(folder: str | Path) -> bool:
-    """Whether a folder holds a whole model and not an adapter."""
+    """Return whether a folder holds a whole model and not an adapter."""
     return (Path(folder) / "config.json").is_file() and not (Path(folder) / CONFIG_NAME).is_file()
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether the adapter, or the whole model, of this folder was written: such a folder is whole or not there."""
+    """Return whether the adapter, or the whole model, of this folder was written: such a folder is whole or
+    not there.
+    """
     return (folder / CONFIG_NAME).is_file() or is_model(folder)
 
 
 def locate(source: str | Path) -> Path:
-    """The local folder of an adapter: itself, or a snapshot of a hub repository named ``owner/name``.
+    """Return the local folder of an adapter: itself, or a snapshot of a hub repository named ``owner/name``.
 
     Raises:
         AdapterError: if there is neither.
@@ -114,13 +116,13 @@ def locate(source: str | Path) -> Path:
 
 
 def adapter_sha256(folder: Path) -> str | None:
-    """Of the weights in an adapter's folder; ``None`` without a file of them."""
+    """Return the sha256 of the weights in an adapter's folder; ``None`` without a file of them."""
     file = folder / WEIGHTS_NAME
     return files_sha256([file]) if file.is_file() else None
 
 
 def files_sha256(files: Sequence[Path]) -> str:
-    """Of the files' bytes, one after the other."""
+    """Return the sha256 of the files' bytes, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
@@ -129,5 +131,7 @@ def files_sha256(files: Sequence[Path]) -> str:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that is not empty holds no NaN or infinity: either shows in the extremes, found in one pass."""
+    """Return whether a tensor, which is not empty, holds no NaN or infinity: either shows in its extremes,
+    in one pass.
+    """
     return all(math.isfinite(extreme) for extreme in tensor.aminmax())

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, converted by its own script, which is run as a process of its own."""
+"""Convert adapters for llama.cpp, by its own script, which is run as a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCRIPT = "convert_lora_to_gguf.py"
 
 
 def gguf_command(adapter: Path, base_model: str, llama_cpp: Path) -> list[str]:
-    """The words that turn an adapter folder into one GGUF file beside it.
+    """Return the command that turns an adapter folder into one GGUF file beside it.
 
     Args:
         adapter: a PEFT folder.
@@ -23,7 +23,7 @@ def gguf_command(adapter: Path, base_model: str, llama_cpp: Path) -> list[str]:
     return ["python", str(llama_cpp / SCRIPT), *base, "--outfile", str(outfile), str(adapter)]
 
 
-def convert(adapter: Path, base_model: str, llama_cpp: Path) -> Path | None:
+def convert_to_gguf(adapter: Path, base_model: str, llama_cpp: Path) -> Path | None:
     """Run the script of a copy of llama.cpp.
 
     Returns:

@@ -6,22 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from seedlora.adapters.adapter import Adapter, AdapterError, Start
+from seedlora.adapters.adapter import Adapter, AdapterError, StartRecord
 from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
-if TYPE_CHECKING:
-    pass
-
 
 def without_start(adapter: Adapter, base: WeightFiles, *, on_layer: Callable[[str], object] | None = None) -> Adapter:
-    """The adapter relative to the original base weights, if PiSSA or OLoRA took its start out of them.
+    """Return the adapter relative to the original base weights, if PiSSA or OLoRA took its start out of them.
 
     The start is computed again by PEFT's own code, and the factors become ``[B, -B_0] [A; A_0]``, of twice the rank, in
     float32 or higher: rounded to the adapter's dtype, the start would not be the one that was taken out. Costs one SVD
@@ -39,20 +35,20 @@ def without_start(adapter: Adapter, base: WeightFiles, *, on_layer: Callable[[st
         return adapter
     layers = {}
     for name in adapter.layers:
-        layers[name] = _minus_start(adapter, adapter.start, name, base)
+        layers[name] = _subtract_start(adapter, adapter.start, name, base)
         if on_layer is not None:
             on_layer(name)
     return replace(adapter, layers=layers, start=None)
 
 
 def base_key_of(file: Path, adapter: Adapter, name: str, base: WeightFiles) -> str:
-    """The key of a layer's base weight, after checking that it is there and has the shape of the update."""
+    """Return the key of a layer's base weight, after checking that it is there and has the shape of the update."""
     kind = ", ".join(adapter.kinds)
     if not str(base.source):
         raise AdapterError(
             f"{file.parent} is {kind} and names no base model, whose weights are needed; give --base MODEL"
         )
-    with _readable(file, kind):
+    with _naming_adapter(file, kind):
         key = base.key(name)
         found = base.shape(key)
     shape = adapter.layers[name].shape
@@ -65,8 +61,8 @@ def base_key_of(file: Path, adapter: Adapter, name: str, base: WeightFiles) -> s
 
 
 @contextmanager
-def _readable(file: Path, kind: str) -> Iterator[None]:
-    """Name the adapter whose base weights cannot be read."""
+def _naming_adapter(file: Path, kind: str) -> Iterator[None]:
+    """Name the adapter in errors inside the block, which reads base weights for it."""
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
@@ -76,23 +72,25 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-def _minus_start(adapter: Adapter, start: Start, name: str, base: WeightFiles) -> LoRAFactors:
+def _subtract_start(adapter: Adapter, start: StartRecord, name: str, base: WeightFiles) -> LoRAFactors:
     if name in adapter.embeddings:
         raise AdapterError(
             f"{start.file}: '{name}' is an embedding, for which PEFT has no init_lora_weights {start.init!r}"
         )
     factors = adapter.layers[name]
     what = base_key_of(start.file, adapter, name, base), start.init, factors.rank, start.scalings[name]
-    if what not in base.starts:
-        with _readable(start.file, ", ".join(adapter.kinds)):
+    if what not in base.initial_factors:
+        with _naming_adapter(start.file, ", ".join(adapter.kinds)):
             weight = base.weight(what[0])
-        base.starts[what] = _start(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
-    a, b = (part.to(factors.dtype) for part in base.starts[what])
+        base.initial_factors[what] = _initial_factors(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+    a, b = (part.to(factors.dtype) for part in base.initial_factors[what])
     return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
 
 
-def _start(weight: Tensor, init: str, r: int, scaling: float, *, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
-    """``A_0`` and ``B_0``, scaling included, as PEFT's own layer makes them out of a weight."""
+def _initial_factors(
+    weight: Tensor, init: str, r: int, scaling: float, *, fan_in_fan_out: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``A_0`` and ``B_0``, scaling included, as PEFT's own layer makes them out of a weight."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""What servers want besides a correct adapter: one shape, every targeted module in every layer, whole groups.
+"""Give servers what they want besides a correct adapter: one shape, every targeted module in every layer, whole groups.
 
 Shape legend: ``D`` output features, ``K`` input features, ``R`` rank.
 """
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,19 +22,31 @@ from seedlora.updates.factors import LoRAFactors
 #: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: Modules of a group that have one shape in every architecture.
-_SAME_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_MODULES_OF_ONE_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 #: The servers about which rules are known.
 SERVERS = ("vLLM", "SGLang", "LoRAX", "TGI", "llama.cpp")
 #: vLLM's --max-lora-rank takes one of these.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Begins the sentence about what may stand in a server's way, and cannot be told.
 NOT_KNOWN = "not known: "
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def complete(
+class CompleteLayers(NamedTuple):
+    """The updates of every layer that servers want, by layer path, in the order of the paths.
+
+    Args:
+        layers: those that were adapted, and zeros for the others.
+        unknown: paths that should be there too, but whose shape is not known.
+    """
+
+    layers: dict[str, LoRAFactors]
+    unknown: list[str]
+
+
+def add_zero_updates(
     layers: Mapping[str, LoRAFactors], shapes: Mapping[str, tuple[int, int]] | None = None
-) -> tuple[dict[str, LoRAFactors], list[str]]:
+) -> CompleteLayers:
     """Add zero updates, so that every adapted module is there in every layer, and q/k/v and gate/up are together.
 
     Args:
@@ -44,8 +56,7 @@ def complete(
             partner of the same shape.
 
     Returns:
-        The layers with zeros added, in the order of their paths, and the paths that should be there but whose shape
-        is not known.
+        The layers with zeros added, and the paths of which no shape is known.
     """
     if shapes is not None and not set(shapes) & set(layers):
         shapes = None  # a checkpoint that names its layers otherwise tells nothing about these
@@ -55,8 +66,8 @@ def complete(
         by_template.setdefault(_template(path), factors)
     indices = defaultdict(set)
     for path in (*layers, *(shapes or ())):
-        indices[_stem(_template(path))].add(tuple(_NUMBER.findall(path)))
-    for template in sorted(wanted for found in by_template for wanted in _partners(found)):
+        indices[_stem(_template(path))].add(tuple(_LAYER_NUMBER.findall(path)))
+    for template in sorted(wanted for found in by_template for wanted in _group_templates(found)):
         for index in sorted(indices[_stem(template)]):
             path = template
             for number in index:
@@ -73,11 +84,11 @@ def complete(
                 continue
             a, b = torch.zeros(1, like.rank, shape[1]), torch.zeros(1, shape[0], like.rank)
             full[path] = LoRAFactors(a.to(like.A), b.to(like.B))
-    return dict(sorted(full.items())), sorted(set(unknown))
+    return CompleteLayers(dict(sorted(full.items())), sorted(set(unknown)))
 
 
 def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
-    """``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
+    """Read ``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
 
     Only headers are read, and the descriptions of 4-bit weights.
 
@@ -98,47 +109,47 @@ def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict
 
 
 def _template(path: str) -> str:
-    """``model.layers.{}.mlp.up_proj``."""
-    return _NUMBER.sub("{}", path)
+    """Return a path with its layer numbers left open: ``model.layers.{}.mlp.up_proj``."""
+    return _LAYER_NUMBER.sub("{}", path)
 
 
 def _stem(template: str) -> str:
-    """What modules share that are repeated together: ``model.layers.{}``."""
+    """Return the first part of a template, which modules share that are repeated together: ``model.layers.{}``."""
     return template[: template.rfind("{}") + 2] if "{}" in template else template
 
 
-def _partners(template: str) -> list[str]:
-    """The templates of the group that a module belongs to; itself alone if it has none."""
+def _group_templates(template: str) -> list[str]:
+    """Return the templates of the group that a module belongs to; itself alone if it has none."""
     stem, dot, leaf = template.rpartition(".")
     return [stem + dot + other for group in GROUPS if leaf in group for other in group] or [template]
 
 
 def _shape_of_partner(template: str, by_template: Mapping[str, LoRAFactors]) -> tuple[int, int] | None:
     stem, dot, leaf = template.rpartition(".")
-    same = next((names for names in _SAME_SHAPE if leaf in names), {leaf})
+    same = next((names for names in _MODULES_OF_ONE_SHAPE if leaf in names), {leaf})
     return next((by_template[t].shape for name in (leaf, *same) if (t := stem + dot + name) in by_template), None)
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What servers look at in an adapter folder: its configuration, and the shapes of its tensors."""
+class _AdapterHeader:
+    """The parts of an adapter folder that servers look at: its configuration, and the shapes of its tensors."""
 
     config: Mapping[str, Any]
     ranks: frozenset[int]
     keys: tuple[str, ...]
     missing: tuple[str, ...]
 
-    def said(self, key: str) -> bool:
+    def is_set(self, key: str) -> bool:
         return bool(self.config.get(key))
 
 
 #: What a server does with an adapter that is not of the universal shape: which servers, and the sentence if it is so.
-_RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
-    (SERVERS, lambda a: "DoRA: its update depends on the base weights" if a.said("use_dora") else None),
+_SERVER_RULES: tuple[tuple[tuple[str, ...], Callable[[_AdapterHeader], str | None]], ...] = (
+    (SERVERS, lambda a: "DoRA: its update depends on the base weights" if a.is_set("use_dora") else None),
     (SERVERS, lambda a: "bias: its base biases were trained" if a.config.get("bias", "none") != "none" else None),
-    (SERVERS, lambda a: "lora_bias: a vector beside the factors" if a.said("lora_bias") else None),
-    (SERVERS, lambda a: "modules_to_save: full weights beside the factors" if a.said("modules_to_save") else None),
-    (SERVERS, lambda a: "use_rslora: the scaling is not lora_alpha / r" if a.said("use_rslora") else None),
+    (SERVERS, lambda a: "lora_bias: a vector beside the factors" if a.is_set("lora_bias") else None),
+    (SERVERS, lambda a: "modules_to_save: full weights beside the factors" if a.is_set("modules_to_save") else None),
+    (SERVERS, lambda a: "use_rslora: the scaling is not lora_alpha / r" if a.is_set("use_rslora") else None),
     (SERVERS, lambda a: f"layers of ranks {_listed(a.ranks)}: one rank is needed" if len(a.ranks) > 1 else None),
     (SERVERS, lambda a: None if a.keys else "no tensor is named base_model.model.<path>.lora_A.weight"),
     (
@@ -147,9 +158,12 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
     ),
     (
         ("vLLM", "SGLang", "llama.cpp"),
-        lambda a: "alpha_pattern: ignored in silence (vLLM, SGLang: older ones)" if a.said("alpha_pattern") else None,
+        lambda a: "alpha_pattern: ignored in silence (vLLM, SGLang: older ones)" if a.is_set("alpha_pattern") else None,
     ),
-    (("vLLM", "SGLang"), lambda a: "rank_pattern: older ones ignore it in silence" if a.said("rank_pattern") else None),
+    (
+        ("vLLM", "SGLang"),
+        lambda a: "rank_pattern: older ones ignore it in silence" if a.is_set("rank_pattern") else None,
+    ),
     (
         ("vLLM",),
         lambda a: (
@@ -167,14 +181,15 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[_Shape], str | None]], ...] = (
             else None
         ),
     ),
-    (("SGLang",), lambda a: _absent(a, grouped=True)),
-    (("LoRAX", "TGI"), lambda a: _absent(a, grouped=False)),
+    (("SGLang",), lambda a: _describe_missing(a, grouped=True)),
+    (("LoRAX", "TGI"), lambda a: _describe_missing(a, grouped=False)),
 )
 _WANT_ALL_LAYERS = ("SGLang", "LoRAX", "TGI")
 
 
-def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str, list[str]]:
-    """What each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter whole.
+def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> dict[str, list[str]]:
+    """List what each server would refuse, drop or ignore of an adapter folder; nothing where it serves the adapter
+    whole.
 
     The rules were read in the sources of vLLM 0.32, SGLang 0.5.23, LoRAX, TGI and llama.cpp's converter; what no rule
     is known about is not told. Reads the configuration and the header of the weights.
@@ -208,12 +223,12 @@ def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str,
                 layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
     base = str(base or config.get("base_model_name_or_path") or "")
     known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
-    full, unknown = complete(layers, known)
+    full, unknown = add_zero_updates(layers, known)
     missing = tuple(sorted({*full, *unknown} - set(layers)))
     ranks = frozenset(factors.rank for factors in layers.values())
-    adapter = _Shape(config, ranks, tuple(layers), missing)
+    adapter = _AdapterHeader(config, ranks, tuple(layers), missing)
     told: dict[str, list[str]] = {server: [] for server in SERVERS}
-    for servers, rule in _RULES:
+    for servers, rule in _SERVER_RULES:
         if (sentence := rule(adapter)) is not None:
             for server in servers:
                 told[server].append(sentence)
@@ -227,15 +242,15 @@ def servable(folder: str | Path, *, base: str | Path | None = None) -> dict[str,
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The ``--max-lora-rank`` that vLLM needs for an adapter of a rank; None if there is none."""
+    """Return the ``--max-lora-rank`` that vLLM needs for an adapter of a rank; None if there is none."""
     return next((size for size in VLLM_RANKS if size >= rank), None)
 
 
-def _absent(adapter: _Shape, *, grouped: bool) -> str | None:
-    """The sentence about modules that a server misses: of a group that it fuses, or of a type that others have."""
+def _describe_missing(adapter: _AdapterHeader, *, grouped: bool) -> str | None:
+    """Name the modules that a server misses: of a group that it fuses, or of a type that other layers have."""
     templates = {_template(path) for path in adapter.keys}
     if grouped:
-        paths = [path for path in adapter.missing if len(_partners(_template(path))) > 1]
+        paths = [path for path in adapter.missing if len(_group_templates(_template(path))) > 1]
         return f"{paths[0]} is missing ({len(paths)} in all): its group is dropped or refused" if paths else None
     paths = [path for path in adapter.missing if _template(path) in templates]
     return f"{paths[0]} is missing ({len(paths)} in all): its module type is dropped in every layer" if paths else None
@@ -248,7 +263,7 @@ def _listed(ranks: frozenset[int]) -> str:
 def next_commands(
     *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
 ) -> str:
-    """How to load the adapter with PEFT, and how to serve it if it can be."""
+    """Return the commands that load the adapter with PEFT, and that serve it if it can be served."""
     load = f"""# load it with PEFT
 python - <<'PY'
 from peft import {auto_class}
@@ -265,7 +280,7 @@ PY"""
 
 
 def model_commands(folder: Path) -> str:
-    """How to load, serve and score a whole model."""
+    """Return the commands that load, serve and score a whole model."""
     return f"""# load it with transformers
 python - <<'PY'
 from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The stacked forward: several LoRA adapters of one PEFT model at once, each on its own block of rows.
+"""Run several LoRA adapters of one PEFT model at once, each on its own block of rows: the stacked forward.
 
 Shape legend: ``N`` adapters routed, ``M`` rows of the batch (``N`` equal blocks), ``T`` tokens, ``K`` input and ``D``
 output features, ``R`` the ranks of the routed adapters together.
@@ -34,22 +34,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from seedlora.adapters.stacked_forward import Block, Route, Start, full_module_forward, stacked_forward, weight_norms
-from seedlora.distributed.sharded import whole
+from seedlora.adapters.stacked_forward import (
+    Block,
+    Route,
+    StartFactors,
+    full_module_forward,
+    stacked_forward,
+    weight_norms,
+)
+from seedlora.distributed.sharded import gather_parameter
 from seedlora.updates.factors import LoRAFactors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+    from transformers import PreTrainedModel
 
 #: What a PEFT layer holds of one adapter; the last is a module that is trained in full.
-PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")
+ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")
 
 
 class AdapterStack:
@@ -74,7 +82,7 @@ class AdapterStack:
         ValueError: if a layer of another kind carries an adapter.
     """
 
-    def __init__(self, model: PeftModel, *, starts: Mapping[str, Start] | None = None) -> None:
+    def __init__(self, model: PeftModel, *, starts: Mapping[str, StartFactors] | None = None) -> None:
         from peft.tuners.lora import LoraLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -106,10 +114,12 @@ class AdapterStack:
                 for magnitude in layer.lora_magnitude_vector.values():
                     magnitude.weight.data = weight_norms(layer).clone()
         if self.modules:
-            self._own_weights()
+            self._copy_full_modules()
 
-    def _own_weights(self) -> None:
-        """Give every adapter its float32 weights, and the modules their stacked forward."""
+    def _copy_full_modules(self) -> None:
+        """Give every adapter float32 weights of its own for modules trained in full, and those modules
+        their forward.
+        """
         base = self.model.get_base_model()
         head = base.get_output_embeddings()
         own: dict[tuple[str, int], nn.Parameter] = {}
@@ -126,15 +136,15 @@ class AdapterStack:
         forward = base.forward
 
         @functools.wraps(forward)
-        def counting(*args: Any, **kwargs: Any) -> Any:
+        def counting(*args: object, **kwargs: object) -> object:
             given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            self._route.batch = len(next(inputs for inputs in given if inputs is not None))
+            self._route.batch = len(next(inputs for inputs in given if isinstance(inputs, Tensor)))
             return forward(*args, **kwargs)
 
         vars(base)["forward"] = counting  # no hook: DeepSpeed takes those away after a fit
 
-    def remove(self) -> Any:
-        """Take the adapters off the model again; returns the base model as it was."""
+    def remove(self) -> PreTrainedModel:
+        """Take the adapters off the model again, and return the base model as it was."""
         if self.modules:
             del vars(self.model.get_base_model())["forward"]
         for wrapper in self.modules.values():
@@ -173,7 +183,7 @@ class AdapterStack:
 
     @contextmanager
     def head_sees(self, keep_MT: Tensor) -> Iterator[None]:
-        """Inside, the head gets the positions kept alone, one after the other, in the order of the rows."""
+        """Give the head, inside the block, the positions kept alone, one after the other, in the order of the rows."""
         if self.modules:
             self._route.kept = tuple(keep_MT.view(len(self._route.names), -1).sum(1).tolist())
         try:
@@ -183,7 +193,7 @@ class AdapterStack:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, no adapter changes: a layer joins and casts its adapters once per route, not in every forward.
+        """Promise that no adapter changes inside the block: a layer joins and casts its adapters once per route.
 
         For generation, whose forwards are so small that this would cost as much as they do.
         """
@@ -231,23 +241,23 @@ class AdapterStack:
         del self._route.loaded[name], self._route.weights[name]
 
     def loaded_sha256(self, name: str) -> str:
-        """Of the weights of an adapter that :meth:`load` put here."""
+        """Return the sha256 of the weights of an adapter that :meth:`load` put here."""
         digest = hashlib.sha256()
         for path, block in sorted(self._route.loaded[name].items()):
             digest.update(path.encode())
             for tensor in (block.A, block.B, *(() if block.magnitude is None else (block.magnitude,))):
-                digest.update(_bytes(tensor))
+                digest.update(_bytes_of(tensor))
         for path, weights in sorted(self._route.weights[name].items()):
             for key, tensor in sorted(weights.items()):
-                digest.update(f"{path}.{key}".encode() + _bytes(tensor))
+                digest.update(f"{path}.{key}".encode() + _bytes_of(tensor))
         return digest.hexdigest()
 
     def factors(self, names: Sequence[str]) -> dict[str, LoRAFactors]:
-        """The current updates of PEFT adapters: per layer a stack in float32, detached. All ranks must call it.
+        """Return the current updates of PEFT adapters, per layer a stack in float32, detached. All ranks must call it.
 
         They are relative to the original base weights, also those of PiSSA; of DoRA they are the part ``s B A`` alone.
         """
-        stacks = {name: self.stored(name) for name in names}
+        stacks = {name: self.stored_factors(name) for name in names}
         return {
             path: LoRAFactors.stack(
                 [
@@ -258,29 +268,33 @@ class AdapterStack:
             for path, layer in self.layers.items()
         }
 
-    def stored(self, name: str) -> dict[str, LoRAFactors]:
-        """One PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it.
+    def stored_factors(self, name: str) -> dict[str, LoRAFactors]:
+        """Return one PEFT adapter as its file holds it: ``B`` without the scaling; detached. All ranks must call it.
 
         PiSSA's is ``[A; A_0]`` and ``[B, -B_0]``, of twice the rank, and belongs to the original base.
         """
         stored = {}
         for path, layer in self.layers.items():
-            a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
-            if (start := layer.stack_start) is not None and start.beside != "none":
+            a, b = gather_parameter(layer.lora_A[name].weight), gather_parameter(layer.lora_B[name].weight)
+            if (start := layer.stack_start) is not None and start.frozen_block_of != "none":
                 a, b = torch.cat([a, start.A.to(a)]), torch.cat([b, -start.B.to(b)], dim=1)
             stored[path] = LoRAFactors(a[None], b[None])
         return stored
 
     def magnitudes(self, name: str) -> dict[str, Tensor]:
-        """DoRA's magnitudes of one PEFT adapter, shape (D,) per layer, detached; empty for others. On all ranks."""
+        """Return DoRA's magnitudes of one PEFT adapter, shape (D,) per layer, detached; none for others. On
+        all ranks.
+        """
         return {
-            path: whole(layer.lora_magnitude_vector[name].weight)
+            path: gather_parameter(layer.lora_magnitude_vector[name].weight)
             for path, layer in self.layers.items()
             if name in layer.lora_magnitude_vector
         }
 
     def full_weights(self, name: str) -> dict[str, Tensor]:
-        """The weights that one PEFT adapter has in full, float32, by key within the model: themselves, detached."""
+        """Return the weights that one PEFT adapter has in full, by key within the model: float32, detached,
+        no copies.
+        """
         return {
             f"{path}.{key}": parameter.detach()
             for path, wrapper in self.modules.items()
@@ -288,13 +302,17 @@ class AdapterStack:
         }
 
     def is_finite(self, name: str) -> bool:
-        """Whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
+        """Return whether no weight of a PEFT adapter is NaN or infinite. All ranks must call it."""
         # One answer for all: each is a wait for the device.
-        return bool(torch.stack([whole(parameter).isfinite().all() for parameter in self.parameters(name)]).all())
+        return bool(
+            torch.stack([gather_parameter(parameter).isfinite().all() for parameter in self.parameters(name)]).all()
+        )
 
-    def parameters(self, name: str, parts: Sequence[str] = PARTS) -> list[nn.Parameter]:
-        """The parameters of one PEFT adapter, layer by layer, in the order of the parts: those of :data:`PARTS`."""
-        *factors, full = PARTS
+    def parameters(self, name: str, parts: Sequence[str] = ADAPTER_PARTS) -> list[nn.Parameter]:
+        """Return the parameters of one PEFT adapter, layer by layer, in the order of the parts of
+        :data:`ADAPTER_PARTS`.
+        """
+        *factors, full = ADAPTER_PARTS
         layers = self.layers.values()
         found = [
             getattr(layer, part)[name].weight
@@ -308,5 +326,5 @@ class AdapterStack:
         return found
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""The forward of one layer with the adapters of all replicas."""
+"""Compute the forward of one layer with the adapters of all replicas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from seedlora.model.quantization import dequantized
+from seedlora.model.quantization import dequantized_weight
 from seedlora.utils.random_streams import stream_seed
 
 if TYPE_CHECKING:
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from peft.utils import ModulesToSaveWrapper
 
 
-class Start(NamedTuple):
+class StartFactors(NamedTuple):
     """The factors at which all replicas of a layer start: A (r, K) and B (D, r), without the scaling.
 
-    ``beside`` says whose rows have them as a frozen block too: ``own``, subtracted, those of the replicas, because the
-    base layer holds W; ``others``, added, all others, because it holds ``W - s B A``; or ``none``.
+    ``frozen_block_of`` says whose rows have them as a frozen block too: ``own``, subtracted, those of the replicas,
+    because the base layer holds W; ``others``, added, all others, because it holds ``W - s B A``; or ``none``.
     """
 
     A: Tensor
     B: Tensor
-    beside: str
+    frozen_block_of: str
 
 
 class Block(NamedTuple):
-    """What one block of rows uses in one layer: A (r, K), B (D, r), the scaling, and DoRA's magnitudes (D)."""
+    """The adapter of one block of rows in one layer: A (r, K), B (D, r), the scaling, and DoRA's magnitudes (D)."""
 
     A: Tensor
     B: Tensor
@@ -54,7 +54,7 @@ class JoinedBlocks(NamedTuple):
 
 @dataclass
 class Route:
-    """Who computes what in the next forward; shared by all layers of one model."""
+    """States which adapter computes what in the next forward; shared by all layers of one model."""
 
     names: tuple[str | None, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -72,17 +72,17 @@ class Route:
 
 
 def full_module_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
-    """A module that is trained in full: each block of rows through it with the weights of its own adapter."""
+    """Run a module that is trained in full: each block of rows goes through it with the weights of its own adapter."""
     route: Route = self.stack_route
-    own, n, rows = [_own(self, name) for name in route.names], len(route.names), len(x)
+    own, n, rows = [_full_weights_of(self, name) for name in route.names], len(route.names), len(x)
 
-    def through(weights: dict[str, Tensor] | None, x: Tensor) -> Any:
+    def run_with(weights: dict[str, Tensor] | None, x: Tensor) -> Tensor:
         return self.original_module(x) if weights is None else functional_call(self.original_module, weights, (x,))
 
     if n == 1 or not any(own):
-        return through(own[0], x)
+        return run_with(own[0], x)
     if rows == 1 < route.batch:  # positions that are the same for all rows
-        each = [through(weights, x) for weights in own]
+        each = [run_with(weights, x) for weights in own]
         return torch.cat([y.expand(route.batch // n, *y.shape[1:]) for y in each])
     if self.stack_is_head and route.kept:
         blocks = list(route.kept)
@@ -90,11 +90,11 @@ def full_module_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
         raise RuntimeError(f"{self.stack_path}: {rows} rows are not the {route.batch} of the batch, in {n} blocks")
     else:
         blocks = [rows // n] * n
-    return torch.cat([through(*pair) for pair in zip(own, x.split(blocks), strict=True)])
+    return torch.cat([run_with(*pair) for pair in zip(own, x.split(blocks), strict=True)])
 
 
-def _own(wrapper: ModulesToSaveWrapper, name: str | None) -> dict[str, Tensor] | None:
-    """The weights that an adapter has in full, in the base's dtype; None if it has none of this module."""
+def _full_weights_of(wrapper: ModulesToSaveWrapper, name: str | None) -> dict[str, Tensor] | None:
+    """Return the weights that an adapter has in full, in the base's dtype; None if it has none of this module."""
     route: Route = wrapper.stack_route
     if name in route.loaded:
         return route.weights[name].get(wrapper.stack_path)
@@ -104,7 +104,7 @@ def _own(wrapper: ModulesToSaveWrapper, name: str | None) -> dict[str, Tensor] |
     return {key: p.to(getattr(base, key).dtype) for key, p in wrapper.modules_to_save[name].named_parameters()}
 
 
-def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Compute the output of an adapted layer: each block of rows through the base weight and its own adapter."""
     route: Route = self.stack_route
     n, shape = len(route.names), x_MTK.shape
@@ -113,14 +113,14 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -
     x = x_MTK.reshape(-1, shape[-1])
     # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
     y = self.base_layer(x, *args, **kwargs)
-    a_RK, b_DR, ranks, scales, gain = _joined(self, y)
+    a_RK, b_DR, ranks, scales, gain = _join_blocks(self, y)
     if not sum(ranks):
         return y.view(*shape[:-1], -1)
     x = x.to(y.dtype)
     if route.dropout_keys is not None:
         x = _dropout(self, x.view(shape), route).view(x.shape)
     h = torch.mm(x, a_RK.t())
-    h = (h.view(n, -1, sum(ranks)) * _blocks(route, ranks, scales, y)).view(h.shape)
+    h = (h.view(n, -1, sum(ranks)) * _block_mask(route, ranks, scales, y)).view(h.shape)
     y = y.addmm_(h, b_DR.t())
     if gain is not None:
         # As in PEFT, the product with W that DoRA scales is of the input after dropout.
@@ -132,13 +132,13 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: Any, **kwargs: Any) -
     return y.view(*shape[:-1], -1)
 
 
-def _joined(layer: LoraLayer, like: Tensor) -> JoinedBlocks:
-    """The adapters routed, in the dtype of ``like``; kept while the stack is frozen."""
+def _join_blocks(layer: LoraLayer, like: Tensor) -> JoinedBlocks:
+    """Put the routed adapters side by side, in the dtype of ``like``; the result is kept while the stack is frozen."""
     route: Route = layer.stack_route
     if route.joined is not None and layer.stack_path in route.joined:
         return route.joined[layer.stack_path]
-    _on(like.device, layer, "stack_start")
-    parts = [_block(layer, name) for name in route.names]
+    _kept_on(like.device, layer, "stack_start")
+    parts = [_block_of(layer, name) for name in route.names]
     found = [part for part in parts if part is not None] or [Block(like[:0, :0], like[:0, :0], 0.0)]
     a_RK = torch.cat([part.A for part in found]).to(like.dtype)
     joined = JoinedBlocks(
@@ -146,59 +146,61 @@ def _joined(layer: LoraLayer, like: Tensor) -> JoinedBlocks:
         torch.cat([part.B for part in found], dim=1).to(like.dtype),
         tuple(0 if part is None else part.A.shape[0] for part in parts),
         tuple(0.0 if part is None else part.scale for part in parts),
-        _gain(layer, parts, a_RK),
+        _dora_gain(layer, parts, a_RK),
     )
     if route.joined is not None:
         route.joined[layer.stack_path] = joined
     return joined
 
 
-def _block(layer: LoraLayer, name: str | None) -> Block | None:
-    """What a block of rows that goes through this adapter uses in this layer."""
-    start: Start | None = layer.stack_start
+def _block_of(layer: LoraLayer, name: str | None) -> Block | None:
+    """Return what a block of rows that goes through this adapter uses in this layer."""
+    start: StartFactors | None = layer.stack_start
     route: Route = layer.stack_route
     if name is not None and name not in route.loaded and name in layer.lora_A:
         scale = layer.scaling[name]
         own = Block(layer.lora_A[name].weight, layer.lora_B[name].weight, scale)
         if name in layer.lora_magnitude_vector:
             own = own._replace(magnitude=layer.lora_magnitude_vector[name].weight)
-        return _beside(own, start.A, -start.B) if start is not None and start.beside == "own" else own
+        return _append_block(own, start.A, -start.B) if start is not None and start.frozen_block_of == "own" else own
     other = route.loaded.get(name, {}).get(layer.stack_path) if name is not None else None
-    if start is None or start.beside != "others":
+    if start is None or start.frozen_block_of != "others":
         return other
     scale = next(iter(layer.scaling.values()))
-    return Block(start.A, start.B, scale) if other is None else _beside(other, start.A, start.B * scale)
+    return Block(start.A, start.B, scale) if other is None else _append_block(other, start.A, start.B * scale)
 
 
-def _beside(block: Block, a: Tensor, b: Tensor) -> Block:
+def _append_block(block: Block, a: Tensor, b: Tensor) -> Block:
     a, b = a.to(block.A), b.to(block.B)
     return block._replace(A=torch.cat([block.A, a]), B=torch.cat([block.B, b], dim=1))
 
 
 @torch.no_grad()
 def weight_norms(layer: LoraLayer) -> Tensor:
-    """The norms of the base weight's rows, shape (D,), float32; computed once."""
+    """Return the norms of the base weight's rows, shape (D,), float32; computed once."""
     if layer.stack_norms is None:
-        w_DK = dequantized(layer.get_base_layer()).float()
+        w_DK = dequantized_weight(layer.get_base_layer()).float()
         vars(layer)["stack_norms"] = w_DK.norm(dim=0 if layer.fan_in_fan_out else 1)
     return layer.stack_norms
 
 
-def _on(device: torch.device, layer: LoraLayer, name: str) -> Any:
-    """What the stack keeps for a layer, moved there once: a buffer would be, too, but DDP sends those every forward."""
+def _kept_on(device: torch.device, layer: LoraLayer, name: str) -> Any:
+    """Return what the stack keeps for a layer, moved to a device once: DDP would send a buffer with every forward."""
     kept = getattr(layer, name)
-    if isinstance(kept, Start) and kept.A.device != device:
+    if isinstance(kept, StartFactors) and kept.A.device != device:
         vars(layer)[name] = kept._replace(A=kept.A.to(device), B=kept.B.to(device))
     elif isinstance(kept, Tensor) and kept.device != device:
         vars(layer)[name] = kept.to(device)
     return getattr(layer, name)
 
 
-def _gain(layer: LoraLayer, parts: Sequence[Block | None], a_RK: Tensor) -> Tensor | None:
-    """DoRA's factor ``m / ||W + s B A|| - 1`` of each block, shape (N, 1, D); None if no block has magnitudes."""
+def _dora_gain(layer: LoraLayer, parts: Sequence[Block | None], a_RK: Tensor) -> Tensor | None:
+    """Return DoRA's factor ``m / ||W + s B A|| - 1`` of each block, shape (N, 1, D); None if no block has
+    magnitudes.
+    """
     if not any(part is not None and part.magnitude is not None for part in parts):
         return None
-    norms_D = _on(a_RK.device, layer, "stack_norms")
+    norms_D = _kept_on(a_RK.device, layer, "stack_norms")
     with torch.no_grad():
         wa_RD = layer.base_layer(a_RK.detach())
         bias = layer.get_base_layer().bias
@@ -219,25 +221,27 @@ def _gain(layer: LoraLayer, parts: Sequence[Block | None], a_RK: Tensor) -> Tens
     return torch.stack(gains).unsqueeze(1).to(a_RK.dtype)
 
 
-def _blocks(route: Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
-    """Shape (N, 1, R): the scaling on each block's own columns, zero elsewhere. Built once per kind of layer."""
+def _block_mask(route: Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return each block's scaling on its own columns and zero elsewhere, shape (N, 1, R); built once per
+    kind of layer.
+    """
     if torch.compiler.is_compiling():  # the graph of one layer is that of others only if it leaves nothing behind
-        return _scaled_blocks(ranks, scales, like)
+        return _build_block_mask(ranks, scales, like)
     key = (ranks, scales, like.device, like.dtype)
     if key not in route.blocks:
         # Training uses it too, which takes no tensor made in inference mode.
         with torch.inference_mode(False):
-            route.blocks[key] = _scaled_blocks(ranks, scales, like)
+            route.blocks[key] = _build_block_mask(ranks, scales, like)
     return route.blocks[key]
 
 
-def _scaled_blocks(ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
+def _build_block_mask(ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
     rows = [like.new_full((1, r), s) for r, s in zip(ranks, scales, strict=True)]
     return torch.block_diag(*rows).unsqueeze(1)
 
 
 def _dropout(layer: LoraLayer, x_MTK: Tensor, route: Route) -> Tensor:
-    """Inverted dropout per block, each from its own stream and over its own rows and length."""
+    """Apply inverted dropout per block, each from its own stream and over its own rows and length."""
     assert route.dropout_keys is not None
     keep = torch.ones_like(x_MTK)
     rows = x_MTK.shape[0] // len(route.names)

@@ -88,7 +88,8 @@ def universal_config(
     task_type: str | None = "CAUSAL_LM",
     auto_mapping: Mapping[str, str] | None = None,
 ) -> LoraConfig:
-    """The configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing optional.
+    """Return the configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing
+    optional.
 
     ``lora_bias`` and ``modules_to_save`` are what no server loads; they are there for adapters that were trained so.
 
@@ -117,7 +118,7 @@ def universal_config(
         revision=revision,
         r=ranks[0],
         lora_alpha=ranks[0],
-        target_modules=sorted(set(map(_suffix, layers))),
+        target_modules=sorted(set(map(_target_name, layers))),
         fan_in_fan_out=fan_in_fan_out,
         lora_bias=lora_bias,
         modules_to_save=sorted(modules_to_save) or None,
@@ -125,8 +126,10 @@ def universal_config(
     )
 
 
-def _suffix(path: str) -> str:
-    """The end of a layer's path that is no bare number: ``mlp.0``, because ``0`` would target ``layers.0`` as well."""
+def _target_name(path: str) -> str:
+    """Return the end of a layer's path that is no bare number: ``mlp.0``, as ``0`` would target
+    ``layers.0`` as well.
+    """
     parts = path.split(".")
     start = next((i for i in reversed(range(len(parts))) if not parts[i].isdigit()), 0)
     return ".".join(parts[start:])

@@ -13,7 +13,8 @@ from seedlora.adapters.adapter import adapter_sha256
 from seedlora.cli.errors import UsageError, in_words_of_train, one_line
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.distributed.sharded import is_partitioned, is_sharded
-from seedlora.evaluation.answering import Scored, candidate
+from seedlora.evaluation.answering import EvaluationSetup
+from seedlora.evaluation.candidates import make_candidate
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.samples import TaskRun
@@ -104,11 +105,11 @@ def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int
     weights: dict[str, Any] = dict.fromkeys(adapters) | files
     weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
-    candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
+    candidates = [make_candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.options.base_dtype).removeprefix("torch.")
     settings = {"generator": "transformers", "base_model": module.options.base_path, "dtype": dtype}
     settings["quantization"] = module.options.quantization
-    scored, folder = Scored(generator, candidates, settings), ensemble.dirpath / "evaluation"
+    scored, folder = EvaluationSetup(generator, candidates, settings), ensemble.dirpath / "evaluation"
     without_mixtures = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
     limit = cli.config.evaluate_limit
     try:

@@ -1,4 +1,4 @@
-"""The command ``evaluate``."""
+"""The command ``evaluate``: score adapters on tasks by what they generate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from seedlora.adapters.adapter import PROMPT_NAME
-from seedlora.evaluation.answering import DEFAULT_STYLE, DTYPES, Prompts, from_endpoint, from_folders
+from seedlora.evaluation.answering import DTYPES, EvaluationSetup, Participants, from_endpoint, from_folders
+from seedlora.evaluation.candidates import DEFAULT_STYLE, Prompts
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness
-from seedlora.evaluation.scoring import alike, make_sandbox, score, score_with_harness, task_runs
+from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs, with_common_limit
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command to a parser."""
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="a PEFT folder or hub id; repeat it")
     add("--task", default="", metavar="A,B", help=f"from {', '.join(TASKS)}")
@@ -64,57 +65,73 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
     """
     if prompts is None:
         raise ValueError("evaluate needs prompt styles; start it by python -m seedlora evaluate")
-    names, harness = (_words(arguments[key]) for key in ("task", "lm_eval"))
+    names, harness = (_split_names(arguments[key]) for key in ("task", "lm_eval"))
     if not names and not harness:
         raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
     if harness and arguments["endpoint"]:
         raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
-    _check_read(arguments)
+    _check_options_used(arguments)
     if not arguments["adapter"] and not arguments["base_model"]:
         raise ValueError("give at least one --adapter, or a --base-model to score alone")
     console = Console(stderr=True) if arguments["json"] else Console()
     runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"], generate)
     if arguments["joint"]:
-        runs = alike(runs)
+        runs = with_common_limit(runs)
     harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
     manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
-    if arguments["endpoint"]:
-        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
-            scored = from_endpoint(arguments, prompts)
-    else:
-        scored = from_folders(arguments, prompts, console)
+    setup = _set_up(arguments, prompts, console)
     against = arguments["against"]
-    if against is not None and against not in (known := [c.name for c in scored.candidates]):
+    if against is not None and against not in (known := [c.name for c in setup.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
     out, found = Path(arguments["out"]), {}
     if runs:
         try:
             found[PROTOCOL] = score(
-                scored, runs, out, console, sandbox=sandbox, against=against, together=arguments["joint"]
+                setup, runs, out, console, sandbox=sandbox, against=against, together=arguments["joint"]
             )
         except KeyboardInterrupt:
             raise OSError("interrupted; the answers so far are kept: the same command goes on from them") from None
         if arguments["limit"] is not None:
             console.print("all items: the same without --limit; these answers are kept", highlight=False)
     if harness:
-        found[HARNESS_PROTOCOL] = score_with_harness(scored, harness, manager, out, console, limit=arguments["limit"])
+        found[HARNESS_PROTOCOL] = score_with_harness(setup, harness, manager, out, console, limit=arguments["limit"])
     if arguments["json"]:
         print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
 
 
+def _set_up(arguments: Mapping[str, Any], prompts: Prompts, console: Console) -> EvaluationSetup:
+    """Set up what answers: the models of a server, or adapter folders in this process."""
+    participants = Participants(
+        adapters=arguments["adapter"],
+        base_model=arguments["base_model"],
+        with_base=arguments["with_base"],
+        prompt_style=arguments["prompt_style"],
+    )
+    if arguments["endpoint"]:
+        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
+            return from_endpoint(
+                participants,
+                prompts,
+                url=arguments["endpoint"],
+                concurrency=arguments["concurrency"],
+                timeout=arguments["timeout"],
+            )
+    return from_folders(participants, prompts, console, dtype=arguments["dtype"], batch_size=arguments["batch_size"])
+
+
 #: Options that the harness, which has its own ways, does not read.
-_OF_TASKS = ("task_path", "prompt_style", "max_new_tokens", "execute_code", "without_sandbox", "against", "joint")
+_TASK_OPTIONS = ("task_path", "prompt_style", "max_new_tokens", "execute_code", "without_sandbox", "against", "joint")
 
 
-def _check_read(arguments: Mapping[str, Any]) -> None:
+def _check_options_used(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that is given and that nothing of what is asked for would read."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     idle: dict[str, Sequence[str]] = {
         "--endpoint asks a server, which has its own": ("dtype", "batch_size") if arguments["endpoint"] else (),
         "only --endpoint reads it": () if arguments["endpoint"] else ("concurrency", "timeout"),
-        "only --task reads it": () if arguments["task"] else _OF_TASKS,
+        "only --task reads it": () if arguments["task"] else _TASK_OPTIONS,
         "only --lm-eval reads it": () if arguments["lm_eval"] else ("lm_eval_path",),
     }
     for reason, keys in idle.items():
@@ -122,5 +139,5 @@ def _check_read(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"--{given[0].replace('_', '-')} would change nothing: {reason}")
 
 
-def _words(text: str) -> list[str]:
+def _split_names(text: str) -> list[str]:
     return [word for word in text.replace(" ", ",").split(",") if word]

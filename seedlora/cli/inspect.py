@@ -1,4 +1,4 @@
-"""The commands for adapters trained anywhere, ``merge``, ``inspect``, ``compare``, ``evaluate``; ``report`` for runs.
+"""The commands ``inspect`` and ``compare``: show what adapters hold, and how alike they are.
 
 Bad input ends in one sentence on stderr and exit code 2.
 """
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from seedlora.adapters.adapter import Adapter, locate
-from seedlora.adapters.servers import NOT_KNOWN, servable, vllm_rank
-from seedlora.cli.terminal import counting_bar, formatted, is_unknown, number_table, print_json
+from seedlora.adapters.servers import NOT_KNOWN, serving_problems, vllm_rank
+from seedlora.cli.terminal import counting_bar, format_numbers, is_unknown, layer_counter, number_table, print_json
 from seedlora.merge.inputs import read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse
 from seedlora.merge.registry import make_rule
@@ -23,9 +23,9 @@ from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSED
 from seedlora.report.figures import colours, standalone, weight_figures
 from seedlora.report.weights import weight_facts
-from seedlora.updates.compression import factored
+from seedlora.updates.compression import compress_each
 from seedlora.updates.dense import Updates
-from seedlora.updates.diagnostics import LayerFacts, layer_facts, model_cosines, module_facts, natural
+from seedlora.updates.diagnostics import LayerFacts, layer_facts, model_cosines, module_facts, natural_sort_key
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.files import write_text
 
@@ -33,20 +33,20 @@ from seedlora.utils.files import write_text
 _SHOWN_RANK = 64
 
 
-def _read(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], WeightFiles]:
+def _read_adapters(sources: Sequence[str], base: str | None) -> tuple[dict[str, Adapter], WeightFiles]:
     weights = weight_files_of(sources, base)
     with counting_bar() as progress:  # for PiSSA, whose starts take an SVD of every weight
-        task = progress.add_task("reading", total=None)
-        return read_adapters(sources, base=weights, on_layer=lambda _path: progress.advance(task)), weights
+        on_layer = layer_counter(progress, progress.add_task("reading", total=None))
+        return read_adapters(sources, base=weights, on_layer=on_layer), weights
 
 
 def run_inspect(arguments: Mapping[str, Any]) -> None:
     """Show what one adapter holds, and which servers load it."""
-    adapters, base = _read([arguments["adapter"]], arguments["base"])
+    adapters, base = _read_adapters([arguments["adapter"]], arguments["base"])
     ((name, adapter),) = adapters.items()
-    stacks, error = _shown_factors(stack_updates(adapters, base))
-    layers = _facts(stacks)
-    served = servable(locate(name), base=arguments["base"])
+    stacks, error = _as_factors(stack_updates(adapters, base))
+    layers = _all_layer_facts(stacks)
+    served = serving_problems(locate(name), base=arguments["base"])
     ranks = sorted({factors.rank for factors in adapter.layers.values()})
     if arguments["json"]:
         print_json(
@@ -69,9 +69,9 @@ def run_inspect(arguments: Mapping[str, Any]) -> None:
         updates = [layer.updates[0] for layer in layers if layer.module == row.module]
         std = sum(u.std for u in updates) / len(updates)
         largest = sum((u.singular_values or (0.0,))[0] for u in updates) / len(updates)
-        table.add_row(row.module, str(row.layers), *formatted(row.norm, std, largest, row.effective_rank))
+        table.add_row(row.module, str(row.layers), *format_numbers(row.norm, std, largest, row.effective_rank))
     console.print(table)
-    _say_shown(console, error)
+    _print_rank_note(console, error)
     if adapter.modules or adapter.biases:
         held = [*(["lora_bias"] if adapter.biases else []), *sorted(adapter.modules)]
         console.print(f"besides its updates it holds {', '.join(held)}", soft_wrap=True)
@@ -89,13 +89,13 @@ def run_inspect(arguments: Mapping[str, Any]) -> None:
 
 def run_compare(arguments: Mapping[str, Any]) -> None:
     """Show how alike adapters are, and what a rule would make of them."""
-    adapters, base = _read(arguments["adapters"], arguments["base"])
-    stacks, error = _shown_factors(stack_updates(adapters, base))
+    adapters, base = _read_adapters(arguments["adapters"], arguments["base"])
+    stacks, error = _as_factors(stack_updates(adapters, base))
     names = list(adapters)
     merged = fuse(stacks, make_rule(arguments["method"]))
-    layers = _facts(stacks, merged)
+    layers = _all_layer_facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
-    drawn = [] if arguments["plot"] is None else _plot(arguments, stacks, merged, names)
+    drawn = [] if arguments["plot"] is None else _draw_figures(arguments, stacks, merged, names)
     if arguments["json"]:
         modules = [asdict(row) for row in module_facts(layers)]
         found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
@@ -104,22 +104,22 @@ def run_compare(arguments: Mapping[str, Any]) -> None:
     console = Console()
     table = number_table("cosine", *(str(i + 1) for i in range(len(names))))
     for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
-        table.add_row(f"{i + 1} {name}", *formatted(*row))
+        table.add_row(f"{i + 1} {name}", *format_numbers(*row))
     console.print(table)
     table = number_table("module", "cosine", "rho", "gain", "sign", "norm", "merged", "rank", "merged")
     for row in module_facts(layers):
         facts = [row.mean_cosine, row.rho, row.gain, row.sign_agreement]
         sizes = [row.norm, row.merged_norm or 0.0, row.effective_rank, row.merged_effective_rank or 0.0]
-        table.add_row(row.module, *formatted(*facts, *sizes))
+        table.add_row(row.module, *format_numbers(*facts, *sizes))
     console.print(table)
     samples = f"{layers[0].samples} sampled entries per layer"
     console.print(f"merged: with {arguments['method']}; sign: share of equal signs, on {samples}; rank: effective")
-    _say_shown(console, error)
+    _print_rank_note(console, error)
     for file in drawn:
         console.print(f"drawn: {file}")
 
 
-def _plot(
+def _draw_figures(
     arguments: Mapping[str, Any],
     stacks: Mapping[str, LoRAFactors],
     merged: Mapping[str, LoRAFactors],
@@ -135,8 +135,10 @@ def _plot(
     return [str(folder / f"{name}.svg") for name in drawn]
 
 
-def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None) -> list[LayerFacts]:
-    paths = sorted(stacks, key=natural)
+def _all_layer_facts(
+    stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] | None = None
+) -> list[LayerFacts]:
+    paths = sorted(stacks, key=natural_sort_key)
     with counting_bar() as progress:
         return [
             layer_facts(path, stacks[path], merged=None if merged is None else merged[path])
@@ -144,20 +146,20 @@ def _facts(stacks: Mapping[str, LoRAFactors], merged: Mapping[str, LoRAFactors] 
         ]
 
 
-def _shown_factors(stacks: Mapping[str, Updates]) -> tuple[dict[str, LoRAFactors], float | None]:
-    """The updates as factors; those of full rank at their best approximation, and the largest error of one."""
+def _as_factors(stacks: Mapping[str, Updates]) -> tuple[dict[str, LoRAFactors], float | None]:
+    """Return updates as factors, those of full rank at their best approximation, and the largest error of one."""
     shown, worst = {}, None
     with counting_bar() as progress:
         for path, stack in progress.track(stacks.items(), description="reading"):
             if isinstance(stack, LoRAFactors):
                 shown[path] = stack
                 continue
-            shown[path], error = factored(stack, min(_SHOWN_RANK, *stack.shape))
+            shown[path], error = compress_each(stack, min(_SHOWN_RANK, *stack.shape))
             worst = max(error, worst or 0.0)
     return shown, worst
 
 
-def _say_shown(console: Console, error: float | None) -> None:
+def _print_rank_note(console: Console, error: float | None) -> None:
     if error is not None:
         sentence = f"DoRA's updates have full rank; shown is the best rank {_SHOWN_RANK} of each, relative error"
         console.print(f"{sentence} {error:.3g} at most")

@@ -1,4 +1,4 @@
-"""``python -m seedlora``: its commands and their options."""
+"""``python -m seedlora``: its commands and their options. Bad input ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from seedlora.cli.inspect import run_compare, run_inspect
 from seedlora.cli.merge import DTYPES, run_merge
 from seedlora.cli.report import run_report
 from seedlora.cli.terminal import print_json
-from seedlora.evaluation.answering import Prompts
+from seedlora.evaluation.candidates import Prompts
 from seedlora.evaluation.tasks import Generate
-from seedlora.merge.bound_rule import COMMON
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS
 from seedlora.report.weights import LAYERS
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         arguments = vars(_parser().parse_args(argv))
-        commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": _methods}
+        commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": run_methods}
         commands["report"] = run_report
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts, generate)
@@ -118,29 +118,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option_names() -> set[str]:
-    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON)
+    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON_DEFAULTS)
 
 
-def _methods(arguments: Mapping[str, Any]) -> None:
+def run_methods(arguments: Mapping[str, Any]) -> None:
+    """Show the table of merge methods."""
     if arguments["json"]:
         rows = {
             name: {
                 "formula": method.formula,
                 "source": method.source,
-                "options": {key: _shown(value) for key, value in method.options.items()},
+                "options": {key: _display_default(value) for key, value in method.options.items()},
             }
             for name, method in METHODS.items()
         }
-        print_json({"methods": rows, "common options": dict(COMMON)})
+        print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
         return
     console = Console()
     table = Table("method", "formula", "options and defaults", "source")
     for name, method in METHODS.items():
-        options = [f"{key}={_shown(value)}" for key, value in method.options.items() if key != "generator"]
+        options = [f"{key}={_display_default(value)}" for key, value in method.options.items() if key != "generator"]
         table.add_row(name, method.formula, "\n".join(options), method.source)
     console.print(table)
-    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON.items()))
+    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON_DEFAULTS.items()))
 
 
-def _shown(value: object) -> object:
+def _display_default(value: object) -> object:
     return "required" if value is inspect.Parameter.empty else value

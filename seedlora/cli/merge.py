@@ -1,79 +1,160 @@
-"""The command ``merge``."""
+"""The command ``merge``: fuse adapters into one, or into their base model."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from seedlora.adapters.gguf import convert, gguf_command
-from seedlora.adapters.reading import TASKS
-from seedlora.adapters.servers import next_commands, servable
-from seedlora.cli.terminal import counting_bar, print_json, served_line
+from seedlora.adapters.gguf import convert_to_gguf, gguf_command
+from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
+from seedlora.adapters.servers import next_commands, serving_problems
+from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
 from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_into_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of the command.
+
+    Args:
+        adapters: folders or hub ids.
+        out: the folder to write.
+        method: a merge method.
+        options: of the method.
+        dtype: a key of :data:`DTYPES`, for the result.
+        into_base: the base model that the result is added to.
+        base: the base model, where the adapters' own name for it will not do.
+        llama_cpp: the folder of llama.cpp, whose script converts the result.
+    """
+
+    adapters: Sequence[str]
+    out: Path
+    method: str
+    options: Mapping[str, object]
+    dtype: str | None
+    into_base: str | None
+    base: str | None
+    llama_cpp: Path | None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Request:
+        """Read the arguments as the parser gives them."""
+        options = {
+            key.removeprefix("option "): _parse_value(text)
+            for key, text in arguments.items()
+            if key.startswith("option ") and text is not None
+        }
+        return cls(
+            adapters=arguments["adapters"],
+            out=Path(arguments["out"]),
+            method=arguments["method"],
+            options=options,
+            dtype=arguments["dtype"],
+            into_base=arguments["into_base"],
+            base=arguments["base"],
+            llama_cpp=None if arguments["gguf"] is None else Path(arguments["gguf"]),
+        )
+
+
 def run_merge(arguments: Mapping[str, Any]) -> None:
     """Merge adapters into one folder, or into their base model."""
-    options = {
-        key.removeprefix("option "): _value(text)
-        for key, text in arguments.items()
-        if key.startswith("option ") and text is not None
-    }
-    method, sources, out = arguments["method"], arguments["adapters"], Path(arguments["out"])
-    make_rule(method, options)
-    if arguments["into_base"] is not None:
-        for name, reason in (("dtype", "weights keep the dtype of the base model"), ("gguf", "it converts an adapter")):
-            if arguments[name] is not None:
-                raise ValueError(f"--{name} is not used with --into-base: {reason}")
-        if arguments["base"] not in (None, arguments["into_base"]):
-            raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
-    with counting_bar() as progress:
-        task = progress.add_task(f"{method}", total=None)
-        on_layer = lambda _path: progress.advance(task)  # noqa: E731
-        if arguments["into_base"] is not None:
-            fuse_into_base(sources, arguments["into_base"], out, method=method, options=options, on_layer=on_layer)
-        else:
-            dtype = DTYPES.get(arguments["dtype"] or "")
-            base = arguments["base"]
-            fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
+    request = _Request.of(arguments)
+    make_rule(request.method, request.options)
+    _check_into_base(request)
+    _merge(request)
+    out, method, into_base = request.out, request.method, request.into_base is not None
     record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
-    converted = None if arguments["gguf"] is None else convert(out, record["base_model"], Path(arguments["gguf"]))
-    served = {} if arguments["into_base"] is not None else servable(out, base=arguments["base"])
+    converted = None
+    if request.llama_cpp is not None:
+        converted = convert_to_gguf(out, record["base_model"], request.llama_cpp)
+    served = {} if into_base else serving_problems(out, base=request.base)
     if arguments["json"]:
         print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
     console = Console()
-    what = "1 adapter" if len(sources) == 1 else f"{len(sources)} adapters"
+    count = len(request.adapters)
+    what = "1 adapter" if count == 1 else f"{count} adapters"
     console.print(f"{what} fused with [bold]{method}[/bold] into {out}", soft_wrap=True)
+    _print_inputs(console, method, record)
+    if not into_base:
+        _print_commands(console, out, record, served)
+    _print_compression(console, method, record, into_base=into_base)
+    if missing := record.get("incomplete_groups"):
+        console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
+    if converted is not None:
+        console.print(f"converted: {converted}", soft_wrap=True)
+    elif request.llama_cpp is not None:
+        console.print(f"no convert_lora_to_gguf.py in {arguments['gguf']}; where llama.cpp is, run:", soft_wrap=True)
+        print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
+
+
+def _check_into_base(request: _Request) -> None:
+    """Raise ValueError for options that change nothing where the result is added to a base model."""
+    if request.into_base is None:
+        return
+    if request.dtype is not None:
+        raise ValueError("--dtype is not used with --into-base: weights keep the dtype of the base model")
+    if request.llama_cpp is not None:
+        raise ValueError("--gguf is not used with --into-base: it converts an adapter")
+    if request.base not in (None, request.into_base):
+        raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
+
+
+def _merge(request: _Request) -> None:
+    """Write the folder of the result, with a bar that counts the layers."""
+    sources, out, method, options = request.adapters, request.out, request.method, request.options
+    with counting_bar() as progress:
+        on_layer = layer_counter(progress, progress.add_task(f"{method}", total=None))
+        if request.into_base is not None:
+            fuse_into_base(sources, request.into_base, out, method=method, options=options, on_layer=on_layer)
+        else:
+            dtype = DTYPES.get(request.dtype or "")
+            fuse_folders(
+                sources, out, method=method, options=options, dtype=dtype, base=request.base, on_layer=on_layer
+            )
+
+
+def _print_inputs(console: Console, method: str, record: Mapping[str, Any]) -> None:
+    """Print what the inputs are, as far as they are more than plain LoRA on a base model that is not quantised."""
     if kinds := record.get("kinds"):
         console.print(f"kinds of the inputs: {', '.join(kinds)}")
     if averaged := record.get("averaged"):
         console.print(f"averaged, not fused by {method}: {', '.join(averaged)}", soft_wrap=True)
     if "dequantised" in record:
         console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
-    if arguments["into_base"] is None:
-        config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-        console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
-        loads = next_commands(
-            base_model=record["base_model"],
-            adapter=out,
-            rank=config["r"],
-            serve=not served["vLLM"],
-            auto_class=TASKS.get(config["task_type"], "AutoPeftModel"),
-        )
-        print(loads)  # noqa: T201 - to be copied
-        console.print(served_line(served, config["r"]), soft_wrap=True)
+
+
+def _print_commands(
+    console: Console, out: Path, record: Mapping[str, Any], served: Mapping[str, Sequence[str]]
+) -> None:
+    """Print the shape of a fused adapter, the commands that load and serve it, and which servers do."""
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
+    commands = next_commands(
+        base_model=record["base_model"],
+        adapter=out,
+        rank=config["r"],
+        serve=not served["vLLM"],
+        auto_class=PEFT_AUTO_CLASSES.get(config["task_type"], "AutoPeftModel"),
+    )
+    print(commands)  # noqa: T201 - to be copied
+    console.print(describe_serving(served, config["r"]), soft_wrap=True)
+
+
+def _print_compression(console: Console, method: str, record: Mapping[str, Any], *, into_base: bool) -> None:
+    """Print what the compression of inputs and of the result took away, if anything was compressed."""
     if "inputs_compressed" in record:
         largest = record["inputs_compressed"]["relative_error_max"]
         console.print(
@@ -81,21 +162,14 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
         )
     if "compression" in record:
         mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        exact = "" if arguments["into_base"] else "; --into-base MODEL adds the update to the weights as it is"
+        exact = "" if into_base else "; --into-base MODEL adds the update to the weights as it is"
         console.print(
             f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True
         )
-    if missing := record.get("incomplete_groups"):
-        console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
-    if converted is not None:
-        console.print(f"converted: {converted}", soft_wrap=True)
-    elif arguments["gguf"] is not None:
-        console.print(f"no convert_lora_to_gguf.py in {arguments['gguf']}; where llama.cpp is, run:", soft_wrap=True)
-        print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
 
 
-def _value(text: str) -> Any:
-    """A word of the command line as JSON if it is JSON, else as text."""
+def _parse_value(text: str) -> object:
+    """Read a word of the command line as JSON if it is JSON, else as text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

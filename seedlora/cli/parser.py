@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from seedlora.cli.errors import UsageError, plain_message
 from seedlora.distributed.strategies import choose_strategy
-from seedlora.evaluation.answering import Prompts
+from seedlora.evaluation.candidates import Prompts
 from seedlora.evaluation.tasks import TASKS, Generate
 from seedlora.names import ALL_CONTROLS, UNFINISHED_NAME
 from seedlora.run.cost import PhaseClock

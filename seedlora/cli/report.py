@@ -1,4 +1,4 @@
-"""The command ``report``."""
+"""The command ``report``: write the report of runs, and the comparison of several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from seedlora.cli.terminal import counting_bar, number_table, print_json
+from seedlora.cli.terminal import counting_bar, layer_counter, number_table, print_json
 from seedlora.report.page import write_comparison, write_report
 from seedlora.report.sections import runs_table
 
@@ -24,8 +24,7 @@ def run_report(arguments: Mapping[str, Any]) -> None:
     with counting_bar() as progress:
         for run in runs:
             task = progress.add_task(run.name, total=None)
-            advance = lambda _path: progress.advance(task)  # noqa: B023, E731 - called now
-            found.append(write_report(run, layers=arguments["layers"], on_layer=advance))
+            found.append(write_report(run, layers=arguments["layers"], on_layer=layer_counter(progress, task)))
     several = write_comparison(found, runs, arguments["out"]) if len(runs) > 1 else None
     if arguments["json"]:
         print_json(several or found[0])

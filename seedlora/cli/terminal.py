@@ -1,19 +1,19 @@
-"""What the commands show: tables, bars, JSON."""
+"""Show tables, bars and JSON in the terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 
 from seedlora.adapters.servers import NOT_KNOWN, vllm_rank
 from seedlora.utils.progress import progress_bar
 
 
-def served_line(served: Mapping[str, Sequence[str]], rank: int) -> str:
-    """Which servers load the adapter, and why others do not."""
+def describe_serving(served: Mapping[str, Sequence[str]], rank: int) -> str:
+    """Say which servers load an adapter, and why others do not."""
     good = [server for server, reasons in served.items() if not reasons]
     limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
     parts = [f"served by {', '.join(good)}{limit}"] if good else []
@@ -37,8 +37,17 @@ def counting_bar() -> Progress:
     return progress_bar(MofNCompleteColumn(), TimeElapsedColumn())
 
 
+def layer_counter(progress: Progress, task: TaskID) -> Callable[[str], None]:
+    """Return what moves a bar on by one for each layer that it is called with."""
+
+    def count(_path: str) -> None:
+        progress.advance(task)
+
+    return count
+
+
 def number_table(*columns: str) -> Table:
-    """A table of names and numbers; only a long name, a path, is folded."""
+    """Make a table of names and numbers, in which only a long name, a path, is folded."""
     table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
@@ -46,7 +55,7 @@ def number_table(*columns: str) -> Table:
     return table
 
 
-def formatted(*values: float) -> list[str]:
+def format_numbers(*values: float) -> list[str]:
     """Format numbers for a table."""
     return [f"{value:.3g}" for value in values]
 

@@ -35,8 +35,8 @@ from seedlora.cli.parser import (
     options_of_finished_run,
     values_of,
 )
-from seedlora.distributed.process_watch import ProcessWatch, lost_connection
-from seedlora.distributed.strategies import prepare
+from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
+from seedlora.distributed.strategies import prepare_strategy
 from seedlora.names import COST_NAME, UNFINISHED_NAME
 from seedlora.report.page import write_report
 from seedlora.run.budget import replica_share
@@ -111,7 +111,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         print(f"train.py: error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
         return 1
     except RuntimeError as error:
-        if not lost_connection(error):
+        if not is_lost_connection(error):
             raise
         time.sleep(1)  # for the watch, which knows more
         _stopped(cli, "the connection to another process was lost")
@@ -162,7 +162,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     replica_share(ensemble.options, trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
         module.options.check()
-        prepare(trainer, **module.options.needs_whole_base)
+        prepare_strategy(trainer, **module.options.needs_whole_base)
         data.tokenizer = module.tokenizer
     data.trainer = trainer
     data.prepare_data()

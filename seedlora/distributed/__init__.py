@@ -1,1 +1,1 @@
-"""Strategies of Lightning: what a rank holds, how gradients are clipped, how processes end together."""
+"""Share a run among processes: Lightning's strategies, clipping per replica, and a common end."""

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from seedlora.distributed.deepspeed_internals import is_last_micro_batch, local_gradient
+
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
@@ -33,9 +35,9 @@ def clip_gradients(
             clip(group, max_norm)
         return
     # Lightning calls this after every micro-batch; there are gradients after the last one of a step.
-    if not strategy.deepspeed_engine.is_gradient_accumulation_boundary():
+    if not is_last_micro_batch(strategy):
         return
-    parts = [[_local_gradient(parameter) for parameter in group] for group in groups]
+    parts = [[local_gradient(parameter) for parameter in group] for group in groups]
     squares = torch.stack([_sum_of_squares(part, strategy.root_device) for part in parts])
     if strategy.world_size > 1:
         torch.distributed.all_reduce(squares)
@@ -45,19 +47,6 @@ def clip_gradients(
         for gradient in part:
             if gradient is not None:
                 gradient.mul_(factor.to(gradient.device))
-
-
-def _local_gradient(parameter: Any) -> Tensor | None:
-    """The part of a gradient, averaged over ranks and micro-batches, that this rank's optimizer will use: a view.
-
-    ``deepspeed.utils.safe_get_full_grad`` gathers whole gradients, with one collective for each parameter.
-    """
-    if hasattr(parameter, "ds_id"):
-        gradient, _ = parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
-        return gradient
-    if parameter._hp_mapping is None:
-        return None  # another rank's
-    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
 
 def _sum_of_squares(part: Iterable[Tensor | None], device: torch.device) -> Tensor:

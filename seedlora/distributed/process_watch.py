@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 import lightning.pytorch as pl
 import torch
 
+from seedlora.distributed.lightning_internals import started_processes
+
 
 class ProcessWatch:
-    """Stops this process when another of the run is gone, wherever it waits for it.
+    """Stops this process when another one of the run is gone, even where it waits for that one.
 
     A process that waits in a collective may wait for the rest of the process group's timeout, half an hour by default;
     Lightning's own observer, every five seconds, ends the first process without a word. This one looks often enough to
@@ -29,11 +31,11 @@ class ProcessWatch:
         self._trainer, self._on_lost, self._parent = trainer, on_lost, os.getppid()
 
     def start(self) -> None:
-        """Look, beside the main thread, until that ends."""
+        """Start to look at the other processes, in a thread that ends with the main thread."""
         threading.Thread(target=self._watch, name="process-watch", daemon=True).start()
 
     def finish(self) -> None:
-        """At the end of the run: the first process outlives the others, or they would find it gone."""
+        """Wait at the end of the run, so that the first process outlives the others: they would find it gone."""
         for process in self._processes:
             process.wait()
 
@@ -47,7 +49,7 @@ class ProcessWatch:
 
     @property
     def _processes(self) -> Sequence[subprocess.Popen[bytes]]:
-        return getattr(self._trainer.strategy.launcher, "procs", ())
+        return started_processes(self._trainer.strategy)
 
     def _lost(self) -> str | None:
         if self._trainer.global_rank and os.getppid() != self._parent:
@@ -59,6 +61,6 @@ class ProcessWatch:
         return None
 
 
-def lost_connection(error: BaseException) -> bool:
-    """Whether an error says that the other processes cannot be reached, as when one of them ended."""
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error says that the other processes cannot be reached, as when one of them ended."""
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

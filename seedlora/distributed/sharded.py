@@ -1,8 +1,8 @@
-"""Weights that several ranks hold in parts."""
+"""Read, split and share out weights of which each rank holds a part."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -10,11 +10,16 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from seedlora.distributed.deepspeed_internals import destroy_engine, is_partitioned_parameter
 from seedlora.distributed.strategies import FSDP2Strategy
+from seedlora.utils.transformers_internals import unit_layer_classes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
-def shard(model: Any, trainer: pl.Trainer) -> None:
-    """Under FSDP2, split a PEFT model's weights over the ranks, one decoder layer at a time; else do nothing.
+def shard_model(model: PeftModel, trainer: pl.Trainer) -> None:
+    """Split a PEFT model's weights over the ranks under FSDP2, one decoder layer at a time; else do nothing.
 
     A layer's weights, the adapters among them, are whole while it computes. A model is split once.
     """
@@ -28,33 +33,32 @@ def shard(model: Any, trainer: pl.Trainer) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """The layers of a PEFT model that its family names as units, in their order."""
-    names = set(model.get_base_model()._no_split_modules or ())
+def decoder_layers(model: PeftModel) -> list[torch.nn.Module]:
+    """Return the decoder layers of a PEFT model, in their order: those that its family names as units."""
+    names = unit_layer_classes(model.get_base_model())
     return [layer for layer in model.modules() if type(layer).__name__ in names]
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether :func:`shard` has split the model: its layers can then not be split anew for other adapters."""
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Return whether :func:`shard_model` has split the model, whose layers can then not be split again."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
 
 
-def is_partitioned(model: Any) -> bool:
-    """Whether ZeRO-3 has dealt the model's weights out: other adapters can be put on it, if they need no weights."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+def is_partitioned(model: torch.nn.Module) -> bool:
+    """Return whether ZeRO-3 has dealt the model's weights out: it takes other adapters only if they need no weights."""
+    return any(map(is_partitioned_parameter, model.parameters()))
 
 
-def release(trainer: pl.Trainer) -> None:
-    """Take DeepSpeed's hooks and buffers off the module after a fit: the next one makes an engine of its own."""
-    engine: Any = trainer.model
-    if isinstance(trainer.strategy, DeepSpeedStrategy) and engine is not None and hasattr(engine, "destroy"):
-        engine.destroy()
+def release_engine(trainer: pl.Trainer) -> None:
+    """Take DeepSpeed's hooks and buffers off the module after a fit: the next fit makes an engine of its own."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        destroy_engine(trainer.model)
 
 
 def broadcast_from_rank0(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
-    """The first rank's tensor on all ranks, where others give one of its shape and dtype. All ranks must call it."""
+    """Give all ranks the first rank's tensor, where others pass one of its shape and dtype. All ranks must call it."""
     if trainer.world_size == 1:
         return tensor
     shared = tensor.to(trainer.strategy.root_device)
@@ -62,9 +66,9 @@ def broadcast_from_rank0(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     return shared.to(tensor.device)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """All values of a parameter, also where each rank holds a part: a detached copy. All ranks must call it."""
-    if hasattr(parameter, "ds_id"):
+def gather_parameter(parameter: Tensor) -> Tensor:
+    """Return all values of a parameter, detached and copied, even if each rank holds a part. All ranks must call it."""
+    if is_partitioned_parameter(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):

@@ -1,4 +1,4 @@
-"""How the processes of a run share a stack of adapters: what Lightning's strategies do not do by themselves.
+"""Make Lightning's strategies fit a stack of adapters: what they do not do by themselves.
 
 DDP needs nothing. DeepSpeed clips by one norm over all parameters, which would couple the replicas, and keeps weights
 and gradients in parts; FSDP2 leaves the sharding to the module. Both are handled here, and nowhere else.
@@ -15,12 +15,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     StrategyRegistry,
 )
+
+from seedlora.distributed.deepspeed_internals import skip_shared_memory_extension
+from seedlora.distributed.lightning_internals import registered_options, set_up_without_gpu, share_data_alone
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -38,28 +40,24 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """Tell DeepSpeed that the CPU is the accelerator, then start up as DDP does."""
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        # An extension for processes that share memory; building it takes over a minute, and gloo does its work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_extension()
         self.parallel_devices = [torch.device("cpu", i) for i in range(self.num_processes)]
-        # Past DeepSpeedStrategy's own method, which only refuses.
-        DDPStrategy.setup_environment(self)
+        set_up_without_gpu(self)
 
 
 class _DtypesAsLoaded(DeepSpeedPrecision):
-    """Leaves the module's dtypes as they are: Lightning's own makes a base model in bfloat16 one in float32."""
+    """Leaves the module's dtypes as they are: Lightning's own class makes a base model in bfloat16 one in float32."""
 
     def __init__(self) -> None:
         super().__init__("32-true")
 
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """As it is."""
+        """Return the module unchanged."""
         return module
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """FSDP2, through Lightning's ``ModelParallelStrategy``: the base model in parts on all ranks, without DeepSpeed.
+    """FSDP2 through Lightning's ``ModelParallelStrategy``: each rank holds a part of the base model, without DeepSpeed.
 
     The module shards itself, see :func:`shard`. A checkpoint is one file, as of one process: whole adapters and whole
     optimizer state, which are small, and nothing of the base model.
@@ -69,12 +67,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False, **options)
 
     def setup_environment(self) -> None:
-        """All processes share the data; none shares a layer's work."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        """Let all processes share the data, and none a layer's work."""
+        share_data_alone(self)
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trained weights, whole, on the first rank."""
+        """Return the trained weights, whole, on the first rank."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -82,7 +80,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Strategy:
-    """What to give the trainer for the strategy that the user named.
+    """Return what to give the trainer for the strategy that the user named.
 
     Args:
         strategy: a name in Lightning's registry or a strategy.
@@ -109,11 +107,11 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
         )
     cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if cpu and strategy.startswith("deepspeed") and strategy in StrategyRegistry.available_strategies():
-        return CPUDeepSpeedStrategy(**StrategyRegistry[strategy]["init_params"])
+        return CPUDeepSpeedStrategy(**registered_options(strategy))
     return strategy
 
 
-def prepare(
+def prepare_strategy(
     trainer: pl.Trainer, *, quantization: str = "none", backend: str | None = None, full: str | None = None
 ) -> None:
     """Check that the trainer's strategy can train a stack, and set what it must leave to us.
@@ -173,7 +171,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each of the processes holds a part of, in ZeRO's words.
+    """States how much of a run each of its processes holds a part of, as a ZeRO stage.
 
     Args:
         stage: 0 for nothing, 1 for the optimizer's state, 2 for the gradients too, 3 for the weights too.
@@ -187,8 +185,8 @@ class Sharding:
 ONE_PROCESS = Sharding()
 
 
-def sharding(trainer: pl.Trainer) -> Sharding:
-    """How the trainer's strategy shares what a run holds; FSDP2 is stage 3."""
+def sharding_of(trainer: pl.Trainer) -> Sharding:
+    """Return how the trainer's strategy shares what a run holds; FSDP2 counts as stage 3."""
     strategy, stage = trainer.strategy, 0
     if isinstance(strategy, DeepSpeedStrategy):
         assert isinstance(strategy.config, dict)
@@ -199,22 +197,22 @@ def sharding(trainer: pl.Trainer) -> Sharding:
 
 
 def splits_base(trainer: pl.Trainer) -> bool:
-    """Whether each rank holds a part of the base model only: ZeRO-3 and FSDP2."""
-    return sharding(trainer).stage == 3
+    """Return whether each rank holds only a part of the base model, as under ZeRO-3 and FSDP2."""
+    return sharding_of(trainer).stage == 3
 
 
 def holds_whole_adapters(trainer: pl.Trainer) -> bool:
-    """Whether each rank's parameters are the adapters, so that writing to them changes what is trained."""
+    """Return whether each rank's parameters are the adapters, so that writing to them changes what is trained."""
     return not isinstance(trainer.strategy, DeepSpeedStrategy | FSDP2Strategy)
 
 
-def saves_folders(trainer: pl.Trainer) -> bool:
-    """Whether a checkpoint is a folder with a file of each rank, and not one file."""
+def saves_checkpoint_folders(trainer: pl.Trainer) -> bool:
+    """Return whether a checkpoint is a folder with a file of each rank, and not one file."""
     return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def step_scale(trainer: pl.Trainer) -> int:
-    """What multiplies a loss that is already normalised over the whole optimizer step, all micro-batches, all ranks.
+    """Return the factor for a loss that is already normalised over all micro-batches and ranks of an optimizer step.
 
     The strategies average gradients over the ranks, and Lightning divides the loss by ``accumulate_grad_batches``.
     DeepSpeed's engine divides by it once more; AdamW hides a wrong scale, except where its epsilon or the clip counts.

@@ -1,1 +1,1 @@
-"""Scores and their uncertainty."""
+"""Tasks, generation and judgement: how adapters are scored by what they answer."""

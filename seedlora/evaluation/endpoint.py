@@ -1,4 +1,4 @@
-"""Generation by a server that speaks OpenAI's completions protocol: vLLM, SGLang and others."""
+"""Generate by a server that speaks OpenAI's completions protocol: vLLM, SGLang and others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from seedlora.evaluation.generate import LENGTH, STOPPED, Generation, OnDone, Prompt, before_stop
+from seedlora.evaluation.generate import LENGTH, STOPPED, Generation, OnDone, Prompt, cut_at_stop
 
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+_RETRIED_CODES = {408, 409, 425, 429, 500, 502, 503, 504}
 #: Seconds that a server may take to say which models it has: it has nothing to compute for that.
-_FIRST_ANSWER = 10.0
+_MODELS_TIMEOUT = 10.0
 KEY_VARIABLE = "SEEDLORA_ENDPOINT_KEY"
 
 
@@ -49,7 +49,7 @@ class EndpointGenerator:
         self.url, self.models = url.rstrip("/").removesuffix("/v1"), models
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.batch_size = 64 * concurrency
-        answer = self._ask("/v1/models", retries=0, timeout=min(timeout, _FIRST_ANSWER))
+        answer = self._request("/v1/models", retries=0, timeout=min(timeout, _MODELS_TIMEOUT))
         try:
             known = [str(model["id"]) for model in answer["data"]]
         except (KeyError, TypeError):
@@ -61,7 +61,7 @@ class EndpointGenerator:
             )
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Characters: only the server can count tokens."""
+        """Return the characters of each prompt: only the server can count tokens."""
         return [len(prompt.text) for prompt in prompts]
 
     def __call__(
@@ -72,10 +72,10 @@ class EndpointGenerator:
         stops: Sequence[str],
         on_done: OnDone,
     ) -> None:
-        """See :class:`seedlora.evaluation.generate.Generator`; ``on_done`` is called in the caller's thread."""
+        """Ask the server for all answers, several at once; ``on_done`` is called in the caller's thread."""
 
         def one(name: str, prompt: Prompt) -> Generation:
-            request: dict[str, Any] = {
+            request: dict[str, object] = {
                 "model": self.models[name],
                 "prompt": prompt.text,
                 "max_tokens": max_new_tokens,
@@ -85,10 +85,10 @@ class EndpointGenerator:
                 request["stop"] = list(stops)
             if not prompt.add_special_tokens:
                 request["add_special_tokens"] = False
-            answer = self._ask("/v1/completions", request)
+            answer = self._request("/v1/completions", request)
             try:
                 choice = answer["choices"][0]
-                text = before_stop(str(choice["text"]), stops)
+                text = cut_at_stop(str(choice["text"]), stops)
             except (KeyError, IndexError, TypeError):
                 raise OSError(f"the server at {self.url} answered without choices: {str(answer)[:200]}") from None
             finish = LENGTH if choice.get("finish_reason") == "length" and text == choice["text"] else STOPPED
@@ -107,10 +107,10 @@ class EndpointGenerator:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _ask(
+    def _request(
         self,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         *,
         retries: int | None = None,
         timeout: float | None = None,
@@ -128,7 +128,7 @@ class EndpointGenerator:
                     return answer
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {_message(error.read())}"
-                if error.code not in _AGAIN:
+                if error.code not in _RETRIED_CODES:
                     raise OSError(f"the server at {self.url} refused {path} ({reason})") from None
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
@@ -139,7 +139,7 @@ class EndpointGenerator:
 
 
 def _message(body: bytes) -> str:
-    """What the server says of an error, however it wraps it."""
+    """Return what the server says of an error, however it wraps it."""
     text = body.decode("utf-8", errors="replace")
     try:
         found = json.loads(text)

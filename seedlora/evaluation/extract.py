@@ -1,4 +1,4 @@
-r"""Answers out of generated text, as protocol ``paper`` reads them. Pure functions of strings.
+r"""Read answers out of generated text, as protocol ``paper`` does. Pure functions of strings.
 
 The rules of GSM8K and MATH are those of MetaMath's evaluation; a known quirk of a rule is kept, because scores are
 compared with published ones, and named in the result, so that a report can count it.
@@ -17,20 +17,20 @@ MARKER = "The answer is: "
 NO_MARKER, NO_ANSWER = "no 'The answer is: '", "nothing to read after the marker"
 NUMBER_CUT, ROUNDED = "number cut at its second separator", "rounded to a whole number"
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
-_TALK = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
+_NEXT_TURN_WORDS = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
 #: What ends a generation for GSM8K and MATH: the model starts to ask itself the next question.
-MATH_STOPS = tuple(word + colon for word in _TALK for colon in (":", ""))
+MATH_STOPS = tuple(word + colon for word in _NEXT_TURN_WORDS for colon in (":", ""))
 
 
 class Extraction(NamedTuple):
-    """What was read, ``None`` if nothing, and the quirks that took part."""
+    """The answer that was read, ``None`` if nothing, and the quirks that took part."""
 
     answer: int | str | None
     quirks: tuple[str, ...] = ()
 
 
 def gsm8k_answer(text: str) -> Extraction:
-    r"""The whole number after the last ``The answer is: ``.
+    r"""Read the whole number after the last ``The answer is: ``.
 
     The first match of ``[\-+]?\d*[\.,/]?\d+`` there; commas are dropped, a fraction is evaluated, the result is rounded
     (half to even). The expression takes one separator: ``1,234,567`` is read as 1234. Rounding makes 2 of ``2.5``.
@@ -53,7 +53,7 @@ def gsm8k_answer(text: str) -> Extraction:
 
 
 def gsm8k_gold(answer: str) -> int:
-    """The whole number after ``#### ``.
+    """Read the whole number after ``#### ``.
 
     Raises:
         ValueError: if there is none.
@@ -65,7 +65,7 @@ def gsm8k_gold(answer: str) -> int:
 
 
 def math_answer(text: str) -> Extraction:
-    r"""The text between the last ``The answer is: `` and the next full stop at a line's end."""
+    r"""Read the text between the last ``The answer is: `` and the next full stop at a line's end."""
     _, marker, tail = text.rpartition(MARKER)
     if not marker:
         return Extraction(None, (NO_MARKER,))
@@ -74,7 +74,9 @@ def math_answer(text: str) -> Extraction:
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""What is in the last ``\boxed{...}`` or ``\fbox{...}`` of a worked solution; ``None`` without a whole one."""
+    r"""Return what is in the last ``\boxed{...}`` or ``\fbox{...}`` of a worked solution; ``None`` without
+    a whole one.
+    """
     start = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
     if start < 0:
         return None
@@ -90,7 +92,7 @@ def last_boxed(solution: str) -> str | None:
 
 
 def is_equiv(a: str | None, b: str | None) -> bool:
-    r"""Whether two answers of MATH are the same text after Hendrycks et al.'s normalisation.
+    r"""Return whether two answers of MATH are the same text after Hendrycks et al.'s normalisation.
 
     Dropped: line breaks, spaces, ``\!``, ``\left``, ``\right``, degrees, ``\$``, ``\%``, units in ``\text{ ...}`` at
     the end, and a left side of at most two characters (``x=``). Made alike: ``\tfrac``, ``\dfrac`` and ``\frac``;
@@ -107,7 +109,7 @@ def is_equiv(a: str | None, b: str | None) -> bool:
 
 
 def _normalised(text: str) -> str | None:
-    """``None`` where the original gives up and compares the texts as they are."""
+    """Normalise an answer; return ``None`` where the original gives up and compares the texts as they are."""
     for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac")):
         text = text.replace(old, new)
     for dropped in (r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$"):
@@ -130,25 +132,25 @@ def _normalised(text: str) -> str | None:
 
 
 def _braced_fraction(match: re.Match[str]) -> str:
-    r"""``\frac12`` to ``\frac{1}{2}``, and ``\frac1{72}`` to ``\frac{1}{72}``."""
+    r"""Turn ``\frac12`` into ``\frac{1}{2}``, and ``\frac1{72}`` into ``\frac{1}{72}``."""
     numerator, following = match.groups()
     return rf"\frac{{{numerator}}}" + (following if following == "{" else f"{{{following}}}")
 
 
 def first_label(text: str, labels: Collection[str]) -> Extraction:
-    """The label that occurs first in the text."""
+    """Find the label that occurs first in the text."""
     match = re.search("|".join(map(re.escape, labels)), text)
     return Extraction(match[0]) if match else Extraction(None, ("no label",))
 
 
 def first_letter(text: str, letters: Collection[str]) -> Extraction:
-    """The first of the letters that stands alone: not within a word."""
+    """Find the first of the letters that stands alone: not within a word."""
     match = re.search(rf"\b[{''.join(letters)}]\b", text)
     return Extraction(match[0]) if match else Extraction(None, ("no letter",))
 
 
 def python_solution(text: str, entry_point: str) -> str:
-    """The part of generated text that defines ``entry_point``, by EvalPlus's rules.
+    """Return the part of generated text that defines ``entry_point``, by EvalPlus's rules.
 
     The longest run of lines that is valid Python; of it all imports, and those classes, functions with a ``return``
     and assignments to a name that ``entry_point`` needs, directly or not; the first definition of each name. Decorated
@@ -157,22 +159,22 @@ def python_solution(text: str, entry_point: str) -> str:
     """
     code = _longest_python(text)
     imports, definitions = [], dict[str, ast.stmt]()
-    for node in _parsed(code) or ():
+    for node in _parse_or_none(code) or ():
         if isinstance(node, ast.Import | ast.ImportFrom):
             imports.append(node)
-        elif (name := _defined(node)) is not None:
+        elif (name := _defined_name(node)) is not None:
             definitions.setdefault(name, node)
     needed, found = [entry_point], set[str]()
     while needed:
         if (name := needed.pop()) in definitions and name not in found:
             found.add(name)
-            needed += _names(definitions[name])
+            needed += _names_used(definitions[name])
     kept = [*imports, *(node for name, node in definitions.items() if name in found)]
     return "\n".join(ast.get_source_segment(code, node) or "" for node in kept)
 
 
 def _longest_python(text: str) -> str:
-    """The run of lines that is valid Python and has the most lines that are not blank; the first of several."""
+    """Return the run of lines that is valid Python and has the most lines that are not blank; the first of several."""
     lines = text.split("\n")
     best, longest = "", 0
     for start in range(len(lines)):
@@ -183,13 +185,13 @@ def _longest_python(text: str) -> str:
             if size <= longest:
                 break
             run = "\n".join(lines[start:end])
-            if _parsed(run) is not None:
+            if _parse_or_none(run) is not None:
                 best, longest = run, size
                 break
     return best
 
 
-def _parsed(code: str) -> list[ast.stmt] | None:
+def _parse_or_none(code: str) -> list[ast.stmt] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -198,8 +200,8 @@ def _parsed(code: str) -> list[ast.stmt] | None:
         return None
 
 
-def _defined(node: ast.stmt) -> str | None:
-    """The name that a statement defines, if the rules let it count."""
+def _defined_name(node: ast.stmt) -> str | None:
+    """Return the name that a statement defines, if the rules let it count."""
     if isinstance(node, ast.ClassDef) and not node.decorator_list:
         return node.name
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list:
@@ -208,7 +210,7 @@ def _defined(node: ast.stmt) -> str | None:
     return target.id if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) else None
 
 
-def _names(node: ast.stmt) -> Iterator[str]:
+def _names_used(node: ast.stmt) -> Iterator[str]:
     for inner in ast.walk(node):
         for name in (getattr(inner, "id", None), getattr(inner, "attr", None), getattr(inner, "arg", None)):
             if isinstance(name, str):

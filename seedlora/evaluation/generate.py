@@ -1,4 +1,4 @@
-"""Greedy generation by several adapters at once.
+"""Generate greedily by several adapters at once.
 
 Shape legend: ``N`` adapters, ``b`` prompts of each, ``M = N b`` rows (adapter after adapter), ``T`` tokens so far.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STOPPED, LENGTH = "stop", "length"
 
@@ -27,7 +31,7 @@ class Prompt(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """What a model said after a prompt: the text before the first stop, its tokens, and why it ended."""
+    """The answer of a model to a prompt: the text before the first stop, its tokens, and why it ended."""
 
     text: str
     tokens: int
@@ -45,7 +49,9 @@ class Generator(Protocol):
     batch_size: int
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The length of each prompt, in tokens or what stands for them; raises ``ValueError`` for one too long."""
+        """Return the length of each prompt, in tokens or what stands for them; raises ``ValueError`` for
+        one too long.
+        """
         ...
 
     def __call__(
@@ -58,6 +64,13 @@ class Generator(Protocol):
     ) -> None:
         """Answer each adapter's prompts, of which all adapters have equally many; hand each answer to ``on_done``."""
         ...
+
+
+class _Limits(NamedTuple):
+    """The end of an answer: after so many tokens, or before one of these texts."""
+
+    max_new_tokens: int
+    stops: Sequence[str]
 
 
 class StackGenerator:
@@ -73,7 +86,7 @@ class StackGenerator:
         mixtures: names that answer by the mean of several adapters' next-token probabilities: their names. Each is a
             pass of its own, in which its adapters read what the mixture said.
         batch_size: prompts of one adapter in one forward.
-        at_once: adapters in one forward.
+        adapters_per_forward: adapters in one forward.
 
     A row is padded on the left to the longest prompt of its batch. Finished rows leave the batch when they are a
     quarter of it; an adapter whose rows end early keeps as many as the slowest, because blocks have equal length.
@@ -81,17 +94,18 @@ class StackGenerator:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         route: Callable[[Sequence[str | None]], object],
         frozen: Callable[[], AbstractContextManager[object]] = nullcontext,
         adapters: Mapping[str, str | None],
         mixtures: Mapping[str, Sequence[str]] | None = None,
         batch_size: int = 16,
-        at_once: int = 8,
+        adapters_per_forward: int = 8,
     ) -> None:
-        self.model, self.tokenizer, self.batch_size, self._at_once = model, tokenizer, batch_size, at_once
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._adapters_per_forward = adapters_per_forward
         self._mixtures = dict(mixtures or {})
         self._route, self._frozen, self._adapters = route, frozen, adapters
         self._context = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
@@ -100,7 +114,7 @@ class StackGenerator:
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The tokens of each prompt.
+        """Return the tokens of each prompt.
 
         Raises:
             ValueError: if one leaves no room in the model's context.
@@ -118,30 +132,39 @@ class StackGenerator:
         stops: Sequence[str],
         on_done: OnDone,
     ) -> None:
-        """See :class:`Generator`."""
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stops": stops}
+        """Answer the prompts, as :class:`Generator` says: plain adapters in stacks, then each mixture by itself."""
+        limits = _Limits(max_new_tokens, stops)
         rows = {name: [self._encode(prompt) for prompt in prompts[name]] for name in prompts}
         plain = [name for name in prompts if name not in self._mixtures]
-        for start in range(0, len(plain), self._at_once):
-            names = plain[start : start + self._at_once]
-            self._answer(names, [rows[name] for name in names], on_done, names=names, **options)
+        for start in range(0, len(plain), self._adapters_per_forward):
+            names = plain[start : start + self._adapters_per_forward]
+            self._answer(names, [rows[name] for name in names], limits, on_done, names=names)
         for name, members in self._mixtures.items():
             if name in prompts:
                 pick = partial(most_likely_in_the_mean, blocks=len(members))
-                self._answer(members, [rows[name]] * len(members), on_done, names=[name], pick=pick, **options)
+                self._answer(members, [rows[name]] * len(members), limits, on_done, names=[name], pick=pick)
 
     def _answer(
         self,
         adapters: Sequence[str],
         prompts: Sequence[Sequence[list[int]]],
+        limits: _Limits,
         on_done: OnDone,
         *,
         names: Sequence[str],
-        max_new_tokens: int,
-        stops: Sequence[str],
         pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Go on from each adapter's prompts, all in one stack; the first blocks, as many as names, are what is said."""
+        """Go on from each adapter's prompts, all in one stack.
+
+        Args:
+            adapters: one for each block of rows.
+            prompts: token ids of each adapter's prompts, equally many of each.
+            limits: of an answer.
+            on_done: called with each answer of the first blocks, as many as there are names.
+            names: whose answers these are.
+            pick: as in :func:`generate_greedily`.
+        """
+        stops = limits.stops
         per_adapter = len(prompts[0])
         assert all(len(block) == per_adapter for block in prompts)
         rows = [row for block in prompts for row in block]
@@ -157,15 +180,17 @@ class StackGenerator:
 
         def done(row: int, said: list[int]) -> None:
             text = self._decode(rows[row], [token for token in said if token not in self._ends])
-            cut = before_stop(text, stops)
+            cut = cut_at_stop(text, stops)
             finish = STOPPED if said[-1] in self._ends or len(cut) < len(text) else LENGTH
             if row // per_adapter < len(names):
                 on_done(names[row // per_adapter], row % per_adapter, Generation(cut, len(said), finish))
 
-        limit = min(max_new_tokens, max(room))
-        with evaluating(self.model), self._frozen():
+        limit = min(limits.max_new_tokens, max(room))
+        with eval_mode(self.model), self._frozen():
             self.route(adapters)
-            greedy(self.model, rows, blocks=len(adapters), max_new_tokens=limit, ended=ended, on_done=done, pick=pick)
+            generate_greedily(
+                self.model, rows, blocks=len(adapters), max_new_tokens=limit, ended=ended, on_done=done, pick=pick
+            )
 
     def route(self, names: Sequence[str]) -> None:
         """Send the next forwards through these adapters, a block of rows each."""
@@ -177,23 +202,23 @@ class StackGenerator:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _decode(self, prompt: list[int], said: list[int], *, last: int | None = None) -> str:
-        """The text of ``said`` as it follows the prompt: some tokenizers drop a space at the start of a text."""
+        """Return the text of ``said`` as it follows the prompt: some tokenizers drop a space at the start of a text."""
         new = said if last is None else said[-last:]
         context = (prompt + said)[: len(prompt) + len(said) - len(new)][-4:]
         decode = self.tokenizer.decode
         before = decode(context, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        whole = decode([*context, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return whole[len(before) :]
+        after = decode([*context, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return after[len(before) :]
 
 
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first of the stops."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 @torch.no_grad()
-def greedy(
-    model: Any,
+def generate_greedily(
+    model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     *,
     blocks: int,
@@ -202,7 +227,7 @@ def greedy(
     on_done: Callable[[int, list[int]], object] = lambda _row, _said: None,
     pick: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
-    """The most likely token after each row, again and again.
+    """Append the most likely token to each row, again and again.
 
     What a row says does not depend on the rows beside it, except where two tokens are as likely as each other up to the
     rounding of the products.
@@ -224,64 +249,93 @@ def greedy(
     assert rows
     assert len(rows) % blocks == 0
     device = model.get_input_embeddings().weight.device
-    ids_MT, mask_MT = _left_padded(rows, device)
+    batch = _Batch.of_prompts(rows, device)
     cache = DynamicCache(config=model.config)
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     said: list[list[int]] = [[] for _ in rows]
-    active = list(range(len(rows)))  # the rows in the batch, in its order
-    alive = set(active)
     # Rows that have ended stay in the batch for a while; the model may have no positions for what they would say.
     last = int(getattr(model.config, "max_position_embeddings", None) or 2**31) - 1
     for _ in range(max_new_tokens):
-        positions = (mask_MT.cumsum(1) - 1).clamp(0, last)[:, -ids_MT.shape[1] :]
         logits = model(
-            input_ids=ids_MT,
-            attention_mask=mask_MT,
-            position_ids=positions,
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions(last),
             past_key_values=cache,
             use_cache=True,
             **options,
         ).logits
         next_M = logits[:, -1].argmax(-1) if pick is None else pick(logits[:, -1])
-        for row, token in zip(active, next_M.tolist(), strict=True):
-            if row in alive:
+        for row, token in zip(batch.rows, next_M.tolist(), strict=True):
+            if row in batch.alive:
                 said[row].append(token)
                 if ended(row, said[row]):
-                    alive.discard(row)
+                    batch.alive.discard(row)
                     on_done(row, said[row])
-        if not alive:
+        if not batch.alive:
             break
-        if (kept := _compacted(active, alive, blocks)) is not None:
+        if (kept := _places_to_keep(batch.rows, batch.alive, blocks)) is not None:
             index = torch.tensor(kept, device=device)
             cache.batch_select_indices(index)
-            next_M, mask_MT = next_M[index], mask_MT[index]
-            active = [active[i] for i in kept]
-        ids_MT = next_M[:, None]
-        mask_MT = torch.cat([mask_MT, mask_MT.new_ones(len(active), 1)], dim=1)
-    for row in sorted(alive):
+            next_M = next_M[index]
+            batch.keep(kept, index)
+        batch.append(next_M)
+    for row in sorted(batch.alive):
         on_done(row, said[row])
     return said
 
 
+@dataclass
+class _Batch:
+    """The rows that are being answered, and what the next forward is given.
+
+    Args:
+        ids: tokens that the model has not seen yet, shape (M, 1), of the prompts (M, T).
+        mask: over all tokens so far, shape (M, T): 0 where a row is padded.
+        rows: the numbers of the rows in the batch, in its order.
+        alive: those of them that have not ended.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    rows: list[int]
+    alive: set[int]
+
+    @classmethod
+    def of_prompts(cls, rows: Sequence[Sequence[int]], device: torch.device) -> _Batch:
+        """Put prompts into a batch, padded on the left to the longest."""
+        length = max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, length - len(row) :] = torch.tensor(row)
+            mask[i, length - len(row) :] = 1
+        return cls(ids.to(device), mask.to(device), list(range(len(rows))), set(range(len(rows))))
+
+    def positions(self, last: int) -> Tensor:
+        """Return the positions of the new tokens, none above ``last``."""
+        return (self.mask.cumsum(1) - 1).clamp(0, last)[:, -self.ids.shape[1] :]
+
+    def keep(self, places: Sequence[int], index: Tensor) -> None:
+        """Keep the rows at these places of the batch alone; ``index`` holds them as a tensor."""
+        self.mask = self.mask[index]
+        self.rows = [self.rows[place] for place in places]
+
+    def append(self, next_M: Tensor) -> None:
+        """Go on with one more token of each row."""
+        self.ids = next_M[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
+
+
 def most_likely_in_the_mean(logits_MV: Tensor, *, blocks: int) -> Tensor:
-    """For each row of a block the most likely token in the mean of all blocks' probabilities, for all blocks."""
+    """Return, for each row of a block, the most likely token in the mean of all blocks' probabilities, for
+    all blocks.
+    """
     p_NbV = logits_MV.float().softmax(-1).unflatten(0, (blocks, -1))
     return p_NbV.mean(0).argmax(-1).repeat(blocks)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both of shape (M, T)."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = torch.tensor(row)
-        mask[i, length - len(row) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _compacted(active: Sequence[int], alive: set[int], blocks: int) -> list[int] | None:
-    """Places in the batch to keep, equally many of each block; ``None`` while that saves less than a quarter."""
+def _places_to_keep(active: Sequence[int], alive: set[int], blocks: int) -> list[int] | None:
+    """Return places in the batch to keep, equally many of each block; ``None`` while that saves less than a quarter."""
     size = len(active) // blocks
     places = [range(i * size, (i + 1) * size) for i in range(blocks)]
     needed = max(sum(active[place] in alive for place in block) for block in places)

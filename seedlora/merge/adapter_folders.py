@@ -1,4 +1,4 @@
-"""Adapters in, adapter out: the merge rule applied layer by layer, and the folder that servers load.
+"""Fuse adapter folders into an adapter folder that servers load.
 
 The only place where the layers of a model are walked.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, locate
+from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME, Adapter, locate
 from seedlora.adapters.model_card import CARD_NAME, model_card
-from seedlora.adapters.servers import base_shapes, complete
+from seedlora.adapters.servers import add_zero_updates, base_shapes
 from seedlora.adapters.writing import universal_config, write_adapter
-from seedlora.merge.averages import average
+from seedlora.merge.averages import Averages, average_biases_and_modules
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse, layer_threads
@@ -33,11 +34,16 @@ from seedlora.merge.record import (
 )
 from seedlora.merge.registry import make_rule
 from seedlora.updates.algebra import gain
+from seedlora.updates.dense import Updates
+from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Path | None = None) -> None:
-    """See that a result may take the place of what is at ``out``: of nothing, an empty folder, or an older result.
+    """Check that a result may take the place of what is at ``out``: of nothing, an empty folder, or an older result.
 
     Args:
         out: the folder to write.
@@ -105,43 +111,82 @@ def fuse_folders(
     hashes, run = hash_inputs(sources), run_around(out, sources)
     stacks = stack_updates(adapters, weights)
     first = next(iter(adapters.values()))
-    check_vocabulary(first, base or first.base_model)
+    base_model = base or first.base_model
+    check_vocabulary(first, base_model)
     if dtype is not None:
         compute = torch.promote_types(dtype, torch.float32)
         stacks = Stacks({path: stack.to(compute) for path, stack in stacks.items()})
-    biases, modules = average(adapters, bound)
+    averages = average_biases_and_modules(adapters, bound)
     with layer_threads() as each:
         fused = fuse(stacks, bound, on_layer=on_layer, each=each)
-        walk = map if first.magnitudes else each
-        gains = list(walk(lambda path: float(gain(stacks[path], fused[path])), stacks if len(adapters) > 1 else ()))
-    shapes = base_shapes(base or first.base_model, fan_in_fan_out=first.fan_in_fan_out)
-    layers, unknown = complete(fused, shapes)
+        gains = _gains(stacks, fused, map if first.magnitudes else each) if len(adapters) > 1 else []
+    complete = add_zero_updates(fused, base_shapes(base_model, fan_in_fan_out=first.fan_in_fan_out))
+    result = _in_dtype(complete.layers, averages, dtype)
+    record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
+    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    record |= {} if base is None else {"base": recorded(base, run)}
+    record |= describe_inputs(adapters)
+    if complete.unknown:
+        record["incomplete_groups"] = complete.unknown
+    if len(adapters) > 1:
+        record["gain"] = gain_record(gains)
+    card = model_card(record, max(factors.rank for factors in result.layers.values()), run=run)
+    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
+    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
+    write_adapter(
+        out,
+        result.layers,
+        _config_of(first, result),
+        files=files,
+        embeddings=first.embeddings,
+        biases=result.biases,
+        modules=result.modules,
+    )
+    return Path(out)
+
+
+class _Result(NamedTuple):
+    """All tensors of a fused adapter: updates and biases by layer path, full weights by key within the model."""
+
+    layers: dict[str, LoRAFactors]
+    biases: dict[str, Tensor]
+    modules: dict[str, Tensor]
+
+
+def _gains(
+    stacks: Mapping[str, Updates], fused: Mapping[str, LoRAFactors], each: Callable[..., Iterator[float]]
+) -> list[float]:
+    """Return how much longer the fused update of each layer is than the mean update.
+
+    Args:
+        stacks: the adapters of every layer by path.
+        fused: the result by path.
+        each: how to go through the layers, as :func:`seedlora.merge.layers.layer_threads` gives it.
+    """
+    return list(each(lambda path: float(gain(stacks[path], fused[path])), stacks))
+
+
+def _in_dtype(layers: dict[str, LoRAFactors], averages: Averages, dtype: torch.dtype | None) -> _Result:
+    """Return the tensors of the result in its dtype, with a bias for every layer if some have one."""
+    biases, modules = averages
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
         biases = {path: bias.to(dtype) for path, bias in biases.items()}
         modules = {key: tensor.to(dtype) for key, tensor in modules.items()}
     if biases:  # a layer that was added for the servers' sake needs one like the others
         biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
-    record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
-    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    record |= {} if base is None else {"base": recorded(base, run)}
-    record |= describe_inputs(adapters)
-    if unknown:
-        record["incomplete_groups"] = unknown
-    if len(adapters) > 1:
-        record["gain"] = gain_record(gains)
-    card = model_card(record, max(factors.rank for factors in layers.values()), run=run)
-    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
-    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
-    config = universal_config(
-        layers,
+    return _Result(layers, biases, modules)
+
+
+def _config_of(first: Adapter, result: _Result) -> LoraConfig:
+    """Return the configuration of a fused adapter, which is for the base model of the first of the inputs."""
+    return universal_config(
+        result.layers,
         base_model=first.base_model,
         revision=first.revision,
         fan_in_fan_out=first.fan_in_fan_out,
-        lora_bias=bool(biases),
+        lora_bias=bool(result.biases),
         modules_to_save=first.modules_to_save,
         task_type=first.task_type,
         auto_mapping=first.auto_mapping,
     )
-    write_adapter(out, layers, config, files=files, embeddings=first.embeddings, biases=biases, modules=modules)
-    return Path(out)

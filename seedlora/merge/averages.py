@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,23 +12,30 @@ from seedlora.adapters.adapter import Adapter, AdapterError
 from seedlora.merge.bound_rule import BoundRule
 
 
-def average(adapters: Mapping[str, Adapter], bound: BoundRule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Biases and full weights of the adapters, averaged, whatever the rule: they have no factors to apply it to.
+class Averages(NamedTuple):
+    """Averaged biases by layer path, and averaged full weights by key within the model."""
+
+    biases: dict[str, Tensor]
+    modules: dict[str, Tensor]
+
+
+def average_biases_and_modules(adapters: Mapping[str, Adapter], bound: BoundRule) -> Averages:
+    """Average the adapters' biases and full weights, whatever the rule: they have no factors to apply it to.
 
     With the rule's ``weights``, biases are summed as it sums updates (``w_n / N``).
 
     Raises:
-        AdapterError: as :func:`averaged`.
+        AdapterError: as :func:`average_modules`.
     """
     members = list(adapters.values())
     biases = {path: [m.biases[path] for m in members] for path in members[0].biases}
     modules = {key: [m.modules[key] for m in members] for key in members[0].modules}
-    w = _weights(bound, len(members), "lora_bias") / len(members) if biases else torch.empty(0)
-    return {path: _sum(each, w) for path, each in biases.items()}, averaged(modules, bound)
+    w = _adapter_weights(bound, len(members), "lora_bias") / len(members) if biases else torch.empty(0)
+    return Averages({path: _weighted_sum(each, w) for path, each in biases.items()}, average_modules(modules, bound))
 
 
-def averaged(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -> dict[str, Tensor]:
-    """The mean of full weights, by key; with the weights of the rule, brought to a sum of 1, or of its members alone.
+def average_modules(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -> dict[str, Tensor]:
+    """Average full weights by key: with the rule's weights, brought to a sum of 1, or over its chosen members alone.
 
     Raises:
         AdapterError: if the rule's weights add up to 0 or less, or are not as many as the adapters, or the rule chooses
@@ -35,14 +43,16 @@ def averaged(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -> dict[
     """
     if not modules:
         return {}
-    w = _weights(bound, len(next(iter(modules.values()))), min(modules))
+    w = _adapter_weights(bound, len(next(iter(modules.values()))), min(modules))
     if not w.sum() > 0:
         raise AdapterError(f"modules_to_save are averaged, so weights must add up to more than 0, got {w.tolist()}")
-    return {key: _sum(each, w / w.sum()) for key, each in modules.items()}
+    return {key: _weighted_sum(each, w / w.sum()) for key, each in modules.items()}
 
 
-def _weights(bound: BoundRule, n: int, what: str) -> Tensor:
-    """What the rule weighs the adapters by, 1 each unless it says otherwise; for ``what``, which is averaged."""
+def _adapter_weights(bound: BoundRule, n: int, what: str) -> Tensor:
+    """Return the rule's weight of each adapter, 1 unless it says otherwise; ``what`` names the averaged thing in
+    errors.
+    """
     if bound.name == "greedy_soup" and n > 1:
         if "members" not in bound.options:
             raise AdapterError(f"greedy_soup chooses among adapters, and {what} would be the mean of all; take soup")
@@ -56,7 +66,7 @@ def _weights(bound: BoundRule, n: int, what: str) -> Tensor:
     return w
 
 
-def _sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     total = sum(float(x) * t.float() for x, t in zip(weights, tensors, strict=True))
     assert isinstance(total, Tensor)
     return total.to(tensors[0].dtype)

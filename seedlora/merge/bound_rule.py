@@ -1,4 +1,4 @@
-"""A rule with everything about its use decided: options, layers, rank, seed.
+"""Bind a rule to everything about its use: options, layers, rank, seed.
 
 :func:`seedlora.merge.layers.fuse` runs it.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -33,12 +33,12 @@ LAYER_SETS: Mapping[str, str] = {
     "ffn": r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|experts|DenseReluDense)(\.|$)"
     r"|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|c_fc|fc1|fc2|fc_in|fc_out)$",
 }
-RESTS = ("soup", "nothing")
+REST_CHOICES = ("soup", "nothing")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a rule, what it does in a line, and where it comes from.
+    """A row of the table of methods: a rule, what it does in a line, and where it comes from.
 
     Args:
         rule: takes a stack first, then keyword options. If it has a keyword ``generator``, it is random.
@@ -62,7 +62,7 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Names and defaults of the method's keyword options; ``inspect.Parameter.empty`` where one must be given."""
+        """Return names and defaults of the keyword options; ``inspect.Parameter.empty`` where one must be given."""
         found: dict[str, Any] = {}
         for function in (*self.surveys.values(), self.rule):
             for p in list(inspect.signature(function).parameters.values())[1:]:
@@ -72,7 +72,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Use:
+class CommonOptions:
     """Options that every method has.
 
     Args:
@@ -102,7 +102,7 @@ class Use:
                 f"layers must be all, attention, ffn or a regular expression, got {self.layers!r}: {error}"
             ) from None
         if self.rest is not None:
-            checked_choice("rest", self.rest, RESTS)
+            checked_choice("rest", self.rest, REST_CHOICES)
         elif self.layers != "all":
             raise ValueError(
                 f"layers={self.layers!r} leaves layers out: say rest='soup' (they are averaged) or rest='nothing'"
@@ -116,7 +116,7 @@ class Use:
             raise ValueError(f"seed must be a whole number, 0 or more, got {self.seed!r}")
 
 
-COMMON: Mapping[str, Any] = {f.name: f.default for f in fields(Use)}
+COMMON_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(CommonOptions)}
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ class BoundRule:
         name: of the method, for records.
         method: the row it came from.
         options: keyword options of the method.
-        use: the options that every method has.
+        common: the options that every method has.
     """
 
     name: str
     method: Method
     options: Mapping[str, Any]
-    use: Use
+    common: CommonOptions
 
     def __call__(self, stack: LoRAFactors) -> LoRAFactors:
         """Fuse one layer alone, as if the model had no other; dense results come out compressed."""
@@ -141,35 +141,37 @@ class BoundRule:
         return self.finish("", self.update("", stack, facts)).factors
 
     def selects(self, path: str) -> bool:
-        """Whether the method is applied to this layer."""
-        return re.search(LAYER_SETS.get(self.use.layers, self.use.layers), path) is not None
+        """Return whether the method is applied to this layer."""
+        return re.search(LAYER_SETS.get(self.common.layers, self.common.layers), path) is not None
 
-    def survey(self, walk: AnyWalk) -> dict[str, Any]:
-        """What the rule must know about the whole model, by keyword."""
+    def survey(self, walk: AnyWalk) -> dict[str, object]:
+        """Return what the rule must know about the whole model, by keyword."""
         return {
-            keyword: survey(walk, **{key: self.options[key] for key in _keywords(survey)[0] if key in self.options})
+            keyword: survey(
+                walk, **{key: self.options[key] for key in _options_of(survey).names if key in self.options}
+            )
             for keyword, survey in self.method.surveys.items()
         }
 
-    def update(self, path: str, stack: Updates, facts: Mapping[str, Any]) -> Updates:
-        """The merged update of one selected layer, as the rule gives it.
+    def update(self, path: str, stack: Updates, facts: Mapping[str, object]) -> Updates:
+        """Return the merged update of one selected layer, as the rule gives it.
 
         Raises:
             ValueError: if the rule gives anything but one update.
         """
         rule = self.method.rule
-        named, takes_all = _keywords(rule)
-        options = {key: value for key, value in self.options.items() if takes_all or key in named}
-        if "generator" in named and "generator" not in options:
-            options["generator"] = torch.Generator().manual_seed(stream_seed(self.use.seed, path))
+        known = _options_of(rule)
+        options = {key: value for key, value in self.options.items() if known.takes_all or key in known.names}
+        if "generator" in known.names and "generator" not in options:
+            options["generator"] = torch.Generator().manual_seed(stream_seed(self.common.seed, path))
         update = rule(stack, **options, **facts)
         if len(update) != 1:
             raise ValueError(f"Merge method '{self.name}' must give one update per layer, gave {len(update)}")
         return update
 
     def left_out(self, stack: Updates) -> Updates:
-        """What a layer gets that the method is not applied to."""
-        if self.use.rest == "soup":
+        """Return the update of a layer that the method is not applied to."""
+        if self.common.rest == "soup":
             average: Callable[[Any], Updates] = soup
             return average(stack)
         (d, k), dtype, device = stack.shape, stack.dtype, stack.device
@@ -177,22 +179,28 @@ class BoundRule:
         return LoRAFactors(*zeros)
 
     def finish(self, path: str, update: Updates) -> Compressed:
-        """The update as factors: as they are, unless they are dense or of a higher rank than ``use.rank``.
+        """Return an update as factors: unchanged, unless it is dense or of a higher rank than ``common.rank``.
 
         Args:
             path: of the layer; a randomised compression draws from its stream.
             update: what the rule gave, one.
         """
-        rank = self.use.rank or update.rank
+        rank = self.common.rank or update.rank
         if isinstance(update, LoRAFactors) and update.rank <= rank:
             return Compressed(update, 0.0)
-        match_norm = self.method.match_norm if self.use.match_norm is None else self.use.match_norm
-        generator = torch.Generator().manual_seed(stream_seed(self.use.seed, "svd", path))
-        return compress(update, rank, match_norm=match_norm, svd=self.use.svd, generator=generator)
+        match_norm = self.method.match_norm if self.common.match_norm is None else self.common.match_norm
+        generator = torch.Generator().manual_seed(stream_seed(self.common.seed, "svd", path))
+        return compress(update, rank, match_norm=match_norm, svd=self.common.svd, generator=generator)
+
+
+class _Options(NamedTuple):
+    """The names of a rule's options, and whether it takes any other."""
+
+    names: list[str]
+    takes_all: bool
 
 
 @lru_cache
-def _keywords(function: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Names of a rule's options, and whether it takes any other."""
+def _options_of(function: Callable[..., object]) -> _Options:
     options = list(inspect.signature(function).parameters.values())[1:]
-    return [p.name for p in options], any(p.kind is p.VAR_KEYWORD for p in options)
+    return _Options([p.name for p in options], any(p.kind is p.VAR_KEYWORD for p in options))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,13 +30,13 @@ def stack_adapters(adapters: Mapping[str, Adapter], *, device: torch.device | No
     """
     if dora := [name for name, adapter in adapters.items() if adapter.magnitudes]:
         raise AdapterError(f"{dora[0]} is DoRA, whose update is not B @ A alone; it needs the base weights")
-    return _stacked(adapters, device)
+    return _stack_factors(adapters, device)
 
 
 def stack_updates(
     adapters: Mapping[str, Adapter], base: WeightFiles, *, device: torch.device | None = None
 ) -> Stacks[Any]:
-    """As :func:`stack_adapters`, also for DoRA: the updates in row blocks, as they act on the base weights.
+    """Stack updates as :func:`stack_adapters` does, also DoRA's: in row blocks, as they act on the base weights.
 
     Args:
         adapters: by name, for the messages.
@@ -47,7 +47,7 @@ def stack_updates(
         AdapterError: as :func:`stack_adapters`, and if some adapters are DoRA and others are not.
         ValueError: if the base model cannot be read or lacks a layer.
     """
-    stacks = _stacked(adapters, device)
+    stacks = _stack_factors(adapters, device)
     members = list(adapters.values())
     if not members[0].magnitudes:
         return stacks
@@ -55,15 +55,15 @@ def stack_updates(
         path: dora_updates(
             stack,
             torch.stack([member.magnitudes[path] for member in members]).to(stack.device),
-            base.rows(path, flipped=members[0].flipped(path)),
+            base.row_reader(path, flipped=members[0].flipped(path)),
         )
         for path, stack in stacks.items()
     }
     return Stacks(dense, stacks.modules)
 
 
-def check_together(adapters: Mapping[str, Adapter]) -> None:
-    """See that adapters belong together, before any work.
+def check_compatible(adapters: Mapping[str, Adapter]) -> None:
+    """Check that adapters belong together, before any work.
 
     Args:
         adapters: by name, for the messages.
@@ -73,69 +73,89 @@ def check_together(adapters: Mapping[str, Adapter]) -> None:
     """
     if not adapters:
         raise AdapterError("no adapter was given; fusing needs at least one")
-    (first_name, first), *others = adapters.items()
-    for name, adapter in others:
-        if Path(adapter.base_model) != Path(first.base_model):
-            raise AdapterError(
-                f"{first_name} belongs to base model '{first.base_model}', {name} to '{adapter.base_model}'; if these "
-                "are one model, say so in adapter_config.json (base_model_name_or_path)"
-            )
-        if adapter.revision != first.revision:
-            raise AdapterError(
-                f"the base model's revision is {first.revision or 'main'} in {first_name} and "
-                f"{adapter.revision or 'main'} in {name}"
-            )
-        if adapter.quantization != first.quantization:
-            goes = [
-                "the original" if kind == "none" else f"the one in {kind} alone, as its {BASE_NAME} says"
-                for kind in (first.quantization, adapter.quantization)
-            ]
-            raise AdapterError(
-                f"of base model '{first.base_model}', {first_name} belongs on {goes[0]}, and {name} on {goes[1]}; fuse "
-                "those of one kind"
-            )
-        if adapter.task_type != first.task_type:
-            raise AdapterError(f"task_type is {first.task_type} in {first_name} and {adapter.task_type} in {name}")
-        if adapter.fan_in_fan_out != first.fan_in_fan_out:
-            raise AdapterError(
-                f"fan_in_fan_out is {first.fan_in_fan_out} in {first_name} and {adapter.fan_in_fan_out} in {name}"
-            )
-        if bool(adapter.magnitudes) != bool(first.magnitudes):
-            raise AdapterError(
-                f"only {name if adapter.magnitudes else first_name} is DoRA, of {first_name} and {name}; make plain "
-                "LoRA of it first (python -m seedlora merge, with that one alone, --method soup --rank 64)"
-            )
-        if bool(adapter.biases) != bool(first.biases):
-            raise AdapterError(
-                f"only {name if adapter.biases else first_name} has lora_bias, of {first_name} and {name}"
-            )
-        if odd := sorted(set(adapter.modules) ^ set(first.modules)):
-            holder = name if odd[0] in adapter.modules else first_name
-            raise AdapterError(f"{first_name} and {name} save different modules: only {holder} has {odd[0]}")
-        for key, tensor in adapter.modules.items():
-            if tensor.shape != first.modules[key].shape:
-                shapes = tuple(first.modules[key].shape), tuple(tensor.shape)
-                raise AdapterError(f"{key} has shape {shapes[0]} in {first_name} and {shapes[1]} in {name}")
-        for path in sorted(set(adapter.copies) & set(first.copies)):
-            if adapter.copies[path] != first.copies[path]:
-                raise AdapterError(
-                    f"{path} has different base weights in {first_name} and {name}: were vocabularies resized?"
-                )
-        if odd := sorted(set(adapter.layers) ^ set(first.layers)):
-            holder = name if odd[0] in adapter.layers else first_name
-            raise AdapterError(f"{first_name} and {name} adapt different layers: only {holder} has {odd[0]}")
-        if odd := sorted(adapter.embeddings ^ first.embeddings):
-            holder = name if odd[0] in adapter.embeddings else first_name
-            raise AdapterError(f"{odd[0]} is an embedding only in {holder}, of {first_name} and {name}")
-        for path, factors in adapter.layers.items():
-            if factors.shape != first.layers[path].shape:
-                raise AdapterError(
-                    f"{path} has shape {first.layers[path].shape} in {first_name} and {factors.shape} in {name}"
-                )
+    first, *others = (_Named(name, adapter) for name, adapter in adapters.items())
+    for other in others:
+        _check_same_base(first, other)
+        _check_same_kind(first, other)
+        _check_same_modules(first, other)
+        _check_same_layers(first, other)
 
 
-def _stacked(adapters: Mapping[str, Adapter], device: torch.device | None) -> Stacks[LoRAFactors]:
-    check_together(adapters)
+class _Named(NamedTuple):
+    """An adapter and the name that messages call it by."""
+
+    name: str
+    adapter: Adapter
+
+
+def _check_same_base(first: _Named, other: _Named) -> None:
+    (first_name, a), (name, b) = first, other
+    if Path(b.base_model) != Path(a.base_model):
+        raise AdapterError(
+            f"{first_name} belongs to base model '{a.base_model}', {name} to '{b.base_model}'; if these "
+            "are one model, say so in adapter_config.json (base_model_name_or_path)"
+        )
+    if b.revision != a.revision:
+        raise AdapterError(
+            f"the base model's revision is {a.revision or 'main'} in {first_name} and {b.revision or 'main'} in {name}"
+        )
+    if b.quantization != a.quantization:
+        bases = [
+            "the original" if kind == "none" else f"the one in {kind} alone, as its {BASE_NAME} says"
+            for kind in (a.quantization, b.quantization)
+        ]
+        raise AdapterError(
+            f"of base model '{a.base_model}', {first_name} belongs on {bases[0]}, and {name} on {bases[1]}; fuse "
+            "those of one kind"
+        )
+
+
+def _check_same_kind(first: _Named, other: _Named) -> None:
+    (first_name, a), (name, b) = first, other
+    if b.task_type != a.task_type:
+        raise AdapterError(f"task_type is {a.task_type} in {first_name} and {b.task_type} in {name}")
+    if b.fan_in_fan_out != a.fan_in_fan_out:
+        raise AdapterError(f"fan_in_fan_out is {a.fan_in_fan_out} in {first_name} and {b.fan_in_fan_out} in {name}")
+    if bool(b.magnitudes) != bool(a.magnitudes):
+        raise AdapterError(
+            f"only {name if b.magnitudes else first_name} is DoRA, of {first_name} and {name}; make plain "
+            "LoRA of it first (python -m seedlora merge, with that one alone, --method soup --rank 64)"
+        )
+    if bool(b.biases) != bool(a.biases):
+        raise AdapterError(f"only {name if b.biases else first_name} has lora_bias, of {first_name} and {name}")
+
+
+def _check_same_modules(first: _Named, other: _Named) -> None:
+    (first_name, a), (name, b) = first, other
+    if odd := sorted(set(b.modules) ^ set(a.modules)):
+        holder = name if odd[0] in b.modules else first_name
+        raise AdapterError(f"{first_name} and {name} save different modules: only {holder} has {odd[0]}")
+    for key, tensor in b.modules.items():
+        if tensor.shape != a.modules[key].shape:
+            shapes = tuple(a.modules[key].shape), tuple(tensor.shape)
+            raise AdapterError(f"{key} has shape {shapes[0]} in {first_name} and {shapes[1]} in {name}")
+    for path in sorted(set(b.copies) & set(a.copies)):
+        if b.copies[path] != a.copies[path]:
+            raise AdapterError(
+                f"{path} has different base weights in {first_name} and {name}: were vocabularies resized?"
+            )
+
+
+def _check_same_layers(first: _Named, other: _Named) -> None:
+    (first_name, a), (name, b) = first, other
+    if odd := sorted(set(b.layers) ^ set(a.layers)):
+        holder = name if odd[0] in b.layers else first_name
+        raise AdapterError(f"{first_name} and {name} adapt different layers: only {holder} has {odd[0]}")
+    if odd := sorted(b.embeddings ^ a.embeddings):
+        holder = name if odd[0] in b.embeddings else first_name
+        raise AdapterError(f"{odd[0]} is an embedding only in {holder}, of {first_name} and {name}")
+    for path, factors in b.layers.items():
+        if factors.shape != a.layers[path].shape:
+            raise AdapterError(f"{path} has shape {a.layers[path].shape} in {first_name} and {factors.shape} in {name}")
+
+
+def _stack_factors(adapters: Mapping[str, Adapter], device: torch.device | None) -> Stacks[LoRAFactors]:
+    check_compatible(adapters)
     members = list(adapters.values())
     return Stacks(
         {path: LoRAFactors.stack([member.layers[path].to(device) for member in members]) for path in members[0].layers},
@@ -144,13 +164,13 @@ def _stacked(adapters: Mapping[str, Adapter], device: torch.device | None) -> St
 
 
 def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
-    """See that the base model has the rows over which embeddings and heads were adapted.
+    """Check that the base model has the rows over which embeddings and heads were adapted.
 
     PEFT puts its copy of the base weights beside their factors. The fused folder has none, as servers want it: what
     the copy alone holds, the rows of a resized vocabulary, would be lost.
     """
     try:
-        known = WeightFiles(base, cached=True).vocabulary if adapter.copies else None
+        known = WeightFiles(base, cached=True).vocabulary_size if adapter.copies else None
     except (ValueError, OSError):
         known = None
     for path, (rows, _) in adapter.copies.items():
@@ -180,10 +200,11 @@ def read_adapters(
     Args:
         sources: folders or hub ids.
         base: their base model, for adapters that are more than factors: as in
-        :func:`seedlora.adapters.reading.read_adapter`. on_layer: likewise.
+            :func:`seedlora.adapters.reading.read_adapter`.
+        on_layer: likewise.
 
     Raises:
-        AdapterError: if one cannot be read, or is given twice; with ``base``, also as :func:`check_together`.
+        AdapterError: if one cannot be read, or is given twice; with ``base``, also as :func:`check_compatible`.
     """
     paths: dict[Path, str] = {}
     for source in sources:
@@ -194,12 +215,12 @@ def read_adapters(
     found = {name: read_adapter(path, base=base, keep_start=True) for path, name in paths.items()}
     if base is None:
         return found
-    check_together(found)
+    check_compatible(found)
     return {name: without_start(adapter, base, on_layer=on_layer) for name, adapter in found.items()}
 
 
 def weight_files_of(sources: Sequence[str | Path], base: str | Path | None = None) -> WeightFiles:
-    """The base model that is given, or else the one that the first adapter names; opened when it is needed."""
+    """Return the base model that is given, or else the one that the first adapter names; opened when it is needed."""
     if base is None:
         base = base_model_of(sources[0]) if sources else ""
     return WeightFiles(base)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from seedlora.merge.averages import averaged
+from seedlora.merge.averages import average_modules
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.registry import make_rule
-from seedlora.updates.compression import Compressed, factored
+from seedlora.updates.compression import Compressed, compress_each
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks, full_weights
@@ -23,30 +22,23 @@ from seedlora.updates.stacks import Stacks, full_weights
 _LAYERS_AT_A_TIME = 4
 
 
+@dataclass(frozen=True, eq=False)
 class Fused(Stacks[LoRAFactors]):
-    """One adapter per layer path, and averaged full weights.
+    """The result of a merge: one adapter per layer path, averaged full weights, and what compression took away.
 
-    Attributes:
+    Args:
         compression: relative Frobenius error of each layer that was compressed to a rank; empty if all are exact.
         svd: which SVD each of these got, ``exact`` or ``randomized``.
-        inputs: the same of updates of full rank that were compressed before the rule, because it works on factors: the
-            largest of a layer's adapters.
+        inputs: relative Frobenius error of updates of full rank that were compressed before the rule, because it works
+            on factors: the largest of a layer's adapters.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, LoRAFactors],
-        compression: Mapping[str, float],
-        inputs: Mapping[str, float] | None = None,
-        modules: Mapping[str, Sequence[Tensor]] | None = None,
-        svd: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(layers, modules)
-        self.compression, self.svd = dict(compression), dict(svd or {})
-        self.inputs = dict(inputs or {})
+    compression: Mapping[str, float] = field(default_factory=dict)
+    svd: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, float] = field(default_factory=dict)
 
 
-def updates(
+def merged_updates(
     stacks: Mapping[str, Updates],
     rule: MergeRule | BoundRule,
     *,
@@ -65,16 +57,20 @@ def updates(
     Raises:
         ValueError: if the rule's ``layers`` selects none.
     """
-    merged = _merged(stacks, make_rule(rule), {} if inputs is None else inputs)
+    merged = _merge_function(stacks, make_rule(rule), {} if inputs is None else inputs)
     for path in order if order is not None else stacks:
         yield path, merged(path)
 
 
-def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, float]) -> Callable[[str], Updates]:
-    """Look at all layers, if the rule has to; what is left is a function of one path, as :func:`updates` applies it."""
+def _merge_function(
+    stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, float]
+) -> Callable[[str], Updates]:
+    """Look at all layers, if the rule has to, and return what :func:`merged_updates` applies to the path of each."""
     chosen = [path for path in stacks if bound.selects(path)]
     if stacks and not chosen:
-        raise ValueError(f"layers={bound.use.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}")
+        raise ValueError(
+            f"layers={bound.common.layers!r} selects none of {len(stacks)} layers, e.g. {next(iter(stacks))}"
+        )
     made: dict[str, LoRAFactors] = {}
 
     def taken(path: str) -> Updates:
@@ -82,7 +78,9 @@ def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, f
         if isinstance(stack, LoRAFactors) or bound.method.dense:
             return stack
         if path not in made:
-            made[path], error = factored(stack, bound.use.rank or len(stack) * stack.rank, seed=bound.use.seed)
+            made[path], error = compress_each(
+                stack, bound.common.rank or len(stack) * stack.rank, seed=bound.common.seed
+            )
             inputs[path] = error
         return made[path]
 
@@ -96,7 +94,7 @@ def _merged(stacks: Mapping[str, Updates], bound: BoundRule, inputs: dict[str, f
 
 @contextmanager
 def layer_threads() -> Iterator[Callable[..., Iterator[Any]]]:
-    """A ``map`` over layers that is done by several threads of one core each, for CPU tensors.
+    """Give a ``map`` over layers that is done by several threads of one core each, for CPU tensors.
 
     Matrices of a layer are too small to be worth dividing among cores. The results come in order, with the bits of the
     plain ``map`` on one core.
@@ -130,10 +128,10 @@ def fuse(
     """
     bound = make_rule(rule)
     dense = [stack for stack in stacks.values() if not isinstance(stack, LoRAFactors)]
-    if dense and bound.use.rank is None and not bound.method.dense:
-        bound = replace(bound, use=replace(bound.use, rank=max(len(stack) * stack.rank for stack in dense)))
+    if dense and bound.common.rank is None and not bound.method.dense:
+        bound = replace(bound, common=replace(bound.common, rank=max(len(stack) * stack.rank for stack in dense)))
     fused, compression, svd, inputs = {}, {}, {}, dict[str, float]()
-    merged = _merged(stacks, bound, inputs)
+    merged = _merge_function(stacks, bound, inputs)
 
     def finished(path: str) -> tuple[Compressed, bool]:
         update = merged(path)
@@ -148,5 +146,6 @@ def fuse(
         if on_layer is not None:
             on_layer(path)
     rank = max((factors.rank for factors in fused.values()), default=0)
-    modules = {key: [mean] for key, mean in averaged(full_weights(stacks), bound).items()}
-    return Fused({path: factors.padded(rank) for path, factors in fused.items()}, compression, inputs, modules, svd)
+    modules = {key: [mean] for key, mean in average_modules(full_weights(stacks), bound).items()}
+    padded = {path: factors.padded(rank) for path, factors in fused.items()}
+    return Fused(padded, modules, compression=compression, svd=svd, inputs=inputs)

@@ -67,7 +67,7 @@ def common_text(sources: Sequence[str | Path], name: str) -> str | None:
 
 def rule_record(bound: BoundRule) -> dict[str, Any]:
     """What a rule is, for records: its method, its options, and those that every method has as far as they are set."""
-    use = {key: value for key, value in asdict(bound.use).items() if value is not None}
+    use = {key: value for key, value in asdict(bound.common).items() if value is not None}
     return {"method": bound.name, "options": dict(bound.options), "use": use}
 
 

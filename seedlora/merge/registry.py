@@ -1,4 +1,4 @@
-"""The table of merge methods, and how a name with options becomes a function."""
+"""List the merge methods in a table, and turn a name with options into a rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seedlora.merge.bound_rule import COMMON, BoundRule, MergeRule, Method, Use
+from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule, CommonOptions, MergeRule, Method
 from seedlora.merge.methods.core_space import core_thresholds, core_ties
 from seedlora.merge.methods.dare import dare_linear, dare_ties
 from seedlora.merge.methods.della import della
@@ -134,7 +134,7 @@ def make_rule(method: str | MergeRule | Method, options: Mapping[str, Any] | Non
 
     Args:
         method: a key of :data:`METHODS`, a row of one's own, or any callable that takes a :class:`LoRAFactors` first.
-        options: keyword options of that method, and those of :class:`Use` that it does not have itself.
+        options: keyword options of that method, and those of :class:`CommonOptions` that it does not have itself.
 
     Raises:
         ValueError: for an unknown name, an option that the method does not have, lacks, or that is out of range.
@@ -144,21 +144,12 @@ def make_rule(method: str | MergeRule | Method, options: Mapping[str, Any] | Non
         if options:
             raise ValueError(f"Merge method '{method.name}' is bound already; it takes no more options")
         return method
-    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    if isinstance(method, str):
-        if method not in METHODS:
-            meant = closest(method, METHODS)
-            hint = f"; did you mean '{meant}'?" if meant else ""
-            raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}{hint}")
-        row = METHODS[method]
-    else:
-        row = method if isinstance(method, Method) else Method(method, "", "")
-        name = row.rule.__name__ if isinstance(method, Method) else name
+    name, row = _find_method(method)
     own = row.options
-    use = {key: options.pop(key) for key in COMMON if key in options and key not in own}
+    common = {key: options.pop(key) for key in COMMON_DEFAULTS if key in options and key not in own}
     anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(row.rule).parameters.values())
     if (unknown := sorted(set(options) - set(own))) and not anything:
-        allowed = sorted({*own, *COMMON})
+        allowed = sorted({*own, *COMMON_DEFAULTS})
         raise ValueError(
             f"Merge method '{name}' has no option {', '.join(map(repr, unknown))}; it takes {', '.join(allowed)}"
         )
@@ -166,15 +157,28 @@ def make_rule(method: str | MergeRule | Method, options: Mapping[str, Any] | Non
     if missing := sorted(required - set(options)):
         raise ValueError(f"Merge method '{name}' needs the option {', '.join(map(repr, missing))}")
     try:
-        bound = BoundRule(name, row, options, Use(**use))
+        bound = BoundRule(name, row, options, CommonOptions(**common))
         if isinstance(method, str) and "score" not in options:
-            _try(bound)
+            _try_rule(bound)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # the last two: no number, or none for torch
         raise ValueError(f"Merge method '{name}': {error}") from None
     return bound
 
 
-def _try(bound: BoundRule) -> None:
+def _find_method(method: str | MergeRule | Method) -> tuple[str, Method]:
+    """Return a method's name and its row: of the table, one's own, or one made for a callable."""
+    if isinstance(method, Method):
+        return method.rule.__name__, method
+    if not isinstance(method, str):
+        return getattr(method, "__name__", type(method).__name__), Method(method, "", "")
+    if method not in METHODS:
+        meant = closest(method, METHODS)
+        hint = f"; did you mean '{meant}'?" if meant else ""
+        raise ValueError(f"Unknown merge method '{method}'; choose one of {', '.join(sorted(METHODS))}{hint}")
+    return method, METHODS[method]
+
+
+def _try_rule(bound: BoundRule) -> None:
     """Apply a rule to a few entries; ``weights`` says how many adapters there will be."""
     n = 2
     if (weights := bound.options.get("weights")) is not None:
@@ -185,7 +189,7 @@ def _try(bound: BoundRule) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
     options = {key: value for key, value in bound.options.items() if key != "generator"}
-    rule, stack = BoundRule(bound.name, bound.method, options, bound.use), LoRAFactors(a, b)
+    rule, stack = BoundRule(bound.name, bound.method, options, bound.common), LoRAFactors(a, b)
     update = rule.update("", stack, rule.survey(lambda: [("", stack)]))
     if not bool(update.dense().isfinite().all()):
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())

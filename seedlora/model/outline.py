@@ -1,4 +1,4 @@
-"""What can be known of a model without its weights."""
+"""Describe a model without its weights, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Outline:
     tied: tuple[str, ...] = ()
     head: str = ""
 
-    def owning(self, names: Sequence[str]) -> dict[str, int]:
-        """The modules that are trained in full for ``modules_to_save``, with the number of their parameters.
+    def modules_trained_in_full(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the modules that ``modules_to_save`` trains in full, with the number of their parameters.
 
         Of a tied pair both are, and their one matrix counts once.
 
@@ -61,10 +61,10 @@ class Outline:
             if set(matched) & set(self.tied):
                 matched += self.tied
             found |= {path: self.modules[path] for path in matched}
-        self.check_order(found, "model.modules_to_save")
+        self.check_row_order(found, "model.modules_to_save")
         return found
 
-    def check_order(self, paths: Iterable[str], option: str) -> None:
+    def check_row_order(self, paths: Iterable[str], option: str) -> None:
         """Raise ValueError if a module does not see the rows of a batch in order: a stack could not tell them apart."""
         if odd := [path for path in paths if path in self.mixed]:
             raise ValueError(
@@ -72,8 +72,8 @@ class Outline:
                 "(experts, routers and the like do not), so its replicas cannot be stacked"
             )
 
-    def matching(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
-        """The linear layers that PEFT adapts for ``target_modules``.
+    def matching_layers(self, target_modules: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+        """Return the linear layers that PEFT adapts for ``target_modules``, with their shapes.
 
         Args:
             target_modules: endings of their paths, a regular expression for the whole path, or ``all-linear``.
@@ -107,7 +107,7 @@ class Outline:
 
 @cache
 def outline(base_model: str) -> Outline:
-    """What the configuration alone tells of a model; raises as :func:`load_config`."""
+    """Describe a model by its configuration alone; raises as :func:`load_config`."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 

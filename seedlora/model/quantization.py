@@ -1,4 +1,4 @@
-"""The frozen base model in 4 or 8 bits, by bitsandbytes.
+"""Keep the frozen base model in 4 or 8 bits, by bitsandbytes.
 
 A layer's weights are kept in few bits and made whole, one layer at a time, where they are multiplied. Inputs are not
 quantised: an input's rounding would turn the smallest differences into larger ones, and outliers, which LLM.int8()
@@ -12,17 +12,24 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from seedlora.model.peft_internals import dequantize_weight
+from seedlora.utils.transformers_internals import mark_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
 #: Name to bytes per weight: 4 bits, a byte per 64 of them and 4 bytes per 16,384; or a byte, and 4 per row.
 QUANTIZATIONS = {"none": None, "nf4": 0.5 + 1 / 64 + 4 / 16384, "int8": 1.0}
 
 
 def check_quantization(kind: str) -> None:
-    """See that a base model can be quantised so, without loading anything.
+    """Check that a base model can be quantised so, without loading anything.
 
     Raises:
         ValueError: for an unknown kind, or if bitsandbytes is not installed.
@@ -33,7 +40,7 @@ def check_quantization(kind: str) -> None:
         raise ValueError(f"model.quantization {kind} needs bitsandbytes: pip install 'seedlora[quantization]'")
 
 
-def quantize(model: Any, kind: str) -> None:
+def quantize(model: PreTrainedModel, kind: str) -> None:
     """Quantise the linear layers of a model in place, except the head and those that are quantised already.
 
     The weights are those that transformers' ``BitsAndBytesConfig`` gives: ``nf4`` with double quantisation (Dettmers et
@@ -49,17 +56,17 @@ def quantize(model: Any, kind: str) -> None:
         for name, layer in list(parent.named_children()):
             linear = isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()
             if linear and layer is not model.get_output_embeddings():
-                setattr(parent, name, quantized(layer, kind))
+                setattr(parent, name, quantize_layer(layer, kind))
     # The rest is copied out of the weights' files, which stay in memory as long as one tensor of theirs is in use.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
     # So that PEFT knows what the layers are.
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    mark_quantized(model, four_bits=kind == "nf4", eight_bits=kind == "int8")
 
 
-def quantized(layer: Any, kind: str) -> Any:
-    """A linear layer (or a ``Conv1D``, which becomes one) with its weights quantised; the bias stays as it is."""
+def quantize_layer(layer: nn.Linear | Conv1D, kind: str) -> nn.Linear:
+    """Return a linear layer (a ``Conv1D`` becomes one) with its weights quantised; the bias stays as it is."""
     bnb: Any = import_module("bitsandbytes")
     w_DK = layer.weight.data if isinstance(layer, nn.Linear) else layer.weight.data.T
     d, k = w_DK.shape
@@ -77,31 +84,29 @@ def quantized(layer: Any, kind: str) -> Any:
     return new
 
 
-def dequantized(layer: nn.Module) -> Tensor:
-    """The weights of a linear layer, whole, as they are multiplied: shape (D, K), or (K, D) for a ``Conv1D``."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(layer).detach()
+def dequantized_weight(layer: nn.Module) -> Tensor:
+    """Return the weights of a linear layer as they are multiplied: shape (D, K), or (K, D) for a ``Conv1D``."""
+    return dequantize_weight(layer).detach()
 
 
-def _int8_forward(self: Any, x: Tensor) -> Tensor:
+def _int8_forward(self: nn.Linear, x: Tensor) -> Tensor:
     y = _Int8Product.apply(x, self.weight.data, self.weight_scale)
     return y if self.bias is None else y + self.bias
 
 
 class _Int8Product(torch.autograd.Function):
-    """``x W^T`` with W in int8, made whole here and once more in the backward pass instead of being kept."""
+    """Computes ``x W^T`` with W in int8, made whole here and once more in the backward pass instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_DK: Tensor, scale_D: Tensor) -> Tensor:
         ctx.save_for_backward(w_DK, scale_D)
-        return x @ _whole(w_DK, scale_D, x.dtype).t()
+        return x @ _dequantize_int8(w_DK, scale_D, x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         w_DK, scale_D = ctx.saved_tensors
-        return grad @ _whole(w_DK, scale_D, grad.dtype), None, None
+        return grad @ _dequantize_int8(w_DK, scale_D, grad.dtype), None, None
 
 
-def _whole(w_DK: Tensor, scale_D: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_int8(w_DK: Tensor, scale_D: Tensor, dtype: torch.dtype) -> Tensor:
     return w_DK.to(dtype).mul_(scale_D[:, None])

@@ -1,4 +1,4 @@
-"""The weights of a base model's folder, by layer path, read in row blocks.
+"""Read the weights of a base model's folder by layer path, in blocks of rows.
 
 Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one block.
 """
@@ -38,13 +38,13 @@ class WeightFiles:
     def __init__(self, source: str | Path, *, cached: bool = False) -> None:
         self.source, self.cached = source, cached
         #: What PiSSA or OLoRA would take out of a weight, by what it depends on: all adapters of a set need the same.
-        self.starts: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
-        self._handles: dict[Path, Any] = {}
+        self.initial_factors: dict[tuple[str, str, int, float], tuple[Tensor, Tensor]] = {}
+        self._handles: dict[Path, safe_open] = {}
         self._last: tuple[str, Tensor] | None = None
 
     @cached_property
     def folder(self) -> Path:
-        """Where it is.
+        """Return the local folder of the model.
 
         Raises:
             ValueError: if there is no such folder or hub repository.
@@ -55,7 +55,7 @@ class WeightFiles:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The file of every tensor, by key.
+        """Return the file of every tensor, by the tensor's key.
 
         Raises:
             ValueError: if a file is broken, or the weights are quantised in a way that cannot be undone here.
@@ -72,7 +72,7 @@ class WeightFiles:
             )
         return found
 
-    def _handle(self, file: Path) -> Any:
+    def _handle(self, file: Path) -> safe_open:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
@@ -86,7 +86,7 @@ class WeightFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says; nothing if there is none.
+        """Return the content of ``config.json``; nothing if there is none.
 
         Raises:
             ValueError: if it is broken.
@@ -96,38 +96,42 @@ class WeightFiles:
 
     @property
     def quantization(self) -> str | None:
-        """The method in which ``config.json`` says that the weights are stored, ``bitsandbytes`` for example."""
+        """Return the method by which ``config.json`` says that the weights are quantised, such as ``bitsandbytes``; or
+        None.
+        """
         entry = self.config.get("quantization_config")
         method = entry.get("quant_method") if isinstance(entry, dict) else None
         return str(method or "an unknown method") if entry else None
 
     @property
-    def bits(self) -> str:
-        """What its weights are stored in: ``nf4``, ``fp4`` or ``int8`` of bitsandbytes, another method, or ``none``."""
+    def stored_as(self) -> str:
+        """Return how the weights are stored: ``nf4``, ``fp4``, ``int8`` (bitsandbytes), another method, or ``none``."""
         if self.quantization != "bitsandbytes":
             return self.quantization or "none"
         entry = self.config["quantization_config"]
         return "int8" if entry.get("load_in_8bit") else str(entry.get("bnb_4bit_quant_type", "fp4"))
 
     @property
-    def vocabulary(self) -> int | None:
-        """The rows of its embedding, as ``config.json`` says."""
+    def vocabulary_size(self) -> int | None:
+        """Return the number of rows of the embedding that ``config.json`` names."""
         return next((part["vocab_size"] for part in self._parts if isinstance(part.get("vocab_size"), int)), None)
 
     @property
-    def tied(self) -> bool:
-        """Whether the head is the input embedding: so it is in transformers unless ``config.json`` says otherwise."""
+    def ties_head(self) -> bool:
+        """Return whether the head is the input embedding, as it is in transformers unless ``config.json`` says
+        otherwise.
+        """
         said = [bool(part["tie_word_embeddings"]) for part in self._parts if "tie_word_embeddings" in part]
         return any(said) or not said
 
     @property
     def _parts(self) -> list[dict[str, Any]]:
-        """The configuration of the language model within a larger one, if there is one, and the whole."""
+        """Return the configuration of the language model within a larger one, if there is one, and then the whole."""
         text = self.config.get("text_config")
         return [*([text] if isinstance(text, dict) else []), self.config]
 
     def key(self, path: str, parameter: str = "weight") -> str:
-        """The key of a layer's weight. A checkpoint may lack the first parts of a path, or have more of them.
+        """Return the key of a layer's weight, of which a checkpoint may lack the first parts of the path, or have more.
 
         Raises:
             ValueError: if there is none, or more than one could be meant.
@@ -145,7 +149,7 @@ class WeightFiles:
         )
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor as the model has it, from the file's header or a 4-bit weight's description."""
+        """Return the shape that a tensor has in the model, from the file's header or a 4-bit weight's description."""
         if (state := self._state_key(key)) is not None:
             try:
                 return tuple(map(int, json.loads(bytes(self.tensor(state).tolist()))["shape"]))
@@ -154,11 +158,11 @@ class WeightFiles:
         return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor as it is stored."""
+        """Return a tensor as it is stored."""
         return self._handle(self.files[key]).get_tensor(key)
 
     def weight(self, key: str) -> Tensor:
-        """A whole weight, dequantised if it has to be: to float32 from int8, from 4 bits to what it was made of.
+        """Return a whole weight, dequantised if need be: int8 to float32, 4 bits to the dtype that they were made of.
 
         Raises:
             ValueError: if bitsandbytes is needed and not installed.
@@ -166,39 +170,43 @@ class WeightFiles:
         if (state := self._state_key(key)) is not None:
             prefix = f"{key}."
             return _dequantized(
-                self.tensor(key), {name.removeprefix(prefix): self.tensor(name) for name in self.statistics(key)}, state
+                self.tensor(key),
+                {name.removeprefix(prefix): self.tensor(name) for name in self.quantization_keys(key)},
+                state,
             )
         if (scale := self._int8_scale(key)) is not None:
             return self.tensor(key).float() * (self.tensor(scale).float()[:, None] / 127)
         return self.tensor(key)
 
-    def restored(self, key: str, weight: Tensor) -> Tensor:
-        """A weight out of int8 in the dtype that ``config.json`` says it was made of; any other as it is."""
+    def in_original_dtype(self, key: str, weight: Tensor) -> Tensor:
+        """Return a weight out of int8 in the dtype that ``config.json`` says it was made of, others unchanged."""
         if self._int8_scale(key) is None:
             return weight
         said = (getattr(torch, str(part.get(name)), None) for part in self._parts for name in ("dtype", "torch_dtype"))
         return weight.to(next((dtype for dtype in said if isinstance(dtype, torch.dtype)), weight.dtype))
 
-    def statistics(self, key: str) -> list[str]:
-        """The keys of the tensors with which a quantised weight is stored; empty for any other."""
+    def quantization_keys(self, key: str) -> list[str]:
+        """Return the keys of the tensors that belong to a quantised weight: its scales and descriptions; none for
+        others.
+        """
         if self.quantization is None:
             return []
         layer = key.removesuffix(".weight")
         int8 = [name for name in (layer + _INT8_SCALE, f"{layer}.weight_format") if name in self.files]
         return [name for name in self.files if name.startswith(f"{key}.")] + int8
 
-    def rows(self, path: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
-        """A function that reads rows ``start`` to ``stop`` of a layer's weight, laid out ``(D, K)``.
+    def row_reader(self, path: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """Return a function that reads rows ``start`` to ``stop`` of a layer's weight, laid out ``(D, K)``.
 
         Args:
             path: of the layer.
             flipped: the weight is stored as ``(K, D)``: ``Conv1D`` of GPT-2, and embeddings.
         """
-        return self.rows_of(self.key(path), flipped=flipped)
+        return self.row_reader_of(self.key(path), flipped=flipped)
 
-    def rows_of(self, key: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
-        """As :meth:`rows`, of the matrix of a key."""
-        quantised = bool(self.statistics(key))
+    def row_reader_of(self, key: str, *, flipped: bool = False) -> Callable[[int, int], Float[Tensor, "P K"]]:
+        """Return the same function as :meth:`row_reader`, for the matrix of a key."""
+        quantised = bool(self.quantization_keys(key))
 
         def read(start: int, stop: int) -> Float[Tensor, "P K"]:
             part = self._last_dequantized(key) if quantised else self._handle(self.files[key]).get_slice(key)
@@ -207,21 +215,21 @@ class WeightFiles:
         return read
 
     def _last_dequantized(self, key: str) -> Tensor:
-        """The weight; one is kept, because it is read row by row."""
+        """Return a dequantised weight; the last one is kept, because it is read row by row."""
         if self._last is None or self._last[0] != key:
             self._last = (key, self.weight(key))
         return self._last[1]
 
     def _int8_scale(self, key: str) -> str | None:
         scale = key.removesuffix(".weight") + _INT8_SCALE
-        return scale if scale in self.statistics(key) else None
+        return scale if scale in self.quantization_keys(key) else None
 
     def _state_key(self, key: str) -> str | None:
-        return next((name for name in self.statistics(key) if name.startswith(key + _NF4_STATE)), None)
+        return next((name for name in self.quantization_keys(key) if name.startswith(key + _NF4_STATE)), None)
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of its index.
+    """Return the safetensors files of a model folder, in the order of its index.
 
     Raises:
         FileNotFoundError: if it has none.
@@ -249,7 +257,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _dequantized(packed: Tensor, statistics: Mapping[str, Any], state: str) -> Tensor:
+def _dequantized(packed: Tensor, statistics: Mapping[str, Tensor], state: str) -> Tensor:
     try:
         from bitsandbytes import functional
     except ImportError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model, is_trained
-from seedlora.merge.bound_rule import COMMON
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.inputs import read_adapters, stack_adapters, weight_files_of
 from seedlora.merge.record import RECORD_NAME, hash_inputs
 from seedlora.names import BASE, COST_NAME, FUSED, LONG_SEED, SELECTION_NAME, SOUP, TRAINED_NAME, WIDE_SEED, seed_name
@@ -91,7 +91,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
             "versions": cost.get("versions", {}),
             "options": {
                 **record.get("options", {}),
-                **{key: value for key, value in record.get("use", {}).items() if value != COMMON.get(key)},
+                **{key: value for key, value in record.get("use", {}).items() if value != COMMON_DEFAULTS.get(key)},
             },
             "sha256": {},
             "base": cost.get("base", {}),

@@ -12,7 +12,7 @@ import numpy as np
 from seedlora.names import BASE, BEST_SEED, FUSED, LOGITS, MEAN_SEED, MEANING, SOUP
 from seedlora.report.stored import Facts, read_json
 from seedlora.scores.intervals import Difference, adjust_over_tasks, holm, paired_difference, wilson
-from seedlora.updates.diagnostics import natural
+from seedlora.updates.diagnostics import natural_sort_key
 
 #: How the run's own test rows are called, beside tasks that are scored by generation.
 OWN_TEST = "test set"
@@ -109,7 +109,7 @@ def _domains(kind: str, values: Sequence[str], items: Mapping[str, np.ndarray], 
     ``lead_by_chance`` is the mean lead then, ``p_value`` the share of deals (with the true one) that lead as far.
     """
     found, rng = [], np.random.default_rng(0)
-    for value in sorted(set(values), key=natural):
+    for value in sorted(set(values), key=natural_sort_key):
         where = np.array([other == value for other in values])
         row: Facts = {
             "domain": f"{kind} {value}",

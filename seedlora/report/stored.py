@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.updates.diagnostics import natural
+from seedlora.updates.diagnostics import natural_sort_key
 
 #: Plain data, as JSON has it.
 Facts: TypeAlias = dict[str, Any]
@@ -39,4 +39,4 @@ def config_of(run: Path) -> dict[str, Any]:
 def seed_folders(run: Path, excluded: Mapping[str, str]) -> list[str]:
     """Return the names of the seeds that were trained or left out."""
     folders = {folder.name for folder in run.glob("seed_*") if is_trained(folder)}
-    return sorted({*folders, *excluded}, key=natural)
+    return sorted({*folders, *excluded}, key=natural_sort_key)

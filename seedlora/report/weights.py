@@ -20,7 +20,7 @@ from seedlora.updates.diagnostics import (
     histogram,
     layer_facts,
     module_facts,
-    natural,
+    natural_sort_key,
     update_facts,
 )
 from seedlora.updates.factors import LoRAFactors
@@ -51,7 +51,7 @@ def weight_facts(
         layers: as in :func:`facts`.
         on_layer: called with each layer's path when it is done.
     """
-    paths = sorted(stacks, key=natural)
+    paths = sorted(stacks, key=natural_sort_key)
     found = []
     for path in paths:
         found.append(layer_facts(path, stacks[path], merged=fused.get(path), samples=SAMPLES))
@@ -117,7 +117,7 @@ def _distributions(
     What lies beyond the edges is counted in the sum alone. Without attention layers it is the one given as the middle.
     """
     rule = make_rule("soup", {} if layers == "all" else {"layers": layers, "rest": "soup"})
-    chosen = [path for path in sorted(stacks, key=natural) if rule.selects(path)]
+    chosen = [path for path in sorted(stacks, key=natural_sort_key) if rule.selects(path)]
     if not chosen and layers != LAYERS:
         raise ValueError(f"'{layers}' names none of the {len(stacks)} layers, of which one is {middle}")
     paths = [path for path in chosen if _depth(path) == _depth(chosen[len(chosen) // 2])] or [middle]

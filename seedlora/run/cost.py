@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from seedlora.model.loading import identity
+from seedlora.model.loading import model_identity
 from seedlora.run.plan import RunPlan
 from seedlora.utils.files import read_record, write_text
 
@@ -50,7 +50,7 @@ def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None
     cost = {
         "plan": asdict(plan),
         "versions": {"python": python_version(), **versions},
-        "base": identity(plan.model),
+        "base": model_identity(plan.model),
         **taken,
     }
     write_text(file, json.dumps(cost, indent=2) + "\n")

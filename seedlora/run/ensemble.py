@@ -13,7 +13,7 @@ import torch
 
 from seedlora.adapters.adapter import Adapter, is_trained
 from seedlora.adapters.reading import read_adapter
-from seedlora.merge.bound_rule import COMMON, BoundRule
+from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import Fused, fuse
 from seedlora.merge.methods.soup import soup
@@ -26,7 +26,7 @@ from seedlora.scores.results import Results
 from seedlora.selection.comparison import Comparison, rule_of_seeds
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
-from seedlora.updates.stacks import Layers, Stacks, joined, members
+from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
 
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
@@ -230,12 +230,12 @@ class Ensemble:
         """
         finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in stack]
         if finished:
-            stacks = joined(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
+            stacks = join_stacks(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *names]
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
         assert rule is not None
-        return fuse(members(stacks, [there.index(seed_name(seed)) for seed in seeds]), rule)
+        return fuse(select_adapters(stacks, [there.index(seed_name(seed)) for seed in seeds]), rule)
 
     def read_tested(self, device: torch.device) -> dict[str, Adapter]:
         """Read the adapters that a test scores, back from their folders, so that what is scored is what was written.
@@ -279,5 +279,7 @@ class Ensemble:
 
 def _rule_text(record: Mapping[str, Any]) -> str:
     """Describe the rule of a record, with the options that are set."""
-    options = record["options"] | {key: value for key, value in record["use"].items() if value != COMMON.get(key)}
+    options = record["options"] | {
+        key: value for key, value in record["use"].items() if value != COMMON_DEFAULTS.get(key)
+    }
     return " ".join([record["method"], *([json.dumps(options)] if options else [])])

@@ -12,8 +12,8 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from seedlora.adapters.adapter import is_model
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.bound_rule import BoundRule, MergeRule
-from seedlora.merge.whole_models import fuse_into_base
-from seedlora.model.loading import resolve
+from seedlora.merge.into_base import fuse_into_base
+from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
@@ -57,7 +57,7 @@ def fuse_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
     write: Callable[..., Path] = fuse_folders
     if is_model(seeds[0]):
         settings = folder.settings or {}
-        write = partial(_fuse_models, base=resolve(settings["model.base_model"]))
+        write = partial(_fuse_models, base=resolve_base_model(settings["model.base_model"]))
     if ensemble.comparison.is_soup or len(seeds) == 1:
         remove_folder(folder.path / SOUP)
     else:

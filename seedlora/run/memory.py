@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
-from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding
+from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
 from seedlora.model.head_losses import chunk_rows
-from seedlora.model.loading import attention
+from seedlora.model.loading import attention_kernel
 from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
@@ -134,7 +134,7 @@ def trainable_parameters(options: ModelOptions) -> int:
 
 def memory_of(trainer: pl.Trainer, options: ModelOptions, data: PlannedData) -> Callable[[int], Memory]:
     """Return a function of the seeds trained at once: :func:`memory_estimate` of a step of them in one process."""
-    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding(trainer)
+    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding_of(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
         options,
@@ -204,7 +204,7 @@ def step_memory(
 def attention_scores(options: ModelOptions, tokens: int, device: torch.device | None = None) -> int:
     """Count the scores that attention keeps of one token in one layer, for rows of so many tokens; 0 if none."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.base_dtype != torch.bfloat16 or attention(device, tokens) != "eager":
+    if options.base_dtype != torch.bfloat16 or attention_kernel(device, tokens) != "eager":
         return 0
     return int(options.outline.config.num_attention_heads) * tokens
 

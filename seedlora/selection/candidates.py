@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from seedlora.merge.bound_rule import COMMON, BoundRule
+from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
 from seedlora.merge.registry import make_rule
 from seedlora.updates.algebra import gain, weighted_sum
 from seedlora.updates.factors import LoRAFactors
@@ -39,7 +39,7 @@ def gain_family(
         options: of the rule, besides ``p``; if they name ``layers``, these alone are tried.
     """
     options = dict(options or {})
-    found = {"soup": make_rule("soup", {key: value for key, value in options.items() if key in COMMON})}
+    found = {"soup": make_rule("soup", {key: value for key, value in options.items() if key in COMMON_DEFAULTS})}
     for layers in ("all", "attention", "ffn"):
         use = {} if layers == "all" else {"layers": layers, "rest": "soup"}
         if use and ("layers" in options or not 0 < sum(map(make_rule("soup", use).selects, paths)) < len(paths)):

@@ -89,5 +89,5 @@ def soup_of(chosen: Sequence[int]) -> BoundRule:
 
 def describe_rule(rule: BoundRule) -> dict[str, Any]:
     """Method and options of a rule as plain data."""
-    use = {key: value for key, value in asdict(rule.use).items() if value != getattr(type(rule.use)(), key)}
+    use = {key: value for key, value in asdict(rule.common).items() if value != getattr(type(rule.common)(), key)}
     return {"method": rule.name, "options": {**rule.options, **use}}

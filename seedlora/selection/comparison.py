@@ -41,7 +41,7 @@ from seedlora.selection.choice import (
 )
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
-from seedlora.updates.stacks import Layers, Stacks, full_weights, members
+from seedlora.updates.stacks import Layers, Stacks, full_weights, select_adapters
 
 AUTO, GAIN, NO_MERGE = "auto", "seedlora_gain", "none"
 #: Adapters in a forward while choosing: in bfloat16 those beside change a loss a little, by 0.003 on 203 tokens once.
@@ -199,7 +199,7 @@ class Comparison:
         """
         assert self.rule is not None
         n, by, lazily = len(seeds), self.select_by, partial(score_lazily, score=score, at_once=ALONE)
-        found = lazily({seed: partial(members, stacks, [i]) for i, seed in enumerate(seeds)})
+        found = lazily({seed: partial(select_adapters, stacks, [i]) for i, seed in enumerate(seeds)})
         best_seed = choose({seed: found[seed] for seed in seeds}, by=by)
         rules = self.candidates(list(stacks), n)
         scores = score_rules(stacks, rules, score, at_once=ALONE)
@@ -315,7 +315,7 @@ def _several(n: int) -> list[tuple[int, ...]]:
 
 
 def _fused_members(stacks: Layers, chosen: Sequence[int], rule: BoundRule) -> Layers:
-    return fuse(members(stacks, chosen), rule)
+    return fuse(select_adapters(stacks, chosen), rule)
 
 
 def _rows(rules: Mapping[str, BoundRule], scores: Mapping[str, RowScores]) -> list[dict[str, Any]]:

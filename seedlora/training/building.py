@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from seedlora.adapters.stack import AdapterStack
-from seedlora.adapters.stacked_forward import Start
+from seedlora.adapters.stacked_forward import StartFactors
 from seedlora.distributed.sharded import decoder_layers, is_partitioned, is_sharded
 from seedlora.model.compilation import compile_layers
 from seedlora.model.loading import load_model
@@ -38,7 +38,7 @@ class StackedModel:
 
     model: PeftModel
     stack: AdapterStack
-    starts: Mapping[str, Start]
+    starts: Mapping[str, StartFactors]
     replicas: Sequence[Replica]
 
     def without_adapters(self, options: ModelOptions) -> FrozenBase | None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from seedlora.model.head_losses import head_losses, is_plain
+from seedlora.model.head_losses import head_losses, is_frozen_matrix
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -163,7 +163,7 @@ class TokenLosses:
         """
         targets, keep, at = tokens
         head = self._head
-        if self.head_is_last is not False and is_plain(head) and len(targets):
+        if self.head_is_last is not False and is_frozen_matrix(head) and len(targets):
             caught: list[Tensor] = []
 
             def catch(hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from seedlora.adapters.model_card import base_note
 from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
-from seedlora.model.loading import fast_dtype, resolve
+from seedlora.model.loading import fast_dtype, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.quantization import check_quantization
 
@@ -148,7 +148,7 @@ class ModelOptions:
     @property
     def base_path(self) -> str:
         """Return what ``from_pretrained`` takes for the base model of these adapters."""
-        return resolve(self.base_model)
+        return resolve_base_model(self.base_model)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -189,16 +189,16 @@ class ModelOptions:
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Return the layers to adapt, with their shapes (D, K); raises as :func:`seedlora.model.outline.outline`."""
-        return {} if self.is_full_finetuning else self.outline.matching(self.target_modules)
+        return {} if self.is_full_finetuning else self.outline.matching_layers(self.target_modules)
 
     @property
     def full_modules(self) -> dict[str, int]:
         """Return the modules trained in full, with the number of their parameters; raises as :attr:`targets`."""
         model = self.outline
         if self.is_full_finetuning:
-            model.check_order(model.modules, f"model.adapter {FULL}")
+            model.check_row_order(model.modules, f"model.adapter {FULL}")
             return model.modules
-        return model.owning(self.modules_to_save)
+        return model.modules_trained_in_full(self.modules_to_save)
 
     @property
     def needs_whole_base(self) -> NeedsWholeBase:

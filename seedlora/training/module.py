@@ -17,8 +17,8 @@ from torch import Tensor
 
 from seedlora.adapters.stack import AdapterStack
 from seedlora.distributed.clipping import clip_gradients
-from seedlora.distributed.sharded import is_partitioned, release, shard
-from seedlora.distributed.strategies import prepare, step_scale
+from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
+from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
 from seedlora.training.building import StackedModel, load_base, stack_replicas
@@ -176,7 +176,7 @@ class SeedLoRAModule(pl.LightningModule):
         """
         options, settings, built = self.options, self.fit_settings, self._built
         if self._trainer is not None:
-            prepare(self.trainer, **options.needs_whole_base)
+            prepare_strategy(self.trainer, **options.needs_whole_base)
         if built is not None and built.replicas == settings.replicas and stage != "fit":
             if self._trainer is not None and is_partitioned(self.model):
                 # A fit ends on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
@@ -193,7 +193,7 @@ class SeedLoRAModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Split the model over the ranks where the strategy leaves that to the module."""
-        shard(self.model, self.trainer)
+        shard_model(self.model, self.trainer)
 
     def on_fit_start(self) -> None:
         """Switch to training: models load in eval mode, which would silently switch off dropout and recomputation."""
@@ -202,7 +202,7 @@ class SeedLoRAModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Leave the module as another fit can take it."""
         if stage == "fit":
-            release(self.trainer)
+            release_engine(self.trainer)
 
     def forward(
         self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None

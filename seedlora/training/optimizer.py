@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from seedlora.adapters.stack import PARTS
+from seedlora.adapters.stack import ADAPTER_PARTS
 
 if TYPE_CHECKING:
     from seedlora.adapters.stack import AdapterStack
@@ -43,10 +43,10 @@ def make_optimizer(stack: AdapterStack, replicas: Iterable[Replica], options: Mo
     def parameters(*parts: str) -> list[nn.Parameter]:
         return [parameter for replica in replicas for parameter in stack.parameters(replica.name, parts)]
 
-    groups: list[dict[str, Any]] = [{"params": parameters(*PARTS)}]
+    groups: list[dict[str, Any]] = [{"params": parameters(*ADAPTER_PARTS)}]
     if options.lora_plus_ratio != 1:
         rate_of_b = options.learning_rate * options.lora_plus_ratio
-        others = [part for part in PARTS if part != "lora_B"]
+        others = [part for part in ADAPTER_PARTS if part != "lora_B"]
         groups = [{"params": parameters(*others)}, {"params": parameters("lora_B"), "lr": rate_of_b}]
     return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from seedlora.model.loading import evaluating
+from seedlora.model.loading import eval_mode
 from seedlora.scores.row_scores import RowScores
 from seedlora.training.live_updates import load_updates
 from seedlora.training.losses import TokenLosses, TokenScores, next_tokens
@@ -170,7 +170,7 @@ class Scorer:
             By label, over all rows of all ranks in the order of their numbers.
         """
         columns = []
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for given in batches:
                 batch = {key: value.to(self.device) for key, value in given.items()}
                 losses, correct, tokens = self.score(batch, scored)

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
 from torch import Tensor
 
-from seedlora.adapters.stacked_forward import Start
-from seedlora.model.quantization import dequantized, quantize, quantized
+from seedlora.adapters.stacked_forward import StartFactors
+from seedlora.model.quantization import dequantized_weight, quantize, quantize_layer
 from seedlora.training.model_options import STARTING_AT_WEIGHTS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class FrozenBase(NamedTuple):
     """
 
     model: PreTrainedModel
-    starts: Mapping[str, Start]
+    starts: Mapping[str, StartFactors]
 
 
 def prepare_base(model: PreTrainedModel, config: LoraConfig, *, adapter: str, quantization: str) -> FrozenBase:
@@ -85,7 +85,7 @@ def _find_starts(model: PreTrainedModel, config: LoraConfig, adapter: str, quant
     return FrozenBase(wrapped.unload(), starts)
 
 
-def _pissa_start(layer: LoraLayer, quantization: str) -> Start:
+def _pissa_start(layer: LoraLayer, quantization: str) -> StartFactors:
     """Find the best approximation of a layer's weight; take it out if the layer is quantised, which it then is."""
     base = layer.base_layer
     kept = base.weight.data
@@ -94,20 +94,20 @@ def _pissa_start(layer: LoraLayer, quantization: str) -> Start:
     if quantization == "none":
         base.weight.data = kept
     else:
-        layer.base_layer = quantized(base, quantization)
+        layer.base_layer = quantize_layer(base, quantization)
     return _start(a, b, "own" if quantization == "none" else "others")
 
 
-def _loftq_start(layer: LoraLayer, quantization: str) -> Start:
+def _loftq_start(layer: LoraLayer, quantization: str) -> StartFactors:
     """Quantise a layer, and find the best approximation of what that loses."""
     kept = layer.base_layer.weight.data
-    layer.base_layer = quantized(layer.base_layer, quantization)
+    layer.base_layer = quantize_layer(layer.base_layer, quantization)
     w_DK = kept.T if layer.fan_in_fan_out else kept
-    lost_DK = w_DK.float() - dequantized(layer.base_layer).float()
+    lost_DK = w_DK.float() - dequantized_weight(layer.base_layer).float()
     u, s, v = torch.svd_lowrank(lost_DK, q=layer.r["start"], niter=_ITERATIONS)
     root = (s / layer.scaling["start"]).sqrt()
     return _start(root[:, None] * v.T, u * root, "none")
 
 
-def _start(a: Tensor, b: Tensor, beside: str) -> Start:
-    return Start(a.detach().float().clone(), b.detach().float().clone(), beside)
+def _start(a: Tensor, b: Tensor, beside: str) -> StartFactors:
+    return StartFactors(a.detach().float().clone(), b.detach().float().clone(), beside)

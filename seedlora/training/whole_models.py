@@ -11,7 +11,8 @@ from torch import Tensor
 
 from seedlora.distributed.sharded import broadcast_from_rank0
 from seedlora.merge.bound_rule import BoundRule
-from seedlora.merge.whole_models import fused_weights, write_trained
+from seedlora.merge.model_folders import write_trained
+from seedlora.merge.whole_models import make_weight_merger
 from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
@@ -46,7 +47,7 @@ class WholeModels:
         """
         base, fused, new = WeightFiles(self._options.base_path), None, {}
         if trainer.global_rank == 0:
-            fused = fused_weights([WeightFiles(folder) for folder in folders], base, rule)
+            fused = make_weight_merger([WeightFiles(folder) for folder in folders], base, rule)
         for key in base.files:
             weight = base.weight(key)
             made = torch.empty_like(weight) if fused is None else fused(key, weight)

@@ -36,7 +36,7 @@ def write_replica(
         writer: whether this rank writes.
     """
     # Every rank takes part where each holds a part.
-    layers, magnitudes, modules = stack.stored(name), stack.magnitudes(name), stack.full_weights(name)
+    layers, magnitudes, modules = stack.stored_factors(name), stack.magnitudes(name), stack.full_weights(name)
     if not writer:
         return
     if options.is_full_finetuning:

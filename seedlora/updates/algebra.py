@@ -1,4 +1,4 @@
-"""Facts about updates and the low-rank algebra of the rules: no ``(D, K)`` matrix is ever formed.
+"""Compute facts about updates, and the low-rank algebra of the rules: no ``(D, K)`` matrix is ever formed.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``M = N*R`` columns of all
 factors side by side, ``Q`` the rank that is really there.
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from seedlora.updates.dense import AnyUpdates, DenseUpdates, Updates, dense_update
 from seedlora.updates.factors import LoRAFactors
+from seedlora.utils.torch_internals import write_count
 
 #: Directions whose share of a Gram matrix is below this (1e-7 squared) are noise of its float64 entries.
-_TINY = 1e-14
+_NOISE_SHARE = 1e-14
 #: An average shorter than this share of the updates is cancellation, not a direction to be scaled up.
 CANCELLED = 1e-7
 S = TypeVar("S", bound=Updates)
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
-    """Remember what is small and dear to compute, as long as the stack lives and its factors are not written to.
+    """Remember a small result that is costly to compute, as long as the stack lives and its factors are not written to.
 
     A rule that depends on the whole model meets each stack once in its survey, and again when it fuses the layer.
     Writes through ``.data`` are not noticed. What is remembered must not be handed to callers who may write to it.
@@ -48,7 +49,7 @@ def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
         factors: list[Tensor] = [stack.A, stack.B] if isinstance(stack, LoRAFactors) else []
         if any(factor.is_inference() for factor in factors):  # these count no writes
             return function(stack)
-        versions = [factor._version for factor in factors]
+        versions = [write_count(factor) for factor in factors]
         if stack not in known or known[stack][0] != versions:
             known[stack] = (versions, function(stack))
         return known[stack][1]
@@ -57,22 +58,22 @@ def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
 
 
 def gram(stack: Updates) -> Float[Tensor, "N N"]:
-    r"""Frobenius inner products of all pairs of updates, in float64.
+    r"""Return the Frobenius inner products of all pairs of updates, in float64.
 
     .. math:: G_{ij} = \langle \Delta_i, \Delta_j \rangle = \sum (B_i^\top B_j) \odot (A_i A_j^\top)
 
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates. Costs what
     :func:`factor_grams` does, or one pass over dense updates; once for a stack that is not written to.
     """
-    return _inner(stack).clone()
+    return _gram(stack).clone()
 
 
 def means(stack: Updates) -> Float[Tensor, " N"]:
-    r"""Mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
+    r"""Return the mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
     return _means(stack).clone()
 
 
-def _inner(stack: Updates) -> Float[Tensor, "N N"]:
+def _gram(stack: Updates) -> Float[Tensor, "N N"]:
     if isinstance(stack, DenseUpdates):
         return _dense_gram_and_means(stack)[0]
     gram_b, gram_a = factor_grams(stack)
@@ -90,7 +91,7 @@ def _means(stack: Updates) -> Float[Tensor, " N"]:
 
 @once_per_stack
 def _dense_gram_and_means(stack: DenseUpdates) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
-    """Together, because a pass over dense updates costs as much as the products."""
+    """Compute both together, because a pass over dense updates costs as much as the products."""
     n = len(stack)
     inner = torch.zeros(n, n, dtype=torch.float64, device=stack.device)
     total = torch.zeros(n, dtype=torch.float64, device=stack.device)
@@ -103,7 +104,7 @@ def _dense_gram_and_means(stack: DenseUpdates) -> tuple[Float[Tensor, "N N"], Fl
 
 @once_per_stack
 def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor, "M M"]]:
-    """``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64; not to be written to.
+    """Return ``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64; the caller must not write to them.
 
     Costs ``(D + K) * M**2`` multiplications, once for a stack that is not written to.
     """
@@ -119,35 +120,39 @@ def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[
 
 
 def variances(stack: Updates) -> Float[Tensor, " N"]:
-    r"""Population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK - \mu(\Delta_n)^2`."""
-    return _variance(stack, _inner(stack).diagonal(), _means(stack))
+    r"""Return the population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK -
+    \mu(\Delta_n)^2`.
+    """
+    return _variance_from_moments(stack, _gram(stack).diagonal(), _means(stack))
 
 
 def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    r"""How much more spread updates have than their weighted sum, as SeedLoRA's equation 5 compares them.
+    r"""Return how much more spread updates have than their weighted sum, as SeedLoRA's equation 5 compares them.
 
     .. math:: g = \frac{1}{N} \sum_n \sigma(\Delta_n) \, / \, \sigma(\textstyle\sum_n w_n \Delta_n)
 
     1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
     """
-    inner, mu = _inner(stack), _means(stack)
-    spread = _variance(stack, inner.diagonal(), mu).sqrt().mean()
-    total = _variance(stack, weights @ inner @ weights, weights @ mu).sqrt()
+    inner, mu = _gram(stack), _means(stack)
+    spread = _variance_from_moments(stack, inner.diagonal(), mu).sqrt().mean()
+    total = _variance_from_moments(stack, weights @ inner @ weights, weights @ mu).sqrt()
     return spread / total if total > CANCELLED * spread else torch.ones_like(spread)
 
 
-def _variance(stack: Updates, square: Float[Tensor, "*n"], mean: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+def _variance_from_moments(
+    stack: Updates, square: Float[Tensor, "*n"], mean: Float[Tensor, "*n"]
+) -> Float[Tensor, "*n"]:
     return (square / (stack.shape[0] * stack.shape[1]) - mean**2).clamp_min(0)
 
 
 def cosines(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
-    """Cosines of all pairs from their inner products; 0 where an update is zero."""
+    """Return the cosines of all pairs, from their inner products; 0 where an update is zero."""
     norms = gram_NN.diagonal().clamp_min(0).sqrt()
     return (gram_NN / (norms[:, None] * norms)).nan_to_num(0, 0, 0).clamp(-1, 1)
 
 
 def mean_cosine(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
-    """The mean cosine over all pairs of different adapters; 1 for a single one."""
+    """Return the mean cosine over all pairs of different adapters; 1 for a single one."""
     n = len(gram_NN)
     if n == 1:
         return gram_NN.new_ones(())
@@ -156,7 +161,7 @@ def mean_cosine(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
 
 
 def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
-    r"""How much shorter the mean update is than the updates.
+    r"""Return how much shorter the mean update is than the updates are on average.
 
     .. math:: \rho = \|\bar\Delta\| / \tfrac1N \textstyle\sum_n \|\Delta_n\|
 
@@ -168,7 +173,9 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
 
 
 def gain(stack: Updates, fused: Updates) -> Float[Tensor, ""]:
-    r"""How much longer a merged update is than the mean update, :math:`\|\Delta\| / \|\bar\Delta\|`; 1 if that is 0."""
+    r"""Return how much longer a merged update is than the mean update, :math:`\|\Delta\| / \|\bar\Delta\|`; 1 if that
+    is 0.
+    """
     mean = gram(stack).mean().clamp_min(0).sqrt()
     return gram(fused)[0, 0].clamp_min(0).sqrt() / mean if mean > 0 else torch.ones_like(mean)
 
@@ -176,7 +183,7 @@ def gain(stack: Updates, fused: Updates) -> Float[Tensor, ""]:
 def weighted_sum(
     stack: AnyUpdates, weights: Float[Tensor, " N"], *, constant: float | Float[Tensor, ""] | None = None
 ) -> AnyUpdates:
-    r"""The sum :math:`\sum_n w_n B_n A_n`, exactly, as one adapter of rank ``N*R``: concatenated factors.
+    r"""Return :math:`\sum_n w_n B_n A_n`, exactly, as one adapter of rank ``N*R``: the factors are concatenated.
 
     Args:
         stack: the adapters.
@@ -188,7 +195,10 @@ def weighted_sum(
     """
     if isinstance(stack, DenseUpdates):
         shift = 0.0 if constant is None else float(constant)
-        merge = lambda block: torch.tensordot(weights.to(block), block, 1) + shift  # noqa: E731
+
+        def merge(block: Float[Tensor, "N P K"]) -> Float[Tensor, "P K"]:
+            return torch.tensordot(weights.to(block), block, 1) + shift
+
         return dense_update(stack, lambda: merge, rank=len(stack) * stack.rank + (constant is not None))
     (n, r), (d, k) = (len(stack), stack.rank), stack.shape
     extra = 0 if constant is None else 1
@@ -203,29 +213,31 @@ def weighted_sum(
 
 
 def in_span(stack: LoRAFactors, left: Float[Tensor, "M Q"], right: Float[Tensor, "Q M"]) -> LoRAFactors:
-    """One adapter ``(B_cat left) (right A_cat)``, of rank ``Q``.
+    """Return the adapter ``(B_cat left) (right A_cat)``, of rank ``Q``.
 
     Costs ``(D + K) * M * Q`` multiplications in float32 (float64 for float64 factors); dtypes are those of ``stack``.
     """
     a = stack.A.flatten(0, 1)
-    return with_rows(stack, left, right.to(_compute(a)) @ a.to(_compute(a)))
+    return with_rows(stack, left, right.to(_compute_dtype(a)) @ a.to(_compute_dtype(a)))
 
 
 def with_rows(stack: LoRAFactors, left: Float[Tensor, "M Q"], rows: Float[Tensor, "Q K"]) -> LoRAFactors:
-    """One adapter ``(B_cat left) rows``, of rank ``Q``, in the dtypes of ``stack``."""
-    first, *others = zip(stack.B.to(_compute(stack.B)), left.to(_compute(stack.B)).split(stack.rank), strict=True)
+    """Return the adapter ``(B_cat left) rows``, of rank ``Q``, in the dtypes of ``stack``."""
+    first, *others = zip(
+        stack.B.to(_compute_dtype(stack.B)), left.to(_compute_dtype(stack.B)).split(stack.rank), strict=True
+    )
     b = first[0] @ first[1]
     for b_n, left_n in others:  # adapter by adapter, which spares a transposed copy of B
         b.addmm_(b_n, left_n)
     return LoRAFactors(rows[None].to(stack.A.dtype), b[None].to(stack.B.dtype))
 
 
-def _compute(tensor: Tensor) -> torch.dtype:
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def orthobasis(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "Q M"]]:
-    """Matrices P and C, such that ``X P`` has orthonormal columns and ``X = (X P) C``, given only ``X^T X``.
+    """Return P and C, such that ``X P`` has orthonormal columns and ``X = (X P) C``, given only ``X^T X``.
 
     Columns are brought to length 1 before the eigenvalues are taken, so that factors of very different size
     (a gauge of ``diag(1e3, 1e-3)``, say) lose no digits. ``Q`` is the rank of ``X``; at least 1.
@@ -233,7 +245,7 @@ def orthobasis(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], Flo
     lengths = gram_MM.diagonal().clamp_min(0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
     values, vectors = torch.linalg.eigh(gram_MM / (lengths[:, None] * lengths))
-    keep = values > _TINY * len(values) * values[-1].clamp_min(0)
+    keep = values > _NOISE_SHARE * len(values) * values[-1].clamp_min(0)
     if not bool(keep.any()):
         return gram_MM.new_zeros(len(gram_MM), 1), gram_MM.new_zeros(1, len(gram_MM))
     roots, vectors = values[keep].sqrt(), vectors[:, keep]
@@ -241,19 +253,19 @@ def orthobasis(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], Flo
 
 
 def left_singular(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], Float[Tensor, " Q"]]:
-    """P and s, such that ``X P`` are the left singular vectors of ``X`` and ``s`` its singular values, from ``X^T X``.
+    """Return P and s, such that ``X P`` are the left singular vectors of X and s its singular values, from ``X^T X``.
 
     Largest first. The sign of a vector is arbitrary, as in every SVD.
     """
     to_basis, coordinates = orthobasis(gram_MM)
     vectors, values, _ = torch.linalg.svd(coordinates, full_matrices=False)
-    keep = values > _TINY**0.5 * values[0]
+    keep = values > _NOISE_SHARE**0.5 * values[0]
     keep[0] = True
     return to_basis @ vectors[:, keep], values[keep]
 
 
 def inverse_root(gram_MM: Float[Tensor, "M M"]) -> Float[Tensor, "M M"]:
-    """The symmetric pseudo-inverse of the square root; multiplied by it from the right, X becomes its polar factor.
+    """Return the symmetric pseudo-inverse of the square root; X multiplied by it from the right is X's polar factor.
 
     Where ``X`` lacks rank, that is the partial isometry: missing directions stay missing, none is made up.
     """
@@ -274,7 +286,7 @@ class ThinSVD:
 def thin_svd(
     gram_b: Float[Tensor, "M M"], gram_a: Float[Tensor, "M M"], weights: Float[Tensor, " M"] | None = None
 ) -> ThinSVD:
-    """The SVD of ``B_cat diag(weights) A_cat`` from the two Gram matrices; costs ``M**3``.
+    """Return the SVD of ``B_cat diag(weights) A_cat`` from the two Gram matrices; costs ``M**3``.
 
     Values below 1e-7 of the largest are left out; one is kept at least.
     """
@@ -282,13 +294,13 @@ def thin_svd(
     right, coordinates_a = orthobasis(gram_a)
     core = coordinates_b @ coordinates_a.T if weights is None else (coordinates_b * weights) @ coordinates_a.T
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    keep = s > _TINY**0.5 * s[0]
+    keep = s > _NOISE_SHARE**0.5 * s[0]
     keep[0] = True
     return ThinSVD(left @ u[:, keep], s[keep], vh[keep] @ right.T)
 
 
 def singular_values(stack: LoRAFactors) -> list[Float[Tensor, " Q"]]:
-    """The non-zero singular values of each update, largest first, in float64."""
+    """Return the non-zero singular values of each update, largest first, in float64."""
     return [thin_svd(*factor_grams(LoRAFactors(a[None], b[None]))).s for a, b in zip(stack.A, stack.B, strict=True)]
 
 
@@ -307,13 +319,15 @@ class Aligned:
     rows: Float[Tensor, "N Q R"]
 
     def aligned(self, stack: LoRAFactors, step: int = 1) -> Float[Tensor, "N Q K"]:
-        """Every ``step``-th column of the updates in the basis, ``U^T Delta_n``, in float32 (float64 if they are)."""
-        return self.rows.to(_compute(stack.A)) @ stack.A[:, :, ::step].to(_compute(stack.A))
+        """Return every ``step``-th column of the updates in the basis, ``U^T Delta_n``, in float32 (float64 if they
+        are).
+        """
+        return self.rows.to(_compute_dtype(stack.A)) @ stack.A[:, :, ::step].to(_compute_dtype(stack.A))
 
 
 @once_per_stack
 def align(stack: LoRAFactors) -> Aligned:
-    """The SVD of the updates side by side, without forming any: ``(D + K) * M**2`` multiplications, float64.
+    """Return the SVD of the updates side by side, without forming any: ``(D + K) * M**2`` multiplications, float64.
 
     ``A_n = C_n^T Q_n`` with orthonormal rows ``Q_n`` turns ``[Delta_1 | ... ]`` into ``[B_1 C_1^T | ...]`` times
     orthonormal rows, whose left singular vectors and values are the same.
@@ -328,7 +342,7 @@ def align(stack: LoRAFactors) -> Aligned:
 
 
 def side_by_side(gram_MM: Float[Tensor, "M M"], r: int) -> Float[Tensor, "M M"]:
-    """Block-diagonal T, such that ``B_cat T`` has the left singular vectors of the updates side by side.
+    """Return block-diagonal T, such that ``B_cat T`` has the left singular vectors of the updates side by side.
 
     Args:
         gram_MM: of the other factors, ``A_cat``; its diagonal blocks of size ``r`` are those of single adapters.
@@ -342,7 +356,7 @@ def side_by_side(gram_MM: Float[Tensor, "M M"], r: int) -> Float[Tensor, "M M"]:
 
 
 def checked_weights(stack: Updates, weights: Float[Tensor, " N"] | list[float] | None) -> Float[Tensor, " N"]:
-    """The caller's weights as a float64 tensor, or ones.
+    """Return the caller's weights as a float64 tensor, or ones if there are none.
 
     Raises:
         ValueError: if there is not exactly one finite weight per adapter.
@@ -356,7 +370,7 @@ def checked_weights(stack: Updates, weights: Float[Tensor, " N"] | list[float] |
 
 
 def checked_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
-    """``value``, if it is a number within ``[low, high]`` (``(low, high]`` with ``open_low``).
+    """Return ``value``, if it is a number within ``[low, high]`` (``(low, high]`` with ``open_low``).
 
     Raises:
         ValueError: naming the option, the value and the range.
@@ -368,7 +382,7 @@ def checked_range(name: str, value: float, low: float, high: float, *, open_low:
 
 
 def checked_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """``value``, if it is one of ``allowed``; raises ``ValueError`` naming the option and the choices."""
+    """Return ``value``, if it is one of ``allowed``; else raise ``ValueError`` naming the option and the choices."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value

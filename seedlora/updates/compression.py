@@ -1,4 +1,4 @@
-"""The compression of updates to a rank.
+"""Compress updates to a rank.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``P`` rows of one block.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,10 @@ HELD_ENTRIES = 2**27
 #: Up to this many entries an exact SVD is the default.
 EXACT_ENTRIES = 2**18
 SVD_KINDS = ("auto", "exact", "randomized")
+#: Of a randomised SVD: columns beyond the rank asked for, and how often it goes through the update and back.
+_EXTRA_COLUMNS, _POWER_ITERATIONS = 8, 2
+#: Rows of a block that are compared at a time.
+_ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ def compress(
     svd: str = "auto",
     generator: torch.Generator | None = None,
 ) -> Compressed:
-    r"""The best approximation of an update at a rank, with its relative Frobenius error.
+    r"""Return the best approximation of an update at a rank, with its relative Frobenius error.
 
     Factors are truncated optimally (Eckart-Young) in ``(D + K) * R**2`` multiplications. A dense update is truncated
     optimally by a full SVD (``exact``), or nearly so by a randomised one (``randomized``: 8 extra columns, 2 power
@@ -79,7 +84,7 @@ def compress(
         root = (s * gain).sqrt()
         return Compressed(in_span(update, whole.left[:, :rank] * root, whole.right[:rank] * root[:, None]), error)
     if svd == "auto":
-        few = update.shape[0] * update.shape[1] <= EXACT_ENTRIES or rank + _EXTRA >= min(update.shape)
+        few = update.shape[0] * update.shape[1] <= EXACT_ENTRIES or rank + _EXTRA_COLUMNS >= min(update.shape)
         svd = "exact" if few else "randomized"
     held = [update.dense()[0]] if update.shape[0] * update.shape[1] <= HELD_ENTRIES else None
 
@@ -94,8 +99,8 @@ def compress(
     return Compressed(LoRAFactors(a[None].to(update.dtype), b[None].to(update.dtype)), error, svd)
 
 
-def factored(stack: DenseUpdates, rank: int, *, seed: int = 0) -> tuple[LoRAFactors, float]:
-    """Each update on its own at its best approximation of a rank, and the largest relative Frobenius error of them.
+def compress_each(stack: DenseUpdates, rank: int, *, seed: int = 0) -> tuple[LoRAFactors, float]:
+    """Compress each update on its own, and return them with the largest relative Frobenius error among them.
 
     Args:
         stack: the adapters of one layer.
@@ -112,7 +117,7 @@ def factored(stack: DenseUpdates, rank: int, *, seed: int = 0) -> tuple[LoRAFact
 def _gain_and_error(
     square: Float[Tensor, ""], s: Float[Tensor, " Q"], *, match_norm: bool
 ) -> tuple[Float[Tensor, ""], float]:
-    """The factor to apply to singular values ``s`` kept of an update with squared norm ``square``, and the error."""
+    """Return the factor for singular values ``s``, kept of an update with squared norm ``square``, and the error."""
     kept = s.double().square().sum()
     if not square > 0 or not kept > 0:
         return s.new_ones(()), 0.0
@@ -123,22 +128,31 @@ def _gain_and_error(
     return (1 / ratio).to(s.dtype), float((2 - 2 * ratio).sqrt())
 
 
+class _DenseSVD(NamedTuple):
+    """The SVD of a dense update up to a rank: its vectors and values, and the squared norm of the whole update."""
+
+    square: Float[Tensor, ""]
+    u: Float[Tensor, "D Q"]
+    s: Float[Tensor, " Q"]
+    vh: Float[Tensor, "Q K"]
+
+
 def _dense_svd(
     passes: Callable[[], Iterator[Tensor]],
     shape: tuple[int, int],
     rank: int,
     svd: str,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared norm, and ``U``, ``s``, ``Vh`` up to ``rank``, of a dense update whose row blocks every pass gives."""
+) -> _DenseSVD:
+    """Return the SVD, up to ``rank``, of a dense update whose row blocks every pass gives."""
     d, k = shape
     if svd == "exact":
         blocks = list(passes())
         dense = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-        return dense.square().sum(dtype=torch.float64), u[:, :rank], s[:rank], vh[:rank]
+        return _DenseSVD(dense.square().sum(dtype=torch.float64), u[:, :rank], s[:rank], vh[:rank])
     generator = generator or torch.Generator().manual_seed(0)
-    width = min(rank + _EXTRA, d, k)
+    width = min(rank + _EXTRA_COLUMNS, d, k)
     first = next(iter(passes()))
     probe_KW = torch.randn(k, width, generator=generator).to(first)
     square = torch.stack([block.square().sum(dtype=torch.float64) for block in passes()]).sum()
@@ -147,26 +161,21 @@ def _dense_svd(
         probe_KW = torch.linalg.qr(_transposed_product(passes(), range_DW))[0]
     range_DW = torch.linalg.qr(torch.cat([block @ probe_KW for block in passes()]))[0]
     v, s, uh = torch.linalg.svd(_transposed_product(passes(), range_DW), full_matrices=False)
-    return square, range_DW @ uh.T[:, :rank], s[:rank], v.T[:rank]
-
-
-_EXTRA, _POWER_ITERATIONS = 8, 2
-#: Rows of a block that are compared at a time.
-_ROWS = 1024
+    return _DenseSVD(square, range_DW @ uh.T[:, :rank], s[:rank], v.T[:rank])
 
 
 def _squared_distance(blocks: Iterator[Tensor], b_DR: Tensor, a_RK: Tensor) -> Float[Tensor, ""]:
-    """``|Delta - B A|^2``, its rows taken in float32 or higher and summed in float64."""
+    """Return ``|Delta - B A|^2``, its rows taken in float32 or higher and summed in float64."""
     total, start = torch.zeros((), dtype=torch.float64, device=b_DR.device), 0
     for block in blocks:
-        for part in block.split(_ROWS):
+        for part in block.split(_ROWS_AT_A_TIME):
             rest = torch.addmm(part, b_DR[start : start + len(part)], a_RK, alpha=-1)
             total, start = total + rest.square_().sum(dtype=torch.float64), start + len(part)
     return total
 
 
 def _transposed_product(blocks: Iterator[Tensor], x_DW: Tensor) -> Tensor:
-    """``Delta^T x`` of shape ``(K, W)``, summed over the row blocks."""
+    """Return ``Delta^T x`` of shape ``(K, W)``, summed over the row blocks."""
     total, start = None, 0
     for block in blocks:
         part = block.T @ x_DW[start : start + len(block)]

@@ -1,4 +1,4 @@
-"""Updates of full rank, known by row blocks.
+"""Represent updates of full rank by functions that compute their row blocks.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``P`` rows of one block.
 """
@@ -45,16 +45,19 @@ class DenseUpdates:
     count: int = 1
 
     def __len__(self) -> int:
-        """The number of adapters, ``N``."""
+        """Return the number of adapters, ``N``."""
         return self.count
 
     def one(self, n: int) -> DenseUpdates:
-        """The update of one adapter."""
-        blocks = lambda: (block[n : n + 1] for block in self.blocks())  # noqa: E731
+        """Return the update of one adapter."""
+
+        def blocks() -> Iterator[Float[Tensor, "1 P K"]]:
+            return (block[n : n + 1] for block in self.blocks())
+
         return DenseUpdates(self.shape, self.rank, self.dtype, self.device, blocks)
 
     def to(self, dtype: torch.dtype) -> DenseUpdates:
-        """The same updates, whose factors will have another dtype; the blocks stay as they are."""
+        """Return the same updates, whose factors will have another dtype; the blocks stay as they are."""
         return replace(self, dtype=dtype)
 
     def dense(self) -> Float[Tensor, "N D K"]:
@@ -69,12 +72,12 @@ AnyUpdates = TypeVar("AnyUpdates", LoRAFactors, DenseUpdates)
 
 
 def block_rows(n: int, k: int) -> int:
-    """Rows of one block of ``n`` adapters with ``k`` columns."""
+    """Return how many rows one block of ``n`` adapters with ``k`` columns has."""
     return max(1, BLOCK_ENTRIES // (n * k))
 
 
 def row_blocks(stack: Updates, step: int = 1) -> Iterator[Float[Tensor, "N P K"]]:
-    """The updates themselves, all adapters together, a block of rows at a time; in float32 or higher.
+    """Give the entries of the updates, all adapters together, a block of rows at a time; in float32 or higher.
 
     The partition depends on ``N`` and ``K`` alone, so that every pass over a layer sees the same bits.
 
@@ -94,7 +97,7 @@ def row_blocks(stack: Updates, step: int = 1) -> Iterator[Float[Tensor, "N P K"]
 
 
 def dense_update(stack: Updates, combine: Callable[[], BlockMerge], *, rank: int | None = None) -> DenseUpdates:
-    """The one update whose rows are ``combine()(rows of all adapters)``.
+    """Return the one update whose rows are ``combine()(rows of all adapters)``.
 
     Args:
         stack: the adapters.

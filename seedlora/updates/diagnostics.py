@@ -1,4 +1,4 @@
-"""What a set of adapters looks like, computed from its factors.
+"""Describe a set of adapters by numbers that are computed from its factors.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``P`` rows of one block, ``S``
 sampled entries, ``E`` edges.
@@ -31,7 +31,7 @@ from seedlora.updates.factors import LoRAFactors
 
 @dataclass(frozen=True)
 class UpdateFacts:
-    r"""One update of one layer.
+    r"""Facts about the update of one adapter in one layer.
 
     Attributes:
         norm: Frobenius norm.
@@ -50,7 +50,7 @@ class UpdateFacts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer of a set of adapters.
+    """Facts about one layer of a set of adapters.
 
     Attributes:
         path: of the layer.
@@ -96,7 +96,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How the entries of updates are distributed.
+    """Counts of the entries of updates, by size.
 
     Attributes:
         edges: of the bins, ascending.
@@ -110,7 +110,7 @@ class Histogram:
     entries: int
 
     def __add__(self, other: Histogram) -> Histogram:
-        """The entries of both, over the same edges."""
+        """Return the counts of both together, over the same edges."""
         if self.edges != other.edges or len(self.counts) != len(other.counts):
             raise ValueError("histograms can be added if they are of as many updates over the same edges")
         counts = (
@@ -119,8 +119,8 @@ class Histogram:
         return Histogram(self.edges, tuple(counts), self.entries + other.entries)
 
 
-def natural(text: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+def natural_sort_key(text: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -132,7 +132,7 @@ def layer_facts(
     samples: int = 4096,
     generator: torch.Generator | None = None,
 ) -> LayerFacts:
-    """All facts about one layer, in ``(D + K) * (N*R)**2`` multiplications; no ``(D, K)`` matrix is formed.
+    """Compute all facts about one layer, in ``(D + K) * (N*R)**2`` multiplications; no ``(D, K)`` matrix is formed.
 
     Args:
         path: of the layer.
@@ -157,7 +157,7 @@ def layer_facts(
 
 
 def update_facts(stack: LoRAFactors) -> tuple[UpdateFacts, ...]:
-    """Facts about every update of a stack on its own."""
+    """Compute the facts about every update of a stack on its own."""
     norms = gram(stack).diagonal().clamp_min(0).sqrt().tolist()
     rows = zip(norms, means(stack).tolist(), variances(stack).sqrt().tolist(), singular_values(stack), strict=True)
     return tuple(
@@ -166,7 +166,7 @@ def update_facts(stack: LoRAFactors) -> tuple[UpdateFacts, ...]:
 
 
 def effective_rank(values: Float[Tensor, " Q"]) -> float:
-    """The exponential of the entropy of singular values taken as probabilities; 0 for a zero matrix."""
+    """Return the exponential of the entropy of singular values taken as probabilities; 0 for a zero matrix."""
     if not values.sum() > 0:
         return 0.0
     shares = values[values > 0] / values.sum()
@@ -176,7 +176,7 @@ def effective_rank(values: Float[Tensor, " Q"]) -> float:
 def sampled_entries(
     stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None
 ) -> Float[Tensor, "N S"]:
-    """Entries of every update at the same random places, with replacement, in ``N*S*R`` multiplications.
+    """Draw entries of every update at the same random places, with replacement, in ``N*S*R`` multiplications.
 
     Args:
         stack: the adapters of one layer.
@@ -212,7 +212,9 @@ def histogram(stack: Updates, edges: Float[Tensor, " E"]) -> Histogram:
 
 
 def sign_agreement(stack: LoRAFactors, *, samples: int = 4096, generator: torch.Generator | None = None) -> float:
-    """Share of sampled entries on which two adapters have the same sign, mean over the pairs; 1 for one adapter."""
+    """Return the share of sampled entries on which two adapters have the same sign, mean over the pairs; 1 for one
+    adapter.
+    """
     if len(stack) == 1:
         return 1.0
     signs_NS = sampled_entries(stack, samples=samples, generator=generator).sign()
@@ -221,7 +223,7 @@ def sign_agreement(stack: LoRAFactors, *, samples: int = 4096, generator: torch.
 
 
 def module_facts(layers: Sequence[LayerFacts]) -> list[ModuleFacts]:
-    """One row per module type, in the order in which they first occur."""
+    """Return one row per module type, in the order in which they first occur."""
     groups: dict[str, list[LayerFacts]] = defaultdict(list)
     for layer in layers:
         groups[layer.module].append(layer)
@@ -251,7 +253,7 @@ def _module_row(module: str, group: Sequence[LayerFacts]) -> ModuleFacts:
 
 
 def model_cosines(stacks: Mapping[str, LoRAFactors]) -> Float[Tensor, "N N"]:
-    """Cosines of all pairs of adapters, each taken as one long vector over all layers.
+    """Return the cosines of all pairs of adapters, each taken as one long vector over all layers.
 
     Raises:
         ValueError: if there is no layer.

@@ -1,4 +1,4 @@
-"""DoRA's updates, as they act on the base weights.
+"""Compute DoRA's updates as they act on the base weights.
 
 Shape legend: ``N`` adapters, ``D`` output features, ``K`` input features, ``R`` rank, ``P`` rows of one block.
 """
@@ -20,7 +20,7 @@ def dora_updates(
     magnitudes: Float[Tensor, "N D"],
     weight: Callable[[int, int], Float[Tensor, "P K"]],
 ) -> DenseUpdates:
-    r"""What DoRA adapters add to the weights of one layer, in row blocks.
+    r"""Return what DoRA adapters add to the weights of one layer, in row blocks.
 
     .. math:: \Delta_n = \mathrm{diag}(c_n) (W + B_n A_n) - W, \qquad c_n = m_n / \|W + B_n A_n\|_{row}
 

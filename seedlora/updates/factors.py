@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,27 +39,27 @@ class LoRAFactors:
             raise ValueError(f"LoRAFactors needs A of shape (N, R, K) and B of shape (N, D, R), got A {a} and B {b}")
 
     def __len__(self) -> int:
-        """The number of adapters, ``N``."""
+        """Return the number of adapters, ``N``."""
         return self.A.shape[0]
 
     @property
     def rank(self) -> int:
-        """The common rank ``R``; adapters of a lower rank are padded with zeros."""
+        """Return the common rank ``R``; adapters of a lower rank are padded with zeros."""
         return self.A.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(D, K)``, the shape of one update."""
+        """Return ``(D, K)``, the shape of one update."""
         return self.B.shape[1], self.A.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of ``B``."""
+        """Return the dtype of ``B``."""
         return self.B.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of ``B``."""
+        """Return the device of ``B``."""
         return self.B.device
 
     def dense(self) -> Float[Tensor, "N D K"]:
@@ -68,15 +67,15 @@ class LoRAFactors:
         return self.B @ self.A
 
     def padded(self, rank: int) -> LoRAFactors:
-        """The same updates at a rank that is at least theirs: zeros are added to both factors."""
+        """Return the same updates at a rank that is at least theirs: zeros are added to both factors."""
         if rank == self.rank:
             return self
         extra, pad = rank - self.rank, torch.nn.functional.pad
         return LoRAFactors(pad(self.A, (0, 0, 0, extra)), pad(self.B, (0, extra)))
 
-    def to(self, *args: Any) -> LoRAFactors:
-        """Both factors on another device or in another dtype, as :meth:`torch.Tensor.to`."""
-        return LoRAFactors(self.A.to(*args), self.B.to(*args))
+    def to(self, target: torch.device | torch.dtype | str | None) -> LoRAFactors:
+        """Move both factors to another device or dtype; None leaves them where they are."""
+        return LoRAFactors(self.A.to(target), self.B.to(target))
 
     @classmethod
     def stack(cls, adapters: Sequence[LoRAFactors]) -> LoRAFactors:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -13,25 +14,41 @@ from seedlora.updates.factors import LoRAFactors
 _Form = TypeVar("_Form", bound=Updates)
 
 
-class Stacks(dict[str, _Form]):
-    """The updates of ``N`` adapters by layer path; beside them, their full weights.
+@dataclass(frozen=True, eq=False)
+class Stacks(Mapping[str, _Form]):
+    """The updates of ``N`` adapters by layer path, and the weights that the adapters have in full.
 
-    Attributes:
-        modules: by key within the model, one tensor of each adapter; empty unless modules are trained in full.
+    It reads as a mapping from layer paths to updates, so that whoever has no full weights may pass a dict in its place.
+
+    Args:
+        layers: the updates of all adapters, by layer path.
+        modules: full weights by key within the model, one tensor of each adapter; empty unless modules are trained in
+            full.
     """
 
-    def __init__(self, layers: Mapping[str, _Form], modules: Mapping[str, Sequence[Tensor]] | None = None) -> None:
-        super().__init__(layers)
-        self.modules = dict(modules or {})
+    layers: Mapping[str, _Form]
+    modules: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> _Form:
+        """Return the updates of one layer."""
+        return self.layers[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """Give the layer paths."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.layers)
 
 
-def full_weights(layers: Mapping[str, Any]) -> Mapping[str, Sequence[Tensor]]:
-    """The full weights that are beside these updates, if there are any."""
+def full_weights(layers: Mapping[str, Updates]) -> Mapping[str, Sequence[Tensor]]:
+    """Return the full weights that come with these updates; none for a plain dict."""
     return layers.modules if isinstance(layers, Stacks) else {}
 
 
-def joined(first: Stacks[LoRAFactors], second: Stacks[LoRAFactors]) -> Stacks[LoRAFactors]:
-    """The adapters of one stack and then those of another, of the same layers, on the device of the second."""
+def join_stacks(first: Stacks[LoRAFactors], second: Stacks[LoRAFactors]) -> Stacks[LoRAFactors]:
+    """Put the adapters of one stack before those of another, of the same layers, on the device of the second."""
     return Stacks(
         {path: LoRAFactors.stack([first[path].to(factors.device), factors]) for path, factors in second.items()},
         {key: [*(t.to(each[0].device) for t in first.modules[key]), *each] for key, each in second.modules.items()},
@@ -42,8 +59,8 @@ def joined(first: Stacks[LoRAFactors], second: Stacks[LoRAFactors]) -> Stacks[Lo
 Layers: TypeAlias = Mapping[str, LoRAFactors]
 
 
-def members(stacks: Layers, chosen: Sequence[int]) -> Stacks[LoRAFactors]:
-    """The chosen adapters of every layer."""
+def select_adapters(stacks: Layers, chosen: Sequence[int]) -> Stacks[LoRAFactors]:
+    """Return the stacks of the chosen adapters alone, in the order given."""
     index = list(chosen)
     return Stacks(
         {path: LoRAFactors(stack.A[index], stack.B[index]) for path, stack in stacks.items()},

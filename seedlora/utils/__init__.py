@@ -1,1 +1,1 @@
-"""Files, names and streams that everything uses."""
+"""Helpers that everything uses: files, hub folders, random streams, spelling, library internals."""

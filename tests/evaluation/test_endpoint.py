@@ -65,7 +65,7 @@ def test_a_server_gives_what_the_model_in_this_process_gives(tiny_llama, tmp_pat
     monkeypatch.chdir(tmp_path)
     module = built(tiny_llama, 1, 2)
     for replica in module.replicas:
-        write_adapter(replica.name, module.stack.stored(replica.name), module.options.lora_config())
+        write_adapter(replica.name, module.stack.stored_factors(replica.name), module.options.lora_config())
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
     Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--max-new-tokens", "10"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
 from seedlora.datamodules import prompts
-from seedlora.evaluation.answering import OneAfterTheOther, folder_generator
+from seedlora.evaluation.folder_generators import OneByOneGenerator, make_folder_generator
 from seedlora.model.loading import load_model, load_tokenizer
 from seedlora.model.weight_files import WeightFiles
 
@@ -26,7 +26,7 @@ def adapters(tiny_llama, tmp_path_factory):
     module = built(tiny_llama, 1, 2, 3)
     root = tmp_path_factory.mktemp("adapters")
     for replica, name in zip(module.replicas, ("seed_1", "seed_2", "fused"), strict=True):
-        write_adapter(root / name, module.stack.stored(replica.name), module.options.lora_config())
+        write_adapter(root / name, module.stack.stored_factors(replica.name), module.options.lora_config())
     return root
 
 
@@ -202,8 +202,8 @@ def test_nobody_is_scored_on_a_base_that_another_changed(kinds, stacked, tiny_ll
     for i, (name, folder) in enumerate(folders.items()):
         wanted[name] = trained_by_peft(tiny_llama, folder, i, **kinds[i])
     model, tokenizer = load_model(tiny_llama, dtype=torch.float32).eval(), load_tokenizer(tiny_llama)
-    generator = folder_generator(model, tokenizer, folders, base=WeightFiles(tiny_llama))
-    assert isinstance(generator, OneAfterTheOther) != stacked
+    generator = make_folder_generator(model, tokenizer, folders, base=WeightFiles(tiny_llama))
+    assert isinstance(generator, OneByOneGenerator) != stacked
     for name in [*wanted, *reversed(wanted)]:
         generator.route([name])
         torch.testing.assert_close(generator.model(input_ids=ASKED).logits, wanted[name], atol=2e-5, rtol=1e-4)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import built
 
-from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, before_stop, greedy
-from seedlora.model.loading import evaluating
+from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, cut_at_stop, generate_greedily
+from seedlora.model.loading import eval_mode
 
 SEEDS = (11, 42, 202)
 PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]
@@ -45,8 +45,8 @@ def texts(module, prompts, **options):
 def tokens_of(module, names, rows, **options):
     module.stack.route(names)
     ended = lambda _row, said: said[-1] == 0  # noqa: E731
-    with evaluating(module.model):
-        return greedy(module.model.get_base_model(), rows, blocks=len(names), ended=ended, **options)
+    with eval_mode(module.model):
+        return generate_greedily(module.model.get_base_model(), rows, blocks=len(names), ended=ended, **options)
 
 
 def peft_tokens(module, name, row, max_new_tokens):
@@ -54,7 +54,7 @@ def peft_tokens(module, name, row, max_new_tokens):
     layers = module.stack.layers.values()
     saved = [vars(layer).pop("forward") for layer in layers]
     try:
-        with evaluating(module.model), torch.no_grad():
+        with eval_mode(module.model), torch.no_grad():
             ids = torch.tensor([row])
             options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0, "use_cache": True}
             if name is None:
@@ -110,8 +110,8 @@ def test_a_stop_ends_the_row_and_is_cut_off(module):
     assert found.text == whole[: whole.index(whole[4:6])]
     assert found.finish == STOPPED
     assert found.tokens < 20
-    assert before_stop("one two three", ["three", "two"]) == "one "
-    assert before_stop("one", ["two"]) == "one"
+    assert cut_at_stop("one two three", ["three", "two"]) == "one "
+    assert cut_at_stop("one", ["two"]) == "one"
 
 
 def test_modes_return_and_the_random_state_is_untouched(module):
@@ -159,7 +159,7 @@ def test_rows_that_ended_need_no_positions_beyond_the_model_s(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
     rows = [[1, 2, 3, 4, 5, 6], [1]] * 2
     ended = lambda row, said: len(said) >= 8 - len(rows[row])  # noqa: E731
-    said = greedy(model, rows, blocks=1, max_new_tokens=7, ended=ended)
+    said = generate_greedily(model, rows, blocks=1, max_new_tokens=7, ended=ended)
     assert [len(tokens) for tokens in said] == [2, 7, 2, 7]
 
 
@@ -180,7 +180,7 @@ def test_a_mixture_says_the_most_likely_token_of_the_mean(module):
         said = []
         while len(said) < 12 and 0 not in said:
             p = 0
-            with evaluating(module.model), torch.no_grad():
+            with eval_mode(module.model), torch.no_grad():
                 for name in members:
                     module.stack.route([name])
                     ids = torch.tensor([row + said])

@@ -91,7 +91,7 @@ def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder, mon
 def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     module = built(tiny_llama, 1)
-    write_adapter("one", module.stack.stored("seed_1"), module.options.lora_config())
+    write_adapter("one", module.stack.stored_factors("seed_1"), module.options.lora_config())
     words = ["evaluate", "--adapter", "one", "--with-base", "--lm-eval-path", str(folder), "--dtype", "float32"]
     assert main([*words, "--lm-eval", "our_choice", "--limit", "6"], prompts=prompts) == 0
     assert "protocol lm-eval, 6 documents of each task" in capsys.readouterr().out

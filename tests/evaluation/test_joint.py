@@ -14,8 +14,9 @@ from rich.console import Console
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
 from seedlora.datamodules import ReasoningGym, prompts, reasoning_gym
+from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import joint, joint_table
-from seedlora.evaluation.tasks import TASKS, load_items
+from seedlora.evaluation.tasks import TASKS
 
 
 def column(digits):
@@ -92,7 +93,7 @@ def adapters(tiny_llama, tmp_path_factory):
     module = built(tiny_llama, 1, 2)
     root = tmp_path_factory.mktemp("adapters")
     for replica, name in zip(module.replicas, ("chain_sum", "leg_counting"), strict=True):
-        write_adapter(root / name, module.stack.stored(replica.name), module.options.lora_config())
+        write_adapter(root / name, module.stack.stored_factors(replica.name), module.options.lora_config())
     return root
 
 
@@ -124,10 +125,10 @@ def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
 def test_no_hint_in_the_limit(adapters, monkeypatch):
     from dataclasses import replace
 
-    from seedlora.evaluation.scoring import alike, task_runs
+    from seedlora.evaluation.scoring import task_runs, with_common_limit
 
     monkeypatch.setattr("seedlora.evaluation.scoring.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
-    runs = alike(task_runs(["gcd", "chain_sum"], limit=1, generate=reasoning_gym.generated_test))
+    runs = with_common_limit(task_runs(["gcd", "chain_sum"], limit=1, generate=reasoning_gym.generated_test))
     assert [run.max_new_tokens for run in runs] == [77, 77]
 
 

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from seedlora.datamodules import prompts
+from seedlora.evaluation.items import load_items
 from seedlora.evaluation.sandbox import Sandbox
-from seedlora.evaluation.tasks import TASKS, check_tasks, load_items
+from seedlora.evaluation.tasks import TASKS, check_tasks
 
 
 @pytest.fixture(scope="module", autouse=True)

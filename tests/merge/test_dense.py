@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from seedlora.merge.layers import fuse, updates
+from seedlora.merge.layers import fuse, merged_updates
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates import dense as _dense
-from seedlora.updates.compression import factored
+from seedlora.updates.compression import compress_each
 from seedlora.updates.dense import DenseUpdates, row_blocks
 from seedlora.updates.dora import dora_updates
 from seedlora.updates.factors import LoRAFactors
@@ -53,7 +53,7 @@ def test_every_rule_fuses_them(name):
     stack = make_stack(n=2, r=2, d=13, k=11)
     options = {"rank": 11, "match_norm": False, **SAME_FOR_ANY_FACTORS.get(name, {})}
     found = fuse({"a.mlp.up_proj": as_dense(stack)}, make_rule(name, options))
-    wanted = dict(updates({"a.mlp.up_proj": stack}, make_rule(name, options)))["a.mlp.up_proj"]
+    wanted = dict(merged_updates({"a.mlp.up_proj": stack}, make_rule(name, options)))["a.mlp.up_proj"]
     assert relative(found["a.mlp.up_proj"].dense()[0], dense(wanted)) < 1e-6
     assert bool(found.inputs) == (not METHODS[name].dense)
     assert all(error < 1e-6 for error in found.inputs.values())
@@ -61,7 +61,7 @@ def test_every_rule_fuses_them(name):
 
 def test_compressing_the_inputs_says_its_error():
     stack = make_stack(n=2, r=5, d=13, k=11)
-    found, error = factored(as_dense(stack), 3)
+    found, error = compress_each(as_dense(stack), 3)
     wanted = [torch.linalg.svdvals(update) for update in dense_list(stack)]
     assert error == pytest.approx(max(float(s[3:].norm() / s.norm()) for s in wanted), rel=1e-6)
     assert found.rank == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from seedlora.merge.bound_rule import COMMON
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -33,4 +33,4 @@ def test_every_method_has_an_entry(name):
 
 def test_common_options_are_explained():
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
-    assert all(f"| `{option}` |" in text for option in COMMON)
+    assert all(f"| `{option}` |" in text for option in COMMON_DEFAULTS)

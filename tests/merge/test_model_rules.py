@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seedlora.merge.bound_rule import Method
-from seedlora.merge.layers import fuse, layer_threads, updates
+from seedlora.merge.layers import fuse, layer_threads, merged_updates
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates import compression as _blocks
@@ -41,7 +41,7 @@ def test_knots_trims_over_all_layers():
 
 def test_ties_trims_over_all_layers_when_asked():
     limits = global_limits([dense_list(s) for s in STACKS.values()], 0.3)
-    for path, update in updates(STACKS, make_rule("ties", {"density": 0.3, "scope": "model"})):
+    for path, update in merged_updates(STACKS, make_rule("ties", {"density": 0.3, "scope": "model"})):
         assert relative(dense(update), ref.ties(dense_list(STACKS[path]), limits=limits)) < 1e-9
 
 
@@ -207,11 +207,11 @@ def test_a_bound_rule_fuses_one_layer():
 def test_random_layers_do_not_depend_on_each_other():
     bound = make_rule("dare_linear", {"seed": 4})
     few = {"model.layers.1.mlp.up_proj": STACKS["model.layers.1.mlp.up_proj"]}
-    everything = dict(updates(STACKS, bound))
-    for path, update in updates(few, bound):
+    everything = dict(merged_updates(STACKS, bound))
+    for path, update in merged_updates(few, bound):
         assert torch.equal(update.dense(), everything[path].dense())
     same = {"a": STACKS["model.layers.0.mlp.up_proj"], "b": STACKS["model.layers.0.mlp.up_proj"]}
-    one, two = (update.dense() for _, update in updates(same, bound))
+    one, two = (update.dense() for _, update in merged_updates(same, bound))
     assert not torch.equal(one, two)
 
 
@@ -302,7 +302,7 @@ def test_dense_update_of_ones_own():
     def largest(stack):
         return dense_update(stack, lambda: lambda block: block.max(0).values)
 
-    ((_, update),) = updates({"a": make_stack()}, largest)
+    ((_, update),) = merged_updates({"a": make_stack()}, largest)
     assert torch.allclose(update.dense(), make_stack().dense().max(0).values)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,7 +26,7 @@ def core_ties(
     basis: str = "factors",
     thresholds: Float[Tensor, " N"] | None = None,
 ) -> LoRAFactors:
-    r"""TIES on the matrices that hold the updates without loss in a basis common to all adapters.
+    r"""Apply TIES to the matrices that hold the updates without loss in a basis common to all adapters.
 
     .. math:: M_n = U^\top \Delta_n V, \qquad \Delta = \lambda \, U \, \mathrm{TIES}(M_1, ..., M_N) \, V^\top
 
@@ -61,16 +63,26 @@ def core_ties(
 def core_thresholds(
     walk: Walk, *, density: float = 1.0, basis: str = "factors", scope: str = "layer"
 ) -> Float[Tensor, " N"] | None:
-    """The thresholds of :func:`core_ties` over all layers together, or none: each layer then takes its own."""
+    """Return the thresholds of :func:`core_ties` over all layers together, or none: each layer then takes its own."""
     checked_range("density", density, 0, 1, open_low=True)
     checked_choice("basis", basis, BASES)
     if checked_choice("scope", scope, SCOPES) == "layer":
         return None
-    return magnitude_thresholds(lambda step: (_cores(stack, basis)[2][..., ::step] for _, stack in walk()), density)
+    return magnitude_thresholds(
+        lambda step: (_cores(stack, basis).matrices[..., ::step] for _, stack in walk()), density
+    )
 
 
-def _cores(stack: LoRAFactors, basis: str) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "P M"], Float[Tensor, "N Q P"]]:
-    """Coordinates of U (``U = B_cat left``) and V (``V^T = right A_cat``), and the core matrices, in float64."""
+class _Cores(NamedTuple):
+    """Core matrices of updates, and the coordinates of their basis: ``U = B_cat left``, ``V^T = right A_cat``."""
+
+    left: Float[Tensor, "M Q"]
+    right: Float[Tensor, "P M"]
+    matrices: Float[Tensor, "N Q P"]
+
+
+def _cores(stack: LoRAFactors, basis: str) -> _Cores:
+    """Compute the core matrices of the updates and the basis that they are in, in float64."""
     n, r = len(stack), stack.rank
     gram_b, gram_a = factor_grams(stack)
     if checked_choice("basis", basis, BASES) == "factors":
@@ -78,10 +90,12 @@ def _cores(stack: LoRAFactors, basis: str) -> tuple[Float[Tensor, "M Q"], Float[
     else:
         left, right = _update_basis(gram_b, gram_a, r), _update_basis(gram_a, gram_b, r).T
     rows, columns = (left.T @ gram_b).view(-1, n, r), (gram_a @ right.T).view(n, r, -1)
-    return left, right, torch.einsum("qnr,nrp->nqp", rows, columns)
+    return _Cores(left, right, torch.einsum("qnr,nrp->nqp", rows, columns))
 
 
 def _update_basis(gram_side: Tensor, gram_other: Tensor, r: int) -> Tensor:
-    """As coordinates, the singular vectors of the updates placed so that this side's factors span them."""
+    """Return the coordinates of the updates' singular vectors, the updates placed so that this side's factors span
+    them.
+    """
     spread = side_by_side(gram_other, r)
     return spread @ left_singular(spread.T @ gram_side @ spread)[0]

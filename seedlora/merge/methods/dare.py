@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from seedlora.merge.steps.consensus import sign_consensus
-from seedlora.merge.steps.sparsify import drop, stream
+from seedlora.merge.steps.sparsify import drop, repeatable_stream
 from seedlora.updates.algebra import checked_range
 from seedlora.updates.dense import BlockMerge, DenseUpdates, Updates, dense_update
 
@@ -32,7 +32,7 @@ def dare_linear(stack: Updates, *, p: float = 0.5, generator: torch.Generator | 
         Yu et al., "Language Models are Super Mario", arXiv 2311.03099.
     """
     checked_range("p", p, 0, 1 - 1e-9)
-    generators = stream(generator)
+    generators = repeatable_stream(generator)
 
     def combine() -> BlockMerge:
         masks = generators()
@@ -64,7 +64,7 @@ def dare_ties(
         Yu et al., arXiv 2311.03099; Yadav et al., arXiv 2306.01708.
     """
     checked_range("p", p, 0, 1 - 1e-9)
-    generators = stream(generator)
+    generators = repeatable_stream(generator)
 
     def combine() -> BlockMerge:
         masks = generators()

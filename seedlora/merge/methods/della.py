@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from seedlora.merge.steps.consensus import sign_consensus
-from seedlora.merge.steps.sparsify import drop_by_rank, stream
+from seedlora.merge.steps.sparsify import drop_by_rank, repeatable_stream
 from seedlora.updates.algebra import checked_range
 from seedlora.updates.dense import BlockMerge, DenseUpdates, Updates, dense_update
 
@@ -50,7 +50,7 @@ def della(
     checked_range("density", density, 0, 1, open_low=True)
     if not 0 <= epsilon < density or density + epsilon > 1:
         raise ValueError(f"density - epsilon and density + epsilon must lie in (0, 1], got {density} and {epsilon}")
-    generators = stream(generator)
+    generators = repeatable_stream(generator)
 
     def combine() -> BlockMerge:
         masks = generators()

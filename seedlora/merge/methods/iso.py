@@ -1,4 +1,4 @@
-"""Isotropic merging (Marczak et al., ICML 2025)."""
+"""Isotropic merging (Marczak et al., ICML 2025): give all singular values one size."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from seedlora.updates.dense import AnyUpdates
 
 
 def karcher(stack: AnyUpdates, *, max_iter: int = 10, tol: float = 1e-5) -> AnyUpdates:
-    r"""The spherical mean of the updates' directions, as long as the updates are on average.
+    r"""Take the spherical mean of the updates' directions, as long as the updates are on average.
 
     .. math:: u \leftarrow \exp_u \Big( \frac1N \sum_n \log_u \frac{\Delta_n}{\|\Delta_n\|} \Big), \qquad
         \Delta = \tfrac1N \textstyle\sum_n \|\Delta_n\| \; u

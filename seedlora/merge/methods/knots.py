@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seedlora.merge.methods.ties import SCOPES
 from seedlora.merge.steps.consensus import sign_consensus
-from seedlora.merge.steps.sparsify import drop, magnitude_thresholds, stream, trim
+from seedlora.merge.steps.sparsify import drop, magnitude_thresholds, repeatable_stream, trim
 from seedlora.merge.steps.walk import Walk
 from seedlora.updates.algebra import align, checked_choice, checked_range, with_rows
 from seedlora.updates.factors import LoRAFactors
@@ -21,7 +21,7 @@ def knots_ties(
     scale: float = 1.0,
     thresholds: Float[Tensor, " N"] | None = None,
 ) -> LoRAFactors:
-    r"""TIES on the updates as seen from their common left singular basis.
+    r"""Apply TIES to the updates as seen from their common left singular basis.
 
     .. math:: [\Delta_1 | ... | \Delta_N] = U \, \mathrm{diag}(s) \, [V_1 ... V_N], \quad
         C_n = \mathrm{diag}(s) V_n = U^\top \Delta_n, \quad
@@ -61,7 +61,7 @@ def knots_ties(
 
 
 def knots_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "model") -> Float[Tensor, " N"] | None:
-    """The thresholds of :func:`knots_ties` over all layers together; none with ``scope="layer"``.
+    """Return the thresholds of :func:`knots_ties` over all layers together; none with ``scope="layer"``.
 
     Cost: one more pass over the layers, of ``(D + K) * (N*R)**2`` multiplications per layer.
     """
@@ -74,7 +74,7 @@ def knots_thresholds(walk: Walk, *, density: float = 0.2, scope: str = "model") 
 def knots_dare_ties(
     stack: LoRAFactors, *, p: float = 0.5, scale: float = 1.0, generator: torch.Generator | None = None
 ) -> LoRAFactors:
-    r"""As :func:`knots_ties`, with DARE's random drop on the :math:`C_n` in the place of the trim.
+    r"""Merge as :func:`knots_ties` does, with DARE's random drop on the :math:`C_n` in the place of the trim.
 
     The authors' code can trim what is left after the drop; here it is not, as in each of their configurations that
     drops: these keep all of it (``topK`` 100), with p and scale .1/.7 (ViT-B/32), .1/.5 (ViT-L/14), .8/.4 (Llama3-8B).
@@ -98,4 +98,6 @@ def knots_dare_ties(
     """
     checked_range("p", p, 0, 1 - 1e-9)
     basis = align(stack)
-    return with_rows(stack, basis.left, sign_consensus(drop(basis.aligned(stack), p, stream(generator)())) * scale)
+    return with_rows(
+        stack, basis.left, sign_consensus(drop(basis.aligned(stack), p, repeatable_stream(generator)())) * scale
+    )

@@ -1,4 +1,4 @@
-"""Model Stock (Jang et al., ECCV 2024)."""
+"""Model Stock (Jang et al., ECCV 2024): shrink the average by as much as the updates disagree."""
 
 from __future__ import annotations
 

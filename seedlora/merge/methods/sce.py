@@ -42,20 +42,28 @@ def sce(stack: Updates, *, select_topk: float = 1.0) -> DenseUpdates:
     checked_range("select_topk", select_topk, 0, 1, open_low=True)
     if select_topk == 1:
         energy = gram(stack).diagonal()
-        return dense_update(stack, lambda: lambda block_NPK: _erase(block_NPK, energy))
+
+        def erase(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "P K"]:
+            return _erase_minority(block_NPK, energy)
+
+        return dense_update(stack, lambda: erase)
     limit = magnitude_thresholds(lambda step: (_variance(block) for block in row_blocks(stack, step)), select_topk)
 
     def select(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "N P K"]:
         return block_NPK * (_variance(block_NPK) >= limit.to(block_NPK))
 
     energy = sum((select(block).double().square().sum((1, 2)) for block in row_blocks(stack)), limit.new_zeros(1))
-    return dense_update(stack, lambda: lambda block_NPK: _erase(select(block_NPK), energy))
+
+    def select_and_erase(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "P K"]:
+        return _erase_minority(select(block_NPK), energy)
+
+    return dense_update(stack, lambda: select_and_erase)
 
 
 def _variance(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "1 P K"]:
     return block_NPK.var(0, correction=0, keepdim=True)
 
 
-def _erase(block_NPK: Float[Tensor, "N P K"], energy: Float[Tensor, " N"]) -> Float[Tensor, "P K"]:
+def _erase_minority(block_NPK: Float[Tensor, "N P K"], energy: Float[Tensor, " N"]) -> Float[Tensor, "P K"]:
     # Weights relative to the largest: a mean does not depend on their scale, but underflow does.
     return disjoint_mean(block_NPK, elect_sign(block_NPK), weights=energy / energy.max().clamp_min(1e-300))

@@ -1,4 +1,4 @@
-"""Merging of seeds by a common right singular basis ("seedft")."""
+"""Merge seeds by a common right singular basis ("seedft")."""
 
 from __future__ import annotations
 

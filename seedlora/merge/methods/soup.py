@@ -39,7 +39,7 @@ def soup(stack: AnyUpdates, *, weights: Float[Tensor, " N"] | list[float] | None
 
 
 def greedy_soup(stack: LoRAFactors, *, members: Sequence[int]) -> LoRAFactors:
-    """The soup of the chosen adapters alone.
+    """Average the chosen adapters alone.
 
     Args:
         stack: the adapters of one layer.
@@ -61,7 +61,7 @@ def greedy_soup(stack: LoRAFactors, *, members: Sequence[int]) -> LoRAFactors:
 
 
 def greedy_members(walk: Walk, *, score: Callable[[Mapping[str, LoRAFactors]], float]) -> list[int]:
-    """Which adapters a greedy soup is made of: sorted by their own score, each kept if the soup does not get worse.
+    """Choose the members of a greedy soup: sorted by their own score, each is kept if the soup does not get worse.
 
     Costs at most ``2 * N - 1`` calls of ``score``, and one fused copy of the model's factors at a time.
 
@@ -84,7 +84,7 @@ def greedy_members(walk: Walk, *, score: Callable[[Mapping[str, LoRAFactors]], f
 
 
 def greedy_search(count: int, score: Callable[[Sequence[int]], float]) -> list[int]:
-    """As :func:`greedy_members`, where the score takes the members of a soup of ``count`` adapters."""
+    """Choose members as :func:`greedy_members` does, by a score of the members of a soup of ``count`` adapters."""
 
     def scored(members: Sequence[int]) -> float:
         value = float(score(members))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedlora.merge.steps.consensus import majority_mean, sign_consensus
-from seedlora.merge.steps.sparsify import drop, magnitude_thresholds, stream, trim
+from seedlora.merge.steps.sparsify import drop, magnitude_thresholds, repeatable_stream, trim
 from seedlora.updates.algebra import checked_choice, checked_range, factor_grams, in_span, thin_svd
 from seedlora.updates.dense import BlockMerge, DenseUpdates, dense_update, row_blocks
 from seedlora.updates.factors import LoRAFactors
@@ -71,7 +71,7 @@ def seedlora_subspace(
     subspace_rank = len(stack) * stack.rank if subspace_rank is None else subspace_rank
     if subspace_rank < 1:
         raise ValueError(f"subspace_rank must be at least 1, got {subspace_rank}")
-    rest = _subspace_merge(stack, subspace_rank, z_merge, z_density, p, stream(generator))
+    rest = _subspace_merge(stack, subspace_rank, z_merge, z_density, p, repeatable_stream(generator))
     limit = magnitude_thresholds(
         lambda step: (block.flatten()[None] for block in row_blocks(stack, step)), 1 - quantile
     )
@@ -101,7 +101,7 @@ def _subspace_merge(
     p: float,
     generators: Callable[[], torch.Generator],
 ) -> LoRAFactors:
-    """Stage 2 for all entries, as one adapter of the subspace's rank."""
+    """Merge all entries in the common subspace, as stage 2 does: one adapter of the subspace's rank."""
     n, r = len(stack), stack.rank
     compute = torch.promote_types(stack.B.dtype, torch.float32)
     stack = stack.to(compute)

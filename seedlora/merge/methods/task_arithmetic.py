@@ -1,4 +1,4 @@
-"""Task arithmetic (Ilharco et al., ICLR 2023)."""
+"""Task arithmetic (Ilharco et al., ICLR 2023): add the updates."""
 
 from __future__ import annotations
 

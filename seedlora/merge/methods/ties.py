@@ -49,11 +49,15 @@ def ties(
     """
     checked_range("density", density, 0, 1, open_low=True)
     limits = magnitude_thresholds(lambda step: row_blocks(stack, step), density) if thresholds is None else thresholds
-    return dense_update(stack, lambda: lambda block_NPK: sign_consensus(trim(block_NPK, limits)) * scale)
+
+    def merge(block_NPK: Float[Tensor, "N P K"]) -> Float[Tensor, "P K"]:
+        return sign_consensus(trim(block_NPK, limits)) * scale
+
+    return dense_update(stack, lambda: merge)
 
 
 def ties_thresholds(walk: AnyWalk, *, density: float = 0.2, scope: str = "layer") -> Float[Tensor, " N"] | None:
-    """The thresholds of :func:`ties` over all layers together, or none: each layer then takes its own.
+    """Return the thresholds of :func:`ties` over all layers together, or none: each layer then takes its own.
 
     Args:
         walk: all layers.

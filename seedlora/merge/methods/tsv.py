@@ -1,4 +1,4 @@
-"""Task singular vectors (Gargiulo et al., CVPR 2025)."""
+"""Task singular vectors (Gargiulo et al., CVPR 2025): put them side by side and make them orthogonal."""
 
 from __future__ import annotations
 

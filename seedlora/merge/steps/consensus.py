@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def elect_sign(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
-    """The sign of the sum over the adapters, +1 or -1; a sum of exactly zero elects +1."""
+    """Return the sign of the sum over the adapters, +1 or -1; a sum of exactly zero elects +1."""
     total = values.sum(0)
     return torch.ones_like(total).copysign_(total + 0.0)  # + 0.0 turns -0 into 0
 
@@ -22,7 +22,9 @@ def disjoint_mean(
     *,
     weights: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " ..."]:
-    """The (weighted) mean of the entries that have the given sign; zeros take no part, and 0 where none has it."""
+    """Return the (weighted) mean of the entries that have the given sign; zeros take no part, and 0 where
+    none has it.
+    """
     agreeing = (values * sign).relu_()  # magnitudes of those that agree
     if weights is None:
         total, share = agreeing.sum(0), agreeing.sign_().sum(0)
@@ -45,7 +47,7 @@ def sign_consensus(values: Float[Tensor, "N ..."], *, draw: float = 0.0) -> Floa
 
 
 def majority_mean(values: Float[Tensor, "N ..."]) -> Float[Tensor, " ..."]:
-    """The mean of the entries whose sign more adapters share; zeros take no part.
+    """Return the mean of the entries whose sign more adapters share; zeros take no part.
 
     Equal numbers on both sides are settled by the sign of the sum.
     """

@@ -16,15 +16,16 @@ from torch import Tensor
 #: The upper half of a float32's bits without the sign: exponent and seven bits of mantissa.
 _BINS = 2**15
 #: Share of the columns from which a threshold is guessed before it is found exactly.
-_SAMPLE = 16
+_COLUMNS_PER_SAMPLE = 16
 #: Numbers that wait to be counted.
-_WAITING = 2**20
+_MOST_WAITING = 2**20
 
 
 def magnitude_thresholds(
     entries: Callable[[int], Iterable[Float[Tensor, "N ..."]]], density: float
 ) -> Float[Tensor, " N"]:
-    r"""The magnitude of each adapter's k-th largest entry, :math:`k = \lfloor density \cdot count \rfloor`, at least 1.
+    r"""Find the magnitude of each adapter's k-th largest entry, :math:`k = \lfloor density \cdot count \rfloor`, at
+    least 1.
 
     Exact, in one pass over all entries and bounded memory: a sixteenth of the columns tells between which magnitudes
     the k-th lies, and the pass counts what is above and, by float32 number, what is between. Where the sample was
@@ -39,11 +40,11 @@ def magnitude_thresholds(
     Returns:
         Shape ``(N,)``, in the dtype of the entries; 0 where everything is kept (``density = 1``).
     """
-    like = next(block.new_zeros(len(block)) for block in entries(_SAMPLE))
+    like = next(block.new_zeros(len(block)) for block in entries(_COLUMNS_PER_SAMPLE))
     if density >= 1:
         return like
-    for step in (_SAMPLE, 1):
-        tallies = _brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
+    for step in (_COLUMNS_PER_SAMPLE, 1):
+        tallies = _estimate_brackets(entries(step), density, slack=0.01 if step > 1 else 0.0)
         for block in entries(1):
             for tally, magnitudes in zip(tallies, _magnitudes(block), strict=True):
                 tally.add(magnitudes)
@@ -52,13 +53,13 @@ def magnitude_thresholds(
             break
     found = [tally.kth(k) for tally in tallies]
     if like.dtype == torch.float64:
-        found = _among_equals(entries(1), found)
+        found = _resolve_ties(entries(1), found)
     return like.new_tensor([value for value, _ in found])
 
 
 @dataclass
-class _Tally:
-    """How many magnitudes of one adapter are above a bracket, and how many are which float32 number within it.
+class _MagnitudeTally:
+    """Counts the magnitudes of one adapter that are above a bracket, and those within it by their float32 number.
 
     Args:
         low: where the bracket begins.
@@ -75,12 +76,12 @@ class _Tally:
     waiting: list[np.ndarray] = field(default_factory=list)
 
     def add(self, magnitudes: Float[Tensor, " entries"]) -> None:
-        """Count these."""
-        beyond, within = _split(magnitudes, self.low, self.high)
+        """Count these magnitudes."""
+        beyond, within = _count_and_select(magnitudes, self.low, self.high)
         self.total += magnitudes.numel()
         self.above += beyond
         self.waiting.append(_bits(within).cpu().numpy())
-        if sum(map(len, self.waiting)) > _WAITING:
+        if sum(map(len, self.waiting)) > _MOST_WAITING:
             self.count()
 
     def count(self) -> None:
@@ -93,12 +94,12 @@ class _Tally:
         self.waiting.clear()
 
     def holds(self, k: int) -> bool:
-        """Whether the k-th largest of all is within the bracket."""
+        """Return whether the k-th largest of all is within the bracket."""
         self.count()
         return self.above < k <= self.above + int(self.counts.sum())
 
     def kth(self, k: int) -> tuple[float, int]:
-        """The k-th largest in float32, and which it is of those that are rounded to this number."""
+        """Return the k-th largest in float32, and which it is of those that are rounded to this number."""
         self.count()
         from_above = self.above + np.cumsum(self.counts[::-1])
         index = int(np.searchsorted(from_above, k))
@@ -106,8 +107,8 @@ class _Tally:
         return _float_of(self.bits[::-1][index]), k - int(before)
 
 
-def _among_equals(blocks: Iterable[Float[Tensor, "N ..."]], found: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """For float64 entries: of those that are rounded to the float32 number found, the one meant."""
+def _resolve_ties(blocks: Iterable[Float[Tensor, "N ..."]], found: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Find the float64 entry that is meant, of those that are rounded to the float32 number found."""
     equal: list[list[Tensor]] = [[] for _ in found]
     for block in blocks:
         for parts, magnitudes, (value, _) in zip(equal, _magnitudes(block), found, strict=True):
@@ -117,8 +118,10 @@ def _among_equals(blocks: Iterable[Float[Tensor, "N ..."]], found: list[tuple[fl
     ]
 
 
-def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack: float) -> list[_Tally]:
-    """Per adapter, magnitudes between which the k-th largest of these entries lies, give or take a share of k."""
+def _estimate_brackets(
+    blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack: float
+) -> list[_MagnitudeTally]:
+    """Return, for each adapter, magnitudes between which the k-th largest lies, give or take a share of k."""
     counts, total = None, 0
     for block in blocks:
         total += block[0].numel()
@@ -133,11 +136,13 @@ def _brackets(blocks: Iterable[Float[Tensor, "N ..."]], density: float, *, slack
     lows = ((above >= min(k + reach, total)).sum(1) - 2).clamp_min(0)
     highs = ((above >= max(k - reach, 1)).sum(1) + 1).clamp_max(0x7F80)
     edges = zip(lows.tolist(), highs.tolist(), strict=True)
-    return [_Tally(_float_of(low << 16), _float_of(high << 16)) for low, high in edges]
+    return [_MagnitudeTally(_float_of(low << 16), _float_of(high << 16)) for low, high in edges]
 
 
-def _split(magnitudes: Float[Tensor, " entries"], low: float, high: float) -> tuple[int, Float[Tensor, " within"]]:
-    """How many are ``high`` or larger, and those in ``[low, high)``."""
+def _count_and_select(
+    magnitudes: Float[Tensor, " entries"], low: float, high: float
+) -> tuple[int, Float[Tensor, " within"]]:
+    """Count those that are ``high`` or larger, and select those in ``[low, high)``."""
     if magnitudes.device.type == "cpu":  # numpy compares and selects in an eighth of torch's time
         array = magnitudes.numpy()
         beyond = array >= high
@@ -147,13 +152,13 @@ def _split(magnitudes: Float[Tensor, " entries"], low: float, high: float) -> tu
 
 
 def _magnitudes(block: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, " entries"]]:
-    """One adapter at a time, so that no copy of the whole block is made."""
+    """Give the magnitudes of one adapter at a time, so that no copy of the whole block is made."""
     for values in block:
         yield values.abs().flatten()
 
 
 def _bits(magnitudes: Float[Tensor, " entries"]) -> Int[Tensor, " entries"]:
-    """Their bits as float32, which are in the order of the numbers."""
+    """Return the bits of magnitudes as float32, which are in the order of the numbers."""
     return magnitudes.float().view(torch.int32)
 
 
@@ -172,7 +177,7 @@ def trim(values: Float[Tensor, "N ..."], thresholds: Float[Tensor, " N"]) -> Flo
 
 
 def drop(values: Float[Tensor, "N ..."], p: float, generator: torch.Generator) -> Float[Tensor, "N ..."]:
-    r"""DARE: zero each entry with probability ``p``, multiply the others by :math:`1/(1-p)`.
+    r"""Zero each entry with probability ``p`` and multiply the others by :math:`1/(1-p)`, as DARE does.
 
     32 random bits decide on an entry: ``1 - p`` is rounded to a multiple of :math:`2^{-32}`, and the factor with it,
     so that the expectation stays that of ``values``.
@@ -190,8 +195,10 @@ def drop(values: Float[Tensor, "N ..."], p: float, generator: torch.Generator) -
 def drop_by_rank(
     values: Float[Tensor, "N P K"], density: float, epsilon: float, generator: torch.Generator
 ) -> Float[Tensor, "N P K"]:
-    r"""DELLA's MagPrune: keep the entry of rank j (0 the smallest) of a row with probability
-    :math:`q_j = density - \epsilon + 2 \epsilon j / (K - 1)`, and multiply it by :math:`1/q_j`.
+    r"""Keep entries at random, large ones more often, and rescale them: DELLA's MagPrune.
+
+    The entry of rank j (0 the smallest) of a row is kept with probability
+    :math:`q_j = density - \epsilon + 2 \epsilon j / (K - 1)`, and multiplied by :math:`1/q_j`.
     """
     k = values.shape[-1]
     ranks = values.abs().argsort(-1).argsort(-1).to(values.dtype)
@@ -200,7 +207,7 @@ def drop_by_rank(
     return (values / probabilities).mul_(draw < probabilities)
 
 
-def stream(generator: torch.Generator | None) -> Callable[[], torch.Generator]:
+def repeatable_stream(generator: torch.Generator | None) -> Callable[[], torch.Generator]:
     """Turn a generator into a source of equal ones, so that a second pass over a layer drops the same entries.
 
     Takes one number from ``generator``. Default: the stream of seed 0.

@@ -1,4 +1,4 @@
-"""What rules that depend on the whole model get to see it with."""
+"""Types of the walk over all layers that rules which depend on the whole model are given."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""All that is used of Lightning beyond what its documentation promises, one function for each use.
+
+``tests/test_internals.py`` fails by the function's name when a release of Lightning takes one of these
+away.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
+def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
+    """Return the trainer that a module is in, or None.
+
+    ``LightningModule.trainer`` raises an error where there is none; ``_trainer`` is what it reads.
+    """
+    return module._trainer
+
+
+def uses_distributed_sampler(trainer: pl.Trainer) -> bool:
+    """Return whether the trainer would replace a data loader's sampler by its own, one for each process.
+
+    The trainer's argument ``use_distributed_sampler`` is kept by ``_accelerator_connector`` alone.
+    """
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def validates_after_batch(trainer: pl.Trainer) -> bool:
+    """Return whether the training loop will validate after the batch at hand.
+
+    The loop decides it by ``_should_check_val_fx`` after the hook ``on_train_batch_end``; no public attribute tells.
+    """
+    loop = trainer.fit_loop
+    return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def started_processes(strategy: Strategy) -> Sequence[subprocess.Popen[bytes]]:
+    """Return the processes that a strategy's launcher started on this machine: those of the other local ranks.
+
+    They are ``procs`` of Lightning's ``_SubprocessScriptLauncher``; other launchers, and the other ranks, have none.
+    """
+    return getattr(strategy.launcher, "procs", ())
+
+
+def registered_options(name: str) -> Mapping[str, Any]:
+    """Return the arguments with which Lightning makes the strategy of a name, such as ``deepspeed_stage_2``.
+
+    The entries of ``StrategyRegistry`` keep them under ``init_params``.
+    """
+    return StrategyRegistry[name]["init_params"]
+
+
+def share_data_alone(strategy: ModelParallelStrategy) -> None:
+    """Let all processes of a strategy share the data, and none a layer's work, whatever their number.
+
+    Lightning's ``data_parallel_size`` is a number or the number of nodes; that of the processes is known only when
+    ``setup_environment`` is called, which reads ``_data_parallel_size`` and ``_tensor_parallel_size``.
+    """
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+    strategy._tensor_parallel_size = 1
+
+
+def set_up_without_gpu(strategy: DeepSpeedStrategy) -> None:
+    """Set up the processes of a DeepSpeed strategy as DDP does.
+
+    ``DeepSpeedStrategy.setup_environment`` only refuses to run without a GPU, and goes on with the method of
+    ``DDPStrategy``; calling that one passes by the refusal.
+    """
+    DDPStrategy.setup_environment(strategy)
