@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seedlora.distributed.lightning_internals import validates_after_batch
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.training.module import SeedLoRAModule
@@ -52,7 +53,7 @@ class Checkpoints(pl.Callback):
         if not terminated and step % self._ensemble.options.checkpoint_every_n_steps:
             return
         self._is_due, self._ends_run = True, terminated
-        if not (trainer.is_last_batch or _validates_now(trainer)):
+        if not (trainer.is_last_batch or validates_after_batch(trainer)):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
@@ -92,9 +93,3 @@ class Checkpoints(pl.Callback):
 
 def _names(module: SeedLoRAModule) -> list[str]:
     return [replica.name for replica in module.replicas]
-
-
-def _validates_now(trainer: pl.Trainer) -> bool:
-    """Return whether Lightning validates after the batch at hand."""
-    loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) if trainer.enable_validation else False

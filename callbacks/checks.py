@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
+from seedlora.distributed.lightning_internals import uses_distributed_sampler
 from seedlora.distributed.strategies import holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.whole_models import check_dense
 from seedlora.names import ALL_CONTROLS
@@ -43,7 +44,7 @@ class Checks(pl.Callback):
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and uses_distributed_sampler(trainer):
             raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
         self.check_validation(trainer, data)
         if ensemble.next_control is None:

@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from seedlora.cli.argparse_internals import option_groups, option_names
 from seedlora.cli.errors import UsageError, plain_message
 from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.candidates import Prompts
@@ -141,16 +142,9 @@ class _Parser(LightningArgumentParser):
 
     def format_help(self) -> str:
         shown = [USAGE]
-        for group in self._action_groups:
-            title = str(group.title or "")
-            names = [name for action in group._group_actions for name in action.option_strings]
-            if title == "options" or not names or names[0].startswith("--trainer"):
-                continue
-            formatter = self._get_formatter()
-            formatter.start_section(title)
-            formatter.add_arguments(group._group_actions)
-            formatter.end_section()
-            shown.append(formatter.format_help())
+        for title, names, text in option_groups(self):
+            if title != "options" and not names[0].startswith("--trainer"):
+                shown.append(text)
         trainer = ", ".join(f"--trainer.{name}" for name in TRAINER_SHOWN)
         shown.append(
             f"Every argument of Lightning's Trainer is an option too: {trainer}, ...\n"
@@ -160,8 +154,7 @@ class _Parser(LightningArgumentParser):
         return "\n".join(shown)
 
     def _names(self) -> list[str]:
-        shown = (option for action in self._actions for option in action.option_strings)
-        return [option.lstrip("-") for option in (*SHORT, *shown)]
+        return [option.lstrip("-") for option in (*SHORT, *option_names(self))]
 
 
 class SeedLoRACLI(LightningCLI):

@@ -16,6 +16,7 @@ from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import fast_dtype, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
+from seedlora.model.peft_internals import no_target_modules, pattern_key
 from seedlora.model.quantization import check_quantization
 
 if TYPE_CHECKING:
@@ -233,9 +234,7 @@ class ModelOptions:
 
     def rank(self, path: str) -> int:
         """Return the rank of an adapted layer in training."""
-        from peft.utils.other import get_pattern_key
-
-        return int(self.rank_pattern.get(get_pattern_key(self.rank_pattern, path), self.r))
+        return int(self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.r))
 
     def lora_config(self, rank_factor: int = 1) -> LoraConfig:
         """Make PEFT's configuration of one replica in training.
@@ -244,11 +243,10 @@ class ModelOptions:
             rank_factor: rank and ``lora_alpha`` in units of the options, at the same scaling.
         """
         from peft import LoraConfig
-        from peft.utils.constants import DUMMY_TARGET_MODULES
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         if self.is_full_finetuning:
-            targets = DUMMY_TARGET_MODULES  # PEFT's word for no layer at all
+            targets = no_target_modules()
         elif targets == ALL_LINEAR:
             targets = sorted({path.rpartition(".")[2] for path in self.targets})
         # rsLoRA divides by the root of the rank.
@@ -313,10 +311,8 @@ class ModelOptions:
             )
 
     def _check_patterns_match(self, targets: Mapping[str, tuple[int, int]]) -> None:
-        from peft.utils.other import get_pattern_key
-
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            used = {get_pattern_key(pattern, path) for path in targets}
+            used = {pattern_key(pattern, path) for path in targets}
             if unused := [key for key in pattern if key not in used]:
                 raise ValueError(f"model.{name}: '{unused[0]}' matches no adapted layer, e.g. {next(iter(targets))}")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seedlora.adapters.stack import AdapterStack
 from seedlora.distributed.clipping import clip_gradients
+from seedlora.distributed.lightning_internals import attached_trainer
 from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
 from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.model.embedded import EMBEDDED
@@ -159,7 +160,7 @@ class SeedLoRAModule(pl.LightningModule):
         return Scorer(self.model, self.stack, self.token_losses, device=self.device, gather=self._gather)
 
     def _gather(self, rows: Tensor) -> Tensor:
-        return rows if self._trainer is None else self.all_gather(rows).reshape(-1, rows.shape[1])
+        return rows if attached_trainer(self) is None else self.all_gather(rows).reshape(-1, rows.shape[1])
 
     def prepare_fit(self, settings: FitSettings) -> None:
         """Take what an ensemble decides for the next fit, before the module is set up for it."""
@@ -175,12 +176,13 @@ class SeedLoRAModule(pl.LightningModule):
         same bits however often a module was used; validation and test keep the adapters that are there.
         """
         options, settings, built = self.options, self.fit_settings, self._built
-        if self._trainer is not None:
-            prepare_strategy(self.trainer, **options.needs_whole_base)
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            prepare_strategy(trainer, **options.needs_whole_base)
         if built is not None and built.replicas == settings.replicas and stage != "fit":
-            if self._trainer is not None and is_partitioned(self.model):
+            if trainer is not None and is_partitioned(self.model):
                 # A fit ends on the CPU, and ZeRO-3 does not bring back the small weights that it keeps whole.
-                self.to(self.trainer.strategy.root_device)
+                self.to(trainer.strategy.root_device)
             return
         base = None if built is None else built.without_adapters(options)
         if base is None:
@@ -313,7 +315,8 @@ class SeedLoRAModule(pl.LightningModule):
         """Clip each replica on its own gradient norm: a norm over all would couple them."""
         if gradient_clip_val:
             groups = [self.stack.parameters(replica.name) for replica in self.replicas]
-            strategy = None if self._trainer is None else self.trainer.strategy
+            trainer = attached_trainer(self)
+            strategy = None if trainer is None else trainer.strategy
             clip_gradients(groups, max_norm=gradient_clip_val, algorithm=gradient_clip_algorithm, strategy=strategy)
 
     def _trained_names(self) -> set[str]:
