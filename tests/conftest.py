@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from precision import in_float64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +37,13 @@ def _a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         (folder / model.name).symlink_to(model, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEEDLORA_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The test computes in float64."""
+    with in_float64():
         yield
 
 
