@@ -15,6 +15,7 @@ from seedlora.evaluation import adjust_over_tasks, mcnemar, paired_difference, w
 from seedlora.report import results, results_table, verdict
 
 
+@pytest.mark.usefixtures("float64")
 def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
     """On a model that was trained until it gets some answers right and others wrong."""
     module = built(tiny_llama, 42, r=16)
@@ -29,12 +30,12 @@ def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
     for _ in range(400):
         losses, right, _ = module.token_losses(ids, labels)
         matches = int(right.all(1).sum())
-        if 4 <= matches <= 12:
+        if 0 < matches < 16:
             break
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
-    assert 4 <= matches <= 12
+    assert 0 < matches < 16
     module.model.eval()
     module.scored = {"it": "seed_42"}
     with torch.no_grad():
