@@ -11,7 +11,7 @@ from pathlib import Path
 # The tests of test_gpu.py alone are for a GPU; what others compare is worked out on the CPU. Before torch is imported.
 if os.environ.get("SEEDLORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# One thread: the tensors are tiny, and the same number of threads gives the same bits everywhere.
+# One thread unless another number is asked for: the tensors are tiny. The processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -24,7 +24,7 @@ from datamodules import ReasoningGym
 from seedlora.base_model import cache_folder
 from seedlora.module import Replica, SeedLoRAModule
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
 
 EOS = "<eos>"
 
