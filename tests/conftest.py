@@ -11,11 +11,12 @@ from pathlib import Path
 # The tests of test_gpu.py alone are for a GPU; what others compare is worked out on the CPU. Before torch is imported.
 if os.environ.get("SEEDLORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# One thread: the tensors are tiny, and the same number of threads gives the same bits everywhere.
+# One thread unless another number is asked for: the tensors are tiny. The processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from precision import in_float64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +25,7 @@ from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import FitSettings, Replica
 from seedlora.utils.wheel_files import cache_folder
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
 
 EOS = "<eos>"
 
@@ -37,6 +38,13 @@ def _a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         (folder / model.name).symlink_to(model, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEEDLORA_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The test computes in float64."""
+    with in_float64():
         yield
 
 

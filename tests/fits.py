@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from conftest import make_data, make_module
+from precision import assert_trained_alike
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.merge.layers import Fused, fuse
 from seedlora.merge.registry import make_rule
 from seedlora.updates.factors import LoRAFactors
+
+#: Of a module that is not told another one.
+RATE = 2e-3
 
 
 def fit(
@@ -78,8 +83,15 @@ def weights(run: SeedEnsembleCallback, name: str) -> dict[str, Tensor]:
 def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, atol: float) -> None:
     """The same keys, and values that differ by at most ``atol``."""
     assert found.keys() == wanted.keys()
-    worst = {key: float((found[key].float() - wanted[key].float()).abs().max()) for key in wanted}
+    worst = {key: float((found[key].double() - wanted[key].double()).abs().max()) for key in wanted}
     assert max(worst.values()) <= atol, max(worst, key=worst.__getitem__)
+
+
+def assert_alike(found: Path, wanted: Path, seed: int, *, noise: float = 1e-5) -> None:
+    """See that two runs trained a seed alike, in float32 or less; their folders say in how many steps."""
+    steps = json.loads((wanted / "trained.json").read_text())[f"seed_{seed}"]["steps"]
+    files = (run / f"seed_{seed}" / "adapter_model.safetensors" for run in (found, wanted))
+    assert_trained_alike(*map(load_file, files), steps=steps, rate=RATE, noise=noise)
 
 
 def fused_on(device: torch.device | str, method: str) -> Fused:

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from conftest import make_data, make_module
+from precision import in_float64
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
@@ -51,6 +54,9 @@ KINDS = {
 }
 
 
+#: Kinds that are not computed in float64, and the noise of their gradients: precision.py says what that is. (Whole
+#: models are sent between the processes in the dtype of the base's file.)
+IN_FLOAT32 = {"bf16": 1e-2, "compiled": 1e-5, "none": 1e-5}
 #: With steps so long that the validation loss soon rises.
 WATCHED = {"learning_rate": 0.02}
 
@@ -60,6 +66,11 @@ def strategies_of(kind):
     options = KINDS[kind]
     whole_base = options.keys() & {"quantization", "compile", "modules_to_save"} or options.get("adapter") == "none"
     return ("ddp", "zero2") if whole_base else ("ddp", "zero2", "zero3", "fsdp2")
+
+
+def precision_of(kind):
+    """In float64, where sums in another order are the same, as far as it goes."""
+    return nullcontext() if kind in IN_FLOAT32 else in_float64()
 
 
 class Poison(pl.Callback):
@@ -135,7 +146,8 @@ def run(
             devices=devices,
         )
         trainer.fit(module, datamodule=data)
-        assert module.model.get_input_embeddings().weight.dtype == module.options.base_dtype
+        weight = module.model.get_input_embeddings().weight
+        assert (weight.dtype == torch.bfloat16) == (module.options.base_dtype == torch.bfloat16)
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics |= {f"best step of {name}": best.step for name, best in callback.fit_state.best.items()}
         metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.diverged)}
@@ -170,10 +182,12 @@ def watch_fusions(folder: Path) -> None:
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:
     """A kind of adapter under the strategies."""
     watch_fusions(Path(folder))
-    for name in strategies_of(kind):
-        run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **KINDS[kind])
+    with precision_of(kind):
+        for name in strategies_of(kind):
+            run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **KINDS[kind])
 
 
+@in_float64()
 def main(base_model: str, folder: str) -> None:
     """Write each strategy's metrics beside its adapters."""
     for name, make in STRATEGIES.items():

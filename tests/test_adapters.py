@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import built, make_data, make_module, replicas
 from peft import LoraConfig, PeftModel, get_peft_model
+from precision import SAME, plain_model
 from safetensors.torch import load_file
 from test_stacked import ROWS, SEEDS
 from test_training import OPTIONS, plain_peft_run
@@ -21,6 +22,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.stack import AdapterStack
@@ -60,24 +62,41 @@ def moved(base_model, *seeds, **options):
 
 
 def peft_model(module, name):
-    """A PEFT model of its own with one adapter of the module; the base is dequantised, PiSSA's is the residual."""
-    base = AutoModelForCausalLM.from_pretrained(module.options.base_path, dtype=torch.float32)
+    """A PEFT model of its own with one adapter of the module, whole weights as its layers multiply by them as base.
+
+    PiSSA's base is the residual.
+    """
+    base = plain_model(module.options.base_path)
     config = module.options.lora_config()
     config.fan_in_fan_out = module.options.saved_config().fan_in_fan_out
     model = get_peft_model(base, config, adapter_name=name)
     with torch.no_grad():
         for path, layer in module.stack.layers.items():
             theirs = model.get_base_model().get_submodule(path)
-            weight = dequantized_weight(layer.base_layer)
+            weight = weight_of(layer.base_layer)
             if layer.stack_start is not None and layer.stack_start.frozen_block_of == "own":
                 weight = weight - layer.scaling[name] * layer.stack_start.B @ layer.stack_start.A
-            theirs.base_layer.weight.copy_(weight.T if theirs.fan_in_fan_out != layer.fan_in_fan_out else weight)
+            theirs.base_layer.weight.copy_(weight.T if theirs.fan_in_fan_out else weight)
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 if name in getattr(layer, part):
                     getattr(theirs, part)[name].weight.copy_(getattr(layer, part)[name].weight)
     return model
 
 
+def weight_of(layer):
+    """The weights (D, K) that a layer multiplies by, whatever it keeps."""
+    width = layer.nx if isinstance(layer, Conv1D) else layer.in_features
+    columns = layer(torch.eye(width))
+    return (columns if layer.bias is None else columns - layer.bias).T
+
+
+def close(adapter, quantization):
+    """How closely: DoRA's norms of int8 weights take bitsandbytes' constant for 1/127, which is off by 4e-9 of it."""
+    near = 1e-8 if (adapter, quantization) == ("dora", "int8") else SAME
+    return {"atol": near, "rtol": near}
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("adapter", "quantization"), KINDS)
 @torch.no_grad()
 def test_each_block_of_rows_goes_through_its_own_adapter(tiny_llama, adapter, quantization):
@@ -88,7 +107,7 @@ def test_each_block_of_rows_goes_through_its_own_adapter(tiny_llama, adapter, qu
     for name, rows, logits in zip(names, ROWS.chunk(3), stacked.chunk(3), strict=True):
         if name is not None:
             expected = peft_model(module, name)(input_ids=rows).logits
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, expected, **close(adapter, quantization))
 
 
 class StopAfter(pl.Callback):
@@ -147,15 +166,14 @@ def plain(adapter, quantization):
             "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, **double),
             "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
         }[quantization]()
-        model = AutoModelForCausalLM.from_pretrained(
-            base_model, dtype=torch.float32, quantization_config=quantised, device_map={"": "cpu"}
-        )
+        model = plain_model(base_model, quantization_config=quantised, device_map={"": "cpu"})
         flags = {"use_rslora": adapter == "rslora", "use_dora": adapter == "dora"}
         return model, LoraConfig(r=4, lora_alpha=12, target_modules=list(PROJECTIONS), **flags)
 
     return adapt
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("adapter", "quantization"), [*KINDS[1:3], *KINDS[4:6]])
 def test_a_replica_equals_a_plain_peft_loop(tiny_llama, tmp_path, adapter, quantization):
     options = {"adapter": adapter, "quantization": quantization, "lora_plus_ratio": 4.0}
@@ -167,9 +185,10 @@ def test_a_replica_equals_a_plain_peft_loop(tiny_llama, tmp_path, adapter, quant
     assert set(ours) == set(expected)
     assert {"dora": 1}.get(adapter, 0) == any("magnitude" in key for key in ours)
     for key, tensor in expected.items():
-        assert relative(ours[key], tensor) < 1e-5, key
+        assert relative(ours[key], tensor) < SAME, key
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("adapter", "quantization"), [*KINDS[1:5], *KINDS[7:]])
 def test_a_replica_of_a_stack_equals_its_standalone_run(tiny_llama, tmp_path, adapter, quantization):
     options = {"adapter": adapter, "quantization": quantization, "lora_dropout": 0.1, "max_steps": 3}
@@ -177,8 +196,8 @@ def test_a_replica_of_a_stack_equals_its_standalone_run(tiny_llama, tmp_path, ad
     alone = train(tiny_llama, tmp_path / "alone", SEEDS[1:2], **options)
     expected = saved(alone.adapter_path(42))
     for key, tensor in expected.items():
-        assert relative(saved(stacked.adapter_path(42))[key], tensor) < 1e-5, key
-        assert relative(saved(stacked.adapter_path(11))[key], tensor) > 1e-5, key
+        assert relative(saved(stacked.adapter_path(42))[key], tensor) < SAME, key
+        assert relative(saved(stacked.adapter_path(11))[key], tensor) > 1e-3, key
 
 
 @pytest.mark.parametrize(("adapter", "quantization"), [("dora", "int8"), ("pissa", "nf4")])
@@ -213,6 +232,7 @@ def test_a_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path, adapt
     assert all(torch.equal(saved(resumed.adapter_path(42))[key], tensor) for key, tensor in expected.items())
 
 
+@pytest.mark.usefixtures("float64")
 def test_dora_is_read_back_scored_and_fused_as_it_acts(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback(SEEDS[:2], dirpath=tmp_path, merge="soup", budget="full")
     module, data = make_module(tiny_llama, adapter="dora"), make_data()
@@ -229,7 +249,7 @@ def test_dora_is_read_back_scored_and_fused_as_it_acts(tiny_llama, tmp_path):
     trainer.test(module, datamodule=data, verbose=False)
     assert list(callback.results.scores) == ["base", "seed_11", "seed_42", "soup"]
     module.stack.route(["seed_42"])
-    torch.testing.assert_close(module.model(input_ids=ROWS).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.model(input_ids=ROWS).logits, expected, atol=SAME, rtol=SAME)
     base = WeightFiles(tiny_llama)
     read = read_adapter(tmp_path / "seed_42", base=base).magnitudes
     assert all(torch.equal(magnitude, trained[path]) for path, magnitude in read.items())
@@ -256,6 +276,7 @@ def test_a_row_of_zeros_does_not_spoil_dora(tiny_llama):
     assert all(parameter.grad.isfinite().all() for parameter in stack.parameters("seed_42"))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("adapter", "quantization"), [pair for pair in KINDS if pair != ("pissa", "nf4")])
 @torch.no_grad()
 def test_peft_loads_what_is_saved_to_the_same_logits(tiny_llama, tmp_path, adapter, quantization):
@@ -268,20 +289,21 @@ def test_peft_loads_what_is_saved_to_the_same_logits(tiny_llama, tmp_path, adapt
     model = PeftModel.from_pretrained(plain(adapter, quantization)(tiny_llama)[0], tmp_path).train()
     stack.route(["seed_42"])
     ours = module.model(input_ids=ROWS).logits
-    torch.testing.assert_close(ours, model(input_ids=ROWS).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, model(input_ids=ROWS).logits, **close(adapter, quantization))
     stack.route([None])
     assert not torch.allclose(ours, module.model(input_ids=ROWS).logits, atol=1e-2)
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_the_base_model_of_pissa_is_the_original_bit_for_bit(tiny_llama):
     module = make_module(tiny_llama, adapter="pissa")
     module.setup("fit")
-    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)(input_ids=ROWS).logits
+    original = plain_model(tiny_llama)(input_ids=ROWS).logits
     module.stack.route([None])
     assert torch.equal(module.model(input_ids=ROWS).logits, original)
     module.stack.route(["seed_42"])
-    torch.testing.assert_close(module.model(input_ids=ROWS).logits, original, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.model(input_ids=ROWS).logits, original, atol=SAME, rtol=SAME)
     for path, factors in module.stack.factors(["seed_42"]).items():
         assert factors.rank == 8
         assert factors.dense().abs().max() < 1e-6, path
@@ -298,6 +320,7 @@ def test_pissa_starts_at_the_best_approximation_of_a_weight(tiny_llama):
         assert best * 0.9999 < rest.norm() < best * 1.01
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("adapter", ["pissa", "loftq"])
 @torch.no_grad()
 def test_starts_on_a_4_bit_base_lose_less_than_the_base_alone(tiny_llama, adapter):
@@ -305,7 +328,7 @@ def test_starts_on_a_4_bit_base_lose_less_than_the_base_alone(tiny_llama, adapte
     module = make_module(tiny_llama, adapter=adapter, quantization="nf4")
     module.prepare_fit(FitSettings(replicas(11, 42)))
     module.setup("fit")
-    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    original = plain_model(tiny_llama)
     lost = torch.zeros(2)
     for path, layer in module.stack.layers.items():
         w = original.get_submodule(path).weight
@@ -321,7 +344,7 @@ def test_starts_on_a_4_bit_base_lose_less_than_the_base_alone(tiny_llama, adapte
     for name in ("copy", "seed_42", None):
         module.stack.route([name])
         outputs.append(module.model(input_ids=ROWS).logits)
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=SAME, rtol=SAME)
     # PiSSA starts at its base; LoftQ starts closer to the original than the 4-bit base is
     assert torch.allclose(outputs[1], outputs[2], atol=1e-5) == (adapter == "pissa")
 
@@ -352,6 +375,7 @@ def families(tiny_llama, tmp_path_factory):
     return root
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_each_family_trains_stacked_as_alone(families, tmp_path, family, adapter):
@@ -360,10 +384,11 @@ def test_each_family_trains_stacked_as_alone(families, tmp_path, family, adapter
     stacked = train(base, tmp_path / "stack", SEEDS[:2], max_steps=2, **options)
     alone = train(base, tmp_path / "alone", SEEDS[1:2], max_steps=2, **options)
     tensors, expected = (saved(run.adapter_path(42)) for run in (stacked, alone))
-    assert max(relative(tensors[key], tensor) for key, tensor in expected.items()) < 1e-5
+    assert max(relative(tensors[key], tensor) for key, tensor in expected.items()) < SAME
     assert all(tensor.norm() > 0 for tensor in expected.values())
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 @torch.no_grad()
@@ -371,9 +396,11 @@ def test_dora_on_layers_with_biases_and_on_conv1d_is_peft_s(families, family, qu
     module = moved(str(families / family), 42, adapter="dora", target_modules="all-linear", quantization=quantization)
     module.stack.route(["seed_42"])
     logits = module.model(input_ids=ROWS).logits
-    torch.testing.assert_close(logits, peft_model(module, "seed_42")(input_ids=ROWS).logits, atol=1e-5, rtol=1e-5)
+    expected = peft_model(module, "seed_42")(input_ids=ROWS).logits
+    torch.testing.assert_close(logits, expected, **close("dora", quantization))
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
     module = moved(
@@ -390,7 +417,7 @@ def test_patterns_of_rank_and_alpha_are_peft_s(tiny_llama, tmp_path):
     model = PeftModel.from_pretrained(plain("lora", "none")(tiny_llama)[0], tmp_path)
     module.stack.route(["seed_11"])
     logits = module.model(input_ids=ROWS).logits
-    torch.testing.assert_close(logits, model(input_ids=ROWS).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, model(input_ids=ROWS).logits, atol=SAME, rtol=SAME)
     ranks = {path: factors.rank for path, factors in read_adapter(tmp_path).layers.items()}
     assert ranks["model.layers.1.self_attn.q_proj"] == 4
     assert ranks["model.layers.0.self_attn.q_proj"] == 8

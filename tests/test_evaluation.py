@@ -17,6 +17,7 @@ from seedlora.scores.tables import results_table, verdict
 from seedlora.training.scoring import ScoredLabels
 
 
+@pytest.mark.usefixtures("float64")
 def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
     """On a model that was trained until it gets some answers right and others wrong."""
     module = built(tiny_llama, 42, r=16)
@@ -31,12 +32,12 @@ def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
     for _ in range(400):
         losses, right, _ = module.token_losses(ids, labels)
         matches = int(right.all(1).sum())
-        if 4 <= matches <= 12:
+        if 0 < matches < 16:
             break
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
-    assert 4 <= matches <= 12
+    assert 0 < matches < 16
     module.model.eval()
     with torch.no_grad():
         scored = module.scorer.score({"input_ids": ids, "labels": labels}, ScoredLabels({"it": "seed_42"})).correct[0]

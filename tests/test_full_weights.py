@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import make_data, make_module, replicas
 from peft import LoraConfig, PeftModel
+from precision import SAME, plain_model
 from safetensors.torch import load_file
 from test_adapters import families, relative, saved, train  # noqa: F401 - a fixture
 from test_stacked import ROWS, SEEDS
 from test_training import plain_peft_run
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.writing import write_adapter
@@ -56,10 +57,6 @@ def save(module, name, folder):
     write_adapter(folder, stack.stored_factors(name), module.options.saved_config(), modules=stack.full_weights(name))
 
 
-def base(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 CHOICES = {
     "head and embedding": ("llama", ENDS, ["q_proj", "up_proj"]),
     "embedding": ("llama", ["embed_tokens"], ["q_proj", "up_proj"]),
@@ -74,6 +71,7 @@ def model_of(tiny_llama, families):  # noqa: F811
     return lambda family: tiny_llama if family == "llama" else str(families / family)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("choice", CHOICES)
 @torch.no_grad()
 def test_each_block_has_its_own_weights_and_peft_loads_them(model_of, tmp_path, choice):
@@ -82,19 +80,19 @@ def test_each_block_has_its_own_weights_and_peft_loads_them(model_of, tmp_path, 
     module = spread(folder, *SEEDS, modules_to_save=names, target_modules=targets)
     module.stack.route(["seed_202", None, "seed_11"])
     stacked = module.model(input_ids=ROWS).logits.chunk(3)
-    torch.testing.assert_close(stacked[1], base(folder)(input_ids=ROWS[2:4]).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stacked[1], plain_model(folder)(input_ids=ROWS[2:4]).logits, atol=SAME, rtol=SAME)
     for name, rows, logits in (("seed_202", ROWS[:2], stacked[0]), ("seed_11", ROWS[4:], stacked[2])):
         save(module, name, tmp_path / name)
-        theirs = PeftModel.from_pretrained(base(folder), tmp_path / name)
-        torch.testing.assert_close(logits, theirs(input_ids=rows).logits, atol=1e-5, rtol=1e-5)
+        theirs = PeftModel.from_pretrained(plain_model(folder), tmp_path / name)
+        torch.testing.assert_close(logits, theirs(input_ids=rows).logits, atol=SAME, rtol=SAME)
         module.stack.load("read", module.stack.factors([name]), modules=module.stack.full_weights(name))
         module.stack.route([None, "read"])
         read = module.model(input_ids=torch.cat([rows, rows])).logits[2:]
-        torch.testing.assert_close(read, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read, logits, atol=SAME, rtol=SAME)
     assert trainable_parameters(module.options) == sum(p.numel() for p in module.stack.parameters("seed_42"))
-    assert all(parameter.dtype == torch.float32 for parameter in module.stack.parameters("seed_42"))
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_a_head_of_its_own_scores_blocks_with_different_numbers_of_labels(tiny_llama, tmp_path):
     module = spread(tiny_llama, *SEEDS, modules_to_save=ENDS)
@@ -107,9 +105,11 @@ def test_a_head_of_its_own_scores_blocks_with_different_numbers_of_labels(tiny_l
     for block, name in ((0, "seed_11"), (2, "seed_42")):
         save(module, name, tmp_path / name)
         rows = slice(2 * block, 2 * block + 2)
-        logits = PeftModel.from_pretrained(base(tiny_llama), tmp_path / name)(input_ids=ROWS[rows]).logits[:, :-1]
+        logits = PeftModel.from_pretrained(plain_model(tiny_llama), tmp_path / name)(input_ids=ROWS[rows]).logits[
+            :, :-1
+        ]
         wanted = cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten(), reduction="none").view(2, -1)
-        torch.testing.assert_close(losses[rows, :-1], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(losses[rows, :-1], wanted, atol=SAME, rtol=SAME)
         assert torch.equal(right[rows][keep[rows]], (logits.argmax(-1) == ROWS[rows, 1:])[keep[rows][:, :-1]])
 
 
@@ -122,6 +122,7 @@ def test_rows_that_are_not_those_of_the_batch_are_refused(tiny_llama):
         norm(torch.zeros(4, 32))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("family", "names"), [("llama", [*ENDS, "norm"]), ("gemma", ["embed_tokens"])])
 def test_a_replica_equals_a_plain_peft_loop(model_of, tmp_path, family, names):
     folder = model_of(family)
@@ -130,20 +131,21 @@ def test_a_replica_equals_a_plain_peft_loop(model_of, tmp_path, family, names):
         tied = {"ensure_weight_tying": True} if family == "gemma" else {}
         kept = ["model.norm" if name == "norm" else name for name in names]
         config = LoraConfig(r=4, lora_alpha=12, target_modules=list(PROJECTIONS), modules_to_save=kept, **tied)
-        return base(folder), config
+        return plain_model(folder), config
 
     callback = train(folder, tmp_path, SEEDS[:2], modules_to_save=names)
     ours = saved(callback.adapter_path(42))
     expected = plain_peft_run(folder, 42, epochs=1, accumulate=2, clip=0.05, adapt=adapt)
     assert {key for key in ours if "lora_" not in key} >= {"base_model.model.model.embed_tokens.weight"}
     for key, tensor in expected.items():
-        assert relative(ours[key], tensor) < 1e-5, key
-    before = base(folder).get_input_embeddings().weight
+        assert relative(ours[key], tensor) < SAME, key
+    before = plain_model(folder).get_input_embeddings().weight
     assert relative(ours["base_model.model.model.embed_tokens.weight"], before) > 1e-3
     if family == "gemma":
         assert torch.equal(ours["base_model.model.lm_head.weight"], ours["base_model.model.model.embed_tokens.weight"])
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_stacked_alone_in_passes_and_resumed(tiny_llama, tmp_path, adapter):
     """A stack within rounding of a standalone run; passes and resumed runs to the bit."""
@@ -157,10 +159,10 @@ def test_stacked_alone_in_passes_and_resumed(tiny_llama, tmp_path, adapter):
     assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} < set(alone)
     for key, tensor in alone.items():
         found = saved(stack.adapter_path(42))[key]
-        assert relative(found, tensor) < 1e-5, key
+        assert relative(found, tensor) < SAME, key
         assert torch.equal(saved(passes.adapter_path(42))[key], tensor), key
         assert torch.equal(saved(resumed.adapter_path(42))[key], found), key
-        assert relative(saved(stack.adapter_path(11))[key], tensor) > 1e-5, key
+        assert relative(saved(stack.adapter_path(11))[key], tensor) > 1e-3, key
 
 
 def test_a_run_averages_them_in_everything_it_scores(tiny_llama, tmp_path):
@@ -178,7 +180,7 @@ def test_a_run_averages_them_in_everything_it_scores(tiny_llama, tmp_path):
     fused = saved(tmp_path / "fused")
     for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"):
         torch.testing.assert_close(fused[key], sum(seed[key] for seed in seeds) / 3)
-    loaded, losses, tokens = PeftModel.from_pretrained(base(tiny_llama), tmp_path / "fused"), 0.0, 0
+    loaded, losses, tokens = PeftModel.from_pretrained(plain_model(tiny_llama), tmp_path / "fused"), 0.0, 0
     with torch.no_grad():
         for batch in data.val_dataloader():
             labels = batch["labels"][:, 1:]
@@ -195,7 +197,9 @@ def test_a_run_averages_them_in_everything_it_scores(tiny_llama, tmp_path):
         expected = loaded(input_ids=ROWS).logits
         torch.testing.assert_close(module.model(input_ids=ROWS).logits, expected, atol=1e-4, rtol=1e-4)
         fuse_into_base([callback.adapter_path(seed) for seed in SEEDS], tiny_llama, tmp_path / "whole", method="soup")
-        torch.testing.assert_close(base(tmp_path / "whole")(input_ids=ROWS).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            plain_model(tmp_path / "whole")(input_ids=ROWS).logits, expected, atol=1e-4, rtol=1e-4
+        )
     assert "averaged" in (tmp_path / "fused" / "README.md").read_text()
 
 
@@ -206,7 +210,7 @@ def test_a_tied_head_goes_into_the_base_as_the_embedding_it_is(families, tmp_pat
     for seed in SEEDS[:2]:
         save(module, f"seed_{seed}", tmp_path / str(seed))
     fuse_into_base([tmp_path / str(seed) for seed in SEEDS[:2]], folder, tmp_path / "whole", method="soup")
-    found, expected = base(tmp_path / "whole"), base(folder)
+    found, expected = plain_model(tmp_path / "whole"), plain_model(folder)
     weights = [load_file(tmp_path / str(seed) / "adapter_model.safetensors") for seed in SEEDS[:2]]
     key = "base_model.model.model.embed_tokens.weight"
     torch.testing.assert_close(found.lm_head.weight, (weights[0][key] + weights[1][key]) / 2)
@@ -227,7 +231,7 @@ def test_a_base_in_bfloat16_trains_float32_copies(tiny_llama, tmp_path):
     callback = train(tiny_llama, tmp_path, [42], max_steps=1, dtype="bfloat16", modules_to_save=ENDS)
     ours = saved(callback.adapter_path(42))["base_model.model.lm_head.weight"]
     assert ours.dtype == torch.float32
-    step = (ours - base(tiny_llama).lm_head.weight.bfloat16().float()).abs()
+    step = (ours - plain_model(tiny_llama).lm_head.weight.bfloat16().float()).abs()
     # AdamW's first step is the learning rate, which bfloat16 would have lost on most entries
     assert 0 < step.max() < 2.1e-3
     assert (ours != ours.bfloat16().float()).float().mean() > 0.9
@@ -301,7 +305,7 @@ def plain_run(base_model, seed, *, steps, accumulate, clip):
     data.tokenizer = make_module(base_model).tokenizer
     data.setup("fit")
     data.seeds = (seed,)
-    model = base(base_model).eval()  # without GPT-2's own dropout
+    model = plain_model(base_model).eval()  # without GPT-2's own dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
     sampler = data.train_dataloader().sampler
     sampler.batch_size, sampler.steps = 2 * accumulate, sampler.steps // accumulate
@@ -321,17 +325,19 @@ def plain_run(base_model, seed, *, steps, accumulate, clip):
     return model.state_dict()
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "qwen2"])
 def test_a_replica_is_what_a_plain_loop_trains(model_of, tmp_path, family):
     """In a stack and alone; the folder is one that transformers loads."""
     folder = model_of(family)
     callback = train(folder, tmp_path / "stack", SEEDS[:2], stack_size=2, max_steps=3, **FULL)
     expected = plain_run(folder, 42, steps=3, accumulate=2, clip=0.05)
-    found, before = base(callback.adapter_path(42)).state_dict(), base(folder).state_dict()
-    moved = {key: (tensor - before[key]).norm() for key, tensor in expected.items()}
-    for key, tensor in expected.items():
-        assert (found[key] - tensor).norm() <= 1e-5 * tensor.norm(), key
-        assert (found[key] - tensor).norm() <= 1e-2 * moved[key], key
+    found = load_file(callback.adapter_path(42) / "model.safetensors")
+    assert set(found) == set(load_file(Path(folder) / "model.safetensors"))
+    for key, tensor in found.items():
+        assert relative(tensor, expected[key]) < SAME, key
+    loaded = plain_model(callback.adapter_path(42)).state_dict()
+    assert all(relative(loaded[key], tensor) < 1e-7 for key, tensor in found.items())  # read in float32
     if family != "llama":
         assert (callback.adapter_path(42) / "tokenizer.json").is_file()
         return
@@ -340,18 +346,18 @@ def test_a_replica_is_what_a_plain_loop_trains(model_of, tmp_path, family):
     with pytest.raises(TimeoutError):
         train(folder, tmp_path / "stopped", SEEDS[1:2], stop=2, max_steps=3, **FULL)
     resumed = train(folder, tmp_path / "stopped", SEEDS[1:2], resume=True, max_steps=3, **FULL)
-    for key, tensor in base(alone.adapter_path(42)).state_dict().items():
-        assert relative(found[key], tensor) < 1e-5
+    for key, tensor in load_file(alone.adapter_path(42) / "model.safetensors").items():
+        assert relative(found[key], tensor) < SAME
         for other in (passes, resumed):
-            assert torch.equal(base(other.adapter_path(42)).state_dict()[key], tensor), key
+            assert torch.equal(load_file(other.adapter_path(42) / "model.safetensors")[key], tensor), key
 
 
 def test_copies_start_at_the_files_where_the_base_is_rounded(tiny_llama, tmp_path):
     """Or the rounding of the base would be fused as if it had been learnt."""
     options = FULL | {"learning_rate": 1e-9, "dtype": "bfloat16"}
     callback = train(tiny_llama, tmp_path, [42], max_steps=1, **options)
-    found = base(callback.adapter_path(42)).state_dict()
-    for key, tensor in base(tiny_llama).state_dict().items():
+    found = plain_model(callback.adapter_path(42)).state_dict()
+    for key, tensor in plain_model(tiny_llama).state_dict().items():
         torch.testing.assert_close(found[key], tensor, atol=1e-7, rtol=0)
 
 
@@ -370,9 +376,9 @@ def whole_run(tiny_llama, tmp_path_factory):
 
 def test_whole_models_are_fused_by_the_rule_on_what_training_added(tiny_llama, whole_run):
     callback, *_ = whole_run
-    before = base(tiny_llama).state_dict()
-    seeds = [base(callback.adapter_path(seed)).state_dict() for seed in SEEDS]
-    fused, soup = (base(callback.dirpath / name).state_dict() for name in ("fused", "soup"))
+    before = plain_model(tiny_llama).state_dict()
+    seeds = [plain_model(callback.adapter_path(seed)).state_dict() for seed in SEEDS]
+    fused, soup = (plain_model(callback.dirpath / name).state_dict() for name in ("fused", "soup"))
     for key, start in before.items():
         added = torch.stack([seed[key] - start for seed in seeds]).double()
         mean = added.mean(0)
@@ -400,7 +406,7 @@ def test_whole_models_are_scored_as_their_folders_answer(whole_run):
     assert list(scores) == ["base", "seed_11", "seed_42", "seed_202", "soup", "ties", "fused"]
     sample = json.loads((callback.dirpath / "results.json").read_text())["train_sample"]
     assert list(sample["losses"]) == list(scores)
-    answers = base(callback.fused_path)
+    answers = plain_model(callback.fused_path)
     correct, losses, tokens = [], 0.0, 0
     for batch in data.train_sample(sample["rows"]):
         with torch.no_grad():
@@ -429,7 +435,7 @@ def test_whole_models_trained_elsewhere_go_through_merge(tiny_llama, whole_run, 
         capsys.readouterr().err
     )
     assert main(["merge", *models, "--into-base", tiny_llama, "--out", str(tmp_path / "out")]) == 0
-    found, expected = (base(folder).state_dict() for folder in (tmp_path / "out", callback.fused_path))
+    found, expected = (plain_model(folder).state_dict() for folder in (tmp_path / "out", callback.fused_path))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     for options, message in (
         (["--method", "tsv_m"], "works on the factors"),
@@ -482,7 +488,7 @@ def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_p
 
 def test_the_plan_of_whole_models(tiny_llama):
     module = make_module(tiny_llama, **FULL, dtype="bfloat16")
-    parameters = sum(p.numel() for p in base(tiny_llama).parameters())
+    parameters = sum(p.numel() for p in plain_model(tiny_llama).parameters())
     assert trainable_parameters(module.options) == parameters
     size = {"tokens": 100, "supervised": 50, "longest": 10}
     one, two = (step_memory(module.options, n, **size) for n in (1, 2))
@@ -493,4 +499,4 @@ def test_the_plan_of_whole_models(tiny_llama):
 
 
 def module_shapes(folder):
-    return [layer.weight.shape for name, layer in base(folder).named_modules() if "proj" in name]
+    return [layer.weight.shape for name, layer in plain_model(folder).named_modules() if "proj" in name]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from precision import SAME
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -14,6 +15,7 @@ from tests.conftest import make_module
 S, H, V = 23, 12, 50
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("rows", [1, 4, S, 100], ids=lambda rows: f"chunks of {rows}")
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_and_gradients_are_those_of_all_logits(rows, bias, monkeypatch):
@@ -25,11 +27,11 @@ def test_losses_and_gradients_are_those_of_all_logits(rows, bias, monkeypatch):
     losses, right = head_losses(mine, head, targets, greedy=True)
     logits = head(theirs)
     wanted = cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(losses, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses, wanted, rtol=SAME, atol=SAME)
     assert torch.equal(right, logits.argmax(-1) == targets)
     (losses * share).sum().backward()
     (wanted * share).sum().backward()
-    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=SAME, atol=SAME)
 
 
 def test_without_a_gradient_none_is_computed(monkeypatch):
@@ -91,6 +93,7 @@ def capped(tmp_path, tiny_llama):
     return str(tmp_path)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("family", ["tiny_llama", "capped"])
 def test_the_module_sees_what_follows_the_head(family, request):
     module = make_module(request.getfixturevalue(family))
@@ -109,6 +112,6 @@ def test_the_module_sees_what_follows_the_head(family, request):
         losses, _, keep = module.token_losses(ids, ids)
         assert module.token_losses.head_is_last is (family == "tiny_llama")
         loss = losses.sum() / keep.sum()
-        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, wanted, rtol=SAME, atol=0)
         for mine, theirs in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(mine, theirs, rtol=SAME, atol=SAME)

@@ -7,6 +7,7 @@ import pytest
 import test_training
 import torch
 from conftest import built, make_data
+from precision import SAME
 from test_training import SEEDS, difference, fit
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
@@ -39,6 +40,7 @@ def sizes(vocab):
     return {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     "config",
@@ -55,7 +57,7 @@ def test_the_logits_of_a_packed_row_are_those_of_its_samples_alone(tiny_llama, m
         model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation=attention)
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model = model.float().eval()
+    model = model.double().eval()
     rows = prepared(module).rows["train"]
     ids, _, positions = rows.packed([[0, 5, 3], [2]])
     together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -63,7 +65,7 @@ def test_the_logits_of_a_packed_row_are_those_of_its_samples_alone(tiny_llama, m
         begin = 0
         for row in group:
             alone = model(input_ids=rows.padded([row])[0]).logits[0]
-            torch.testing.assert_close(together[i, begin : begin + len(alone)], alone, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together[i, begin : begin + len(alone)], alone, rtol=SAME, atol=SAME)
             begin += len(alone)
 
 
@@ -80,24 +82,26 @@ def losses_of_a_step(module, data, **options):
     return total
 
 
+@pytest.mark.usefixtures("float64")
 def test_packed_and_unpacked_losses_are_the_same(module):
     data = prepared(module)
     packed = losses_of_a_step(module, data)
-    torch.testing.assert_close(packed, losses_of_a_step(module, data, pack_tokens=None), rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed, losses_of_a_step(module, data, pack_tokens=None), rtol=SAME, atol=0)
     assert packed.unique().numel() == len(SEEDS)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replica_of_a_packed_stack_equals_its_standalone_run(tiny_llama, tmp_path, monkeypatch, dropout):
     # packs so small that replicas differ in their number of them
     small = {**PACKED, "pack_tokens": 180}
     monkeypatch.setattr(test_training, "make_data", lambda: make_data(**small))
     stacked = fit(tiny_llama, tmp_path / "stack", SEEDS, dropout=dropout)
-    assert difference(stacked[42], fit(tiny_llama, tmp_path / "alone", [42], dropout=dropout)[42]) < 1e-5
+    assert difference(stacked[42], fit(tiny_llama, tmp_path / "alone", [42], dropout=dropout)[42]) < SAME
     if not dropout:
         monkeypatch.setattr(test_training, "make_data", lambda: make_data(**{**small, "pack_tokens": None}))
         unpacked = fit(tiny_llama, tmp_path / "unpacked", SEEDS)
-        assert all(difference(stacked[seed], unpacked[seed]) < 1e-5 for seed in SEEDS)
+        assert all(difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
 
 
 def test_replicas_with_fewer_packs_are_among_them(module):

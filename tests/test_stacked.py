@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import built
+from precision import SAME
 
 from seedlora.adapters.stacked_forward import Block, _dora_gain
 from seedlora.updates.dora import dora_updates
@@ -30,6 +31,7 @@ def peft_logits(module, name, rows):
             vars(layer)["forward"] = vars(layer).pop("_saved")
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_each_block_of_rows_goes_through_its_own_adapter(tiny_llama):
     module = built(tiny_llama, *SEEDS)
@@ -37,28 +39,33 @@ def test_each_block_of_rows_goes_through_its_own_adapter(tiny_llama):
     module.stack.route(names)
     stacked = module.model(input_ids=ROWS).logits
     for name, rows, logits in zip(names, ROWS.chunk(3), stacked.chunk(3), strict=True):
-        torch.testing.assert_close(logits, peft_logits(module, name, rows), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, peft_logits(module, name, rows), atol=SAME, rtol=SAME)
     assert not torch.allclose(stacked[:2], stacked[4:], atol=1e-3)
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_a_loaded_adapter_acts_like_peft_s(tiny_llama):
     module = built(tiny_llama, *SEEDS)
     module.stack.load("copy", module.stack.factors(["seed_42"]))
     module.stack.route(["copy"])
     torch.testing.assert_close(
-        module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
+        module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=SAME, rtol=SAME
     )
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_a_layer_left_out_of_a_loaded_adapter_keeps_the_base(tiny_llama):
     module = built(tiny_llama, *SEEDS)
     module.stack.load("empty", {})
     module.stack.route(["empty"])
-    torch.testing.assert_close(module.model(input_ids=ROWS).logits, peft_logits(module, None, ROWS))
+    torch.testing.assert_close(
+        module.model(input_ids=ROWS).logits, peft_logits(module, None, ROWS), atol=SAME, rtol=SAME
+    )
 
 
+@pytest.mark.usefixtures("float64")
 def test_gradients_equal_peft_s(tiny_llama):
     module = built(tiny_llama, *SEEDS)
     module.stack.route(["seed_11", "seed_42", "seed_202"])
@@ -69,9 +76,10 @@ def test_gradients_equal_peft_s(tiny_llama):
         peft_logits(module, f"seed_{seed}", rows).square().sum().backward()
         for name, parameter in module.named_parameters():
             if f"seed_{seed}" in name:
-                torch.testing.assert_close(stacked[name], parameter.grad, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(stacked[name], parameter.grad, atol=SAME, rtol=SAME)
 
 
+@pytest.mark.usefixtures("float64")
 def test_dropout_is_active_and_does_not_depend_on_the_stack(tiny_llama):
     module = built(tiny_llama, *SEEDS, lora_dropout=0.5)
     keys = {seed: (seed, 0, 3, 0) for seed in SEEDS}
@@ -84,7 +92,7 @@ def test_dropout_is_active_and_does_not_depend_on_the_stack(tiny_llama):
         return module.model(input_ids=rows).logits[:, :5]
 
     alone, stacked = run([42], 5), run(SEEDS, 7)[2:4]
-    torch.testing.assert_close(alone, stacked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, stacked, atol=SAME, rtol=SAME)
     module.stack.route(["seed_42"])
     assert not torch.allclose(alone, module.model(input_ids=ROWS[:2, :5]).logits, atol=1e-2)
 
@@ -123,6 +131,7 @@ def test_a_route_first_used_in_inference_mode_can_be_trained(tiny_llama):
     assert module.stack.parameters("seed_2")[0].grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_a_frozen_stack_computes_the_same_and_thaws(tiny_llama):
     module = built(tiny_llama, *SEEDS)
@@ -134,12 +143,12 @@ def test_a_frozen_stack_computes_the_same_and_thaws(tiny_llama):
             torch.testing.assert_close(module.model(input_ids=ROWS).logits, wanted, atol=0, rtol=0)
         module.stack.route(["seed_42"])
         torch.testing.assert_close(
-            module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
+            module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=SAME, rtol=SAME
         )
     for parameter in module.stack.parameters("seed_42"):
         parameter.mul_(2)
     torch.testing.assert_close(
-        module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=1e-5, rtol=1e-5
+        module.model(input_ids=ROWS).logits, peft_logits(module, "seed_42", ROWS), atol=SAME, rtol=SAME
     )
 
 

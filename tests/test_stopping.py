@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import make_data, make_module
+from precision import SAME
 from safetensors.torch import load_file
 from strategies_job import Break, Poison
 from test_callback import trainer
@@ -64,6 +65,7 @@ def test_each_seed_keeps_its_own_best_weights(tiny_llama, tmp_path):
         assert not same(written(callback, seed), module.weights[(best + 1) % 4][f"seed_{seed}"])
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(tiny_llama, tmp_path):
     plain = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "plain")
     fit(tiny_llama, plain, {}, max_epochs=1)
@@ -84,7 +86,7 @@ def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(
     assert all(map(torch.equal, module.weights[1]["seed_1"], module.weights[3]["seed_1"]))
     assert run.global_step == 12
     for key, value in written(plain, 2).items():
-        assert torch.allclose(written(callback, 2)[key], value, rtol=0, atol=1e-6)
+        assert torch.allclose(written(callback, 2)[key], value, rtol=0, atol=SAME)
 
 
 def test_a_seed_stopped_within_an_optimizer_step_moves_no_more(tiny_llama, tmp_path):
@@ -118,6 +120,7 @@ def test_a_diverged_seed_ends_the_run_by_name(tiny_llama, tmp_path):
     assert callback.ensemble.ckpt_step == 4
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp_path):
     alone = SeedEnsembleCallback([1, 3], merge="soup", budget="full", dirpath=tmp_path / "alone")
     trainer(alone, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
@@ -137,7 +140,7 @@ def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp
         wanted = load_file(path / "adapter_model.safetensors")
         found = load_file(callback.dirpath / path.name / "adapter_model.safetensors")
         assert wanted.keys() == found.keys()
-        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=SAME) for key in wanted)
     run.test(module, datamodule=data, verbose=False)
     assert set(callback.results.scores) == {"base", "seed_1", "seed_3", "soup"}
 
@@ -167,6 +170,7 @@ def test_weights_broken_before_any_loss_sees_them_end_the_run(tiny_llama, tmp_pa
     assert callback.trained == ()
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("step", "options", "run_options"), UNSEEN)
 def test_weights_broken_before_any_loss_sees_them_harm_no_other_seed(tiny_llama, tmp_path, step, options, run_options):
     alone = SeedEnsembleCallback([1, 3], merge="soup", budget="full", dirpath=tmp_path / "alone", **options)
@@ -183,7 +187,7 @@ def test_weights_broken_before_any_loss_sees_them_harm_no_other_seed(tiny_llama,
     for path in (alone.fused_path, *map(alone.adapter_path, (1, 3))):
         wanted = load_file(path / "adapter_model.safetensors")
         found = load_file(callback.dirpath / path.name / "adapter_model.safetensors")
-        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+        assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=SAME) for key in wanted)
 
 
 def test_a_first_validation_loss_that_is_no_number_is_not_the_best_for_ever(tiny_llama, tmp_path):
@@ -202,6 +206,7 @@ def test_no_seed_left_ends_the_run(tiny_llama, tmp_path):
     assert not (tmp_path / "x" / "excluded.json").exists()
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
     weights = {"weights": [1, 5, 2]}
     options = {"budget": "full", "on_divergence": "exclude", "stack_size": 1, "merge_options": weights}
@@ -220,7 +225,7 @@ def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
     for path, factors in fused.layers.items():
         # the weights of the seeds that are left, over their number
         wanted = (first.layers[path].dense() + 2 * third.layers[path].dense()) / 2
-        assert torch.allclose(factors.dense(), wanted, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(factors.dense(), wanted, rtol=0, atol=SAME)
 
     # a command that only tests finds what it asks for, and what is compared has the weights of these seeds too
     assert (
@@ -395,6 +400,7 @@ def test_sigterm_in_the_last_step_is_answered_when_the_seeds_are_written(tiny_ll
     assert not (tmp_path / "x" / "checkpoints").exists()
 
 
+@pytest.mark.usefixtures("float64")
 def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tmp_path):
     first = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x")
     trainer(first, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
@@ -410,7 +416,7 @@ def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tm
     together = SeedEnsembleCallback([1, 2, 3], budget="full", dirpath=tmp_path / "all")
     trainer(together, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
     wanted, found = (load_file(c.fused_path / "adapter_model.safetensors") for c in (together, more))
-    assert all(torch.allclose(found[key], wanted[key], rtol=1e-4, atol=1e-6) for key in wanted)
+    assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=SAME) for key in wanted)
 
 
 @pytest.mark.parametrize("n", [1, 16])

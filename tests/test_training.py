@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import built, make_data, make_module, replicas
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from precision import SAME, plain_model
 
 from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
@@ -50,7 +50,7 @@ def difference(a, b):
 
 
 def plain_lora(base_model):
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    model = plain_model(base_model)
     return model, LoraConfig(r=4, lora_alpha=12, target_modules=list(PROJECTIONS))
 
 
@@ -95,6 +95,7 @@ def plain_peft_run(
     return get_peft_model_state_dict(model)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path, ratio):
     stacked = fit(tiny_llama, tmp_path, SEEDS, epochs=2, module_options={"lora_plus_ratio": ratio})
@@ -103,15 +104,16 @@ def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path, rat
         assert len(expected) == 2 * len(stacked[seed])
         for path, ours in stacked[seed].items():
             a, b = (expected[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
-            assert ((ours.A[0] - a).norm() / a.norm()).item() < 1e-5
-            assert ((ours.B[0] - 3 * b).norm() / (3 * b).norm()).item() < 1e-5  # lora_alpha / r = 3
+            assert ((ours.A[0] - a).norm() / a.norm()).item() < SAME
+            assert ((ours.B[0] - 3 * b).norm() / (3 * b).norm()).item() < SAME  # lora_alpha / r = 3
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replica_of_a_stack_equals_its_standalone_run(tiny_llama, tmp_path, dropout):
     stacked = fit(tiny_llama, tmp_path / "stack", SEEDS, dropout=dropout)
     alone = fit(tiny_llama, tmp_path / "alone", [42], dropout=dropout)
-    assert difference(stacked[42], alone[42]) < 1e-5
+    assert difference(stacked[42], alone[42]) < SAME
     assert difference(stacked[11], alone[42]) > 0.1
 
 
@@ -126,12 +128,13 @@ def test_the_same_run_twice_gives_the_same_bits(tiny_llama, tmp_path):
     assert all(difference(first[seed], second[seed]) == 0 for seed in SEEDS)
 
 
+@pytest.mark.usefixtures("float64")
 def test_gradient_checkpointing_trains_the_same(tiny_llama, tmp_path):
     plain = fit(tiny_llama, tmp_path / "plain", SEEDS, dropout=0.1)
     checkpointed = fit(
         tiny_llama, tmp_path / "checkpointed", SEEDS, dropout=0.1, module_options={"gradient_checkpointing": True}
     )
-    assert difference(plain[42], checkpointed[42]) < 1e-5
+    assert difference(plain[42], checkpointed[42]) < SAME
 
 
 class Seen(pl.Callback):
@@ -145,6 +148,7 @@ class Seen(pl.Callback):
         self.same_order &= torch.equal(*batch["input_ids"])
 
 
+@pytest.mark.usefixtures("float64")
 def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
     updates = {}
     for vary, same_init, same_order in (("both", False, False), ("init", False, True), ("order", True, False)):
@@ -155,7 +159,7 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
         assert (seen.same_init, seen.same_order) == (same_init, same_order)
         updates[vary] = [read_adapter(callback.adapter_path(seed)).layers for seed in (1, 2)]
     for vary in ("init", "order"):
-        assert difference(updates[vary][0], updates["both"][0]) < 1e-5
+        assert difference(updates[vary][0], updates["both"][0]) < SAME
         first, second = (torch.cat([f.A.flatten() for f in layers.values()]) for layers in updates[vary])
         # A moves little from where it starts.
         assert ((second - first).norm() / first.norm() < 0.5) == (vary == "order")
@@ -163,6 +167,7 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
         assert difference(updates[vary][1], updates["both"][1]) > 1e-3
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama):
     """Three replicas, padded rows, accumulation: each loss against a sum over rows written out."""
     module = make_module(tiny_llama)
@@ -185,7 +190,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama)
             ids, labels = data.rows["train"].padded([row])
             logp = module.model(input_ids=ids).logits[0].log_softmax(-1)
             total -= sum(logp[t - 1, ids[0, t]].item() for t in range(ids.shape[1]) if labels[0, t] != -100)
-        assert ours[i].item() == pytest.approx(total / micro.num_items[i], rel=1e-5)
+        assert ours[i].item() == pytest.approx(total / micro.num_items[i], rel=SAME)
 
 
 def test_replicas_are_clipped_each_on_its_own_norm(tiny_llama):

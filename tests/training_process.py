@@ -28,7 +28,6 @@ def start(base_model: str, dirpath: Path, *options: str) -> subprocess.Popen[str
     """Start a run; later options override earlier ones."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *_words(base_model, dirpath, options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -112,7 +112,7 @@ def _resolve_ties(blocks: Iterable[Float[Tensor, "N ..."]], found: list[tuple[fl
     equal: list[list[Tensor]] = [[] for _ in found]
     for block in blocks:
         for parts, magnitudes, (value, _) in zip(equal, _magnitudes(block), found, strict=True):
-            parts.append(magnitudes[magnitudes.float() == value])
+            parts.append(magnitudes[_rounded(magnitudes) == value])
     return [
         (float(torch.cat(m).sort(descending=True).values[i - 1]), i) for m, (_, i) in zip(equal, found, strict=True)
     ]
@@ -159,7 +159,12 @@ def _magnitudes(block: Float[Tensor, "N ..."]) -> Iterator[Float[Tensor, " entri
 
 def _bits(magnitudes: Float[Tensor, " entries"]) -> Int[Tensor, " entries"]:
     """Return the bits of magnitudes as float32, which are in the order of the numbers."""
-    return magnitudes.float().view(torch.int32)
+    return _rounded(magnitudes).view(torch.int32)
+
+
+def _rounded(magnitudes: Float[Tensor, " entries"]) -> Float[Tensor, " entries"]:
+    """Return the float32 numbers by which magnitudes are counted."""
+    return magnitudes.float()
 
 
 def _float_of(bits: int) -> float:
