@@ -37,7 +37,6 @@ from seedlora.model.weight_files import WeightFiles
 from seedlora.names import (
     ALL_CONTROLS,
     BASE,
-    CONTROL_NAME,
     FUSED,
     LOGITS,
     LONG_SEED,
@@ -48,6 +47,10 @@ from seedlora.names import (
     WIDE_SEED,
     seed_name,
 )
+from seedlora.records.results import RESULTS
+from seedlora.records.selection import SELECTION
+from seedlora.records.settings import RunSettings
+from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import ReplicaBudget, replica_budget
 from seedlora.run.ensemble_options import KEEP, ON_DIVERGENCE, VARY
 from seedlora.run.folder import RunFolder, step_of
@@ -57,6 +60,7 @@ from seedlora.scores.results import Results, results
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.choice import Score, score_lazily
 from seedlora.selection.comparison import NO_MERGE, TRAIN_ROWS, Comparison, rule_of_seeds
+from seedlora.selection.settling import adapters_beside, adapters_to_score, settle
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError, Replica, StoppedError
 from seedlora.training.scoring import ADAPTERS_PER_FORWARD
@@ -223,8 +227,8 @@ class SeedEnsembleCallback(pl.Callback):
     @property
     def method_name(self) -> str:
         """The merge method, for people, and what was chosen."""
-        chosen = (self.folder.selection or {}).get("chosen")
-        name = self.comparison.method_name
+        selection, name = self.folder.selection, self.comparison.method_name
+        chosen = None if selection is None else selection["chosen"]
         return name if chosen is None or not self.comparison.chooses else f"{name}: {chosen['name']}"
 
     # The folder
@@ -601,7 +605,7 @@ class SeedEnsembleCallback(pl.Callback):
         about = {"base_model": module.base_path, "adapter": module.display_text, "note": module.base_note}
         files[CARD_NAME] = seed_card(**about, whole=module.is_full_finetuning)
         if self._control is not None:
-            files[CONTROL_NAME] = json.dumps({"seeds": len(self.seeds)}) + "\n"
+            files[CONTROL.name] = CONTROL.text({"seeds": len(self.seeds)})
         names = [replica.name for replica in module.replicas]
         for name in names:
             if name not in module.idle:
@@ -714,12 +718,13 @@ class SeedEnsembleCallback(pl.Callback):
         domains, items = getattr(trainer.datamodule, "domains", None), tested.tolist()
         if trainer.is_global_zero:
             kinds = domains("test") if domains else {}
-            stored = self.results.to_dict() | {"domains": {k: [v[i] for i in items] for k, v in kinds.items()}}
+            stored = self.results.to_record()
+            stored["domains"] = {k: [v[i] for i in items] for k, v in kinds.items()}
             if rows := getattr(trainer.datamodule, "rows", None):
                 stored["items_sha256"] = rows["test"].take(np.array(items)).sha256()
             if sample:
                 stored["train_sample"] = sample_losses({label: trained_on[label] for label in columns})
-            self.folder.write(RESULTS_NAME, stored)
+            RESULTS.write(self.dirpath, stored)
             if FUSED in self.results.scores:
                 refresh_card(self.fused_path)
         self._listen_no_more()
@@ -733,7 +738,7 @@ class SeedEnsembleCallback(pl.Callback):
         if self.rule is not None:
             fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
         stacks = stack_updates(adapters, self._base, device=device)
-        return self._compared.beside(stacks, list(adapters), fused, self.folder.selection or {})
+        return adapters_beside(self._compared, stacks, list(adapters), fused, self.folder.selection)
 
     def _models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:
         """The whole models to be scored: seeds, soup, what is compared, and the fused one; read when it is called."""
@@ -804,11 +809,12 @@ class SeedEnsembleCallback(pl.Callback):
         if batches and not module.adds_dense:
             adapters = self._read_seeds()
             stacks = stack_adapters(adapters, device=module.device)
-            total = len(batches) * comparison.adapters_to_score(list(stacks), len(adapters))
+            total = len(batches) * adapters_to_score(comparison, list(stacks), len(adapters))
             with self._scorer(trainer, module, batches, "Scoring on validation rows", total) as score:
-                rule, found = comparison.settle(stacks, list(adapters), score)
+                settled = settle(comparison, stacks, list(adapters), score)
+            rule = settled.rule
             if trainer.is_global_zero:
-                self.folder.write(SELECTION_NAME, found)
+                SELECTION.write(self.dirpath, settled.selection)
         if trainer.is_global_zero:
             self.fuse(rule)
 
@@ -853,7 +859,7 @@ class SeedEnsembleCallback(pl.Callback):
             for parameter, best in zip(module.stack.parameters(name), weights, strict=False):
                 parameter.copy_(best)
 
-    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, dict[str, Any]]:
+    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, TrainedRow]:
         """How long each adapter of this fit was trained, on how many tokens if that is known, which step is kept."""
         loader = trainer.datamodule.train_dataloader()
         batches = _limited(len(loader), trainer.limit_train_batches)
@@ -863,8 +869,8 @@ class SeedEnsembleCallback(pl.Callback):
                 continue
             best = self._best.get(replica.name, {})
             steps = best.get("stopped", trainer.global_step)
-            row = {"steps": steps, "stopped": "stopped" in best}
-            row["kept_step"] = best.get("step") if self.keep == "best" else None
+            kept_step = best.get("step") if self.keep == "best" else None
+            row: TrainedRow = {"steps": steps, "stopped": "stopped" in best, "kept_step": kept_step}
             if seen := getattr(loader.sampler, "seen", None):
                 per_epoch = -(-batches // trainer.accumulate_grad_batches)
                 row["tokens"], row["scored"] = seen(replica.order_seed, steps, steps_per_epoch=per_epoch)
@@ -885,7 +891,7 @@ class SeedEnsembleCallback(pl.Callback):
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
 
-    def _settings(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> dict[str, Any]:
+    def _settings(self, trainer: pl.Trainer, module: SeedLoRAModule, data: Any) -> RunSettings:
         """What decides a replica's training, as plain data; the seeds and the merge method may change."""
         share = self.share(trainer)
         settings = {
@@ -907,7 +913,7 @@ class SeedEnsembleCallback(pl.Callback):
         # The same path may hold other rows by now.
         rows = getattr(data, "rows", {})
         settings |= {f"sha256 of the {part} rows": rows[part].sha256() for part in ("train", "val") if part in rows}
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        plain: RunSettings = json.loads(json.dumps(settings, default=str))
         return plain
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:

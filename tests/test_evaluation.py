@@ -98,7 +98,7 @@ def test_results_compare_the_merged_adapters_with_mean_seed_and_soup():
     assert "The fused adapter: better than mean seed by" in said
     assert f"Against {best[0]}, the best seed of these very items, which flatters it: +" in said
     assert f"McNemar's exact test, p against {best[0]} {fused['best seed'].p_value:.2g}, soup " in said
-    stored = found.to_dict()["differences"]["fused"]
+    stored = found.to_record()["differences"]["fused"]
     assert stored["best seed"]["p_value_holm"] == stored["best seed"]["p_value"] == fused["best seed"].p_value
     assert "p_value_holm" not in stored["mean seed"]
     console = Console(width=80, record=True, file=io.StringIO())

@@ -20,7 +20,8 @@ from seedlora.evaluation.samples import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs
 from seedlora.evaluation.tasks import TASKS, check_tasks
-from seedlora.names import BASE
+from seedlora.names import BASE, EVALUATION_FOLDER
+from seedlora.records.evaluation import GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def evaluate_run(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
     candidates = [candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
     dtype = str(module.dtype_base).removeprefix("torch.")
-    settings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
+    settings: GeneratorSettings = {"generator": "transformers", "base_model": module.base_path, "dtype": dtype}
     settings["quantization"] = module.hparams["quantization"]
-    scored, folder = Scored(generator, candidates, settings), ensemble.dirpath / "evaluation"
+    scored, folder = Scored(generator, candidates, settings), ensemble.dirpath / EVALUATION_FOLDER
     adapters = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
     limit = cli.config.evaluate_limit
     try:

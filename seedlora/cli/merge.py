@@ -16,9 +16,9 @@ from seedlora.adapters.reading import TASKS
 from seedlora.adapters.servers import next_commands, servable
 from seedlora.cli.terminal import print_json, progress_bar, served_line
 from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_into_base
+from seedlora.records.fusion import FUSION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,11 +47,12 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
             dtype = DTYPES.get(arguments["dtype"] or "")
             base = arguments["base"]
             fuse_folders(sources, out, method=method, options=options, dtype=dtype, base=base, on_layer=on_layer)
-    record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+    record = FUSION.read(out)
+    assert record is not None
     converted = None if arguments["gguf"] is None else convert(out, record["base_model"], Path(arguments["gguf"]))
     served = {} if arguments["into_base"] is not None else servable(out, base=arguments["base"])
     if arguments["json"]:
-        print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
+        print_json({**record, "out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
     console = Console()
     what = "1 adapter" if len(sources) == 1 else f"{len(sources)} adapters"
@@ -80,7 +81,8 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
             f"{method} works on factors: each input was compressed first, relative error {largest:.3g} at most"
         )
     if "compression" in record:
-        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
+        errors = record["compression"]
+        mean, largest = errors["relative_error_mean"], errors["relative_error_max"]
         exact = "" if arguments["into_base"] else "; --into-base MODEL adds the update to the weights as it is"
         console.print(
             f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True

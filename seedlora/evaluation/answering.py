@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resol
 from seedlora.model.quantization import check_quantization, quantize
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
+from seedlora.records.evaluation import GeneratorSettings, WeightSettings
 from seedlora.updates.factors import LoRAFactors
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ class Scored:
 
     generator: Generator
     candidates: Sequence[Candidate]
-    settings: Mapping[str, Any]
+    settings: GeneratorSettings
 
 
-def candidate(name: str, record: str | Mapping[str, Any], prompts: Prompts, **settings: Any) -> Candidate:
+def candidate(
+    name: str, record: str | Mapping[str, Any], prompts: Prompts, **settings: Unpack[WeightSettings]
+) -> Candidate:
     """Someone who answers prompts of a style.
 
     Args:
@@ -168,7 +171,12 @@ def _candidates(
     shared = next(iter(records.values())) if len(agreed) == 1 else None
     asked = [candidate(BASE, shared or _Named(BASE, model).prompt or fallback, prompts)] if base else []
     return asked + [
-        candidate(a.name, records[a.name] or fallback, prompts, weights_sha256=a.folder and adapter_sha256(a.folder))
+        candidate(
+            a.name,
+            records[a.name] or fallback,
+            prompts,
+            weights_sha256=None if a.folder is None else adapter_sha256(a.folder),
+        )
         for a in adapters
     ]
 
@@ -225,7 +233,7 @@ def from_folders(arguments: Mapping[str, Any], prompts: Prompts, console: Consol
         console.print(f"base model in {quantization}, on which these adapters were trained and alone are right")
     if isinstance(generator, OneAfterTheOther):
         console.print(f"one adapter after the other, since they cannot be stacked: {generator.reason}", soft_wrap=True)
-    settings = {
+    settings: GeneratorSettings = {
         "generator": "transformers",
         "base_model": resolve(base_model),
         "dtype": str(dtype).removeprefix("torch."),

@@ -9,13 +9,14 @@ item's own task; an answer that would be right for another task is wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 
+from seedlora.records.evaluation import JointRecord, RatioRecord
 from seedlora.scores.intervals import Score, wilson
+from seedlora.scores.wording import PERCENT
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Ratio:
     high: float
     undefined: int
     resamples: int
+
+    def to_record(self) -> RatioRecord:
+        """Return plain data, for JSON."""
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "undefined": self.undefined,
+            "resamples": self.resamples,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,16 @@ class Joint:
     normalised: dict[str, dict[str, float | None]]
     mean: dict[str, Ratio | None]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+    def to_record(self) -> JointRecord:
+        """Return plain data, for JSON."""
+        return {
+            "tasks": self.tasks,
+            "own": self.own,
+            "union": {name: score.to_record() for name, score in self.union.items()},
+            "scores": self.scores,
+            "normalised": self.normalised,
+            "mean": {name: None if mean is None else mean.to_record() for name, mean in self.mean.items()},
+        }
 
 
 def joint(correct: Mapping[str, np.ndarray], names: Sequence[str], *, resamples: int = 10_000, seed: int = 0) -> Joint:
@@ -122,10 +140,10 @@ def joint_table(found: Joint) -> Table:
     for header in ("all items", "interval", *found.tasks, "mean of own", "interval"):
         table.add_column(header, justify="right", overflow="fold")
     for name, score in found.union.items():
-        cells = [f"{100 * score.value:.1f}", f"{100 * score.low:.1f} to {100 * score.high:.1f}"]
+        cells = [PERCENT(score.value), PERCENT.between(score.low, score.high)]
         for task in found.tasks:
             part = found.normalised[name][task]
-            cells.append(f"{100 * found.scores[name][task]:.1f}" + ("" if part is None else f" ({100 * part:.0f})"))
+            cells.append(PERCENT(found.scores[name][task]) + ("" if part is None else f" ({100 * part:.0f})"))
         mean = found.mean[name]
         cells += (
             ["", ""] if mean is None else [f"{100 * mean.value:.0f}", f"{100 * mean.low:.0f} to {100 * mean.high:.0f}"]

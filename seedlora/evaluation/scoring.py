@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import harness_scores
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.samples import (
-    RESULTS_NAME,
     Judged,
     Samples,
     TaskRun,
@@ -36,11 +33,16 @@ from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.showing import StatusLines, progress_bar, say_unscored, show_scores, style_of
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks, load_items
 from seedlora.names import BASE
+from seedlora.records.evaluation import (
+    EVALUATION_RESULTS,
+    HARNESS_RESULTS,
+    EvaluationResults,
+    HarnessResults,
+    JointView,
+    TaskResults,
+)
 from seedlora.scores.intervals import adjust_over_tasks, wilson
-from seedlora.scores.results import Results, results
-from seedlora.utils.files import write_text
-
-HARNESS_NAME = "lm_eval.json"
+from seedlora.scores.results import Results, is_seed, results
 
 
 def task_runs(
@@ -124,7 +126,7 @@ def score(
     method: str | None = None,
     together: bool = False,
     replace: bool = False,
-) -> dict[str, Any]:
+) -> EvaluationResults:
     """Generate, judge, compare; print tables and write ``results.json``.
 
     Args:
@@ -143,7 +145,7 @@ def score(
     """
     names = [candidate.name for candidate in scored.candidates]
     started = time.monotonic()
-    settings = run_settings(scored.candidates, runs, **scored.settings)
+    settings = run_settings(scored.candidates, runs, scored.settings)
     with open_samples(folder, settings, replace=replace) as samples:
         if samples.dropped:
             console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
@@ -153,15 +155,17 @@ def score(
             judged = [_judge(samples, names, run, sandbox, progress) for run in runs]
         tables = [None if v.correct is None else _compare(v, run, against) for run, v in zip(runs, judged, strict=True)]
         # Other tasks that are there were answered alike: open_samples would have refused.
-        file = folder / RESULTS_NAME
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = EVALUATION_RESULTS.read(folder)
         styles = {candidate.name: style_of(candidate) for candidate in scored.candidates}
-        now = {v.task: _plain(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
-        found = {
+        now = {v.task: _task_results(v, run, table) for v, run, table in zip(judged, runs, tables, strict=True)}
+        union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
+        view: JointView = {} if union is None else {"joint": union.to_record()}
+        found: EvaluationResults = {
             "protocol": PROTOCOL,
             **scored.settings,
-            "prompt_styles": {**before.get("prompt_styles", {}), **styles},
-            "tasks": {**before.get("tasks", {}), **now},
+            "prompt_styles": styles if before is None else {**before["prompt_styles"], **styles},
+            "tasks": now if before is None else {**before["tasks"], **now},
+            **view,
         }
         adjust_over_tasks(
             ((label, against), difference)
@@ -169,10 +173,7 @@ def score(
             for label, references in task["differences"].items()
             for against, difference in references.items()
         )
-        union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
-        if union is not None:
-            found["joint"] = union.to_dict()
-        write_text(file, json.dumps(found, indent=2) + "\n")
+        EVALUATION_RESULTS.write(folder, found)
         for run, verdicts, table in zip(runs, judged, tables, strict=True):
             show_scores(console, run, verdicts, table, method)
             if run.task.program is not None and table is None:
@@ -192,7 +193,7 @@ def score(
 
 def score_with_harness(
     scored: Scored, tasks: Sequence[str], manager: Any, folder: Path, console: Console, *, limit: int | None = None
-) -> dict[str, Any]:
+) -> HarnessResults:
     """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
 
     Args:
@@ -207,9 +208,19 @@ def score_with_harness(
     names = [candidate.name for candidate in scored.candidates]
     say = lambda name: console.print(f"lm-eval: {name}", highlight=False)  # noqa: E731
     scores = harness_scores(scored.generator, names, tasks, manager, limit=limit, on_adapter=say)
-    plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
-    found = {"protocol": HARNESS_PROTOCOL, **scored.settings, "limit": limit, "scores": plain}
-    write_text(folder / HARNESS_NAME, json.dumps(found, indent=2) + "\n")
+    found: HarnessResults = {
+        "protocol": HARNESS_PROTOCOL,
+        **scored.settings,
+        "limit": limit,
+        "scores": {
+            name: {
+                task: {metric: {"value": v.value, "stderr": v.stderr} for metric, v in metrics.items()}
+                for task, metrics in by_task.items()
+            }
+            for name, by_task in scores.items()
+        },
+    }
+    HARNESS_RESULTS.write(folder, found)
     limited = "" if limit is None else f", {limit} documents of each task"
     table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
     for header in ("task", "metric", "adapter", "value"):
@@ -225,7 +236,7 @@ def score_with_harness(
             table.add_section()
     console.print()
     console.print(table)
-    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    console.print(f"all tasks and metrics: {folder / HARNESS_RESULTS.name}", highlight=False, soft_wrap=True)
     return found
 
 
@@ -261,38 +272,44 @@ def _compare(judged: Judged, run: TaskRun, against: str | None) -> Results:
     """Merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
     assert judged.correct is not None
     names = list(judged.names)
-    seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
+    seeds = [name for name in names if is_seed(name)]
     if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
         against, seeds = against or (names[0] if len(names) > 1 else None), []
     cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"
     return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
 
 
-def _plain(judged: Judged, run: TaskRun, table: Results | None) -> dict[str, Any]:
-    """One task of ``results.json``."""
-    found: dict[str, Any] = {
+def _task_results(judged: Judged, run: TaskRun, table: Results | None) -> TaskResults:
+    """Return what ``results.json`` says of one task."""
+    asked = run.settings
+    found: TaskResults = {
         "n": len(run.items),
         "items_sha256": run.sha256,
         "chance": run.task.chance,
-        **run.settings,
+        "prefix": asked["prefix"],
+        "stops": asked["stops"],
+        "max_new_tokens": asked["max_new_tokens"],
         "protocol_max_new_tokens": run.task.max_new_tokens,
         "scores": None,
         "differences": {},
-        **({} if table is None else table.to_dict()),
-        "quirks": judged.quirks,
-        "unfinished": judged.unfinished,
-        "tokens": judged.tokens,
     }
+    if table is not None:
+        scored = table.to_record()
+        found["scores"], found["differences"] = scored["scores"], scored["differences"]
+        found["metric"], found["mean_seed"] = scored["metric"], scored["mean_seed"]
+        found["seed_spread"], found["best_seed"] = scored["seed_spread"], scored["best_seed"]
+        found["items"] = table.items
+    found["quirks"], found["unfinished"], found["tokens"] = judged.quirks, judged.unfinished, judged.tokens
     if judged.by_value is not None:
         by_name = zip(judged.names, judged.by_value.T, strict=True)
-        found["math_verify_scores"] = {name: asdict(wilson(column)) for name, column in by_name}
+        found["math_verify_scores"] = {name: wilson(column).to_record() for name, column in by_name}
     groups = sorted(set(judged.groups) - {""})
     if judged.correct is not None and groups:
         columns = dict(zip(judged.names, judged.correct.T, strict=True))
         rows = {group: np.array([g == group for g in judged.groups]) for group in groups}
         found["domains"] = {"sub-domain": list(judged.groups)}
         found["groups"] = {
-            group: {name: asdict(wilson(column[where])) for name, column in columns.items()}
+            group: {name: wilson(column[where]).to_record() for name, column in columns.items()}
             for group, where in rows.items()
         }
     return found

@@ -23,7 +23,8 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
-from seedlora.names import RUN_NAME
+from seedlora.records.evaluation import TaskSettings
+from seedlora.records.settings import SETTINGS
 from seedlora.utils.hub import hub
 from seedlora.utils.wheel_files import PackagedFile
 
@@ -89,7 +90,7 @@ class Task:
     chance: float | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> TaskSettings:
         """What decides a generation, as plain data."""
         return {"prefix": self.prefix, "stops": list(self.stops), "max_new_tokens": self.max_new_tokens}
 
@@ -355,9 +356,8 @@ def _field(row: Mapping[str, Any], *names: str) -> str:
 
 
 def _rows(name: str, task: Task, path: Path | None, generate: Generate | None) -> Iterator[Mapping[str, Any]]:
-    if task.generated and generate is not None and (path is None or (path / RUN_NAME).is_file()):
-        run = None if path is None else json.loads((path / RUN_NAME).read_text(encoding="utf-8"))
-        return iter(generate(name, run))
+    if task.generated and generate is not None and (path is None or (path / SETTINGS.name).is_file()):
+        return iter(generate(name, None if path is None else SETTINGS.read(path)))
     if path is not None and str(path) != "hub":
         files = _data_files(path)
         return (row for file in files for row in _file_rows(str(file), file.read_bytes()))

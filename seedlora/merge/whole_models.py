@@ -25,17 +25,17 @@ from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.inputs import read_adapters, stack_updates
 from seedlora.merge.layers import Fused, updates
 from seedlora.merge.record import (
-    RECORD_NAME,
     common_text,
-    describe_inputs,
     fusion_record,
     gain_record,
     hash_inputs,
+    record_kinds,
     recorded,
     run_around,
 )
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.model.weight_files import MODEL_FILES, WeightFiles
+from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.updates.algebra import gram
 from seedlora.updates.dense import DenseUpdates, Updates, block_rows
 from seedlora.utils.files import atomic_folder
@@ -134,8 +134,9 @@ def fuse_into_base(
         fused = Fused({}, compression, inputs, svd=svd)
         run = run_around(out, sources)
         record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
-        record |= {"gain": gain_record(gains)} if len(adapters) > 1 else {}
-        record |= describe_inputs(adapters)
+        if len(adapters) > 1:
+            record["gain"] = gain_record(gains)
+        record_kinds(record, adapters)
         record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
@@ -295,14 +296,15 @@ def _fuse_models(
         run = run_around(out, sources)
         record = fusion_record(bound, None, hashes, base_model=str(base.source), run=run)
         vectors = [key for key in base.files if len(base.shape(key)) == 1]
-        record |= {"kinds": ["whole models"], "averaged": sorted({key.split(".")[-2] for key in vectors if "." in key})}
+        record["kinds"] = ["whole models"]
+        record["averaged"] = sorted({key.split(".")[-2] for key in vectors if "." in key})
         record["into_base"] = recorded(base.source, run)
         _tell(folder, record, sources, run)
 
 
-def _tell(folder: Path, record: Mapping[str, Any], sources: Sequence[str | Path], run: Path | None) -> None:
+def _tell(folder: Path, record: FusionRecord, sources: Sequence[str | Path], run: Path | None) -> None:
     """Put beside a model how it was made, for programs and people, and how it is prompted if its inputs agree."""
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    FUSION.write(folder, record)
     (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
     if prompt := common_text(sources, PROMPT_NAME):
         (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")

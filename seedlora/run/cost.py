@@ -1,59 +1,72 @@
-"""``cost.json``: what a run took."""
+"""Keep ``cost.json``: what a run is going to do, and what it took."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 
 from seedlora.model.loading import identity
+from seedlora.records.cost import COST, BaseIdentity, CostRecord, PlanRecord
 from seedlora.run.plan import RunPlan
-from seedlora.utils.files import read_record, write_text
 
 #: Whose versions a run writes down.
 LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
 
 
-def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
+class PhaseClock(Protocol):
+    """Know the seconds of each phase of a fit."""
+
+    @property
+    def took(self) -> Mapping[str, float]:
+        """Return the seconds of each phase so far."""
+
+    def enter(self, phase: str | None) -> None:
+        """Begin a phase; ``None`` stops the clock."""
+
+
+def write_cost(run: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
     """Write down what a run is going to do and by which libraries; what an earlier part took is kept.
 
     Args:
-        file: to write.
+        run: its folder.
         plan: of the run.
         libraries: further ones, which decide the data.
+
+    Raises:
+        ValueError: if an older ``cost.json`` cannot be read.
     """
     versions = {name: version(name) for name in (*LIBRARIES, *libraries)}
     try:
-        before = read_record(file) or {}
+        before = COST.read(run)
     except ValueError as error:
         raise ValueError(f"{error}; without it --resume does not know what the run has cost so far") from None
-    taken = {"took": before.get("took", {}), "peak_bytes": before.get("peak_bytes", 0)}
-    cost = {
-        "plan": asdict(plan),
+    cost: CostRecord = {
+        "plan": cast("PlanRecord", asdict(plan)),
         "versions": {"python": python_version(), **versions},
-        "base": identity(plan.model),
-        **taken,
+        "base": cast("BaseIdentity", identity(plan.model)),
+        "took": {} if before is None else before["took"],
+        "peak_bytes": 0 if before is None else before["peak_bytes"],
     }
-    write_text(file, json.dumps(cost, indent=2) + "\n")
+    COST.write(run, cost)
 
 
 @contextlib.contextmanager
-def timed(file: Path, device: torch.device, clock: Any, control: str | None = None) -> Iterator[None]:
-    """Add the seconds that a fit takes, phase by phase, to those in a cost file, also when it is interrupted.
+def timed(run: Path, device: torch.device, clock: PhaseClock, control: str | None = None) -> Iterator[None]:
+    """Add the seconds that a fit takes, phase by phase, to those in ``cost.json``, also when it is interrupted.
 
     Args:
-        file: written by :func:`write_cost`.
+        run: its folder, with what :func:`write_cost` wrote.
         device: whose memory is watched, while seeds are trained.
-        clock: the callback that knows the seconds of each phase: ``took``, and ``enter(None)`` to stop it.
+        clock: the callback that knows the seconds of each phase.
         control: the control that is trained; default: the seeds.
     """
     peak = PeakMemory(device)
@@ -61,17 +74,17 @@ def timed(file: Path, device: torch.device, clock: Any, control: str | None = No
         yield
     finally:
         clock.enter(None)
-        if (cost := read_record(file)) is not None:
+        if (cost := COST.read(run)) is not None:
             before = cost["took"].get(control or "seeds", {})
             added = {phase: before.get(phase, 0.0) + seconds for phase, seconds in clock.took.items()}
             cost["took"][control or "seeds"] = {**before, **added}
             if control is None:
                 cost["peak_bytes"] = max(cost["peak_bytes"], peak.bytes)
-            write_text(file, json.dumps(cost, indent=2) + "\n")
+            COST.write(run, cost)
 
 
 class PeakMemory:
-    """The most memory that is held, beside what was held when this was made.
+    """Watch the most memory that is held, beside what was held when this was made.
 
     Args:
         device: a CUDA device, whose allocations are counted, or the CPU: then this process's resident memory.
@@ -95,14 +108,14 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
-        """Since this was made."""
+        """Return the most bytes that were held since this was made."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return _process_memory("VmHWM") - self._before
 
 
 def _process_memory(field: str) -> int:
-    """``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
+    """Return the bytes of ``VmRSS``, now, or ``VmHWM``, the peak; the peak for both where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

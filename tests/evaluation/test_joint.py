@@ -65,7 +65,7 @@ def test_a_task_without_an_own_score_is_left_out_of_the_mean():
     silent = joint({"b": correct["b"]}, ["b", "fused"])
     assert silent.own == {"b": "b"}
     assert silent.mean == {"b": None, "fused": None}
-    json.dumps(silent.to_dict())
+    json.dumps(silent.to_record())
 
 
 def test_generated_items_are_the_test_split_of_training(tmp_path):
@@ -126,7 +126,7 @@ def test_no_hint_in_the_limit(adapters, monkeypatch):
 
     from seedlora.evaluation.scoring import alike, task_runs
 
-    monkeypatch.setattr("seedlora.evaluation.tasks.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
+    monkeypatch.setattr("seedlora.evaluation.scoring.TASKS", {**TASKS, "gcd": replace(TASKS["gcd"], max_new_tokens=77)})
     runs = alike(task_runs(["gcd", "chain_sum"], limit=1, generate=reasoning_gym.generated_test))
     assert [run.max_new_tokens for run in runs] == [77, 77]
 
