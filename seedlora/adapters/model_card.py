@@ -14,6 +14,7 @@ from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.results import RESULTS, RunResults
 from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.scores.intervals import CONFIDENCE_PERCENT
 from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
 
@@ -238,7 +239,7 @@ def _scores(results: RunResults, inputs: Sequence[str], name: str | None, *, thi
     ]
     return [
         "",
-        f"Scores: {results['metric']}, n = {n}, 95 % intervals.",
+        f"Scores: {results['metric']}, n = {n}, {CONFIDENCE_PERCENT} % intervals.",
         "",
         "| adapter | score | interval |",
         "|---|---|---|",

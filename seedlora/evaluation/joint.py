@@ -15,7 +15,8 @@ import numpy as np
 from rich.table import Table
 
 from seedlora.records.evaluation import JointRecord, RatioRecord
-from seedlora.scores.intervals import Score, wilson
+from seedlora.scores.intervals import CONFIDENCE_PERCENT, Score, percentiles, wilson
+from seedlora.scores.tables import titled_table
 from seedlora.scores.wording import PERCENT
 
 
@@ -127,15 +128,14 @@ def _mean_ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, 
         with np.errstate(divide="ignore", invalid="ignore"):
             draws += (drawn[:, 2] + drawn[:, 3]) / (drawn[:, 1] + drawn[:, 3]) / len(pairs)
     defined = draws[np.isfinite(draws)]
-    low, high = np.quantile(defined, [0.025, 0.975])
     value = float(np.mean([a.mean() / own.mean() for a, own in pairs]))
-    return Ratio(value, float(low), float(high), resamples - len(defined), resamples)
+    return Ratio(value, *percentiles(defined), resamples - len(defined), resamples)
 
 
 def joint_table(found: Joint) -> Table:
     """Both views for people, in percent."""
     n = sum(found.tasks.values())
-    table = Table(title=f"joint: {len(found.tasks)} tasks, n = {n}, 95 % intervals", title_justify="left")
+    table = titled_table(f"joint: {len(found.tasks)} tasks, n = {n}, {CONFIDENCE_PERCENT} % intervals")
     table.add_column("adapter", overflow="fold")
     for header in ("all items", "interval", *found.tasks, "mean of own", "interval"):
         table.add_column(header, justify="right", overflow="fold")
@@ -159,5 +159,5 @@ def joint_table(found: Joint) -> Table:
         captions.append(
             f"{100 * dropped:.2g} % of the resamples have an own adapter with nothing right and are in no interval"
         )
-    table.caption, table.caption_justify = "; ".join(captions), "left"
+    table.caption = "; ".join(captions)
     return table

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from seedlora.evaluation.answering import Scored
 from seedlora.evaluation.generate import Generation, StackGenerator
@@ -43,6 +42,7 @@ from seedlora.records.evaluation import (
 )
 from seedlora.scores.intervals import adjust_over_tasks, wilson
 from seedlora.scores.results import Results, is_seed, results
+from seedlora.scores.tables import titled_table
 
 
 def task_runs(
@@ -222,7 +222,7 @@ def score_with_harness(
     }
     HARNESS_RESULTS.write(folder, found)
     limited = "" if limit is None else f", {limit} documents of each task"
-    table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
+    table = titled_table(f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)")
     for header in ("task", "metric", "adapter", "value"):
         table.add_column(header, justify="right" if header == "value" else "left", overflow="fold")
     # A group's own line says it all; its many parts are in the file.

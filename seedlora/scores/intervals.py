@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -16,6 +17,7 @@ from seedlora.scores.row_scores import RowScores
 
 #: How sure all intervals are.
 CONFIDENCE_PERCENT = 95
+_ENDS = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,22 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, 
     # Resampling n items with replacement only needs how often each distinct difference is drawn.
     values, counts = np.unique(differences, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    low, high = np.quantile(draws @ values / n, [0.025, 0.975])
+    ends = percentiles(draws @ values / n)
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return Difference(float(differences.mean()), float(low), float(high), n, mcnemar(a > 0, b > 0) if binary else None)
+    return Difference(float(differences.mean()), *ends, n, mcnemar(a > 0, b > 0) if binary else None)
+
+
+class Ends(NamedTuple):
+    """Hold the two ends of an interval."""
+
+    low: float
+    high: float
+
+
+def percentiles(draws: np.ndarray) -> Ends:
+    """Return the interval between the percentiles of bootstrap draws that :data:`CONFIDENCE_PERCENT` lie between."""
+    low, high = np.quantile(draws, _ENDS).tolist()
+    return Ends(low, high)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
@@ -184,7 +199,6 @@ def _resampled_rows(n: int, *, resamples: int = 10_000, seed: int = 0) -> np.nda
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size)
 
 
-def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of a sum over rows, per token."""
-    low, high = np.quantile((draws @ sums) / (draws @ tokens), [0.025, 0.975]).tolist()
-    return low, high
+def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> Ends:
+    """Return the interval of a sum over rows, per token."""
+    return percentiles((draws @ sums) / (draws @ tokens))

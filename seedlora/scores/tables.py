@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from seedlora.names import BEST_SEED, FUSED, MEANING, SOUP
-from seedlora.scores.intervals import Difference
+from seedlora.scores.intervals import CONFIDENCE_PERCENT, Difference
 from seedlora.scores.results import Results
 from seedlora.scores.wording import PERCENT, POINTS, judge
 
@@ -13,11 +13,16 @@ from seedlora.scores.wording import PERCENT, POINTS, judge
 SHORT_TABLE = 8
 
 
+def titled_table(title: str) -> Table:
+    """Make an empty table for the terminal, with its title, and its caption if it gets one, at the left."""
+    return Table(title=title, title_justify="left", caption_justify="left")
+
+
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
     """Make a table of scores with intervals and of the merged adapters' paired differences, in percent and points."""
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
-    table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
+    table = titled_table(f"{title}: {results.metric}, n = {n}, {CONFIDENCE_PERCENT} % intervals{fused}")
     longest = max(map(len, results.scores))
     table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
     # Many adapters have controls and methods among them, with longer names; the report has every interval.
@@ -41,7 +46,6 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
     captions += ["differences are paired, in points"] if references else []
     controls = [f"{label}: {meaning}" for label, meaning in MEANING.items() if label in results.scores]
     table.caption = "\n".join(["; ".join(captions), *controls])
-    table.caption_justify = "left"
     return table
 
 
