@@ -81,35 +81,35 @@ def make_table(columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row],
     return Table(list(columns), [[write(row) for write in columns.values()] for row in rows], words=words)
 
 
-def percent(value: float | None) -> str:
+def percent_text(value: float | None) -> str:
     """Write a share in percent; nothing for ``None``."""
     return "" if value is None else PERCENT(value)
 
 
-def number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     """Write a number with three digits; nothing for ``None``."""
     return "" if value is None else f"{value:.3g}"
 
 
-def count(value: int | None) -> str:
+def count_text(value: int | None) -> str:
     """Write a whole number; nothing for ``None``."""
     return "" if value is None else f"{value:,}"
 
 
-def known(value: float | None) -> str:
+def amount_text(value: float | None) -> str:
     """Write an amount of something, whole or not, and say so where it is not known."""
     if value is None:
         return "not known"
     if isinstance(value, int):
-        return count(value)
-    return f"{value:,.0f}" if value >= 100 else number(value)
+        return count_text(value)
+    return f"{value:,.0f}" if value >= 100 else number_text(value)
 
 
-def loss(row: LossRecord | None) -> str:
+def loss_text(row: LossRecord | None) -> str:
     """Write a loss with its interval; nothing for ``None``."""
     return "" if row is None else LOSS.with_interval(row["value"], row["low"], row["high"])
 
 
-def points(row: PairedDifference | None) -> str:
+def points_text(row: PairedDifference | None) -> str:
     """Write a difference in points with its interval; nothing for ``None``."""
     return "" if row is None else POINTS.with_interval(row["value"], row["low"], row["high"])

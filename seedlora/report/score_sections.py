@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 
 from seedlora.names import FUSED, MEANING
 from seedlora.records.report import AdapterComparison, AdapterRow, DomainRow, Report, RightSeeds, TestSet
-from seedlora.report.parts import Drawings, Section, Table, count, loss, make_table, number, percent, points
+from seedlora.report.parts import (
+    Drawings,
+    Section,
+    Table,
+    count_text,
+    loss_text,
+    make_table,
+    number_text,
+    percent_text,
+    points_text,
+)
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
 from seedlora.scores.wording import LOSS, PERCENT, SCORES
 
@@ -25,14 +35,14 @@ def _scores(test: TestSet, drawings: Drawings, place: int) -> Section:
     lines = [f"Scored: {test['metric']}; n = {test['n']:,}. Scores are in percent, with {CONFIDENCE_PERCENT} % Wilson "]
     lines[0] += "intervals."
     if test["seed_spread"] is not None:
-        spread = f"standard deviation of the seeds {percent(test['seed_spread'])} points"
-        lines[0] += f" Mean seed {percent(test['mean_seed'])}, {spread}."
+        spread = f"standard deviation of the seeds {percent_text(test['seed_spread'])} points"
+        lines[0] += f" Mean seed {percent_text(test['mean_seed'])}, {spread}."
     tables = [
         make_table(
             {
                 "adapter": lambda row: row["adapter"],
-                "right": lambda row: count(row["right"]),
-                "score": lambda row: percent(row["value"]),
+                "right": lambda row: count_text(row["right"]),
+                "score": lambda row: percent_text(row["value"]),
                 "interval": lambda row: PERCENT.between(row["low"], row["high"]),
             },
             test["scores"],
@@ -73,13 +83,13 @@ def _comparison_table(test: TestSet) -> Table:
     columns: dict[str, Callable[[AdapterComparison], str]] = {
         "adapter": lambda row: row["adapter"],
         "against": lambda row: row["against"],
-        "difference": points,
+        "difference": points_text,
         "shown": lambda row: SCORES.word(row["value"]) if row["shown"] else "nothing",
-        "p": lambda row: number(row["p_value"]),
+        "p": lambda row: number_text(row["p_value"]),
     }
     if test["tasks"] > 1:
-        columns["Holm"] = lambda row: number(row["p_value_holm"])
-    columns["Holm (table)"] = lambda row: number(row["p_value_holm_table"])
+        columns["Holm"] = lambda row: number_text(row["p_value_holm"])
+    columns["Holm (table)"] = lambda row: number_text(row["p_value_holm_table"])
     return make_table(columns, sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED))
 
 
@@ -88,7 +98,7 @@ def _right_seeds_table(rows: list[RightSeeds]) -> Table:
     return Table(
         ["seeds right", "items", *(f"{label} right" for label in labels)],
         [
-            [str(row["right_seeds"]), count(row["items"]), *(count(row["right"][label]) for label in labels)]
+            [str(row["right_seeds"]), count_text(row["items"]), *(count_text(row["right"][label]) for label in labels)]
             for row in rows
         ],
     )
@@ -109,13 +119,13 @@ def _domains(test: TestSet, drawings: Drawings, place: int) -> Section:
         )
     columns: Mapping[str, Callable[[DomainRow], str]] = {
         "sub-domain": lambda row: row["domain"],
-        "items": lambda row: count(row["items"]),
+        "items": lambda row: count_text(row["items"]),
         "best seed": lambda row: row["best_seed"] or "",
-        "lead": lambda row: percent(row["lead"]),
-        "by chance": lambda row: percent(row["lead_by_chance"]),
-        "p": lambda row: number(row["p_value"]),
+        "lead": lambda row: percent_text(row["lead"]),
+        "by chance": lambda row: percent_text(row["lead_by_chance"]),
+        "p": lambda row: number_text(row["p_value"]),
     }
-    chance = "" if test["chance"] is None else f" The line in the scale is chance, {percent(test['chance'])}."
+    chance = "" if test["chance"] is None else f" The line in the scale is chance, {percent_text(test['chance'])}."
     caption = f"Right items by sub-domain; in brackets all that get most.{chance}"
     return Section(
         f"Who is right where: {test['name']}",
@@ -147,10 +157,10 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
     ]
     columns: dict[str, Callable[[AdapterRow], str]] = {
         "adapter": lambda row: row["adapter"],
-        "score": lambda row: percent(row["value"]),
+        "score": lambda row: percent_text(row["value"]),
     }
     if sample is not None:
-        columns["loss on training rows"] = lambda row: loss(row["sample_loss"])
+        columns["loss on training rows"] = lambda row: loss_text(row["sample_loss"])
         lines.append(
             f"After the test all were scored on the same {sample['rows']:,} rows ({sample['tokens']:,} tokens), drawn "
             "from the training rows: some of them may be rows that an adapter did not get to. Intervals are of "
@@ -158,5 +168,5 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
             "of them is surer than their intervals."
         )
     columns["loss of the last steps"] = lambda row: "" if row["train_loss"] is None else LOSS(row["train_loss"])
-    columns["tokens"] = lambda row: count(row["tokens"])
+    columns["tokens"] = lambda row: count_text(row["tokens"])
     return Section("Cost, loss and score", lines, [make_table(columns, report["adapters"])], pictures)

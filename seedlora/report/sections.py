@@ -12,7 +12,17 @@ from seedlora.records.results import SampleLosses
 from seedlora.records.selection import CandidateRecord, Controls, LossDifference, Selection, SubsetRecord
 from seedlora.records.training import TrainedRow
 from seedlora.report.figures import figures
-from seedlora.report.parts import Drawings, Section, Table, count, known, make_table, number, percent, points
+from seedlora.report.parts import (
+    Drawings,
+    Section,
+    Table,
+    amount_text,
+    count_text,
+    make_table,
+    number_text,
+    percent_text,
+    points_text,
+)
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
@@ -42,12 +52,12 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
             "run": lambda row: row["run"],
             "method": lambda row: row["method"] or "",
             "seeds": lambda row: str(row["seeds"]),
-            "n": lambda row: count(row["n"]),
-            "mean seed": lambda row: percent(row["mean_seed"]),
-            "spread": lambda row: percent(row["seed_spread"]),
-            "fused": lambda row: percent(None if row["fused"] is None else row["fused"]["value"]),
-            "against mean seed": lambda row: points(row["against_mean_seed"]),
-            "cosine": lambda row: number(row["mean_cosine"]),
+            "n": lambda row: count_text(row["n"]),
+            "mean seed": lambda row: percent_text(row["mean_seed"]),
+            "spread": lambda row: percent_text(row["seed_spread"]),
+            "fused": lambda row: percent_text(None if row["fused"] is None else row["fused"]["value"]),
+            "against mean seed": lambda row: points_text(row["against_mean_seed"]),
+            "cosine": lambda row: number_text(row["mean_cosine"]),
         },
         rows,
     )
@@ -59,9 +69,9 @@ def paired_table(rows: Sequence[RunComparison]) -> Table:
         {
             "fused adapter of": lambda row: row["run"],
             "against that of": lambda row: row["against"],
-            "difference": points,
-            "p": lambda row: number(row["p_value"]),
-            "Holm (table)": lambda row: number(row["p_value_holm_table"]),
+            "difference": points_text,
+            "p": lambda row: number_text(row["p_value"]),
+            "Holm (table)": lambda row: number_text(row["p_value_holm_table"]),
         },
         rows,
     )
@@ -91,7 +101,7 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
         name = f"{label}, the best seed of these rows" if label == selection["best_seed"] else label
         lines.append(_say_loss_difference(name, row))
     lines += _say_controls(selection["controls"], trained)
-    scores = [[label, f"{row['loss']:.4f}", percent(row["match"])] for label, row in selection["scores"].items()]
+    scores = [[label, f"{row['loss']:.4f}", percent_text(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]
     if selection["candidates"]:
         tables.append(_rules_table("rule", selection["candidates"]))
@@ -132,7 +142,7 @@ def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
         {
             first: lambda row: row["name"],
             "loss": lambda row: f"{row['loss']:.4f}",
-            "match": lambda row: percent(row["match"]),
+            "match": lambda row: percent_text(row["match"]),
         },
         rows,
     )
@@ -155,7 +165,7 @@ def _training(report: Report, drawings: Drawings) -> Section:
     stretch = training["steps_per_point"]
     averaged = "" if stretch == 1 else f" Each point is the mean of {stretch} steps."
     rows = [
-        [label, count(end["step"]), f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
+        [label, count_text(end["step"]), f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
     lines = ["Losses are in nats per token."] if training["train"] or rows else []
@@ -199,7 +209,8 @@ def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[
         f"deviation of its entries in {', '.join(counted['layers'])}.",
     ]
     middle = [
-        [label, number(spectra["effective_rank"].get(label)), number(std)] for label, std in counted["std"].items()
+        [label, number_text(spectra["effective_rank"].get(label)), number_text(std)]
+        for label, std in counted["std"].items()
     ]
     pictures = [
         *drawings.picture("spectra", f"Singular values in {spectra['path']}, the layer in the middle."),
@@ -220,13 +231,13 @@ def _modules_table(rows: Sequence[ModuleRow], *, merged: bool) -> Table:
     columns: dict[str, Callable[[ModuleRow], str]] = {
         "module": lambda row: row["module"],
         "layers": lambda row: str(row["layers"]),
-        "cosine": lambda row: number(row["mean_cosine"]),
+        "cosine": lambda row: number_text(row["mean_cosine"]),
     }
     if merged:
-        columns["gain"] = lambda row: number(row["applied_gain"])
-    columns["effective rank"] = lambda row: number(row["effective_rank"])
+        columns["gain"] = lambda row: number_text(row["applied_gain"])
+    columns["effective rank"] = lambda row: number_text(row["effective_rank"])
     if merged:
-        columns["fused"] = lambda row: number(row["merged_effective_rank"])
+        columns["fused"] = lambda row: number_text(row["merged_effective_rank"])
     return make_table(columns, rows)
 
 
@@ -234,8 +245,8 @@ def _cost(report: Report) -> Section:
     """Show the plan, the times, what the ensemble takes beside one seed, and how long each adapter was trained."""
     shares: Mapping[str, Callable[[Share], str]] = {
         "what": lambda row: row["what"],
-        "all seeds": lambda row: known(row["all"]),
-        "one seed": lambda row: known(row["one"]),
+        "all seeds": lambda row: amount_text(row["all"]),
+        "one seed": lambda row: amount_text(row["one"]),
     }
     amounts = _amounts(report["cost"], report["train_sample"])
     tables = [
@@ -253,14 +264,14 @@ def _amounts(plan: PlanRecord | None, sample: SampleLosses | None) -> list[list[
     if plan is not None:
         rows += [
             ["budget", plan["budget"]],
-            ["steps of each seed", count(plan["steps"])],
-            ["rows in a step of each seed", count(plan["batch"])],
+            ["steps of each seed", count_text(plan["steps"])],
+            ["rows in a step of each seed", count_text(plan["batch"])],
             ["seeds", str(len(plan["seeds"]))],
             ["passes", str(plan["passes"])],
-            ["parameters of the frozen base", count(plan["base_parameters"])],
+            ["parameters of the frozen base", count_text(plan["base_parameters"])],
         ]
     if sample is not None:
-        rows.append(["training rows scored after the test", count(sample["rows"])])
+        rows.append(["training rows scored after the test", count_text(sample["rows"])])
         rows.append(["by so many adapters", str(len(sample["losses"]))])
     return rows
 
@@ -279,12 +290,12 @@ def _trained_table(rows: Mapping[str, TrainedRow]) -> Table:
     """Show how long each adapter was trained; the step that was kept, where one was."""
     columns: dict[str, Callable[[tuple[str, TrainedRow]], str]] = {
         "adapter": lambda row: row[0],
-        "steps": lambda row: count(row[1]["steps"]),
-        "tokens seen": lambda row: known(row[1].get("tokens")),
-        "of these scored": lambda row: known(row[1].get("scored")),
+        "steps": lambda row: count_text(row[1]["steps"]),
+        "tokens seen": lambda row: amount_text(row[1].get("tokens")),
+        "of these scored": lambda row: amount_text(row[1].get("scored")),
     }
     if any(row["kept_step"] is not None for row in rows.values()):
-        columns["step kept"] = lambda row: count(row[1]["kept_step"])
+        columns["step kept"] = lambda row: count_text(row[1]["kept_step"])
     return make_table(columns, rows.items())
 
 
