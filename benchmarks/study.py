@@ -58,7 +58,7 @@ from seedlora.merge.layers import fuse
 from seedlora.merge.registry import make_rule
 from seedlora.model.embedded import EMBEDDED
 from seedlora.names import seed_name
-from seedlora.report.figures import COLOURS
+from seedlora.report.drawing import COLOURS
 from seedlora.scores.intervals import paired_difference
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import gain_family, scaled_soups, seed_times_gain, subsets

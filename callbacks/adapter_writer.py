@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
-from seedlora.names import CONTROL_NAME, seed_name
+from seedlora.names import seed_name
+from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import steps_per_epoch
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
@@ -70,10 +70,10 @@ class AdapterWriter(pl.Callback):
         about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
         files[CARD_NAME] = seed_card(**about, whole=options.is_full_finetuning)
         if self._state.control is not None:
-            files[CONTROL_NAME] = json.dumps(self._ensemble.folder.control_record) + "\n"
+            files[CONTROL.name] = CONTROL.text(self._ensemble.folder.control_record)
         return files
 
-    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, dict[str, Any]]:
+    def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, TrainedRow]:
         """Return how long each adapter was trained, on how many tokens if that is known, and which step is kept."""
         loader = trainer.datamodule.train_dataloader()
         found = {}
@@ -83,8 +83,8 @@ class AdapterWriter(pl.Callback):
             best = self._state.best.get(replica.name)
             stopped = None if best is None else best.stopped
             steps = trainer.global_step if stopped is None else stopped
-            row: dict[str, Any] = {"steps": steps, "stopped": stopped is not None}
-            row["kept_step"] = best.step if best is not None and self._ensemble.options.keep == "best" else None
+            kept_step = best.step if best is not None and self._ensemble.options.keep == "best" else None
+            row: TrainedRow = {"steps": steps, "stopped": stopped is not None, "kept_step": kept_step}
             if isinstance(loader.sampler, CountsTokens):
                 per_epoch = steps_per_epoch(trainer, loader)
                 row["tokens"], row["scored"] = loader.sampler.seen(replica.order_seed, steps, steps_per_epoch=per_epoch)

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 from seedlora.adapters.model_card import refresh_card
 from seedlora.callbacks.scored_batches import load_adapters, score_loaded, scorer, tested_batches, train_sample
 from seedlora.merge.registry import make_rule
-from seedlora.names import BASE, FUSED, LOGITS, RESULTS_NAME, SOUP, seed_name
+from seedlora.names import BASE, FUSED, LOGITS, SOUP, seed_name
+from seedlora.records.results import RESULTS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.outcome import Outcome
 from seedlora.scores.row_scores import RowScores
@@ -57,7 +58,7 @@ class ComparisonOnTest(pl.Callback):
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
         ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
         if trainer.is_global_zero:
-            ensemble.folder.write(RESULTS_NAME, outcome.record(ensemble.results, trainer.datamodule))
+            RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
             if FUSED in ensemble.results.scores:
                 refresh_card(ensemble.fused_path)
 

@@ -7,10 +7,12 @@ import lightning.pytorch as pl
 from seedlora.callbacks.scored_batches import load_adapters, scorer, validation_batches
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.inputs import stack_adapters
-from seedlora.names import BASE, SELECTION_NAME
+from seedlora.names import BASE
+from seedlora.records.selection import SELECTION
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.run.fusion import fuse_run
+from seedlora.selection.settling import adapters_to_score, settle
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.scoring import ScoredLabels
 
@@ -64,9 +66,9 @@ class FinalFusion(pl.Callback):
         """Choose the rule, and write down what the validation rows say. All ranks must call it."""
         comparison, adapters = self._ensemble.compared, self._ensemble.read_seeds()
         stacks = stack_adapters(adapters, device=module.device)
-        most = comparison.adapters_to_score(list(stacks), len(adapters))
+        most = adapters_to_score(comparison, list(stacks), len(adapters))
         with scorer(trainer, module, batches, "Scoring on validation rows", adapters=most) as score:
-            rule, found = comparison.settle(stacks, list(adapters), score)
+            settled = settle(comparison, stacks, list(adapters), score)
         if trainer.is_global_zero:
-            self._ensemble.folder.write(SELECTION_NAME, found)
-        return rule
+            SELECTION.write(self._ensemble.dirpath, settled.selection)
+        return settled.rule

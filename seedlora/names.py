@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 #: In the folder of a run as long as there is something left to do: what ``--resume`` alone looks for.
 UNFINISHED_NAME = "unfinished"
-#: What a run of train.py keeps its settings in.
-RUN_NAME = "run.json"
-COST_NAME = "cost.json"
+#: The JSON files of a run's folder, whose content :mod:`seedlora.records` has the types of.
+SETTINGS_NAME, COST_NAME, RESULTS_NAME, SELECTION_NAME = "run.json", "cost.json", "results.json", "selection.json"
+TRAINED_NAME, EXCLUDED_NAME, REPORT_NAME = "trained.json", "excluded.json", "report.json"
+#: In the folder of a trained control, and in that of a fused adapter.
+CONTROL_NAME, FUSION_NAME = "control.json", "fusion.json"
+#: The folder below a run's that holds the answers to tasks which are scored by generation.
+EVALUATION_FOLDER = "evaluation"
 BASE, MEAN_SEED, BEST_SEED, SOUP, FUSED = "base", "mean seed", "best seed", "soup", "fused"
 #: The controls, under names that fit into a table.
-GAIN_SEED, GAIN_SOUP, GREEDY = "gain_seed", "gain_soup", "greedy_soup"
+GAIN_SEED: Final = "gain_seed"
+GAIN_SOUP: Final = "gain_soup"
+GREEDY: Final = "greedy_soup"
 LOGITS, LONG_SEED, WIDE_SEED = "logit_mean", "long_seed", "wide_seed"
 #: What each of them is.
 MEANING = {
@@ -23,10 +30,6 @@ MEANING = {
     GREEDY: "soup of the seeds that do not harm on the validation rows",
 }
 NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
-#: The file of a run that holds what the validation rows said when the seeds were fused.
-SELECTION_NAME = "selection.json"
-#: The file that holds how long each adapter was trained, on how many tokens, and which step was kept.
-TRAINED_NAME = "trained.json"
 
 
 def seed_name(seed: int) -> str:
@@ -35,7 +38,7 @@ def seed_name(seed: int) -> str:
 
 
 def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
-    """Say which of the options given do nothing where there is one seed; None if there is none.
+    """Say which of the options given do nothing where there is one seed; ``None`` if none does.
 
     Args:
         options: of the command line, and whether each was given.
@@ -43,8 +46,3 @@ def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
     asked = [option for option, given in options.items() if given]
     does = "does" if len(asked) == 1 else "do"
     return f"With one seed {', '.join(asked)} {does} nothing: there is nothing to fuse or compare." if asked else None
-
-
-SETTINGS_NAME, EXCLUDED_NAME, RESULTS_NAME = "run.json", "excluded.json", "results.json"
-#: In the folder of a trained control: how many seeds it stands for.
-CONTROL_NAME = "control.json"

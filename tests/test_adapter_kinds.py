@@ -29,9 +29,9 @@ from seedlora.adapters.servers import base_shapes
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.into_base import fuse_into_base
-from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
 from seedlora.model.weight_files import WeightFiles
+from seedlora.names import FUSION_NAME
 from seedlora.selection.choice import soup_of
 from seedlora.updates.factors import LoRAFactors
 
@@ -229,7 +229,7 @@ def test_dora_at_a_rank_says_its_error(made, tmp_path):
     case = made("dora")
     words = ["merge", *map(str, case.folders), "--method", "soup", "--rank", "5", "--svd", "exact"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "out" / FUSION_NAME).read_text())
     found, mean = case.changed(tmp_path / "out"), case.mean
     assert record["kinds"] == ["DoRA"]
     for path, error in record["compression"]["layers"].items():
@@ -305,7 +305,7 @@ def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"):
         wanted = (each[0][key] + 2 * each[1][key] + 3 * each[2][key]) / 6
         torch.testing.assert_close(found[key], wanted)
-    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "out" / FUSION_NAME).read_text())
     assert record["averaged"] == ["lm_head.weight", "model.embed_tokens.weight"]
     assert "averaged" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(AdapterError, match="add up to more than 0"):
@@ -532,7 +532,7 @@ def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
             gains.append(float((full[key] - case.before[key]).double().norm() / mean.double().norm()))
     wanted = {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
     for name in ("full", "out"):
-        record = json.loads((tmp_path / name / RECORD_NAME).read_text())
+        record = json.loads((tmp_path / name / FUSION_NAME).read_text())
         assert record["gain"] == pytest.approx(wanted, rel=1e-4)
         assert (tmp_path / name / "prompt.json").read_text() == '{"style": "mine"}'
         card = (tmp_path / name / "README.md").read_text()
@@ -548,10 +548,10 @@ def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
     monkeypatch.setattr("seedlora.updates.compression.EXACT_ENTRIES", 256)
     folders = made("dora").folders
     fuse_folders(folders, tmp_path / "out", method="soup", options={"rank": 2})
-    found = json.loads((tmp_path / "out" / RECORD_NAME).read_text())["compression"]
+    found = json.loads((tmp_path / "out" / FUSION_NAME).read_text())["compression"]
     assert found["svd"] == {"exact": 4, "randomized": 3}
     fuse_into_base(folders, made("dora").base, tmp_path / "full", options={"rank": 2, "svd": "exact"}, method="soup")
-    found = json.loads((tmp_path / "full" / RECORD_NAME).read_text())["compression"]
+    found = json.loads((tmp_path / "full" / FUSION_NAME).read_text())["compression"]
     assert found["svd"] == {"exact": 7}
 
 

@@ -20,8 +20,8 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.servers import base_shapes, serving_problems
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.inputs import read_adapters, stack_adapters
-from seedlora.merge.record import RECORD_NAME
 from seedlora.model.weight_files import WeightFiles
+from seedlora.names import FUSION_NAME
 
 warnings.filterwarnings("ignore", category=UserWarning)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -196,7 +196,7 @@ def test_the_fused_folder_is_universal(tmp_path):
     assert len(tensors) == 2 * 2 * 7
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert {min(t.shape) for t in tensors.values()} == {config["r"]}
-    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "out" / FUSION_NAME).read_text())
     assert record["method"] == "ties"
     assert 0 < record["compression"]["relative_error_mean"] <= record["compression"]["relative_error_max"] < 1
     assert [len(source["sha256"]) for source in record["inputs"]] == [64, 64]

@@ -22,8 +22,10 @@ from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import make_rule
 from seedlora.scores.advice import advice
 from seedlora.scores.intervals import loss_difference
+from seedlora.scores.results import Results, results
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.comparison import Comparison
+from seedlora.selection.settling import settle
 from seedlora.training.scoring import ScoredLabels
 from tests.test_selection import rows, stacks
 
@@ -336,7 +338,8 @@ def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
         return {name: rows(math.nan if alike[name] else 1.0, 0.5) for name in adapters}
 
     for merge in ("auto", "seedlora_gain", "greedy_soup", "seedlora"):
-        rule, found = Comparison(merge, controls="untrained").settle(stack, ["seed_1", "seed_2", "seed_3"], score)
+        settled = settle(Comparison(merge, controls="untrained"), stack, ["seed_1", "seed_2", "seed_3"], score)
+        rule, found = settled.rule, settled.selection
         json.dumps(found, allow_nan=False)
         assert found["best_seed"] == "seed_1"
         assert "seed_2" not in found["scores"]
@@ -346,8 +349,10 @@ def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
         assert rule.name == (merge if merge == "seedlora" else "soup" if merge != "greedy_soup" else merge)
 
 
-def outcome(right: int, n: int = 100) -> np.ndarray:
-    return np.arange(n) < right
+def results_with(**right: int) -> Results:
+    """A test of which adapters get the first so many of 100 items right."""
+    outcomes = np.stack([np.arange(100) < count for count in right.values()], axis=1)
+    return results(outcomes, list(right), ["seed_1"] if "seed_1" in right else [], metric="it")
 
 
 def difference(value: float, shown: bool = True) -> dict[str, object]:
@@ -358,25 +363,25 @@ def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
     losses = {"fused": 1.064, "soup": 0.972, "seed_1": 0.973, "seed_2": 0.995}
     selection = {
         "best_seed": "seed_1",
-        "scores": {label: {"loss": loss} for label, loss in losses.items()},
+        "scores": {label: {"loss": loss, "match": 0.0} for label, loss in losses.items()},
         "against": {"soup": difference(0.092), "seed_1": difference(0.091)},
     }
-    judged = lambda items, chosen=selection: advice(chosen, items, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
-    found = judged({"fused": outcome(40), "soup": outcome(60), "seed_1": outcome(42)})
+    judged = lambda test, chosen=selection: advice(chosen, test, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
+    found = judged(results_with(fused=40, soup=60, seed_1=42))
     assert found["better"] == "soup"
     assert found["sentences"][0].startswith(
         "The fused adapter (seedlora) is worse than soup: its validation loss is 1.064 against 0.972 "
         "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-28.0 to -12.0, n = 100)."
     )
     assert "worse than seed_1, the best seed of the validation rows: its validation loss" in found["sentences"][1]
-    found = judged({"fused": outcome(60), "soup": outcome(40), "seed_1": outcome(40)})
+    found = judged(results_with(fused=60, soup=40, seed_1=40))
     assert found["better"] is None
     assert "Against soup, its validation loss is 1.064" in found["sentences"][0]
     assert "but it gets 20.0 points more of the test items" in found["sentences"][0]
     better = {**selection, "against": {"soup": difference(-0.1), "seed_1": difference(0.1, shown=False)}}
-    assert judged({}, better) == {"sentences": [], "better": None}
-    assert judged({"fused": outcome(10), "soup": outcome(60)}, {})["better"] == "soup"
-    assert judged({}, {}) == {"sentences": [], "better": None}
+    assert judged(None, better) == {"sentences": [], "better": None}
+    assert judged(results_with(fused=10, soup=60), None)["better"] == "soup"
+    assert judged(None, None) == {"sentences": [], "better": None}
 
 
 def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):

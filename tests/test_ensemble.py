@@ -19,6 +19,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.sampler import ReplicaSampler
 from seedlora.merge.layers import fuse
 from seedlora.merge.registry import make_rule
+from seedlora.records.selection import SELECTION, Selection
 from seedlora.run.budget import ReplicaBudget, limited_batches, replica_budget
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
@@ -153,7 +154,7 @@ def test_the_run_is_fused_into_its_folder(tmp_path, capsys):
     assert fuse_run(run) is None
     train(run, "seed_2")
     run.folder.begin(["seed_2"])
-    run.folder.write("results.json", {})
+    (tmp_path / "results.json").write_text("{}")
     assert fuse_run(run) == run.fused_path
     # what a killed run had left, and what an earlier test had said
     assert {path.name for path in tmp_path.iterdir()} == {"seed_3", "seed_1", "seed_2", "soup", "fused"}
@@ -188,7 +189,20 @@ def test_a_rule_that_is_to_be_chosen_fuses_nothing_before(tmp_path):
     assert (run.method_name, run.rule.name) == ("auto", "soup")
     with pytest.raises(ValueError, match="--merge auto chooses on validation rows: call Trainer.validate"):
         fuse_run(run)
-    run.folder.write("selection.json", {"chosen": {"name": "ties density=0.5"}})
+    selection: Selection = {
+        "by": "loss",
+        "rows": 4,
+        "tokens": 9,
+        "asked": "auto",
+        "chosen": {"name": "ties density=0.5", "method": "ties", "options": {"density": 0.5}},
+        "candidates": [],
+        "best_seed": "seed_3",
+        "scores": {},
+        "against": {},
+        "controls": {},
+        "subsets": [],
+    }
+    SELECTION.write(tmp_path, selection)
     assert run.method_name == "auto: ties density=0.5"
     assert fuse_run(run, make_rule("ties")) == run.fused_path
     assert (tmp_path / "selection.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from seedlora.scores.intervals import adjust_over_tasks, mcnemar, paired_difference, wilson
-from seedlora.scores.results import results
+from seedlora.scores.results import results, stored_results
 from seedlora.scores.tables import results_table, verdict
 from seedlora.training.scoring import ScoredLabels
 
@@ -99,12 +100,33 @@ def test_results_compare_the_merged_adapters_with_mean_seed_and_soup():
     assert "The fused adapter: better than mean seed by" in said
     assert f"Against {best[0]}, the best seed of these very items, which flatters it: +" in said
     assert f"McNemar's exact test, p against {best[0]} {fused['best seed'].p_value:.2g}, soup " in said
-    stored = found.to_dict()["differences"]["fused"]
+    stored = found.to_record()["differences"]["fused"]
     assert stored["best seed"]["p_value_holm"] == stored["best seed"]["p_value"] == fused["best seed"].p_value
     assert "p_value_holm" not in stored["mean seed"]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(results_table(found))
     assert "best seed" not in console.export_text()
+
+
+def test_stored_results_are_those_of_the_test_unless_they_compare_something_else():
+    rng = np.random.default_rng(2)
+    labels, seeds = ["base", "seed_1", "seed_2", "seed_3", "soup", "fused"], ["seed_1", "seed_2", "seed_3"]
+    correct = rng.random((90, 6)) < np.array([0.1, 0.4, 0.5, 0.5, 0.6, 0.7])
+    found = results(correct, labels, seeds, metric="x")
+    record = json.loads(json.dumps(found.to_record()))
+    assert stored_results(record, seeds) == found
+    # What is in the file is taken, not computed again.
+    record["differences"]["fused"]["soup"]["value"] = 7.0
+    assert stored_results(record, seeds).difference("fused", "soup").value == 7.0
+    assert found.difference("fused", "seed_2") == paired_difference(correct[:, 5], correct[:, 2])
+    against = results(correct, labels, [], metric="x", against="base").to_record()
+    assert stored_results(against, seeds) == found
+    # A seed that is no longer there is none of the seeds.
+    fewer = stored_results(record, seeds[:2])
+    assert fewer == results(correct, labels, seeds[:2], metric="x")
+    assert fewer.mean_seed != found.mean_seed
+    del record["items"]
+    assert stored_results(record, seeds) is None
 
 
 def test_holm_over_tasks_is_for_the_same_two_adapters():

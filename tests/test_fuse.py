@@ -152,12 +152,15 @@ def test_broken_adapters_are_refused_before_anything_is_written(folders, tmp_pat
     assert not (tmp_path / "fused").exists()
 
 
+SCORED = {"metric": "exact match", "mean_seed": None, "seed_spread": None, "best_seed": None, "differences": {}}
+
+
 def test_the_card_tells_training_gains_and_scores(folders, tmp_path):
     run = {"data": "ReasoningGym", "model.r": 4, "epochs per seed": 1, "model.base_model": "not told twice"}
     (tmp_path / "run.json").write_text(json.dumps(run))
     score = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 12}
     labels = ("base", "seed_11", "seed_42", "seed_202", "soup", "fused", "another")
-    found = {"metric": "exact match", "scores": dict.fromkeys(labels, score)}
+    found = SCORED | {"scores": dict.fromkeys(labels, score)}
     (tmp_path / "results.json").write_text(json.dumps(found))
     fuse_folders(folders, tmp_path / "fused", method="seedlora_gain", options={"p": 1.0, "cap": 3.0, "rank": 9})
     card = (tmp_path / "fused" / "README.md").read_text()
@@ -178,7 +181,7 @@ def test_the_card_tells_nothing_of_another_run(folders, tmp_path):
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"data": "ReasoningGym", "model.quantization": "nf4"}))
     score = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 12}
-    found = {"metric": "exact match", "scores": dict.fromkeys(("base", "seed_11", "seed_42", "soup"), score)}
+    found = SCORED | {"scores": dict.fromkeys(("base", "seed_11", "seed_42", "soup"), score)}
     (run / "results.json").write_text(json.dumps(found))
     fuse_folders(folders, run / "fused")
     card = (run / "fused" / "README.md").read_text()

@@ -26,16 +26,18 @@ from seedlora.merge import record
 from seedlora.merge.inputs import read_adapters
 from seedlora.merge.registry import METHODS
 from seedlora.names import MEANING
+from seedlora.report.drawing import WIDTH, Palette, draw_legend, own_style
 from seedlora.report.facts import facts
-from seedlora.report.figures import WIDTH, _legend, _line, _marker, _style, colours, domains, figures, run_differences
-from seedlora.report.outcomes import test_facts
+from seedlora.report.figures import figures
+from seedlora.report.outcomes import describe_test
 from seedlora.report.page import write_report
+from seedlora.report.plots import domains, run_differences
 from seedlora.report.training_curves import POINTS
+from seedlora.scores.results import results as score
 from tests.report_page import Page, check_page, comparison_tables, heat_maps, run_numbers, run_tables
 from tests.test_cli import SMALL
 from train import PARTS
 
-test_facts.__test__ = False  # a function of ours, not a test
 SEEDS = ["seed_11", "seed_42", "seed_202"]
 
 
@@ -50,8 +52,7 @@ def stored(tiny_llama, tmp_path_factory):
     assert train(folder, tiny_llama) == 0
     # The tiny model gets nothing right: outcomes as a better one would have them.
     results = json.loads((folder / "results.json").read_text())
-    results["items"] = items(120)
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(with_items(results, items(120))))
     write_report(folder)
     return folder
 
@@ -70,7 +71,7 @@ def compared(tiny_llama, tmp_path_factory):
     for i, label in enumerate([*CONTROLS, "ties", "model_stock"]):
         outcomes[label] = outcomes["soup"][i + 1 :] + outcomes["soup"][: i + 1]
     terms = [str(2 + i % 3) for i in range(120)]
-    (folder / "results.json").write_text(json.dumps(results | {"items": outcomes, "domains": {"num_terms": terms}}))
+    (folder / "results.json").write_text(json.dumps(with_items(results, outcomes) | {"domains": {"num_terms": terms}}))
     write_report(folder)
     return folder
 
@@ -88,9 +89,17 @@ def items(n: int) -> dict[str, str]:
     return {label: "".join("01"[int(e + 0.2 * rng.random() < share)] for e in easy) for label, share in shares.items()}
 
 
+def with_items(stored: dict, outcomes: dict[str, str]) -> dict:
+    """A test set as a run stores it, with other outcomes and what follows from them."""
+    right = np.array([[digit == "1" for digit in digits] for digits in outcomes.values()]).T
+    seeds = [label for label in outcomes if label.startswith("seed_")]
+    return stored | score(right, list(outcomes), seeds, metric="it").to_record()
+
+
 def test_comparisons_against_scipy():
     outcomes = items(300)
-    found = test_facts("t", {"items": outcomes, "metric": "m"}, SEEDS)
+    found = describe_test("t", {"items": outcomes, "metric": "m"}, SEEDS)
+    assert found == describe_test("t", with_items({}, outcomes) | {"metric": "m"}, SEEDS), "computed, or as stored"
     right = {label: np.array([int(digit) for digit in digits]) for label, digits in outcomes.items()}
     for row in found["scores"]:
         interval = stats.binomtest(int(right[row["adapter"]].sum()), 300).proportion_ci(method="wilson")
@@ -144,8 +153,10 @@ def outcomes(**only: tuple[int, int]) -> dict[str, str]:
 def test_holm_is_over_tasks_and_the_same_in_report_and_evaluation(run, tiny_llama):
     """By hand: 9 against 1 items have p = 2 (1 + 10) / 2^10, 5 against 0 have p = 2 / 2^5."""
     (run / "evaluation").mkdir()
-    tasks = {name: {"items": outcomes(n=n)} for name, n in {"one": (9, 1), "two": (5, 0)}.items()}
-    (run / "evaluation" / "results.json").write_text(json.dumps({"tasks": tasks}))
+    asked = {"n": 30, "prefix": "", "stops": [], "max_new_tokens": 9, "protocol_max_new_tokens": 9}
+    tasks = {name: with_items(asked, outcomes(n=n)) for name, n in {"one": (9, 1), "two": (5, 0)}.items()}
+    found = {"protocol": "paper", "prompt_styles": {}, "tasks": tasks}
+    (run / "evaluation" / "results.json").write_text(json.dumps(found))
     own, one, two = (
         {(row["adapter"], row["against"]): row for row in test["comparisons"]} for test in facts(run)["tests"]
     )
@@ -246,7 +257,7 @@ def test_the_page_stands_alone_and_its_figures_share_colours(stored):
     drawn = figures(found)
     weights = ["pairs", "cosines", "spectra", "distributions", "gains"]
     assert list(drawn) == ["scores-0", "train", "validation", "loss-score", *weights]
-    palette = colours(SEEDS)
+    palette = Palette(SEEDS).colours
     assert len({palette[seed] for seed in SEEDS}) == 3
     for name in ("scores-0", "train", "validation", "loss-score", "spectra", "distributions"):
         assert all(palette[seed].lower() in drawn[name].lower() for seed in SEEDS)
@@ -308,7 +319,7 @@ def test_sub_domains_and_the_lead_that_chance_gives(compared):
     assert rows[0]["lead"] == pytest.approx(max(shares) - np.mean(shares))
     # Two seeds, one right on each of two items: dealt anew, one has both in half of the deals.
     two = {"items": {"seed_11": "10", "seed_42": "01"}, "domains": {"kind": ["a", "a"]}}
-    (row,) = test_facts("t", two, SEEDS)["domains"]
+    (row,) = describe_test("t", two, SEEDS)["domains"]
     assert row["lead"] == 0
     assert row["lead_by_chance"] == pytest.approx(0.25, abs=0.03)
     assert row["p_value"] == 1
@@ -368,13 +379,13 @@ def test_a_run_from_before_has_the_losses_of_its_last_steps(run):
 def test_a_legend_is_as_wide_as_its_figure():
     """As a renderer measures it, with the longest names."""
     labels = ["seed_1234567890", *METHODS, *CONTROLS]
-    palette = colours(labels[:1])
-    with _style():
+    palette = Palette(labels[:1])
+    with own_style():
         figure = Figure(figsize=(WIDTH, 4), layout="constrained")
         axes = figure.add_subplot()
         for i, label in enumerate(labels):
-            axes.errorbar([i], [i], yerr=1, xerr=1, label=label, color=palette[label], marker="o")
-        _legend(axes)
+            axes.errorbar([i], [i], yerr=1, xerr=1, label=label, color=palette.colour(label), marker="o")
+        draw_legend(axes)
         figure.draw_without_rendering()
         (legend,) = figure.legends
         assert legend._ncols > 1
@@ -408,7 +419,7 @@ def test_without_a_test_the_verdict_is_of_validation(run):
     assert f"{row['value']:+.4f} (95 % interval {row['low']:+.4f} to {row['high']:+.4f})" in found["verdict"]
     selection = json.loads((run / "selection.json").read_text())
     selection["against"] = {"soup": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 4, "shown": True}}
-    selection["chosen"] = {"name": "ties"}
+    selection["chosen"] = {"name": "ties", "method": "ties", "options": {}}
     (run / "selection.json").write_text(json.dumps(selection))
     wanted = "which flatters it: higher than soup's, +0.2000 (95 % interval +0.1000 to +0.3000)."
     assert facts(run)["verdict"].endswith(f"rows, on which it was chosen, {wanted}")
@@ -416,8 +427,8 @@ def test_without_a_test_the_verdict_is_of_validation(run):
 
 def test_a_run_whose_fused_adapter_loses_says_so_and_names_the_better_one(run, capsys):
     results = json.loads((run / "results.json").read_text())
-    results["items"] |= {"fused": results["items"]["soup"], "soup": results["items"]["fused"]}
-    (run / "results.json").write_text(json.dumps(results))
+    outcomes = results["items"] | {"fused": results["items"]["soup"], "soup": results["items"]["fused"]}
+    (run / "results.json").write_text(json.dumps(with_items(results, outcomes)))
     selection = json.loads((run / "selection.json").read_text())
     (run / "selection.json").write_text(json.dumps(selection | {"against": {}}))
     this = SimpleNamespace(dirpath=run), SimpleNamespace(fast_dev_run=False, is_global_zero=True)
@@ -470,7 +481,7 @@ def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
     results = json.loads((run / "evaluation" / "results.json").read_text())
     assert len(results["tasks"]["mmlu"]["items_sha256"]) == 64
     right = {"seed_11": "11000", "seed_42": "00000", "seed_202": "01100", "soup": "00001", "fused": "00001"}
-    results["tasks"]["mmlu"]["items"] = right
+    results["tasks"]["mmlu"] = with_items(results["tasks"]["mmlu"], right)
     (run / "evaluation" / "results.json").write_text(json.dumps(results))
     write_report(run)
     check(run)
@@ -488,14 +499,14 @@ def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
 
 def test_sixteen_seeds_and_controls_can_be_told_apart():
     seeds = [f"seed_{i}" for i in range(16)]
-    palette = colours(seeds)
+    palette = Palette(seeds)
     drawn_as_lines = [*seeds, "soup", "base", "fused", "long_seed", "wide_seed"]
-    assert len({(palette[label], _line(label, palette)) for label in drawn_as_lines}) == len(drawn_as_lines)
+    assert len({(palette.colour(label), palette.line(label)) for label in drawn_as_lines}) == len(drawn_as_lines)
     # Whatever is compared, in a figure of dots: the fused adapter and soup are the text's colour and grey.
     others = {*METHODS, *CONTROLS} - {"soup"}
-    assert len({(palette[label], _marker(label, palette)) for label in {*seeds, *others}}) == 16 + len(others)
-    assert len({(palette[label], _marker(label, palette)) for label in seeds}) == 16
-    assert len({palette[label] for label in ("seed_0", "long_seed", "wide_seed")}) == 3
+    assert len({(palette.colour(label), palette.marker(label)) for label in {*seeds, *others}}) == 16 + len(others)
+    assert len({(palette.colour(label), palette.marker(label)) for label in seeds}) == 16
+    assert len({palette.colour(label) for label in ("seed_0", "long_seed", "wide_seed")}) == 3
 
 
 def test_the_validation_curve_of_plain_soup_is_soups(run):
@@ -547,13 +558,15 @@ def test_seeds_left_out_and_adapters_that_cannot_be_read(run):
 def test_adapters_are_hashed_once_also_where_tasks_were_scored(run, monkeypatch):
     (run / "evaluation").mkdir(exist_ok=True)
     labels = ["base", *SEEDS, "fused"]
-    known = {label: {"weights_sha256": None if label == "base" else adapter_sha256(run / label)} for label in labels}
+    sha256 = {label: None if label == "base" else adapter_sha256(run / label) for label in labels}
+    known = {label: {"prompt": "plain", "weights_sha256": found} for label, found in sha256.items()}
     hashed, real = [], record.files_sha256
     for module in (record, adapter_file):
         monkeypatch.setattr(module, "files_sha256", lambda files: hashed.extend(files) or real(files))
     for changed in ([], ["seed_42"]):
-        adapters = known | {label: {"weights_sha256": "another"} for label in changed}
-        (run / "evaluation" / "settings.json").write_text(json.dumps({"adapters": adapters}))
+        adapters = known | {label: known[label] | {"weights_sha256": "another"} for label in changed}
+        settings = {"protocol": "paper", "adapters": adapters, "tasks": {}}
+        (run / "evaluation" / "settings.json").write_text(json.dumps(settings))
         hashed.clear()
         assert ("answered with other weights" in said(run)) == bool(changed)
         assert sorted(hashed) == sorted(run / label / "adapter_model.safetensors" for label in [*SEEDS, "fused"])
@@ -628,7 +641,8 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     for name in ("report.html", "report.md", "report.json"):
         (run / name).unlink()
     results = json.loads((other / "results.json").read_text())
-    results["items"]["fused"] = results["items"]["fused"].replace("1", "0", 9)
+    outcomes = results["items"] | {"fused": results["items"]["fused"].replace("1", "0", 9)}
+    results = with_items(results, outcomes)
     (other / "results.json").write_text(json.dumps(results))
     assert shell.main(["report", str(run), str(other)]) == 0
     shown = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_what_was_fused_before_is_forgotten(tmp_path):
     folder = RunFolder(tmp_path, [1])
     train(folder, "seed_1", "fused", "soup")
     (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')
-    folder.write("selection.json", {})
+    (tmp_path / "selection.json").write_text("{}")
     assert folder.forget_fusion() == ["fused"]
     # whatever else has that name was not made by a fusion
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed_1", "soup"]

@@ -19,8 +19,8 @@ from seedlora.cli.main import main
 from seedlora.merge.inputs import read_adapters, stack_adapters
 from seedlora.merge.into_base import fuse_into_base
 from seedlora.merge.layers import fuse
-from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import METHODS, make_rule
+from seedlora.names import FUSION_NAME
 from tests import reference as ref
 from tests.test_adapter_reader import KINDS, SEVEN, gpt2, llama, save_adapter, weights
 
@@ -75,7 +75,7 @@ def test_options_and_dtype(folders, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "rank 4" in shown
     assert "--max-lora-rank 8" in shown
-    record = json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "o" / FUSION_NAME).read_text())
     assert record["options"] == {"density": 0.3}
     assert record["use"] == {"layers": "ffn", "rest": "soup", "rank": 4, "svd": "auto", "seed": 0}
     assert {t.dtype for t in load_file(tmp_path / "o" / "adapter_model.safetensors").values()} == {torch.bfloat16}
@@ -227,7 +227,7 @@ def test_into_base_is_what_peft_merges(folders, base, tmp_path):
     for key in before:
         assert torch.allclose(found[key], before[key] + ref.mean([a[key] for a in added]), atol=1e-4)
     names = {f.name for f in base.iterdir()}
-    assert names | {RECORD_NAME, "README.md"} == {f.name for f in (tmp_path / "o").iterdir()}
+    assert names | {FUSION_NAME, "README.md"} == {f.name for f in (tmp_path / "o").iterdir()}
 
 
 def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
@@ -237,9 +237,9 @@ def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()[f"{path}.weight"]
     wanted = ref.ties(list(stacks[path].dense().double()))
     assert torch.allclose(found.double(), llama().state_dict()[f"{path}.weight"] + wanted, atol=1e-5)
-    assert "compression" not in json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+    assert "compression" not in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
     fuse_into_base(folders, base, tmp_path / "o", method="ties", options={"rank": 3})
-    assert "compression" in json.loads((tmp_path / "o" / RECORD_NAME).read_text())
+    assert "compression" in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "head and embedding"])
@@ -295,11 +295,11 @@ def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
     found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("hub_id", "local"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    record = json.loads((tmp_path / "hub_id" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "hub_id" / FUSION_NAME).read_text())
     assert record["inputs"][0]["name"] == "somebody/adapter"
     assert (
         record["inputs"][0]["sha256"]
-        == json.loads((tmp_path / "local" / RECORD_NAME).read_text())["inputs"][0]["sha256"]
+        == json.loads((tmp_path / "local" / FUSION_NAME).read_text())["inputs"][0]["sha256"]
     )
     assert main(["merge", *words, "--out", str(tmp_path / "full"), "--into-base", "somebody/base"]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "full")

@@ -1,17 +1,25 @@
-"""The model card of a fused adapter: ``README.md`` in its folder, made of the records beside it."""
+"""Write the model card of a fused adapter: ``README.md`` in its folder, made of the records beside it."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from seedlora.names import BASE, SOUP
+from seedlora.records.fusion import FUSION, FusionRecord
+from seedlora.records.json_file import Content, JSONFile
+from seedlora.records.results import RESULTS, RunResults
+from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.scores.intervals import CONFIDENCE_PERCENT
+from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
 
 CARD_NAME = "README.md"
-#: What of a run's settings says how the seeds were trained, and under which name.
+#: The settings of a run that say how the seeds were trained, and the names under which the card tells them.
 _TRAINING = {
     "data": "data",
     "data.task": "task",
@@ -33,66 +41,31 @@ _HEADS = (
 )
 
 
-def model_card(record: Mapping[str, Any], rank: int | None, *, run: Path | None, name: str | None = None) -> str:
-    """The card's text.
+def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name: str | None = None) -> str:
+    """Return the card's text.
 
     Args:
         record: what ``fusion.json`` says.
-        rank: of the adapter; None for a whole model.
+        rank: of the adapter; ``None`` for a whole model.
         run: the folder around it, if all inputs lie there. What its ``run.json`` says about the training, and its
             ``results.json`` about the scores, is told if they are there.
         name: the label under which the adapter itself was scored; without it only its inputs' scores are told.
     """
+    settings = (None if run is None else _read(SETTINGS, run)) or {}
+    results = None if run is None else _read(RESULTS, run)
     inputs = [entry["name"] for entry in record["inputs"]]
-    base = record["base_model"]
-    full = record.get("kinds") == ["whole models"]
-    what = f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights."
-    if rank is None:
-        what = "What training added to each matrix of the base model is fused, and added to it."
     lines = [
         "---",
-        f"base_model: {base}",
+        f"base_model: {record['base_model']}",
         *_HEADS[rank is None],
         "---",
-        f"# {len(inputs)} {'models' if full else 'LoRA adapters'} fused with `{record['method']}`",
+        *_title(record, rank),
+        *_notes(record, rank, settings),
         "",
-        what,
-        "`fusion.json` has the inputs' checksums.",
-    ]
-    if (kinds := record.get("kinds")) and not full:
-        plain = rank is not None and not record.get("averaged")
-        result = "; this is plain LoRA on the base model below" if plain else ""
-        lines += ["", f"Kinds of the inputs: {', '.join(kinds)}{result}."]
-    settings = {} if run is None else _read(run / "run.json")
-    adapter = settings.get("model.adapter", "")
-    note = base_note(adapter, settings.get("model.quantization", "none"))
-    if note and adapter != "pissa" and rank is not None:
-        lines += ["", note]
-    if "compression" in record:
-        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
-        lines += [
-            "",
-            f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.",
-        ]
-    if "inputs_compressed" in record:
-        largest = record["inputs_compressed"]["relative_error_max"]
-        lines += ["", f"The method works on factors, so each input was compressed first: error {largest:.3g} at most."]
-    if averaged := record.get("averaged"):
-        lines += ["", f"Not fused by the method but averaged: {', '.join(f'`{key}`' for key in averaged)}."]
-    if gain := record.get("gain"):
-        lines += [
-            "",
-            f"The fused update is {gain['mean']:.3g} times as long as the mean of the inputs, "
-            f"{gain['min']:.3g} to {gain['max']:.3g} over the layers.",
-        ]
-    method = [record["method"], *([f"({record['source']})"] if record.get("source") else [])]
-    facts = {"base model": base, "inputs": ", ".join(inputs), "method": " ".join(method)}
-    facts |= {key: f"{value}" for key, value in {**record["options"], **_said(record.get("use", {}))}.items()}
-    told = [key for key in _TRAINING if not (adapter == "none" and key in _OF_ADAPTERS)]
-    facts |= {_TRAINING[key]: str(settings[key]) for key in told if settings.get(key) not in (None, "none")}
-    lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += [] if run is None else _scores(run, inputs, name, this="this model" if rank is None else "this adapter")
-    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in _facts(record, settings).items()),
+        *([] if results is None else _scores(results, inputs, name, this="model" if rank is None else "adapter")),
         "",
         "Made by" if run is None else "Made in the folder around this one by",
         "",
@@ -105,7 +78,7 @@ def model_card(record: Mapping[str, Any], rank: int | None, *, run: Path | None,
 
 
 def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) -> str:
-    """The card of one seed's adapter, or of its whole model.
+    """Return the card of one seed's adapter, or of its whole model.
 
     Args:
         base_model: name or path of its base model.
@@ -120,7 +93,7 @@ def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) 
 
 
 def base_note(adapter: str, quantization: str) -> str:
-    """What to know of the base model that adapters of this kind belong to; empty if there is nothing.
+    """Say what to know of the base model that adapters of this kind belong to; empty if there is nothing.
 
     Args:
         adapter: ``model.adapter`` of the run.
@@ -139,7 +112,7 @@ def base_note(adapter: str, quantization: str) -> str:
 
 
 def base_record(adapter: str, quantization: str) -> dict[str, str]:
-    """The same for programs, where adapters of this kind belong on no other base model; empty for all other kinds."""
+    """Say the same for programs, where adapters of this kind belong on no other base model; empty for other kinds."""
     return {"quantization": quantization} if adapter == "loftq" else {}
 
 
@@ -147,51 +120,126 @@ def refresh_card(folder: Path) -> None:
     """Write the card of a fused adapter again, now that it is scored.
 
     Raises:
-        OSError: if its records cannot be read or the card cannot be written.
+        ValueError: if ``fusion.json`` cannot be read.
+        OSError: if it is not there, or the card cannot be written.
     """
-    record = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
-    rank = _read(folder / "adapter_config.json").get("r")
-    write_text(folder / CARD_NAME, model_card(record, rank, run=folder.parent, name=folder.name))
+    record = FUSION.read(folder)
+    if record is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / FUSION.name))
+    write_text(folder / CARD_NAME, model_card(record, _rank(folder), run=folder.parent, name=folder.name))
 
 
-def merge_command(record: Mapping[str, Any]) -> str:
-    """The command that makes the adapter again: where it was given, or for a run's own adapters in the run's folder."""
+def merge_command(record: FusionRecord) -> str:
+    """Return the command that makes the adapter again.
+
+    It is to be run where the inputs were given, or for a run's own adapters in the run's folder.
+    """
     words = ["python", "-m", "seedlora", "merge", *(entry["name"] for entry in record["inputs"])]
     words += ["--method", record["method"]]
-    for key, value in {**record["options"], **_said(record.get("use", {}))}.items():
+    options = {**_options(record), **_given(record)}
+    for key, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         words += [f"--{key.replace('_', '-')}", text]
-    for key in ("dtype", "base", "into_base"):
-        if key in record:
-            words += [f"--{key.replace('_', '-')}", record[key]]
     return shlex.join([*words, "--out", "fused"])
 
 
-def _said(use: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that every method has, without those that are as they are by default."""
-    return {
-        key: value
-        for key, value in use.items()
-        if (key, value) not in {("layers", "all"), ("svd", "auto"), ("seed", 0)}
-    }
+def _options(record: FusionRecord) -> dict[str, object]:
+    """Return the options of the method, and those that every method has if they are not as they are by default."""
+    plain = {("layers", "all"), ("svd", "auto"), ("seed", 0)}
+    use = {key: value for key, value in record.get("use", {}).items() if (key, value) not in plain}
+    return {**record["options"], **use}
 
 
-def _scores(run: Path, inputs: list[str], name: str | None, *, this: str) -> list[str]:
-    found = _read(run / "results.json")
-    scores = {
-        label: score for label, score in found.get("scores", {}).items() if label in ("base", "soup", name, *inputs)
+def _given(record: FusionRecord) -> dict[str, str]:
+    """Return what else the command was given."""
+    given = {}
+    if "dtype" in record:
+        given["dtype"] = record["dtype"]
+    if "base" in record:
+        given["base"] = record["base"]
+    if "into_base" in record:
+        given["into_base"] = record["into_base"]
+    return given
+
+
+def _title(record: FusionRecord, rank: int | None) -> list[str]:
+    """Say what it is."""
+    full, n = _is_of_whole_models(record), len(record["inputs"])
+    what = f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights."
+    if rank is None:
+        what = "What training added to each matrix of the base model is fused, and added to it."
+    return [
+        f"# {n} {'models' if full else 'LoRA adapters'} fused with `{record['method']}`",
+        "",
+        what,
+        "`fusion.json` has the inputs' checksums.",
+    ]
+
+
+def _notes(record: FusionRecord, rank: int | None, settings: RunSettings) -> list[str]:
+    """Say what has to be known of it, a paragraph each, with the empty line before."""
+    notes = []
+    kinds, averaged = record.get("kinds"), record.get("averaged")
+    if kinds and not _is_of_whole_models(record):
+        plain = rank is not None and not averaged
+        result = "; this is plain LoRA on the base model below" if plain else ""
+        notes.append(f"Kinds of the inputs: {', '.join(kinds)}{result}.")
+    adapter = settings.get("model.adapter", "")
+    note = base_note(adapter, settings.get("model.quantization", "none"))
+    if note and adapter != "pissa" and rank is not None:
+        notes.append(note)
+    if "compression" in record:
+        errors = record["compression"]
+        mean, largest = errors["relative_error_mean"], errors["relative_error_max"]
+        notes.append(f"Compressed to this rank: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most.")
+    if "inputs_compressed" in record:
+        largest = record["inputs_compressed"]["relative_error_max"]
+        notes.append(f"The method works on factors, so each input was compressed first: error {largest:.3g} at most.")
+    if averaged:
+        notes.append(f"Not fused by the method but averaged: {', '.join(f'`{key}`' for key in averaged)}.")
+    if gain := record.get("gain"):
+        notes.append(
+            f"The fused update is {gain['mean']:.3g} times as long as the mean of the inputs, "
+            f"{gain['min']:.3g} to {gain['max']:.3g} over the layers."
+        )
+    return [line for note in notes for line in ("", note)]
+
+
+def _facts(record: FusionRecord, settings: RunSettings) -> dict[str, str]:
+    """Return the table of what it is made of, by which method, and how the seeds were trained."""
+    source = record.get("source")
+    facts = {
+        "base model": record["base_model"],
+        "inputs": ", ".join(entry["name"] for entry in record["inputs"]),
+        "method": f"{record['method']} ({source})" if source else record["method"],
+        **{key: f"{value}" for key, value in _options(record).items()},
     }
+    full = settings.get("model.adapter") == "none"
+    told: Mapping[str, object] = {key: value for key, value in settings.items() if value not in (None, "none")}
+    for key, name in _TRAINING.items():
+        if key in told and not (full and key in _OF_ADAPTERS):
+            facts[name] = str(told[key])
+    return facts
+
+
+def _is_of_whole_models(record: FusionRecord) -> bool:
+    return record.get("kinds") == ["whole models"]
+
+
+def _scores(results: RunResults, inputs: Sequence[str], name: str | None, *, this: str) -> list[str]:
+    """Return the table of scores, if the adapter or one of its inputs has one."""
+    scores = {label: row for label, row in results["scores"].items() if label in (BASE, SOUP, name, *inputs)}
     if not set(scores) & {name, *inputs}:
         return []
     n = next(iter(scores.values()))["n"]
     rows = [
-        f"| {f'**{this}**' if label == name else label} | {100 * s['value']:.1f} "
-        f"| {100 * s['low']:.1f} to {100 * s['high']:.1f} |"
-        for label, s in scores.items()
+        f"| {f'**this {this}**' if label == name else label} | {PERCENT(row['value'])} "
+        f"| {PERCENT.between(row['low'], row['high'])} |"
+        for label, row in scores.items()
     ]
     return [
         "",
-        f"Scores: {found['metric']}, n = {n}, 95 % intervals.",
+        f"Scores: {results['metric']}, n = {n}, {CONFIDENCE_PERCENT} % intervals.",
         "",
         "| adapter | score | interval |",
         "|---|---|---|",
@@ -199,10 +247,18 @@ def _scores(run: Path, inputs: list[str], name: str | None, *, this: str) -> lis
     ]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """What a JSON file holds, or nothing if it is not there or not an object."""
+def _read(file: JSONFile[Content], folder: Path) -> Content | None:
+    """Return what a file says, or nothing if it cannot be read: a card is written without it."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return file.read(folder)
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+
+
+def _rank(folder: Path) -> int | None:
+    """Return the rank of an adapter; ``None`` for a whole model."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("r") if isinstance(config, dict) else None

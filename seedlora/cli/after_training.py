@@ -21,7 +21,8 @@ from seedlora.evaluation.samples import TaskRun
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs
 from seedlora.evaluation.tasks import TASKS, check_tasks
-from seedlora.names import BASE
+from seedlora.names import BASE, EVALUATION_FOLDER
+from seedlora.records.evaluation import GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,17 @@ def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int
     )
     files = {label: adapter_sha256(folder) for label, folder in ensemble.folders.items()}
     made = [label for label in adapters if label not in (BASE, *files)]
-    weights: dict[str, Any] = dict.fromkeys(adapters) | files
+    weights: dict[str, str | list[str] | None] = {**dict.fromkeys(adapters), **files}
     weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
     candidates = [make_candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
-    dtype = str(module.options.base_dtype).removeprefix("torch.")
-    settings = {"generator": "transformers", "base_model": module.options.base_path, "dtype": dtype}
-    settings["quantization"] = module.options.quantization
-    scored, folder = EvaluationSetup(generator, candidates, settings), ensemble.dirpath / "evaluation"
+    settings: GeneratorSettings = {
+        "generator": "transformers",
+        "base_model": module.options.base_path,
+        "dtype": str(module.options.base_dtype).removeprefix("torch."),
+        "quantization": module.options.quantization,
+    }
+    scored, folder = EvaluationSetup(generator, candidates, settings), ensemble.dirpath / EVALUATION_FOLDER
     without_mixtures = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
     limit = cli.config.evaluate_limit
     try:

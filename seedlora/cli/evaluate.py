@@ -17,6 +17,7 @@ from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs, with_common_limit
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate
+from seedlora.records.evaluation import EvaluationResults, HarnessResults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,8 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
     against = arguments["against"]
     if against is not None and against not in (known := [c.name for c in setup.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
-    out, found = Path(arguments["out"]), {}
+    out = Path(arguments["out"])
+    found: dict[str, EvaluationResults | HarnessResults] = {}
     if runs:
         try:
             found[PROTOCOL] = score(

@@ -21,7 +21,8 @@ from seedlora.merge.layers import fuse
 from seedlora.merge.registry import make_rule
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSED
-from seedlora.report.figures import colours, standalone, weight_figures
+from seedlora.report.drawing import Palette, standalone
+from seedlora.report.figures import weight_figures
 from seedlora.report.weights import weight_facts
 from seedlora.updates.compression import compress_each
 from seedlora.updates.dense import Updates
@@ -129,7 +130,7 @@ def _draw_figures(
     folder, short = Path(arguments["plot"]), [Path(name).name for name in names]
     names = short if len(set(short)) == len(short) else names
     found = weight_facts(stacks, names, merged=FUSED, fused=merged, layers=arguments["layers"])
-    drawn = weight_figures(found, colours(names))
+    drawn = weight_figures(found, Palette(names))
     for name, svg in drawn.items():
         write_text(folder / f"{name}.svg", standalone(svg) + "\n")
     return [str(folder / f"{name}.svg") for name in drawn]

@@ -18,8 +18,8 @@ from seedlora.adapters.servers import next_commands, serving_problems
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
 from seedlora.merge.adapter_folders import fuse_folders
 from seedlora.merge.into_base import fuse_into_base
-from seedlora.merge.record import RECORD_NAME
 from seedlora.merge.registry import make_rule
+from seedlora.records.fusion import FUSION, FusionRecord
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,13 +75,14 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
     _check_into_base(request)
     _merge(request)
     out, method, into_base = request.out, request.method, request.into_base is not None
-    record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+    record = FUSION.read(out)
+    assert record is not None
     converted = None
     if request.llama_cpp is not None:
         converted = convert_to_gguf(out, record["base_model"], request.llama_cpp)
     served = {} if into_base else serving_problems(out, base=request.base)
     if arguments["json"]:
-        print_json(record | {"out": str(out), "servable": served, "gguf": str(converted) if converted else None})
+        print_json({**record, "out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
     console = Console()
     count = len(request.adapters)
@@ -126,7 +127,7 @@ def _merge(request: _Request) -> None:
             )
 
 
-def _print_inputs(console: Console, method: str, record: Mapping[str, Any]) -> None:
+def _print_inputs(console: Console, method: str, record: FusionRecord) -> None:
     """Print what the inputs are, as far as they are more than plain LoRA on a base model that is not quantised."""
     if kinds := record.get("kinds"):
         console.print(f"kinds of the inputs: {', '.join(kinds)}")
@@ -136,9 +137,7 @@ def _print_inputs(console: Console, method: str, record: Mapping[str, Any]) -> N
         console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
 
 
-def _print_commands(
-    console: Console, out: Path, record: Mapping[str, Any], served: Mapping[str, Sequence[str]]
-) -> None:
+def _print_commands(console: Console, out: Path, record: FusionRecord, served: Mapping[str, Sequence[str]]) -> None:
     """Print the shape of a fused adapter, the commands that load and serve it, and which servers do."""
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
@@ -153,7 +152,7 @@ def _print_commands(
     console.print(describe_serving(served, config["r"]), soft_wrap=True)
 
 
-def _print_compression(console: Console, method: str, record: Mapping[str, Any], *, into_base: bool) -> None:
+def _print_compression(console: Console, method: str, record: FusionRecord, *, into_base: bool) -> None:
     """Print what the compression of inputs and of the result took away, if anything was compressed."""
     if "inputs_compressed" in record:
         largest = record["inputs_compressed"]["relative_error_max"]
@@ -161,7 +160,8 @@ def _print_compression(console: Console, method: str, record: Mapping[str, Any],
             f"{method} works on factors: each input was compressed first, relative error {largest:.3g} at most"
         )
     if "compression" in record:
-        mean, largest = (record["compression"][f"relative_error_{key}"] for key in ("mean", "max"))
+        errors = record["compression"]
+        mean, largest = errors["relative_error_mean"], errors["relative_error_max"]
         exact = "" if into_base else "; --into-base MODEL adds the update to the weights as it is"
         console.print(
             f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True

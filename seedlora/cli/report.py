@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from seedlora.cli.terminal import counting_bar, layer_counter, number_table, print_json
+from seedlora.records.settings import SETTINGS
 from seedlora.report.page import write_comparison, write_report
 from seedlora.report.sections import runs_table
 
@@ -16,8 +17,8 @@ from seedlora.report.sections import runs_table
 def run_report(arguments: Mapping[str, Any]) -> None:
     """Write the report of a run, or the comparison of several."""
     runs = [Path(run) for run in arguments["runs"]]
-    if missing := [run for run in runs if not (run / "run.json").is_file()]:
-        raise ValueError(f"{missing[0]} holds no run: it has no run.json")
+    if missing := [run for run in runs if not (run / SETTINGS.name).is_file()]:
+        raise ValueError(f"{missing[0]} holds no run: it has no {SETTINGS.name}")
     if repeated := [run for i, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:i]]]:
         raise ValueError(f"{repeated[0]} is given twice")
     found = []

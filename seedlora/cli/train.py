@@ -37,7 +37,7 @@ from seedlora.cli.parser import (
 )
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
-from seedlora.names import COST_NAME, UNFINISHED_NAME
+from seedlora.names import UNFINISHED_NAME
 from seedlora.report.page import write_report
 from seedlora.run.budget import replica_share
 from seedlora.run.cost import PeakMemory, timed, write_cost
@@ -75,7 +75,7 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         cli = SeedLoRACLI(parts, words)
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
-        if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection or {})):
+        if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection)):
             raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
             does = "removes that" if cli.ensemble.rule is None else f"fuses it by {otherwise.asked}"
@@ -180,7 +180,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(config), encoding="utf-8")
-        write_cost(ensemble.dirpath / COST_NAME, plan, data.libraries)
+        write_cost(ensemble.dirpath, plan, data.libraries)
     console.print(plan.table())
     return plan
 
@@ -242,11 +242,7 @@ def _train(cli: SeedLoRACLI, console: Console) -> None:
         if cli.metrics is not None:
             cli.metrics.rewind(ensemble.ckpt_step)
         device = trainer.strategy.root_device
-        with (
-            timed(ensemble.dirpath / COST_NAME, device, cli.throughput, control)
-            if trainer.is_global_zero
-            else nullcontext()
-        ):
+        with timed(ensemble.dirpath, device, cli.throughput, control) if trainer.is_global_zero else nullcontext():
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resol
 from seedlora.model.quantization import quantize
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
+from seedlora.records.evaluation import GeneratorSettings
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +41,7 @@ class EvaluationSetup:
 
     generator: Generator
     candidates: Sequence[Candidate]
-    settings: Mapping[str, object]
+    settings: GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def from_folders(
         console.print(f"base model in {quantization}, on which these adapters were trained and alone are right")
     if isinstance(generator, OneByOneGenerator):
         console.print(f"one adapter after the other, since they cannot be stacked: {generator.reason}", soft_wrap=True)
-    settings = {
+    settings: GeneratorSettings = {
         "generator": "transformers",
         "base_model": folder,
         "dtype": str(model_dtype).removeprefix("torch."),

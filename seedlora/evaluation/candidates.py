@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate
 from seedlora.adapters.reading import quantization_of
@@ -14,6 +14,7 @@ from seedlora.evaluation.generate import Prompt
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization
 from seedlora.names import BASE
+from seedlora.records.evaluation import WeightSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,9 @@ class Prompts(Protocol):
         """Return a style with all it takes from the tokenizer, as plain data."""
 
 
-def make_candidate(name: str, record: str | Mapping[str, object], prompts: Prompts, **settings: object) -> Candidate:
+def make_candidate(
+    name: str, record: str | Mapping[str, object], prompts: Prompts, **settings: Unpack[WeightSettings]
+) -> Candidate:
     """Make a candidate that answers prompts of a style.
 
     Args:
@@ -181,7 +184,7 @@ def make_candidates(
         trained_with = shared or NamedAdapter(BASE, model).prompt
         candidates.append(make_candidate(BASE, trained_with or fallback, prompts))
     for adapter in adapters:
-        sha256 = adapter.folder and adapter_sha256(adapter.folder)
+        sha256 = None if adapter.folder is None else adapter_sha256(adapter.folder)
         record = records[adapter.name] or fallback
         candidates.append(make_candidate(adapter.name, record, prompts, weights_sha256=sha256))
     return candidates

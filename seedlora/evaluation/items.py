@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from seedlora.evaluation.tasks import TASKS, Generate, Item, Row, Task
-from seedlora.names import RUN_NAME
+from seedlora.records.settings import SETTINGS
 from seedlora.utils.hub import hub
 
 #: In a path; latest.jsonl is no test.
@@ -57,9 +57,8 @@ def load_items(
 
 
 def _rows_of(name: str, task: Task, path: Path | None, generate: Generate | None) -> Iterator[Row]:
-    if task.generated and generate is not None and (path is None or (path / RUN_NAME).is_file()):
-        run = None if path is None else json.loads((path / RUN_NAME).read_text(encoding="utf-8"))
-        return iter(generate(name, run))
+    if task.generated and generate is not None and (path is None or (path / SETTINGS.name).is_file()):
+        return iter(generate(name, None if path is None else SETTINGS.read(path)))
     if path is not None and str(path) != "hub":
         files = _data_files(path)
         return (row for file in files for row in _file_rows(str(file), file.read_bytes()))

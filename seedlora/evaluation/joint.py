@@ -9,12 +9,15 @@ item's own task; an answer that would be right for another task is wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 
-from seedlora.scores.intervals import Score, wilson
+from seedlora.records.evaluation import JointRecord, RatioRecord
+from seedlora.scores.intervals import CONFIDENCE_PERCENT, Score, percentiles, wilson
+from seedlora.scores.tables import titled_table
+from seedlora.scores.wording import PERCENT
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class Ratio:
     high: float
     undefined: int
     resamples: int
+
+    def to_record(self) -> RatioRecord:
+        """Return plain data, for JSON."""
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "undefined": self.undefined,
+            "resamples": self.resamples,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,16 @@ class Joint:
     normalised: dict[str, dict[str, float | None]]
     mean: dict[str, Ratio | None]
 
-    def to_dict(self) -> dict[str, object]:
+    def to_record(self) -> JointRecord:
         """Return plain data, for JSON."""
-        return asdict(self)
+        return {
+            "tasks": self.tasks,
+            "own": self.own,
+            "union": {name: score.to_record() for name, score in self.union.items()},
+            "scores": self.scores,
+            "normalised": self.normalised,
+            "mean": {name: None if mean is None else mean.to_record() for name, mean in self.mean.items()},
+        }
 
 
 def joint(correct: Mapping[str, np.ndarray], names: Sequence[str], *, resamples: int = 10_000, seed: int = 0) -> Joint:
@@ -108,23 +128,22 @@ def _mean_ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, 
         with np.errstate(divide="ignore", invalid="ignore"):
             draws += (drawn[:, 2] + drawn[:, 3]) / (drawn[:, 1] + drawn[:, 3]) / len(pairs)
     defined = draws[np.isfinite(draws)]
-    low, high = np.quantile(defined, [0.025, 0.975])
     value = float(np.mean([a.mean() / own.mean() for a, own in pairs]))
-    return Ratio(value, float(low), float(high), resamples - len(defined), resamples)
+    return Ratio(value, *percentiles(defined), resamples - len(defined), resamples)
 
 
 def joint_table(found: Joint) -> Table:
     """Lay out both views for people, in percent."""
     n = sum(found.tasks.values())
-    table = Table(title=f"joint: {len(found.tasks)} tasks, n = {n}, 95 % intervals", title_justify="left")
+    table = titled_table(f"joint: {len(found.tasks)} tasks, n = {n}, {CONFIDENCE_PERCENT} % intervals")
     table.add_column("adapter", overflow="fold")
     for header in ("all items", "interval", *found.tasks, "mean of own", "interval"):
         table.add_column(header, justify="right", overflow="fold")
     for name, score in found.union.items():
-        cells = [f"{100 * score.value:.1f}", f"{100 * score.low:.1f} to {100 * score.high:.1f}"]
+        cells = [PERCENT(score.value), PERCENT.between(score.low, score.high)]
         for task in found.tasks:
             part = found.normalised[name][task]
-            cells.append(f"{100 * found.scores[name][task]:.1f}" + ("" if part is None else f" ({100 * part:.0f})"))
+            cells.append(PERCENT(found.scores[name][task]) + ("" if part is None else f" ({100 * part:.0f})"))
         mean = found.mean[name]
         cells += (
             ["", ""] if mean is None else [f"{100 * mean.value:.0f}", f"{100 * mean.low:.0f} to {100 * mean.high:.0f}"]
@@ -140,5 +159,5 @@ def joint_table(found: Joint) -> Table:
         captions.append(
             f"{100 * dropped:.2g} % of the resamples have an own adapter with nothing right and are in no interval"
         )
-    table.caption, table.caption_justify = "; ".join(captions), "left"
+    table.caption = "; ".join(captions)
     return table

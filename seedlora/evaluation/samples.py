@@ -12,17 +12,25 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 
 from seedlora.evaluation.generate import Generation, Generator, Prompt
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Task
+from seedlora.records.evaluation import (
+    EVALUATION_RESULTS,
+    EVALUATION_SETTINGS,
+    CandidateSettings,
+    EvaluationSettings,
+    GeneratorSettings,
+    TaskSettings,
+)
 from seedlora.utils.files import write_text
 
-SAMPLES_NAME, SETTINGS_NAME, RESULTS_NAME = "samples.jsonl", "settings.json", "results.json"
+SAMPLES_NAME = "samples.jsonl"
 #: What is left to do where a folder holds other samples; train.py has its folder below the run.
 _MOVE_AWAY = "move that folder away (python -m seedlora evaluate can take another --out)"
 
@@ -39,7 +47,7 @@ class Candidate:
 
     name: str
     prompt: Callable[[str, str], Prompt]
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: CandidateSettings
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class TaskRun:
         return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
     @property
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> TaskSettings:
         """Return what decides a generation, as plain data."""
         return {**self.task.settings, "max_new_tokens": self.max_new_tokens}
 
@@ -119,38 +127,37 @@ class Samples:
 
 
 @contextmanager
-def open_samples(folder: Path, settings: Mapping[str, object], *, replace: bool = False) -> Iterator[Samples]:
+def open_samples(folder: Path, settings: EvaluationSettings, *, replace: bool = False) -> Iterator[Samples]:
     """Open the answers of a folder, for one process at a time, after checking that they were generated like new ones.
 
     Args:
         folder: made if it is not there.
-        settings: plain data; below ``adapters`` and ``tasks`` by name, where a folder may hold others too.
+        settings: what they are generated with; the folder may hold other ``adapters`` and ``tasks`` too.
         replace: where the weights behind a name have changed, drop its samples and all results instead of raising.
 
     Raises:
         ValueError: if the folder's samples were generated with other settings, or another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / SETTINGS_NAME
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_MOVE_AWAY}") from None
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        plain = json.loads(json.dumps(settings))
-        dropped = _adapters_with_other_weights(before.get("adapters", {}), plain["adapters"]) if replace else []
-        if dropped:
+        before = EVALUATION_SETTINGS.read(folder)
+        plain: EvaluationSettings = json.loads(json.dumps(settings))
+        dropped = _adapters_with_other_weights(before, plain) if replace and before is not None else []
+        if dropped and before is not None:
             # The settings come last: until then they say whose samples these were.
             _drop_samples(folder / SAMPLES_NAME, dropped)
-            (folder / RESULTS_NAME).unlink(missing_ok=True)
+            (folder / EVALUATION_RESULTS.name).unlink(missing_ok=True)
             before["adapters"] = {name: known for name, known in before["adapters"].items() if name not in dropped}
-        for path, old, new in _conflicts(before, plain):
+        for path, old, new in _conflicts(before or {}, plain):
             raise ValueError(
                 f"{folder} holds samples generated with {path} = {_shortened(old)}, now it is {_shortened(new)}; "
                 f"repeat the evaluation as it was, or {_MOVE_AWAY}"
             )
-        write_text(file, json.dumps(_merge_settings(before, plain), indent=2, sort_keys=True) + "\n")
+        EVALUATION_SETTINGS.write(folder, cast("EvaluationSettings", _merge_settings(before or {}, plain)))
         yield Samples(folder, _read_samples(folder / SAMPLES_NAME), dropped)
 
 
@@ -236,13 +243,15 @@ def _answer_in_batches(
         start += len(batch)
 
 
-def run_settings(candidates: Sequence[Candidate], runs: Sequence[TaskRun], **more: object) -> dict[str, object]:
+def run_settings(
+    candidates: Sequence[Candidate], runs: Sequence[TaskRun], generator: GeneratorSettings
+) -> EvaluationSettings:
     """Return what :func:`open_samples` guards."""
     return {
         "protocol": PROTOCOL,
-        "adapters": {candidate.name: dict(candidate.settings) for candidate in candidates},
+        "adapters": {candidate.name: candidate.settings for candidate in candidates},
         "tasks": {run.name: run.settings for run in runs},
-        **more,
+        **generator,
     }
 
 
@@ -268,12 +277,10 @@ def _read_samples(file: Path) -> dict[SampleKey, SampleLine]:
     return found
 
 
-def _adapters_with_other_weights(
-    before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]
-) -> list[str]:
+def _adapters_with_other_weights(before: EvaluationSettings, now: EvaluationSettings) -> list[str]:
     """Return the adapters of both settings whose weights differ."""
-    known = {name: settings.get("weights_sha256") for name, settings in before.items()}
-    return [name for name, s in now.items() if name in known and s.get("weights_sha256") != known[name]]
+    known = {name: settings.get("weights_sha256") for name, settings in before["adapters"].items()}
+    return [name for name, s in now["adapters"].items() if name in known and s.get("weights_sha256") != known[name]]
 
 
 def _drop_samples(file: Path, adapters: Sequence[str]) -> None:

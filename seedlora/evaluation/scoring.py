@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -23,19 +21,25 @@ from seedlora.evaluation.harness import Scores, harness_scores
 from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import Joint, joint, joint_table
 from seedlora.evaluation.judging import Judged, judge, write_solutions
-from seedlora.evaluation.samples import RESULTS_NAME, Samples, TaskRun, generate, open_samples, run_settings
+from seedlora.evaluation.samples import Samples, TaskRun, generate, open_samples, run_settings
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.showing import StatusLines, describe_style, long_progress_bar, print_scores, print_unscored
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks
 from seedlora.names import BASE
+from seedlora.records.evaluation import (
+    EVALUATION_RESULTS,
+    HARNESS_RESULTS,
+    EvaluationResults,
+    HarnessResults,
+    JointView,
+    TaskResults,
+)
 from seedlora.scores.intervals import adjust_over_tasks, wilson
-from seedlora.scores.results import Results, results
-from seedlora.utils.files import write_text
+from seedlora.scores.results import Results, is_seed, results
+from seedlora.scores.tables import titled_table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-HARNESS_NAME = "lm_eval.json"
 
 
 def task_runs(
@@ -119,7 +123,7 @@ def score(
     method: str | None = None,
     together: bool = False,
     replace: bool = False,
-) -> dict[str, Any]:
+) -> EvaluationResults:
     """Generate, judge, compare; print tables and write ``results.json``.
 
     Args:
@@ -138,7 +142,7 @@ def score(
     """
     names = [candidate.name for candidate in setup.candidates]
     started = time.monotonic()
-    settings = run_settings(setup.candidates, runs, **setup.settings)
+    settings = run_settings(setup.candidates, runs, setup.settings)
     with open_samples(folder, settings, replace=replace) as samples:
         if samples.dropped:
             console.print(f"older answers of {', '.join(samples.dropped)} were dropped: these are other weights now")
@@ -148,8 +152,8 @@ def score(
             judged = [_judge_with_bar(samples, names, run, sandbox, progress) for run in runs]
         scores = [_TaskScores(run, v, _compare_adapters(v, run, against)) for run, v in zip(runs, judged, strict=True)]
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
-        record = _results_record(folder / RESULTS_NAME, setup, scores, union)
-        write_text(folder / RESULTS_NAME, json.dumps(record, indent=2) + "\n")
+        record = _results_record(EVALUATION_RESULTS.read(folder), setup, scores, union)
+        EVALUATION_RESULTS.write(folder, record)
         for scored in scores:
             print_scores(console, scored.run, scored.judged, scored.table, method)
             if scored.run.task.program is not None and scored.table is None:
@@ -177,25 +181,27 @@ class _TaskScores:
 
 
 def _results_record(
-    file: Path, setup: EvaluationSetup, scores: Sequence[_TaskScores], union: Joint | None
-) -> dict[str, Any]:
+    before: EvaluationResults | None, setup: EvaluationSetup, scores: Sequence[_TaskScores], union: Joint | None
+) -> EvaluationResults:
     """Return what is written as ``results.json``, the tasks among it that were scored there before.
 
     Those were answered alike: :func:`seedlora.evaluation.samples.open_samples` would have refused.
 
     Args:
-        file: the results so far, if there are any.
+        before: the results so far, if there are any.
         setup: who answered.
         scores: of this evaluation.
         union: the scores over all tasks together, if they were asked for.
     """
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     styles = {candidate.name: describe_style(candidate) for candidate in setup.candidates}
-    record: dict[str, Any] = {
+    tasks = {scored.run.name: _task_results(scored) for scored in scores}
+    view: JointView = {} if union is None else {"joint": union.to_record()}
+    record: EvaluationResults = {
         "protocol": PROTOCOL,
         **setup.settings,
-        "prompt_styles": {**before.get("prompt_styles", {}), **styles},
-        "tasks": {**before.get("tasks", {}), **{scored.run.name: _task_record(scored) for scored in scores}},
+        "prompt_styles": styles if before is None else {**before["prompt_styles"], **styles},
+        "tasks": tasks if before is None else {**before["tasks"], **tasks},
+        **view,
     }
     adjust_over_tasks(
         ((label, against), difference)
@@ -203,8 +209,6 @@ def _results_record(
         for label, references in task["differences"].items()
         for against, difference in references.items()
     )
-    if union is not None:
-        record["joint"] = union.to_dict()
     return record
 
 
@@ -216,7 +220,7 @@ def score_with_harness(
     console: Console,
     *,
     limit: int | None = None,
-) -> dict[str, Any]:
+) -> HarnessResults:
     """Score with lm-evaluation-harness; print a table and write ``lm_eval.json``.
 
     Args:
@@ -234,12 +238,22 @@ def score_with_harness(
         console.print(f"lm-eval: {name}", highlight=False)
 
     scores = harness_scores(setup.generator, names, tasks, manager, limit=limit, on_adapter=say)
-    plain = {name: {t: {m: asdict(v) for m, v in ms.items()} for t, ms in by.items()} for name, by in scores.items()}
-    record = {"protocol": HARNESS_PROTOCOL, **setup.settings, "limit": limit, "scores": plain}
-    write_text(folder / HARNESS_NAME, json.dumps(record, indent=2) + "\n")
+    record: HarnessResults = {
+        "protocol": HARNESS_PROTOCOL,
+        **setup.settings,
+        "limit": limit,
+        "scores": {
+            name: {
+                task: {metric: {"value": v.value, "stderr": v.stderr} for metric, v in metrics.items()}
+                for task, metrics in by_task.items()
+            }
+            for name, by_task in scores.items()
+        },
+    }
+    HARNESS_RESULTS.write(folder, record)
     console.print()
     console.print(_harness_table(scores, tasks, limit))
-    console.print(f"all tasks and metrics: {folder / HARNESS_NAME}", highlight=False, soft_wrap=True)
+    console.print(f"all tasks and metrics: {folder / HARNESS_RESULTS.name}", highlight=False, soft_wrap=True)
     return record
 
 
@@ -247,7 +261,7 @@ def _harness_table(scores: Scores, tasks: Sequence[str], limit: int | None) -> T
     """Lay out the harness's scores for people: of the tasks and groups asked for, whose parts are in the file."""
     names = list(scores)
     limited = "" if limit is None else f", {limit} documents of each task"
-    table = Table(title=f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)", title_justify="left")
+    table = titled_table(f"protocol {HARNESS_PROTOCOL}{limited}; value (standard error)")
     for header in ("task", "metric", "adapter", "value"):
         table.add_column(header, justify="right" if header == "value" else "left", overflow="fold")
     first = scores[names[0]]
@@ -298,39 +312,45 @@ def _compare_adapters(judged: Judged, run: TaskRun, against: str | None) -> Resu
     if judged.correct is None:
         return None
     names = list(judged.names)
-    seeds = [name for name in names if re.fullmatch(r"seed_\d+", name)]
+    seeds = [name for name in names if is_seed(name)]
     if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
         against, seeds = against or (names[0] if len(names) > 1 else None), []
     cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"
     return results(judged.correct, names, seeds, metric=f"protocol {PROTOCOL}{cut}", against=against)
 
 
-def _task_record(scored: _TaskScores) -> dict[str, Any]:
-    """Return the entry of one task in ``results.json``."""
+def _task_results(scored: _TaskScores) -> TaskResults:
+    """Return what ``results.json`` says of one task."""
     run, judged, table = scored.run, scored.judged, scored.table
-    found: dict[str, Any] = {
+    asked = run.settings
+    found: TaskResults = {
         "n": len(run.items),
         "items_sha256": run.sha256,
         "chance": run.task.chance,
-        **run.settings,
+        "prefix": asked["prefix"],
+        "stops": asked["stops"],
+        "max_new_tokens": asked["max_new_tokens"],
         "protocol_max_new_tokens": run.task.max_new_tokens,
         "scores": None,
         "differences": {},
-        **({} if table is None else table.to_dict()),
-        "quirks": judged.quirks,
-        "unfinished": judged.unfinished,
-        "tokens": judged.tokens,
     }
+    if table is not None:
+        compared = table.to_record()
+        found["scores"], found["differences"] = compared["scores"], compared["differences"]
+        found["metric"], found["mean_seed"] = compared["metric"], compared["mean_seed"]
+        found["seed_spread"], found["best_seed"] = compared["seed_spread"], compared["best_seed"]
+        found["items"] = table.items
+    found["quirks"], found["unfinished"], found["tokens"] = judged.quirks, judged.unfinished, judged.tokens
     if judged.by_value is not None:
         by_name = zip(judged.names, judged.by_value.T, strict=True)
-        found["math_verify_scores"] = {name: asdict(wilson(column)) for name, column in by_name}
+        found["math_verify_scores"] = {name: wilson(column).to_record() for name, column in by_name}
     groups = sorted(set(judged.groups) - {""})
     if judged.correct is not None and groups:
         columns = dict(zip(judged.names, judged.correct.T, strict=True))
         rows = {group: np.array([g == group for g in judged.groups]) for group in groups}
         found["domains"] = {"sub-domain": list(judged.groups)}
         found["groups"] = {
-            group: {name: asdict(wilson(column[where])) for name, column in columns.items()}
+            group: {name: wilson(column[where]).to_record() for name, column in columns.items()}
             for group, where in rows.items()
         }
     return found

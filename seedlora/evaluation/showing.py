@@ -8,12 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from seedlora.evaluation.judging import Judged
 from seedlora.evaluation.samples import Candidate, TaskRun
 from seedlora.scores.results import Results
-from seedlora.scores.tables import results_table, verdict
+from seedlora.scores.tables import results_table, titled_table, verdict
 from seedlora.utils.progress import progress_bar
 
 
@@ -47,7 +46,7 @@ def print_scores(console: Console, run: TaskRun, judged: Judged, table: Results 
         if table.differences:
             console.print(verdict(table), highlight=False)
     columns = list(dict.fromkeys(quirk for counts in judged.quirks.values() for quirk in counts))
-    answers = Table(title=f"{run.name}: {len(run.items)} answers each", title_justify="left")
+    answers = titled_table(f"{run.name}: {len(run.items)} answers each")
     answers.add_column("adapter")
     for header in (f"cut at {run.max_new_tokens} tokens", "mean tokens", *columns):
         answers.add_column(header, justify="right")

@@ -20,6 +20,7 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
+from seedlora.records.evaluation import TaskSettings
 from seedlora.utils.wheel_files import PackagedFile
 
 PROTOCOL = "paper"
@@ -88,7 +89,7 @@ class Task:
     chance: float | None = None
 
     @property
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> TaskSettings:
         """Return what decides a generation, as plain data."""
         return {"prefix": self.prefix, "stops": list(self.stops), "max_new_tokens": self.max_new_tokens}
 

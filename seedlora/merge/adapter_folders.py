@@ -5,7 +5,6 @@ The only place where the layers of a model are walked.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,16 +22,16 @@ from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import fuse, layer_threads
 from seedlora.merge.record import (
-    RECORD_NAME,
     common_text,
-    describe_inputs,
     fusion_record,
     gain_record,
     hash_inputs,
+    record_kinds,
     recorded,
     run_around,
 )
 from seedlora.merge.registry import make_rule
+from seedlora.records.fusion import FUSION
 from seedlora.updates.algebra import gain
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
@@ -62,9 +61,9 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
             holds = "is" if folder.resolve() == target else "holds"
             raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")
     empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not (target / RECORD_NAME).is_file():
+    if target.exists() and not empty and not (target / FUSION.name).is_file():
         raise ValueError(
-            f"the output {out} is there and was not made by a merge (it holds no {RECORD_NAME}), so it is not "
+            f"the output {out} is there and was not made by a merge (it holds no {FUSION.name}), so it is not "
             "replaced; give another folder"
         )
 
@@ -123,15 +122,17 @@ def fuse_folders(
     complete = add_zero_updates(fused, base_shapes(base_model, fan_in_fan_out=first.fan_in_fan_out))
     result = _in_dtype(complete.layers, averages, dtype)
     record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
-    record |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    record |= {} if base is None else {"base": recorded(base, run)}
-    record |= describe_inputs(adapters)
+    if dtype is not None:
+        record["dtype"] = str(dtype).removeprefix("torch.")
+    if base is not None:
+        record["base"] = recorded(base, run)
+    record_kinds(record, adapters)
     if complete.unknown:
         record["incomplete_groups"] = complete.unknown
     if len(adapters) > 1:
         record["gain"] = gain_record(gains)
     card = model_card(record, max(factors.rank for factors in result.layers.values()), run=run)
-    files = {RECORD_NAME: json.dumps(record, indent=2, default=str) + "\n", CARD_NAME: card}
+    files = {FUSION.name: FUSION.text(record), CARD_NAME: card}
     files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
     write_adapter(
         out,

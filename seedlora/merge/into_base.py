@@ -17,7 +17,7 @@ from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.inputs import read_adapters, stack_updates
 from seedlora.merge.layers import Fused, merged_updates
 from seedlora.merge.model_folders import add_update, write_model, write_model_notes
-from seedlora.merge.record import describe_inputs, fusion_record, gain_record, hash_inputs, recorded, run_around
+from seedlora.merge.record import fusion_record, gain_record, hash_inputs, record_kinds, recorded, run_around
 from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import fuse_models
 from seedlora.model.weight_files import WeightFiles
@@ -75,8 +75,9 @@ def fuse_into_base(
         run = run_around(out, sources)
         first = next(iter(adapters.values()))
         record = fusion_record(bound, fused, hash_inputs(sources), base_model=first.base_model, run=run)
-        record |= {"gain": gain_record(change.gains)} if len(adapters) > 1 else {}
-        record |= describe_inputs(adapters)
+        if len(adapters) > 1:
+            record["gain"] = gain_record(change.gains)
+        record_kinds(record, adapters)
         record["into_base"] = recorded(base, run)
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization

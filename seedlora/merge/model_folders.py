@@ -15,8 +15,9 @@ from torch import Tensor
 
 from seedlora.adapters.adapter import PROMPT_NAME, AdapterError
 from seedlora.adapters.model_card import CARD_NAME, model_card
-from seedlora.merge.record import RECORD_NAME, common_text
+from seedlora.merge.record import common_text
 from seedlora.model.weight_files import MODEL_FILES, WeightFiles
+from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.updates.dense import DenseUpdates, Updates
 from seedlora.utils.files import atomic_folder
 
@@ -83,9 +84,9 @@ def write_trained(
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def write_model_notes(folder: Path, record: Mapping[str, Any], sources: Sequence[str | Path], run: Path | None) -> None:
+def write_model_notes(folder: Path, record: FusionRecord, sources: Sequence[str | Path], run: Path | None) -> None:
     """Write beside a model how it was made, for programs and people, and how it is prompted if its inputs agree."""
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    FUSION.write(folder, record)
     (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
     if prompt := common_text(sources, PROMPT_NAME):
         (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")

@@ -1,44 +1,44 @@
-"""``fusion.json``: how a fused adapter was made."""
+"""Make the content of ``fusion.json``: how a fused adapter was made."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, Adapter, files_sha256, is_model, locate
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import Fused
 from seedlora.model.weight_files import shards
+from seedlora.records.fusion import AppliedRule, FusionRecord, GainRecord, UseRecord
 
-RECORD_NAME = "fusion.json"
 
-
-def describe_inputs(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
-    """What adapters are besides plain LoRA, and what of them was averaged whatever the rule; for ``fusion.json``."""
+def record_kinds(record: FusionRecord, adapters: Mapping[str, Adapter]) -> None:
+    """Add to a record what adapters are besides plain LoRA, and what of them was averaged whatever the rule."""
     kinds = sorted({kind for adapter in adapters.values() for kind in adapter.kinds})
     first = next(iter(adapters.values()))
     averaged = [*(["lora_bias"] if first.biases else []), *sorted(first.modules)]
-    return ({"kinds": kinds} if kinds else {}) | ({"averaged": averaged} if averaged else {})
+    if kinds:
+        record["kinds"] = kinds
+    if averaged:
+        record["averaged"] = averaged
 
 
-def gain_record(gains: Sequence[float]) -> dict[str, float]:
-    """How much longer the fused updates are than the mean updates, over the layers; for ``fusion.json``."""
+def gain_record(gains: Sequence[float]) -> GainRecord:
+    """Return how much longer the fused updates are than the mean updates, over the layers."""
     return {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}
 
 
 def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
-    """The folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
+    """Return the folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
     run = Path(out).resolve().parent
     return run if all(locate(source).resolve().is_relative_to(run) for source in sources) else None
 
 
 def recorded(source: str | Path, run: Path | None) -> str:
-    """A folder or hub id for a record: as given; in a record of a run so that it is found from the run's folder."""
+    """Name a folder or hub id in a record: as given, but a folder of a run as it is found from the run's folder."""
     if run is None or not Path(source).expanduser().is_dir():
         return str(source)
     folder = Path(source).expanduser().resolve()
@@ -46,7 +46,7 @@ def recorded(source: str | Path, run: Path | None) -> str:
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
-    """Start to hash the weights of folders or hub ids, beside what else is done; sha256 by name."""
+    """Start to hash the weights of folders or hub ids, beside what else is done; return the sha256 by name."""
     pool = ThreadPoolExecutor(1, "sha256")
     folders = {str(source): locate(source) for source in sources}
     hashes = {name: pool.submit(_weights_sha256, folder) for name, folder in folders.items()}
@@ -59,15 +59,22 @@ def _weights_sha256(folder: Path) -> str:
 
 
 def common_text(sources: Sequence[str | Path], name: str) -> str | None:
-    """What a file says beside all of them: the prompt or the base model of their training, if it is known and one."""
+    """Return what a file beside all of them says, if all say the same: the prompt or base model of their training."""
     files = [locate(source) / name for source in sources]
     texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
     return texts.pop() if len(texts) == 1 else None
 
 
-def rule_record(bound: BoundRule) -> dict[str, Any]:
-    """What a rule is, for records: its method, its options, and those that every method has as far as they are set."""
-    use = {key: value for key, value in asdict(bound.common).items() if value is not None}
+def rule_record(bound: BoundRule) -> AppliedRule:
+    """Return what a rule is: its method, its options, and those that every method has as far as they are set."""
+    use: UseRecord = {"layers": bound.common.layers}
+    if bound.common.rest is not None:
+        use["rest"] = bound.common.rest
+    if bound.common.rank is not None:
+        use["rank"] = bound.common.rank
+    if bound.common.match_norm is not None:
+        use["match_norm"] = bound.common.match_norm
+    use["svd"], use["seed"] = bound.common.svd, bound.common.seed
     return {"method": bound.name, "options": dict(bound.options), "use": use}
 
 
@@ -78,8 +85,8 @@ def fusion_record(
     *,
     base_model: str,
     run: Path | None = None,
-) -> dict[str, Any]:
-    """How a fused adapter was made, for ``fusion.json``.
+) -> FusionRecord:
+    """Return how a fused adapter was made.
 
     Args:
         bound: the rule.
@@ -88,8 +95,11 @@ def fusion_record(
         base_model: name or path of the base model.
         run: as :func:`run_around` says; the inputs are named relative to it, so that a run can be moved.
     """
-    record: dict[str, Any] = {
-        **rule_record(bound),
+    rule = rule_record(bound)
+    record: FusionRecord = {
+        "method": rule["method"],
+        "options": rule["options"],
+        "use": rule["use"],
         "source": bound.method.source,
         "inputs": [{"name": recorded(source, run), "sha256": digest.result()} for source, digest in hashes.items()],
         "base_model": base_model,
@@ -101,8 +111,8 @@ def fusion_record(
             "relative_error_mean": sum(errors) / len(errors),
             "relative_error_max": max(errors),
             "svd": dict(Counter(fused.svd.values())),
-            "layers": fused.compression,
+            "layers": dict(fused.compression),
         }
     if fused is not None and fused.inputs:
-        record["inputs_compressed"] = {"relative_error_max": max(fused.inputs.values()), "layers": fused.inputs}
+        record["inputs_compressed"] = {"relative_error_max": max(fused.inputs.values()), "layers": dict(fused.inputs)}
     return record

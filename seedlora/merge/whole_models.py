@@ -38,7 +38,8 @@ def fuse_models(
         run = run_around(out, sources)
         record = fusion_record(bound, None, hashes, base_model=str(base.source), run=run)
         vectors = [key for key in base.files if len(base.shape(key)) == 1]
-        record |= {"kinds": ["whole models"], "averaged": sorted({key.split(".")[-2] for key in vectors if "." in key})}
+        record["kinds"] = ["whole models"]
+        record["averaged"] = sorted({key.split(".")[-2] for key in vectors if "." in key})
         record["into_base"] = recorded(base.source, run)
         write_model_notes(folder, record, sources, run)
 

@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
+from seedlora.records.cost import BaseIdentity
 from seedlora.utils.hub import hub
 from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
 from seedlora.utils.transformers_internals import attention_implementation, hub_commit
@@ -59,7 +60,7 @@ def load_config(base_model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(resolve_base_model(base_model))
 
 
-def model_identity(base_model: str) -> dict[str, Any]:
+def model_identity(base_model: str) -> BaseIdentity:
     """Return what tells this model from another without reading its weights, as plain data.
 
     Of a folder the sha256 of ``config.json`` and the sizes of the weight files in bytes, by name: weights that differ

@@ -1,1 +1,1 @@
-"""What a run shows: tables in the terminal, results as JSON."""
+"""The report of a run: what its folder says, as data, as sentences, as figures, as a page."""

@@ -1,17 +1,18 @@
-"""What the tests say: scores, winners, domains."""
+"""Describe what the tests say: scores, comparisons, winners, sub-domains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from seedlora.names import BASE, BEST_SEED, FUSED, LOGITS, MEAN_SEED, MEANING, SOUP
-from seedlora.report.stored import Facts, read_json
-from seedlora.scores.intervals import Difference, adjust_over_tasks, holm, paired_difference, wilson
+from seedlora.names import BASE, BEST_SEED, EVALUATION_FOLDER, FUSED, LOGITS, MEAN_SEED, MEANING, SOUP
+from seedlora.records.evaluation import EVALUATION_RESULTS, TaskResults
+from seedlora.records.report import AdapterComparison, DomainRow, PairedDifference, RightSeeds, TestSet
+from seedlora.records.results import RunResults
+from seedlora.report.stored import StoredRun
+from seedlora.scores.intervals import Difference, adjust_over_tasks, holm
+from seedlora.scores.results import Results, stored_results
 from seedlora.updates.diagnostics import natural_sort_key
 
 #: How the run's own test rows are called, beside tasks that are scored by generation.
@@ -20,23 +21,30 @@ OWN_TEST = "test set"
 DEALS = 1000
 
 
-def tests_of(run: Path, seeds: Sequence[str], *, answered: bool) -> list[Facts]:
-    """Those with the outcome of each item: the run's own and, if ``answered``, the tasks scored by generation."""
-    tasks = read_json(run / "evaluation" / "results.json").get("tasks", {}) if answered else {}
-    own, *others = (
-        [test_facts(name, stored, seeds) for name, stored in part.items() if stored.get("items")]
-        for part in ({OWN_TEST: read_json(run / "results.json")}, tasks)
-    )
+def describe_tests(run: StoredRun, *, answered: bool) -> list[TestSet]:
+    """Describe the test sets that have the outcome of each item.
+
+    Args:
+        run: whose.
+        answered: whether the tasks that were scored by generation count too.
+    """
+    evaluation = EVALUATION_RESULTS.read(run.folder / EVALUATION_FOLDER) if answered else None
+    tasks = {} if evaluation is None else evaluation["tasks"]
+    own = [] if run.results is None else [describe_test(OWN_TEST, run.results, run.trained)]
+    others = [describe_test(name, task, run.trained, chance=task.get("chance")) for name, task in tasks.items()]
     # Exact matches and generated answers are two protocols, so two families of tests.
-    for family in (own, *others):
+    families = [[test for test in family if test is not None] for family in (own, others)]
+    for family in families:
         adjust_over_tasks(((row["adapter"], row["against"]), row) for test in family for row in test["comparisons"])
         for test in family:
             test["tasks"] = len(family)
-    return [*own, *(test for family in others for test in family)]
+    return [test for family in families for test in family]
 
 
-def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Facts:
-    """Scores and comparisons on one test set, from each item's outcome.
+def describe_test(
+    name: str, record: RunResults | TaskResults, seeds: Sequence[str], *, chance: float | None = None
+) -> TestSet | None:
+    """Describe one test set; ``None`` if the outcomes of its items are not stored.
 
     Two adjustments of McNemar's p-values by Holm's rule: ``p_value_holm`` over tasks, for the same two adapters, which
     is added where all tasks are at hand (:func:`seedlora.scores.intervals.adjust_over_tasks`), and
@@ -44,108 +52,129 @@ def test_facts(name: str, stored: Mapping[str, Any], seeds: Sequence[str]) -> Fa
 
     Args:
         name: of the test set.
-        stored: ``items`` by label, and the ``metric``.
+        record: what was stored of it.
         seeds: labels that are single seeds.
+        chance: the share that guessing gets right, where it is known.
     """
-    items = item_outcomes(stored)
-    seeds = [label for label in items if label in seeds]
-    merged = [label for label in items if label not in seeds and label != BASE]
-    fused = FUSED if FUSED in items else SOUP
-    chance = stored.get("chance")
-    controls = [label for label in merged if label in MEANING]
-    scores = {label: float(right.mean()) for label, right in items.items()}
-    references: dict[str, np.ndarray] = {}
-    best = max(seeds, key=scores.__getitem__, default=None)
-    if best is not None:
-        references = {MEAN_SEED: np.mean([items[seed] for seed in seeds], axis=0), BEST_SEED: items[best]}
-    if SOUP in items:
-        references[SOUP] = items[SOUP]
-    comparisons = [
-        {"adapter": label, "against": against, **difference_facts(paired_difference(items[label], reference))}
-        for label in merged
-        for against, reference in {
-            **references,
-            **({control: items[control] for control in controls} if label == fused else {}),
-        }.items()
-        # With one seed its mean is the seed itself.
-        if label != against and not (against == MEAN_SEED and len(seeds) == 1)
-    ]
-    tested = [row for row in comparisons if row["p_value"] is not None]
-    for row, p_value in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
-        row["p_value_holm_table"] = p_value
-    right_seeds = np.sum([items[seed] for seed in seeds], axis=0) if seeds else np.zeros(0)
+    results = stored_results(record, seeds)
+    if results is None:
+        return None
+    seeds = [label for label in results.items if label in seeds]
+    merged = [label for label in results.items if label not in seeds and label != BASE]
+    scores = {label: float(right.mean()) for label, right in results.outcomes.items()}
     return {
         "name": name,
-        "metric": stored.get("metric"),
-        "items_sha256": stored.get("items_sha256"),
+        "metric": record.get("metric"),
+        "items_sha256": record.get("items_sha256"),
         "chance": chance,
-        "n": len(next(iter(items.values()))),
+        "n": len(next(iter(results.items.values()))),
         "scores": [
-            {"adapter": label, "right": int(right.sum()), **asdict(wilson(right))} for label, right in items.items()
+            {"adapter": label, "right": int(results.outcomes[label].sum()), **score.to_record()}
+            for label, score in results.scores.items()
         ],
-        "mean_seed": float(np.mean([scores[seed] for seed in seeds])) if seeds else None,
-        "seed_spread": float(np.std([scores[seed] for seed in seeds], ddof=1)) if len(seeds) > 1 else None,
-        "best_seed": best,
-        "comparisons": comparisons,
-        "by_right_seeds": [
-            {
-                "right_seeds": k,
-                "items": int((right_seeds == k).sum()),
-                "right": {la: int(items[la][right_seeds == k].sum()) for la in (SOUP, LOGITS, FUSED) if la in items},
-            }
-            for k in range(len(seeds) + 1)
-            if len(seeds) > 1 and merged
-        ],
+        "mean_seed": results.mean_seed,
+        "seed_spread": results.seed_spread,
+        "best_seed": max(seeds, key=scores.__getitem__, default=None),
+        "comparisons": _compare(results, seeds, merged),
+        "by_right_seeds": _count_right_seeds(results.outcomes, seeds) if len(seeds) > 1 and merged else [],
         "domains": [
-            row for kind, values in stored.get("domains", {}).items() for row in _domains(kind, values, items, seeds)
+            row
+            for kind, values in record.get("domains", {}).items()
+            for row in _describe_domains(kind, values, results.outcomes, seeds)
         ],
+        "tasks": 1,
     }
 
 
-def _domains(kind: str, values: Sequence[str], items: Mapping[str, np.ndarray], seeds: Sequence[str]) -> list[Facts]:
-    """Scores within each sub-domain, and by how much its best seed leads the mean seed.
+def _compare(results: Results, seeds: Sequence[str], merged: Sequence[str]) -> list[AdapterComparison]:
+    """Compare merged adapters with seeds and soup, and the fused one with the controls too."""
+    fused = FUSED if FUSED in results.items else SOUP
+    controls = [label for label in merged if label in MEANING]
+    references = [*((MEAN_SEED, BEST_SEED) if seeds else ()), *([SOUP] if SOUP in results.items else [])]
+    rows: list[AdapterComparison] = []
+    for label in merged:
+        for against in dict.fromkeys([*references, *(controls if label == fused else [])]):
+            # With one seed its mean is the seed itself, and the best one too.
+            if label == against or (against == MEAN_SEED and len(seeds) == 1):
+                continue
+            other = seeds[0] if against == BEST_SEED and len(seeds) == 1 else against
+            rows.append({"adapter": label, "against": against, **pair_record(results.difference(label, other))})
+    adjust_table(rows)
+    return rows
+
+
+def adjust_table(rows: Sequence[PairedDifference]) -> None:
+    """Adjust the p-values of all rows that have one for how many there are, by Holm's rule."""
+    tested = [(row, p_value) for row in rows if (p_value := row["p_value"]) is not None]
+    for (row, _), adjusted in zip(tested, holm([p_value for _, p_value in tested]), strict=True):
+        row["p_value_holm_table"] = adjusted
+
+
+def pair_record(difference: Difference) -> PairedDifference:
+    """Return a paired difference as plain data, not adjusted yet."""
+    return {
+        "value": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "n": difference.n,
+        "p_value": difference.p_value,
+        "shown": difference.shown,
+        "p_value_holm": None,
+        "p_value_holm_table": None,
+    }
+
+
+def _count_right_seeds(items: Mapping[str, np.ndarray], seeds: Sequence[str]) -> list[RightSeeds]:
+    """Count the items by how many seeds get them right, and who else does."""
+    right_seeds = np.sum([items[seed] for seed in seeds], axis=0)
+    return [
+        {
+            "right_seeds": k,
+            "items": int((right_seeds == k).sum()),
+            "right": {la: int(items[la][right_seeds == k].sum()) for la in (SOUP, LOGITS, FUSED) if la in items},
+        }
+        for k in range(len(seeds) + 1)
+    ]
+
+
+def _describe_domains(
+    kind: str, values: Sequence[str], items: Mapping[str, np.ndarray], seeds: Sequence[str]
+) -> Iterator[DomainRow]:
+    """Score each sub-domain apart, and measure by how much its best seed leads the mean seed.
 
     By chance, one seed leads too: the outcomes of each item are dealt to the seeds anew, :data:`DEALS` times, and
     ``lead_by_chance`` is the mean lead then, ``p_value`` the share of deals (with the true one) that lead as far.
     """
-    found, rng = [], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for value in sorted(set(values), key=natural_sort_key):
         where = np.array([other == value for other in values])
-        row: Facts = {
+        scores = {label: float(right[where].mean()) for label, right in items.items()}
+        row: DomainRow = {
             "domain": f"{kind} {value}",
             "items": int(where.sum()),
-            "scores": {label: float(right[where].mean()) for label, right in items.items()},
+            "scores": scores,
             "winners": _winners({label: int(right[where].sum()) for label, right in items.items()}),
-            **dict.fromkeys(("best_seed", "lead", "lead_by_chance", "p_value")),
+            "best_seed": None,
+            "lead": None,
+            "lead_by_chance": None,
+            "p_value": None,
         }
         if len(seeds) > 1:
             right_IN = np.stack([items[seed][where] for seed in seeds], axis=1)
-            leads = [_lead(rng.permuted(right_IN, axis=1)) for _ in range(DEALS)]
-            row["best_seed"] = max(seeds, key=row["scores"].__getitem__)
-            row["lead"], row["lead_by_chance"] = _lead(right_IN), float(np.mean(leads))
-            row["p_value"] = (1 + sum(lead >= row["lead"] - 1e-12 for lead in leads)) / (1 + DEALS)
-        found.append(row)
-    return found
+            lead, leads = _lead(right_IN), [_lead(rng.permuted(right_IN, axis=1)) for _ in range(DEALS)]
+            row["best_seed"] = max(seeds, key=scores.__getitem__)
+            row["lead"], row["lead_by_chance"] = lead, float(np.mean(leads))
+            row["p_value"] = (1 + sum(other >= lead - 1e-12 for other in leads)) / (1 + DEALS)
+        yield row
 
 
 def _winners(right: Mapping[str, int]) -> list[str]:
-    """All that get most items right; none where nobody gets any."""
+    """Return all that get most items right; none where nobody gets any."""
     most = max(right.values())
     return [label for label, count in right.items() if count == most > 0]
 
 
 def _lead(right_IN: np.ndarray) -> float:
-    """Score of the best seed minus that of the mean seed."""
+    """Return the score of the best seed minus that of the mean seed."""
     scores = right_IN.mean(0)
     return float(scores.max() - scores.mean())
-
-
-def item_outcomes(stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """By label whether each item is right; nothing if that is not stored."""
-    digits = stored.get("items", {})
-    return {label: np.array([digit == "1" for digit in digits[label]]) for label in digits}
-
-
-def difference_facts(difference: Difference) -> Facts:
-    """Return a paired difference as plain data."""
-    return {**asdict(difference), "shown": difference.shown, "p_value_holm": None, "p_value_holm_table": None}

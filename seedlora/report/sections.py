@@ -1,166 +1,91 @@
-"""The sections of the report."""
+"""The sections of a report, in order; and the tables of a comparison of several runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from markupsafe import Markup
-
-from seedlora.names import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, MEANING
+from seedlora.names import GAIN_SEED, GAIN_SOUP, GREEDY
+from seedlora.records.cost import BaseIdentity, PlanRecord
+from seedlora.records.report import ModuleRow, Report, RunComparison, RunRow, Share, WeightRecord
+from seedlora.records.results import SampleLosses
+from seedlora.records.selection import CandidateRecord, Controls, LossDifference, Selection, SubsetRecord
+from seedlora.records.training import TrainedRow
 from seedlora.report.figures import figures
-from seedlora.report.stored import Facts
+from seedlora.report.parts import (
+    Drawings,
+    Section,
+    Table,
+    amount_text,
+    count_text,
+    make_table,
+    number_text,
+    percent_text,
+    points_text,
+)
+from seedlora.report.score_sections import cost_and_score, sections_of_tests
+from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are shown; the first column names the row, the others hold numbers."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure with what to look at."""
-
-    svg: Markup
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; empty parts are left out."""
-
-    title: str
-    lines: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
-    items: Sequence[str] = ()
-    code: str | None = None
-
-
-def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per run."""
-    return Table(
-        ["run", "method", "seeds", "n", "mean seed", "spread", "fused", "against mean seed", "cosine"],
-        [
-            [
-                row["run"],
-                row["method"] or "",
-                str(row["seeds"]),
-                _count(row["n"]),
-                _percent(row["mean_seed"]),
-                _percent(row["seed_spread"]),
-                _percent(row["fused"] and row["fused"]["value"]),
-                _interval(row["against_mean_seed"]),
-                _number(row["mean_cosine"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def paired_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Fused adapters of two runs on the same items."""
-    return Table(
-        ["fused adapter of", "against that of", "difference", "p", "Holm (table)"],
-        [
-            [
-                row["run"],
-                row["against"],
-                _interval(row),
-                _number(row["p_value"]),
-                _number(row["p_value_holm_table"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def sections(found: Facts) -> list[Section]:
-    """Return the sections of the report, in order."""
-    drawn = {name: Markup(svg) for name, svg in figures(found).items()}  # noqa: S704 - drawn by us, text escaped
-    picture = lambda name, caption: [Picture(drawn[name], caption)] if name in drawn else []  # noqa: E731
-    against = "Difference of each method and control from the mean seed, paired by item, with its interval."
+def sections(report: Report) -> list[Section]:
+    """Return the sections of a report, in order; some may be empty."""
+    drawings = Drawings(figures(report))
     return [
-        _advice(found),
-        *(
-            section
-            for i, test in enumerate(found["tests"])
-            for section in (
-                _scores(
-                    found,
-                    test,
-                    [
-                        *picture(f"scores-{i}", "Score of each adapter with its interval."),
-                        *picture(f"methods-{i}", against),
-                    ],
-                ),
-                _domains(test, picture(f"domains-{i}", _domains_caption(test))),
-            )
-        ),
-        *_selection(found, picture),
-        _equal_budget(found, picture),
-        _training(found, picture),
-        *_weights(found, picture),
-        _cost(found),
-        Section("What was left out", items=found["left_out"]),
-        Section("What is missing", items=found["missing"]),
-        Section("What else can be compared", items=found["more"]),
-        *_reproduce(found),
+        _advice(report),
+        *sections_of_tests(report, drawings),
+        *([] if report["selection"] is None else _selection(report["selection"], report["trained"], drawings)),
+        cost_and_score(report, drawings),
+        _training(report, drawings),
+        *([] if report["weights"] is None else _weights(report["weights"], report, drawings)),
+        _cost(report),
+        Section("What was left out", items=report["left_out"]),
+        Section("What is missing", items=report["missing"]),
+        Section("What else can be compared", items=report["more"]),
+        *_reproduction(report),
     ]
 
 
-def _advice(found: Facts) -> Section:
-    lines = list(found["advice"]["sentences"])
-    if (better := found["advice"]["better"]) is not None:
+def runs_table(rows: Sequence[RunRow]) -> Table:
+    """Show several runs, one row each."""
+    return make_table(
+        {
+            "run": lambda row: row["run"],
+            "method": lambda row: row["method"] or "",
+            "seeds": lambda row: str(row["seeds"]),
+            "n": lambda row: count_text(row["n"]),
+            "mean seed": lambda row: percent_text(row["mean_seed"]),
+            "spread": lambda row: percent_text(row["seed_spread"]),
+            "fused": lambda row: percent_text(None if row["fused"] is None else row["fused"]["value"]),
+            "against mean seed": lambda row: points_text(row["against_mean_seed"]),
+            "cosine": lambda row: number_text(row["mean_cosine"]),
+        },
+        rows,
+    )
+
+
+def paired_table(rows: Sequence[RunComparison]) -> Table:
+    """Show the fused adapters of two runs on the same items, one row for each pair."""
+    return make_table(
+        {
+            "fused adapter of": lambda row: row["run"],
+            "against that of": lambda row: row["against"],
+            "difference": points_text,
+            "p": lambda row: number_text(row["p_value"]),
+            "Holm (table)": lambda row: number_text(row["p_value_holm_table"]),
+        },
+        rows,
+    )
+
+
+def _advice(report: Report) -> Section:
+    lines = list(report["advice"]["sentences"])
+    if (better := report["advice"]["better"]) is not None:
         lines.append(f"The better adapter is in {better}, beside fused.")
     return Section("Which adapter to use", lines)
 
 
-def _domains_caption(test: Facts) -> str:
-    chance = "" if test["chance"] is None else f" The line in the scale is chance, {_percent(test['chance'])}."
-    return f"Right items by sub-domain; in brackets all that get most.{chance}"
-
-
-def _domains(test: Facts, pictures: Sequence[Picture]) -> Section:
-    rows = test["domains"]
-    if not rows:
-        return Section("")
-    several = rows[0]["best_seed"] is not None
-    lines = ["One item counts once under each property that the data names."]
-    if several:
-        lines.append(
-            "The lead is the best seed's score minus the mean seed's, in points; by chance is the mean lead when each "
-            "item's outcomes are dealt to the seeds anew, p the share of deals that lead as far. No adjustment is made "
-            "for the number of rows."
-        )
-    table = Table(
-        ["sub-domain", "items", "best seed", "lead", "by chance", "p"],
-        [
-            [
-                row["domain"],
-                f"{row['items']:,}",
-                row["best_seed"],
-                _percent(row["lead"]),
-                _percent(row["lead_by_chance"]),
-                _number(row["p_value"]),
-            ]
-            for row in rows
-        ],
-    )
-    return Section(f"Who is right where: {test['name']}", lines, [table] if several else [], pictures)
-
-
-def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list[Section]:
-    """What the validation rows decided, and what they say of the outcome."""
-    selection = found["selection"]
-    if selection is None:
-        return []
+def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings) -> list[Section]:
+    """Show what the validation rows decided, and what they say of the outcome."""
     by = {"loss": "the lowest loss", "match": "most exact matches"}[selection["by"]]
     lines = [
         f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at.",
@@ -173,167 +98,74 @@ def _selection(found: Facts, picture: Callable[[str, str], list[Picture]]) -> li
             "rows flatter it."
         )
     for label, row in selection["against"].items():
-        judged = "no difference shown" if not row["shown"] else "lower" if row["value"] < 0 else "higher"
         name = f"{label}, the best seed of these rows" if label == selection["best_seed"] else label
-        interval = f"{found['confidence_percent']} % interval {row['low']:+.4f} to {row['high']:+.4f}, rows resampled"
-        lines.append(f"Loss of the fused adapter minus that of {name}: {row['value']:+.4f} ({interval}), {judged}.")
-    rules = lambda rows: [[row["name"], f"{row['loss']:.4f}", _percent(row["match"])] for row in rows]  # noqa: E731
-    scores = [[label, f"{row['loss']:.4f}", _percent(row["match"])] for label, row in selection["scores"].items()]
+        lines.append(_say_loss_difference(name, row))
+    lines += _say_controls(selection["controls"], trained)
+    scores = [[label, f"{row['loss']:.4f}", percent_text(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]
-    controls = selection["controls"]
-    if GAIN_SEED in controls:
-        lines.append(f"{GAIN_SEED} is {controls[GAIN_SEED]['seed']}, the best seed of these rows.")
-    if GREEDY in controls:
-        members = ", ".join(found["trained"][i] for i in controls[GREEDY]["members"])
-        lines.append(f"{GREEDY} is the soup of {members}.")
-    if (best := controls.get(GAIN_SOUP, {}).get("name")) is not None:
-        lines.append(f"{GAIN_SOUP} is {best}, the best of those in its table.")
     if selection["candidates"]:
-        tables.append(Table(["rule", "loss", "match"], rules(selection["candidates"])))
-    if (control := selection["controls"].get(GAIN_SOUP)) is not None:
-        tables.append(Table([f"tried for {GAIN_SOUP}", "loss", "match"], rules(control["candidates"])))
-    subsets = (
-        Section(
-            "How many seeds",
-            [
-                "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they "
-                "are many."
-            ],
-            [
-                Table(
-                    ["seeds", *(f"{label}, loss" for label in selection["subsets"][0]["loss"])],
-                    [
-                        [", ".join(row["seeds"]), *(f"{loss:.4f}" for loss in row["loss"].values())]
-                        for row in selection["subsets"]
-                    ],
-                )
-            ],
-            picture("subsets", "Validation loss by the number of seeds fused; lines join the means."),
-        )
-        if selection["subsets"]
-        else Section("")
-    )
+        tables.append(_rules_table("rule", selection["candidates"]))
+    if GAIN_SOUP in selection["controls"]:
+        tables.append(_rules_table(f"tried for {GAIN_SOUP}", selection["controls"][GAIN_SOUP]["candidates"]))
     pictures = [
-        *picture("gain-curve", "Validation loss over the gain on the mean update."),
-        *picture("candidates", "Validation loss of the rules that were tried; what was chosen in the text's colour."),
+        *drawings.picture("gain-curve", "Validation loss over the gain on the mean update."),
+        *drawings.picture(
+            "candidates", "Validation loss of the rules that were tried; what was chosen in the text's colour."
+        ),
     ]
+    subsets = _subsets(selection["subsets"], drawings) if selection["subsets"] else Section("")
     return [Section("On the validation rows", lines, tables, pictures), subsets]
 
 
-def _equal_budget(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Section:
-    rows = found["adapters"]
-    sample = found["train_sample"]
-    over = "the training loss, mean of the last tenth of the steps"
-    if sample is not None:
-        over = f"the loss on {sample['rows']:,} training rows, the same for all; intervals of both"
-    pictures = [
-        *picture(
-            "budget",
-            "Score over the tokens that went into an adapter; soup and the fused one have those of all seeds. Those "
-            "with the same tokens stand side by side.",
-        ),
-        *picture("loss-score", f"Score over {over}."),
-    ]
-    if not pictures:
-        return Section("")
-    header = ["adapter", "score", "loss on training rows", "loss of the last steps", "tokens"]
-    cells = [
-        [
-            row["adapter"],
-            _percent(row["value"]),
-            _loss_interval(row["sample_loss"]),
-            "" if row["train_loss"] is None else f"{row['train_loss']:.3f}",
-            _count(row["tokens"]),
-        ]
-        for row in rows
-    ]
-    lines = [
-        "Losses are in nats per token. That of the last steps is the mean over the last tenth of an adapter's "
-        "training, each step on its own rows."
-    ]
-    if sample is None:
-        header, cells = [*header[:2], *header[3:]], [[*row[:2], *row[3:]] for row in cells]
-    else:
-        lines.append(
-            f"After the test all were scored on the same {sample['rows']:,} rows ({sample['tokens']:,} tokens), drawn "
-            "from the training rows: some of them may be rows that an adapter did not get to. Intervals are of "
-            f"{found['confidence_percent']} %, resampled over rows. All adapters share the rows, so a difference "
-            "between two of them is surer than their intervals."
-        )
-    return Section("Cost, loss and score", lines, [Table(header, cells)], pictures)
+def _say_loss_difference(name: str, row: LossDifference) -> str:
+    """Say what a difference between validation losses shows."""
+    interval = f"{interval_text(row['low'], row['high'], LOSS_CHANGE)}, rows resampled"
+    judged = judge(row["value"], shown=row["shown"], called=LOSSES)
+    return f"Loss of the fused adapter minus that of {name}: {LOSS_CHANGE(row['value'])} ({interval}), {judged}."
 
 
-def _scores(found: Facts, test: Facts, pictures: Sequence[Picture]) -> Section:
-    percent = found["confidence_percent"]
-    lines = [f"Scored: {test['metric']}; n = {test['n']:,}. Scores are in percent, with {percent} % Wilson intervals."]
-    if test["seed_spread"] is not None:
-        spread = f"standard deviation of the seeds {_percent(test['seed_spread'])} points"
-        lines[0] += f" Mean seed {_percent(test['mean_seed'])}, {spread}."
-    scored = {row["adapter"] for row in test["scores"]}
-    scores = Table(
-        ["adapter", "right", "score", "interval"],
-        [
-            [
-                row["adapter"],
-                f"{row['right']:,}",
-                _percent(row["value"]),
-                f"{_percent(row['low'])} to {_percent(row['high'])}",
-            ]
-            for row in test["scores"]
-        ],
+def _say_controls(controls: Controls, trained: Sequence[str]) -> list[str]:
+    """Say what each control that was tuned is."""
+    lines = []
+    if GAIN_SEED in controls:
+        lines.append(f"{GAIN_SEED} is {controls[GAIN_SEED]['seed']}, the best seed of these rows.")
+    if GREEDY in controls:
+        members = ", ".join(trained[i] for i in controls[GREEDY]["members"])
+        lines.append(f"{GREEDY} is the soup of {members}.")
+    if GAIN_SOUP in controls:
+        lines.append(f"{GAIN_SOUP} is {controls[GAIN_SOUP]['name']}, the best of those in its table.")
+    return lines
+
+
+def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
+    return make_table(
+        {
+            first: lambda row: row["name"],
+            "loss": lambda row: f"{row['loss']:.4f}",
+            "match": lambda row: percent_text(row["match"]),
+        },
+        rows,
     )
-    tables = [scores]
-    if controls := [[label, meaning] for label, meaning in MEANING.items() if label in scored]:
-        tables.append(Table(["control", "what it is"], controls, words=True))
-    if test["comparisons"]:
-        over_tasks = test["tasks"] > 1
-        lines.append(
-            "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test"
-            + (f", Holm the same adjusted over the {test['tasks']} tasks" if over_tasks else "")
-            + ", Holm (table) the same adjusted for all tests of this table. What is shown is said by the interval "
-            "alone, without adjustment: of many rows, some would show a difference by chance. The mean seed is not "
-            f"right or wrong on an item, so it has no such test. The best seed, {test['best_seed']}, was picked by "
-            "this test set, which flatters it."
-        )
-        tables.append(
-            Table(
-                ["adapter", "against", "difference", "shown", "p", *(["Holm"] if over_tasks else []), "Holm (table)"],
-                [
-                    [
-                        row["adapter"],
-                        row["against"],
-                        _interval(row),
-                        "nothing" if not row["shown"] else "better" if row["value"] > 0 else "worse",
-                        _number(row["p_value"]),
-                        *([_number(row["p_value_holm"])] if over_tasks else []),
-                        _number(row["p_value_holm_table"]),
-                    ]
-                    # The fused adapter first; the others as they were scored.
-                    for row in sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED)
-                ],
-            )
-        )
-    if test["by_right_seeds"]:
-        labels = list(test["by_right_seeds"][0]["right"])
-        lines.append("The last table sorts the items by how many seeds get them right, and counts who else does.")
-        tables.append(
-            Table(
-                ["seeds right", "items", *(f"{label} right" for label in labels)],
-                [
-                    [str(row["right_seeds"]), f"{row['items']:,}", *(f"{row['right'][label]:,}" for label in labels)]
-                    for row in test["by_right_seeds"]
-                ],
-            )
-        )
-    return Section(f"Scores: {test['name']}", lines, tables, pictures)
 
 
-def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Section:
-    training = found["training"]
+def _subsets(rows: Sequence[SubsetRecord], drawings: Drawings) -> Section:
+    """Show losses by the seeds that are fused."""
+    line = (
+        "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they are many."
+    )
+    header = ["seeds", *(f"{label}, loss" for label in rows[0]["loss"])]
+    cells = [[", ".join(row["seeds"]), *(f"{loss:.4f}" for loss in row["loss"].values())] for row in rows]
+    caption = "Validation loss by the number of seeds fused; lines join the means."
+    return Section("How many seeds", [line], [Table(header, cells)], drawings.picture("subsets", caption))
+
+
+def _training(report: Report, drawings: Drawings) -> Section:
+    """Show the losses over the training."""
+    training = report["training"]
     stretch = training["steps_per_point"]
     averaged = "" if stretch == 1 else f" Each point is the mean of {stretch} steps."
     rows = [
-        [label, f"{end['step']:,}", f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
+        [label, count_text(end["step"]), f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
     lines = ["Losses are in nats per token."] if training["train"] or rows else []
@@ -344,179 +176,152 @@ def _training(found: Facts, picture: Callable[[str, str], list[Picture]]) -> Sec
         lines,
         tables=[Table(["adapter", "last step", "validation loss", "lowest"], rows)] if rows else [],
         pictures=[
-            *picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
-            *picture("validation", "Validation loss of each adapter, and of the seeds fused as they were then."),
-        ],
-    )
-
-
-def _weights(found: Facts, picture: Callable[[str, str], list[Picture]]) -> list[Section]:
-    weights = found["weights"]
-    if weights is None:
-        return []
-    seeds, several = found["trained"], len(found["trained"]) > 1
-    merged = found["merged"]
-    cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
-    ranks = weights["spectra"]["effective_rank"]
-    counted = weights["distributions"]
-    header = ["module", "layers", "cosine", "gain", "effective rank", "fused"]
-    modules = Table(
-        header if merged else [name for name in header if name not in ("gain", "fused")],
-        [
-            [
-                row["module"],
-                str(row["layers"]),
-                _number(row["mean_cosine"]),
-                *([_number(row["applied_gain"])] if merged else []),
-                _number(row["effective_rank"]),
-                *([_number(row["merged_effective_rank"])] if merged else []),
-            ]
-            for row in weights["modules"]
-        ],
-    )
-    return [
-        Section(
-            "How alike the seeds are",
-            ["Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."]
-            if several
-            else [],
-            [Table(["cosine", *seeds], cosines)] if several else [],
-            [
-                *picture("pairs", "Cosine of every pair of seeds."),
-                *picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
-            ],
-        ),
-        Section(
-            "Weights",
-            [
-                "Means over the layers of each module type. The effective rank is the exponential of the entropy of "
-                "the singular values."
-                + (" The gain is the norm of the fused update over that of the seeds' mean." if merged else ""),
-                f"Below, each adapter's effective rank in {weights['spectra']['path']}, the layer in the middle, and "
-                f"the standard deviation of its entries in {', '.join(counted['layers'])}.",
-            ],
-            [
-                modules,
-                Table(
-                    ["adapter", "effective rank", "standard deviation"],
-                    [
-                        [label, _number(ranks.get(label)), _number(std)]
-                        for label, std in weights["distributions"]["std"].items()
-                    ],
-                ),
-            ],
-            [
-                *picture("spectra", f"Singular values in {weights['spectra']['path']}, the layer in the middle."),
-                *picture(
-                    "distributions", f"All {counted['entries']:,} entries of each update in the layers named above."
-                ),
-                *picture("gains", "Gain of the fusion in every layer."),
-            ],
-        ),
-    ]
-
-
-def _cost(found: Facts) -> Section:
-    plan, rows = found["cost"], []
-    if plan is not None:
-        rows = [
-            ["budget", plan["budget"]],
-            ["steps of each seed", f"{plan['steps']:,}"],
-            ["rows in a step of each seed", f"{plan['batch']:,}"],
-            ["seeds", str(len(plan["seeds"]))],
-            ["passes", str(plan["passes"])],
-            ["parameters of the frozen base", f"{plan['base_parameters']:,}"],
-        ]
-    if (sample := found["train_sample"]) is not None:
-        rows.append(["training rows scored after the test", f"{sample['rows']:,}"])
-        rows.append(["by so many adapters", str(len(sample["losses"]))])
-    phases = list(dict.fromkeys(phase for took in found["took"].values() for phase in took))
-    took = [
-        [label, *(f"{times[phase]:,.1f}" if phase in times else "" for phase in phases)]
-        for label, times in found["took"].items()
-    ]
-    shares = [[row["what"], _known(row["all"]), _known(row["one"])] for row in found["shares"]]
-    trained = [
-        [label, f"{row['steps']:,}", _known(row.get("tokens")), _known(row.get("scored")), _count(row["kept_step"])]
-        for label, row in found["trained_on"].items()
-    ]
-    header = ["adapter", "steps", "tokens seen", "of these scored", "step kept"]
-    kept = any(row[-1] for row in trained)
-    return Section(
-        "Cost",
-        tables=[
-            *([Table(["what", "how much"], rows)] if rows else []),
-            *([Table(["wall time, seconds", *phases], took)] if took else []),
-            *([Table(["what", "all seeds", "one seed"], shares)] if shares else []),
-            *(
-                [Table(header if kept else header[:-1], trained if kept else [row[:-1] for row in trained])]
-                if trained
-                else []
+            *drawings.picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
+            *drawings.picture(
+                "validation", "Validation loss of each adapter, and of the seeds fused as they were then."
             ),
         ],
     )
 
 
-def _known(value: float | None) -> str:
-    return "not known" if value is None else _amount(value)
+def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[Section]:
+    """Show how alike the seeds are, and what their weights look like."""
+    seeds = report["trained"]
+    cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
+    line = "Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."
+    several = len(seeds) > 1
+    alike = Section(
+        "How alike the seeds are",
+        [line] if several else [],
+        [Table(["cosine", *seeds], cosines)] if several else [],
+        [
+            *drawings.picture("pairs", "Cosine of every pair of seeds."),
+            *drawings.picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
+        ],
+    )
+    merged = report["merged"] is not None
+    spectra, counted = weights["spectra"], weights["distributions"]
+    gain = " The gain is the norm of the fused update over that of the seeds' mean." if merged else ""
+    lines = [
+        "Means over the layers of each module type. The effective rank is the exponential of the entropy of the "
+        f"singular values.{gain}",
+        f"Below, each adapter's effective rank in {spectra['path']}, the layer in the middle, and the standard "
+        f"deviation of its entries in {', '.join(counted['layers'])}.",
+    ]
+    middle = [
+        [label, number_text(spectra["effective_rank"].get(label)), number_text(std)]
+        for label, std in counted["std"].items()
+    ]
+    pictures = [
+        *drawings.picture("spectra", f"Singular values in {spectra['path']}, the layer in the middle."),
+        *drawings.picture(
+            "distributions", f"All {counted['entries']:,} entries of each update in the layers named above."
+        ),
+        *drawings.picture("gains", "Gain of the fusion in every layer."),
+    ]
+    tables = [
+        _modules_table(weights["modules"], merged=merged),
+        Table(["adapter", "effective rank", "standard deviation"], middle),
+    ]
+    return [alike, Section("Weights", lines, tables, pictures)]
 
 
-def _reproduce(found: Facts) -> list[Section]:
-    record = found["reproduce"]
-    option = ", ".join(f"{key}={value}" for key, value in record["options"].items())
-    lines = [] if found["method"] is None else [f"Merge method: {found['method']}{f' ({option})' if option else ''}."]
-    versions, hashes, settings = record["versions"], record["sha256"], record["settings"]
+def _modules_table(rows: Sequence[ModuleRow], *, merged: bool) -> Table:
+    """Show the means over the layers of each module type; of the fused adapter, if there is one."""
+    columns: dict[str, Callable[[ModuleRow], str]] = {
+        "module": lambda row: row["module"],
+        "layers": lambda row: str(row["layers"]),
+        "cosine": lambda row: number_text(row["mean_cosine"]),
+    }
+    if merged:
+        columns["gain"] = lambda row: number_text(row["applied_gain"])
+    columns["effective rank"] = lambda row: number_text(row["effective_rank"])
+    if merged:
+        columns["fused"] = lambda row: number_text(row["merged_effective_rank"])
+    return make_table(columns, rows)
+
+
+def _cost(report: Report) -> Section:
+    """Show the plan, the times, what the ensemble takes beside one seed, and how long each adapter was trained."""
+    shares: Mapping[str, Callable[[Share], str]] = {
+        "what": lambda row: row["what"],
+        "all seeds": lambda row: amount_text(row["all"]),
+        "one seed": lambda row: amount_text(row["one"]),
+    }
+    amounts = _amounts(report["cost"], report["train_sample"])
+    tables = [
+        Table(["what", "how much"], amounts) if amounts else None,
+        _times_table(report["took"]) if report["took"] else None,
+        make_table(shares, report["shares"]) if report["shares"] else None,
+        _trained_table(report["trained_on"]) if report["trained_on"] else None,
+    ]
+    return Section("Cost", tables=[table for table in tables if table is not None])
+
+
+def _amounts(plan: PlanRecord | None, sample: SampleLosses | None) -> list[list[str]]:
+    """Return the cells of the plan, and of what was scored beside the test."""
+    rows = []
+    if plan is not None:
+        rows += [
+            ["budget", plan["budget"]],
+            ["steps of each seed", count_text(plan["steps"])],
+            ["rows in a step of each seed", count_text(plan["batch"])],
+            ["seeds", str(len(plan["seeds"]))],
+            ["passes", str(plan["passes"])],
+            ["parameters of the frozen base", count_text(plan["base_parameters"])],
+        ]
+    if sample is not None:
+        rows.append(["training rows scored after the test", count_text(sample["rows"])])
+        rows.append(["by so many adapters", str(len(sample["losses"]))])
+    return rows
+
+
+def _times_table(took: Mapping[str, Mapping[str, float]]) -> Table:
+    """Show seconds by phase."""
+    phases = list(dict.fromkeys(phase for times in took.values() for phase in times))
+    cells = [
+        [label, *(f"{times[phase]:,.1f}" if phase in times else "" for phase in phases)]
+        for label, times in took.items()
+    ]
+    return Table(["wall time, seconds", *phases], cells)
+
+
+def _trained_table(rows: Mapping[str, TrainedRow]) -> Table:
+    """Show how long each adapter was trained; the step that was kept, where one was."""
+    columns: dict[str, Callable[[tuple[str, TrainedRow]], str]] = {
+        "adapter": lambda row: row[0],
+        "steps": lambda row: count_text(row[1]["steps"]),
+        "tokens seen": lambda row: amount_text(row[1].get("tokens")),
+        "of these scored": lambda row: amount_text(row[1].get("scored")),
+    }
+    if any(row["kept_step"] is not None for row in rows.values()):
+        columns["step kept"] = lambda row: count_text(row[1]["kept_step"])
+    return make_table(columns, rows.items())
+
+
+def _reproduction(report: Report) -> list[Section]:
+    """Show what it takes to make the run again."""
+    record = report["reproduce"]
+    lines = []
+    if report["method"] is not None:
+        option = ", ".join(f"{key}={value}" for key, value in record["options"].items())
+        lines.append(f"Merge method: {report['method']}{f' ({option})' if option else ''}.")
+    tables = [
+        (["library", "version"], list(record["versions"].items())),
+        (["base model", "what tells it from another"], _identity(record["base"]) if record["base"] else []),
+        (["adapter", "sha256 of the weights"], list(record["sha256"].items())),
+    ]
+    settings = [(key, json.dumps(value)) for key, value in record["settings"].items()]
     return [
         Section("How to reproduce", lines, code=record["command"]),
-        Section(
-            "Versions and hashes",
-            tables=[
-                *([Table(["library", "version"], list(versions.items()), words=True)] if versions else []),
-                *(
-                    [Table(["base model", "what tells it from another"], _base(record["base"]), words=True)]
-                    if record["base"]
-                    else []
-                ),
-                *([Table(["adapter", "sha256 of the weights"], list(hashes.items()), words=True)] if hashes else []),
-            ],
-        ),
-        Section(
-            "Settings",
-            tables=[Table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()], words=True)],
-        ),
+        Section("Versions and hashes", tables=[Table(header, rows, words=True) for header, rows in tables if rows]),
+        Section("Settings", tables=[Table(["setting", "value"], settings, words=True)]),
     ]
 
 
-def _base(record: Mapping[str, Any]) -> list[list[str]]:
-    if "revision" in record:
-        return [["commit on the hub", str(record["revision"])]]
-    files = [[name, f"{size:,} bytes"] for name, size in record["bytes"].items()]
-    return [["config.json", f"sha256 {record['config_sha256']}"], *files]
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _amount(value: float | None) -> str:
-    if value is None or isinstance(value, int):
-        return _count(value)
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _loss_interval(row: Mapping[str, Any] | None) -> str:
-    return "" if row is None else f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-
-def _interval(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+def _identity(base: BaseIdentity) -> list[tuple[str, str]]:
+    """Return the cells of what tells the base model from another."""
+    if "revision" in base:
+        return [("commit on the hub", str(base["revision"]))]
+    files = [(name, f"{size:,} bytes") for name, size in base["bytes"].items()]
+    return [("config.json", f"sha256 {base['config_sha256']}"), *files]

@@ -3,90 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from seedlora.names import MEAN_SEED
-from seedlora.report.outcomes import OWN_TEST, difference_facts, item_outcomes
-from seedlora.report.sentences import points
-from seedlora.report.stored import Facts, read_json
-from seedlora.scores.intervals import holm, paired_difference
+from seedlora.records.report import ComparisonReport, Report, RunComparison, RunRow
+from seedlora.records.results import RESULTS
+from seedlora.report.outcomes import OWN_TEST, adjust_table, pair_record
+from seedlora.scores.intervals import paired_difference
+from seedlora.scores.results import item_outcomes
+from seedlora.scores.wording import difference_in_points, judge
 
 
-def comparison(runs: Sequence[Facts], items: Sequence[Mapping[str, np.ndarray]]) -> Facts:
-    """Several runs side by side; those whose first test set has the same items are compared item by item.
+@dataclass(frozen=True)
+class ComparedRun:
+    """Hold one of several runs.
 
     Args:
-        runs: facts of each.
-        items: of each run's first test set, by label whether each item was right.
+        report: all that is known of it.
+        items: of its own test set, by label whether each item is right.
     """
-    rows = [_run_row(run) for run in runs]
-    paired: list[Facts] = []
+
+    report: Report
+    items: Mapping[str, np.ndarray]
+
+
+def compare_runs(runs: Sequence[ComparedRun]) -> ComparisonReport:
+    """Put several runs side by side; those whose own test set has the same items are compared item by item."""
+    reports = [run.report for run in runs]
+    rows = [_run_row(report) for report in reports]
+    paired: list[RunComparison] = []
     apart: list[str] = []
-    for i, row in enumerate(rows):
-        first = next((j for j in range(i) if row["items_sha256"] and rows[j]["items_sha256"] == row["items_sha256"]), i)
-        labels = [runs[j]["merged"] for j in (i, first)]
-        if first == i or any(label not in items[j] for label, j in zip(labels, (i, first), strict=True)):
-            if i and row["n"]:
-                apart.append(row["run"])
-            continue
-        difference = paired_difference(items[i][labels[0]], items[first][labels[1]])
-        paired.append({"run": row["run"], "against": rows[first]["run"], **difference_facts(difference)})
-    for row, p_value in zip(paired, holm([row["p_value"] for row in paired]), strict=True):
-        row["p_value_holm_table"] = p_value
+    for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+        same = (j for j in range(i) if row["items_sha256"] and rows[j]["items_sha256"] == row["items_sha256"])
+        first = next(same, None)
+        a = run.items.get(run.report["merged"] or "")
+        b = None if first is None else runs[first].items.get(runs[first].report["merged"] or "")
+        if first is not None and a is not None and b is not None:
+            pair = pair_record(paired_difference(a, b))
+            paired.append({"run": row["run"], "against": rows[first]["run"], **pair})
+        elif i and row["n"]:
+            apart.append(row["run"])
+    adjust_table(paired)
     return {
         "runs": rows,
-        "verdict": " ".join(_compared(row, runs[0]["confidence_percent"]) for row in paired)
-        or "No two of these runs were tested on the same items.",
+        "verdict": " ".join(map(_verdict_of_pair, paired)) or "No two of these runs were tested on the same items.",
         "paired": paired,
-        "confidence_percent": runs[0]["confidence_percent"],
+        "confidence_percent": reports[0]["confidence_percent"],
         "missing": [
             *(
                 f"{name} was not tested on the items of a run before it, so far as is stored: its scores stand apart."
                 for name in apart
             ),
-            *(f"{run['run']}: {sentence}" for run in runs for sentence in run["missing"]),
+            *(f"{report['run']}: {sentence}" for report in reports for sentence in report["missing"]),
         ],
     }
 
 
-def _compared(row: Mapping[str, Any], percent: int) -> str:
-    judged = "no difference" if not row["shown"] else "better" if row["value"] > 0 else "worse"
+def read_items(folder: str | Path) -> dict[str, np.ndarray]:
+    """Return the outcomes of a run's own test set by label; empty without them."""
+    results = RESULTS.read(Path(folder))
+    return {} if results is None else item_outcomes(results.get("items", {}))
+
+
+def _verdict_of_pair(row: RunComparison) -> str:
     return (
         f"{row['run']} against {row['against']}, fused adapters on the same {row['n']:,} items: "
-        f"{judged}{'' if row['shown'] else ' shown'}, {points(row, percent)}."
+        f"{judge(row['value'], shown=row['shown'])}, {difference_in_points(row['value'], row['low'], row['high'])}."
     )
 
 
-def first_items(run: str | Path) -> dict[str, np.ndarray]:
-    """The outcomes of a run's own test set by label; empty without them."""
-    return item_outcomes(read_json(Path(run) / "results.json"))
-
-
-def _run_row(run: Facts) -> Facts:
-    test = next((test for test in run["tests"] if test["name"] == OWN_TEST), None)
-    label = run["merged"]
-    score = next((row for row in test["scores"] if row["adapter"] == label), None) if test else None
-    versus = (
-        next((r for r in test["comparisons"] if r["adapter"] == label and r["against"] == MEAN_SEED), None)
-        if test
-        else None
-    )
-    weights = run["weights"]
-    cosines = np.array(weights["cosines"] if weights else [])
-    pairs = cosines[np.tril_indices(len(cosines), -1)] if len(cosines) > 1 else np.zeros(0)
+def _run_row(report: Report) -> RunRow:
+    test = next((test for test in report["tests"] if test["name"] == OWN_TEST), None)
+    label = report["merged"]
+    scores = [] if test is None else [row for row in test["scores"] if row["adapter"] == label]
+    comparisons = [] if test is None else [row for row in test["comparisons"] if row["adapter"] == label]
     return {
-        "run": run["run"],
-        "method": run["method"],
-        "seeds": len(run["trained"]),
-        "n": test and test["n"],
-        "items_sha256": test and test["items_sha256"],
-        "mean_seed": test and test["mean_seed"],
-        "seed_spread": test and test["seed_spread"],
-        "fused": score,
-        "against_mean_seed": versus,
-        "mean_cosine": float(np.mean(pairs)) if len(pairs) else None,
-        "verdict": run["verdict"],
+        "run": report["run"],
+        "method": report["method"],
+        "seeds": len(report["trained"]),
+        "n": None if test is None else test["n"],
+        "items_sha256": None if test is None else test["items_sha256"],
+        "mean_seed": None if test is None else test["mean_seed"],
+        "seed_spread": None if test is None else test["seed_spread"],
+        "fused": next(iter(scores), None),
+        "against_mean_seed": next((row for row in comparisons if row["against"] == MEAN_SEED), None),
+        "mean_cosine": _mean_cosine(report),
+        "verdict": report["verdict"],
     }
+
+
+def _mean_cosine(report: Report) -> float | None:
+    """Return the mean cosine of two seeds' updates, if there are two."""
+    cosines = np.array([] if report["weights"] is None else report["weights"]["cosines"])
+    if len(cosines) < 2:
+        return None
+    return float(np.mean(cosines[np.tril_indices(len(cosines), -1)]))

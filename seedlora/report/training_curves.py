@@ -1,4 +1,4 @@
-"""Losses and rates over the steps of a run."""
+"""Read the losses over the steps of a run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from seedlora.names import FUSED, LONG_SEED, WIDE_SEED
-from seedlora.report.stored import Facts
+from seedlora.records.report import TrainingCurves
 
 #: Points of a curve; longer ones are averaged over equal stretches.
 POINTS = 200
 
 
-def training_curves(run: Path, seeds: Sequence[str], merged: str) -> Facts:
-    """Losses by adapter: ``[step, loss]`` pairs; training losses averaged to at most :data:`POINTS` points.
+def training_curves(run: Path, seeds: Sequence[str], merged: str) -> TrainingCurves:
+    """Read losses by adapter: ``[step, loss]`` pairs; training losses averaged to at most :data:`POINTS` points.
 
-    What was validated as the fused adapter has the label that it has everywhere else.
+    Args:
+        run: the folder.
+        seeds: labels of all seeds, in their order.
+        merged: the label that what was validated as the fused adapter has everywhere else.
     """
     order = {seed.removeprefix("seed_"): i for i, seed in enumerate(seeds)}
     # A pass has a file of its own, named by its seeds.
@@ -46,7 +49,7 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> Facts:
     return {
         "steps_per_point": stretch,
         "ends": {
-            label: {"step": curve[-1][0], "last": curve[-1][1], "lowest": min(loss for _, loss in curve)}
+            label: {"step": int(curve[-1][0]), "last": curve[-1][1], "lowest": min(loss for _, loss in curve)}
             for label, curve in validation.items()
         },
         "train": {label: _averaged(curve, stretch) for label, curve in train.items()},
@@ -55,6 +58,7 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> Facts:
 
 
 def _averaged(curve: list[list[float]], stretch: int) -> list[list[float]]:
+    """Average a curve over equal stretches; each stands at its last step."""
     if stretch == 1:
         return curve
     parts = [np.array(curve[i : i + stretch]) for i in range(0, len(curve), stretch)]

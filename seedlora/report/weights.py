@@ -1,11 +1,10 @@
-"""What the weights of seeds and fused adapter look like."""
+"""Describe what the weights of seeds and fused adapter look like."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ import torch
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import make_rule
 from seedlora.names import FUSED, SOUP
-from seedlora.report.stored import Facts
+from seedlora.records.report import Distributions, LayerRow, ModuleRow, WeightRecord
 from seedlora.updates.diagnostics import (
     LayerFacts,
+    ModuleFacts,
     UpdateFacts,
     histogram,
     layer_facts,
@@ -40,15 +40,15 @@ def weight_facts(
     fused: Mapping[str, LoRAFactors],
     layers: str = LAYERS,
     on_layer: Callable[[str], object] = lambda _path: None,
-) -> Facts:
-    """Cosines, spectra, distributions and gains of adapters.
+) -> WeightRecord:
+    """Describe adapters by their cosines, spectra, distributions and gains.
 
     Args:
         stacks: the adapters of every layer by path.
         seeds: their labels.
         merged: the label of what was made of them, if anything was; plain soup is drawn under its own name.
         fused: that adapter.
-        layers: as in :func:`facts`.
+        layers: as in :func:`seedlora.report.facts.facts`.
         on_layer: called with each layer's path when it is done.
     """
     paths = sorted(stacks, key=natural_sort_key)
@@ -58,10 +58,6 @@ def weight_facts(
         on_layer(path)
     middle = found[len(found) // 2]
     drawn = [*seeds, *([SOUP] if len(seeds) > 1 else []), *([FUSED] if merged == FUSED else [])]
-    norms = np.array([[update.norm for update in layer.updates] for layer in found])
-    products = np.array([layer.cosines for layer in found]) * norms[:, :, None] * norms[:, None, :]
-    total = np.sqrt((norms**2).sum(0))
-    lengths = np.outer(total, total)
     spectra = [
         *middle.updates,
         *(update_facts(soup(stacks[middle.path])) if SOUP in drawn else ()),
@@ -69,8 +65,8 @@ def weight_facts(
     ]
     return {
         "seeds": list(seeds),
-        "cosines": (products.sum(0) / np.where(lengths > 0, lengths, 1)).tolist() if len(seeds) > 1 else [],
-        "modules": [{**asdict(row), "applied_gain": _mean_gain(found, row.module)} for row in module_facts(found)],
+        "cosines": _cosines_of_whole(found) if len(seeds) > 1 else [],
+        "modules": [_module_row(row, _mean_gain(found, row.module)) for row in module_facts(found)],
         "layers": [_layer_row(layer, i) for i, layer in enumerate(found)],
         "spectra": {
             "path": middle.path,
@@ -81,7 +77,33 @@ def weight_facts(
     }
 
 
-def _layer_row(layer: LayerFacts, position: int) -> Facts:
+def _cosines_of_whole(layers: Sequence[LayerFacts]) -> list[list[float]]:
+    """Return the cosines of all pairs of adapters, each taken as one vector over all layers."""
+    norms = np.array([[update.norm for update in layer.updates] for layer in layers])
+    products = np.array([layer.cosines for layer in layers]) * norms[:, :, None] * norms[:, None, :]
+    total = np.sqrt((norms**2).sum(0))
+    lengths = np.outer(total, total)
+    cosines: list[list[float]] = (products.sum(0) / np.where(lengths > 0, lengths, 1)).tolist()
+    return cosines
+
+
+def _module_row(row: ModuleFacts, applied_gain: float | None) -> ModuleRow:
+    return {
+        "module": row.module,
+        "layers": row.layers,
+        "mean_cosine": row.mean_cosine,
+        "rho": row.rho,
+        "gain": row.gain,
+        "sign_agreement": row.sign_agreement,
+        "norm": row.norm,
+        "effective_rank": row.effective_rank,
+        "merged_norm": row.merged_norm,
+        "merged_effective_rank": row.merged_effective_rank,
+        "applied_gain": applied_gain,
+    }
+
+
+def _layer_row(layer: LayerFacts, position: int) -> LayerRow:
     number = re.search(r"(?:^|\.)(\d+)\.", layer.path)
     return {
         "path": layer.path,
@@ -95,7 +117,7 @@ def _layer_row(layer: LayerFacts, position: int) -> Facts:
 
 
 def _gain(layer: LayerFacts) -> float | None:
-    """Norm of the fused update over that of the seeds' mean update."""
+    """Return the norm of the fused update over that of the seeds' mean update."""
     mean = layer.rho * sum(update.norm for update in layer.updates) / len(layer.updates)
     return None if layer.merged is None or not mean > 0 else layer.merged.norm / mean
 
@@ -111,8 +133,8 @@ def _distributions(
     labels: Sequence[str],
     middle: str,
     layers: str,
-) -> Facts:
-    """Densities of all entries between the same edges, in the chosen layers of the depth in the middle of them.
+) -> Distributions:
+    """Count all entries between the same edges, in the chosen layers of the depth in the middle of them.
 
     What lies beyond the edges is counted in the sum alone. Without attention layers it is the one given as the middle.
     """
@@ -149,12 +171,12 @@ def _distributions(
 
 
 def _depth(path: str) -> str:
-    """What is before the number of a layer, and the number: all of ``model.layers.15``; the path if it has none."""
+    """Return a layer's number with what is before it, as ``model.layers.15``; the whole path if it has none."""
     found = re.match(r"(.*?\.)?\d+(?=\.)", path)
     return found[0] if found else path
 
 
 def _pooled_std(updates: Sequence[UpdateFacts], sizes: Sequence[int]) -> float:
-    """Of the entries of several updates together."""
+    """Return the standard deviation of the entries of several updates together."""
     mean = sum(update.mean * size for update, size in zip(updates, sizes, strict=True)) / sum(sizes)
     return math.sqrt(max(0.0, sum(update.norm**2 for update in updates) / sum(sizes) - mean**2))

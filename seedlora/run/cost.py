@@ -1,23 +1,22 @@
-"""``cost.json``: what a run took."""
+"""Keep ``cost.json``: what a run is going to do, and what it took."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from seedlora.model.loading import model_identity
+from seedlora.records.cost import COST, CostRecord, PlanRecord
 from seedlora.run.plan import RunPlan
-from seedlora.utils.files import read_record, write_text
 
 #: Whose versions a run writes down.
 LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
@@ -26,42 +25,46 @@ LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "pe
 class PhaseClock(Protocol):
     """Measure the phases of a fit, as :class:`seedlora.callbacks.throughput.Throughput` does."""
 
-    #: Seconds of the last fit by phase.
-    took: dict[str, float]
+    @property
+    def took(self) -> Mapping[str, float]:
+        """Return the seconds of the last fit by phase."""
 
     def enter(self, phase: str | None) -> None:
         """Begin another phase; ``None`` stops the clock."""
 
 
-def write_cost(file: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
+def write_cost(run: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
     """Write down what a run is going to do and by which libraries; what an earlier part took is kept.
 
     Args:
-        file: to write.
+        run: its folder.
         plan: of the run.
         libraries: further ones, which decide the data.
+
+    Raises:
+        ValueError: if an older ``cost.json`` cannot be read.
     """
     versions = {name: version(name) for name in (*LIBRARIES, *libraries)}
     try:
-        before = read_record(file) or {}
+        before = COST.read(run)
     except ValueError as error:
         raise ValueError(f"{error}; without it --resume does not know what the run has cost so far") from None
-    taken = {"took": before.get("took", {}), "peak_bytes": before.get("peak_bytes", 0)}
-    cost = {
-        "plan": asdict(plan),
+    cost: CostRecord = {
+        "plan": cast("PlanRecord", asdict(plan)),
         "versions": {"python": python_version(), **versions},
         "base": model_identity(plan.model),
-        **taken,
+        "took": {} if before is None else before["took"],
+        "peak_bytes": 0 if before is None else before["peak_bytes"],
     }
-    write_text(file, json.dumps(cost, indent=2) + "\n")
+    COST.write(run, cost)
 
 
 @contextlib.contextmanager
-def timed(file: Path, device: torch.device, clock: PhaseClock, control: str | None = None) -> Iterator[None]:
-    """Add the seconds that a fit takes, phase by phase, to those in a cost file, also when it is interrupted.
+def timed(run: Path, device: torch.device, clock: PhaseClock, control: str | None = None) -> Iterator[None]:
+    """Add the seconds that a fit takes, phase by phase, to those in ``cost.json``, also when it is interrupted.
 
     Args:
-        file: written by :func:`write_cost`.
+        run: its folder, with what :func:`write_cost` wrote.
         device: whose memory is watched, while seeds are trained.
         clock: the callback that knows the seconds of each phase.
         control: the control that is trained; default: the seeds.
@@ -71,13 +74,13 @@ def timed(file: Path, device: torch.device, clock: PhaseClock, control: str | No
         yield
     finally:
         clock.enter(None)
-        if (cost := read_record(file)) is not None:
+        if (cost := COST.read(run)) is not None:
             before = cost["took"].get(control or "seeds", {})
             added = {phase: before.get(phase, 0.0) + seconds for phase, seconds in clock.took.items()}
             cost["took"][control or "seeds"] = {**before, **added}
             if control is None:
                 cost["peak_bytes"] = max(cost["peak_bytes"], peak.bytes)
-            write_text(file, json.dumps(cost, indent=2) + "\n")
+            COST.write(run, cost)
 
 
 class PeakMemory:
@@ -105,7 +108,7 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
-        """Return the peak since this was made."""
+        """Return the most bytes that were held since this was made."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return _process_memory("VmHWM") - self._before

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,10 +20,12 @@ from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, WIDE_SEED, seed_name
+from seedlora.records.fusion import AppliedRule
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
 from seedlora.scores.results import Results
 from seedlora.selection.comparison import Comparison, rule_of_seeds
+from seedlora.selection.settling import adapters_beside
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
@@ -77,8 +79,8 @@ class Ensemble:
     @property
     def method_name(self) -> str:
         """Return the merge method, for people, and what was chosen."""
-        chosen = (self.folder.selection or {}).get("chosen")
-        name = self.comparison.method_name
+        selection, name = self.folder.selection, self.comparison.method_name
+        chosen = None if selection is None else selection["chosen"]
         return name if chosen is None or not self.comparison.chooses else f"{name}: {chosen['name']}"
 
     # The folder
@@ -130,13 +132,13 @@ class Ensemble:
         """Return how the fused adapter was made and is asked for now, if that is another rule and not to be chosen."""
         if self.comparison.chooses:
             return None
-        nothing: dict[str, Any] = {"method": "nothing", "options": {}, "use": {}}
-        made = nothing | (self.folder.fusion or {})
-        rule = self.compared.rule
-        asked = nothing if rule is None else json.loads(json.dumps(rule_record(rule), default=str))
-        if all(made[key] == asked[key] for key in nothing):
-            return None
-        return FusedOtherwise(_rule_text(made), _rule_text(asked))
+        made: AppliedRule = {"method": "nothing", "options": {}, "use": {}}
+        asked = made
+        if (fusion := self.folder.fusion) is not None:
+            made = {"method": fusion["method"], "options": fusion["options"], "use": fusion.get("use", {})}
+        if (rule := self.compared.rule) is not None:
+            asked = json.loads(json.dumps(rule_record(rule), default=str))
+        return None if made == asked else FusedOtherwise(_rule_text(made), _rule_text(asked))
 
     def adapter_path(self, seed: int) -> Path:
         """Return where the adapter of a seed is, once it is trained."""
@@ -266,7 +268,7 @@ class Ensemble:
         if self.rule is not None:
             fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
         stacks = stack_updates(adapters, self._base, device=device)
-        return self.compared.beside(stacks, list(adapters), fused, self.folder.selection or {})
+        return adapters_beside(self.compared, stacks, list(adapters), fused, self.folder.selection)
 
     def _read(self, folder: Path) -> Adapter:
         return read_adapter(folder, base=self._base)
@@ -277,9 +279,8 @@ class Ensemble:
         return weight_files_of([self.adapter_path(seed) for seed in self.trained])
 
 
-def _rule_text(record: Mapping[str, Any]) -> str:
+def _rule_text(record: AppliedRule) -> str:
     """Describe the rule of a record, with the options that are set."""
-    options = record["options"] | {
-        key: value for key, value in record["use"].items() if value != COMMON_DEFAULTS.get(key)
-    }
+    common = {key: value for key, value in record["use"].items() if value != COMMON_DEFAULTS.get(key)}
+    options = {**record["options"], **common}
     return " ".join([record["method"], *([json.dumps(options)] if options else [])])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from seedlora.records.settings import RunSettings
 from seedlora.run.budget import ReplicaBudget
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.stack_data import HasRows, StackData
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def run_settings(
     options: EnsembleOptions, share: ReplicaBudget, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData
-) -> dict[str, Any]:
+) -> RunSettings:
     """Return what decides a replica's training, as plain data; the seeds and the merge method may change.
 
     Args:
@@ -46,5 +47,5 @@ def run_settings(
     # The same path may hold other rows by now.
     rows = data.rows if isinstance(data, HasRows) else {}
     settings |= {f"sha256 of the {part} rows": rows[part].sha256() for part in ("train", "val") if part in rows}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    plain: RunSettings = json.loads(json.dumps(settings, default=str))
     return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,31 +9,24 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.merge.record import RECORD_NAME
-from seedlora.names import (
-    CONTROL_NAME,
-    EXCLUDED_NAME,
-    FUSED,
-    RESULTS_NAME,
-    SELECTION_NAME,
-    SETTINGS_NAME,
-    SOUP,
-    TRAINED_NAME,
-    seed_name,
-)
-from seedlora.utils.files import read_record, remove_folder, saving, sync, write_text
+from seedlora.names import FUSED, RESULTS_NAME, SELECTION_NAME, SOUP, seed_name
+from seedlora.records.fusion import FUSION, FusionRecord
+from seedlora.records.json_file import Content, JSONFile
+from seedlora.records.selection import SELECTION, Selection
+from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.records.training import CONTROL, EXCLUDED, TRAINED, ControlRecord, TrainedRow
+from seedlora.utils.files import remove_folder, saving, sync
 
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
 #: What a run does without a file, for whoever has to remove one that cannot be read.
 WITHOUT = {
-    SETTINGS_NAME: "takes the options that are given for those that it was started with",
-    EXCLUDED_NAME: "trains what was left out again",
-    TRAINED_NAME: "does not know how long finished adapters were trained",
-    SELECTION_NAME: "chooses again",
+    SETTINGS.name: "takes the options that are given for those that it was started with",
+    EXCLUDED.name: "trains what was left out again",
+    TRAINED.name: "does not know how long finished adapters were trained",
+    SELECTION.name: "chooses again",
 }
 
 
@@ -78,7 +70,7 @@ class RunFolder:
     @property
     def left_out(self) -> dict[str, str]:
         """Return the adapters that were left out, seeds and controls, and why."""
-        return self._read(EXCLUDED_NAME) or {}
+        return self._read(EXCLUDED) or {}
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -98,10 +90,10 @@ class RunFolder:
     def trained_controls(self) -> tuple[str, ...]:
         """Return the controls that are there, for as many seeds as now: of fewer they were trained for less."""
         there = (name for name in self.controls if is_trained(self.path / name))
-        return tuple(name for name in there if self._read(f"{name}/{CONTROL_NAME}") in (None, self.control_record))
+        return tuple(name for name in there if self._read(CONTROL, name) in (None, self.control_record))
 
     @property
-    def control_record(self) -> dict[str, int]:
+    def control_record(self) -> ControlRecord:
         """Return what ``control.json`` says of a control that is trained now: how many seeds it stands for."""
         return {"seeds": len(self.seeds)}
 
@@ -129,7 +121,7 @@ class RunFolder:
 
     # Settings and outcomes
 
-    def open(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def open(self, settings: RunSettings, *, resume: bool) -> None:
         """Begin a run here, or go on with the one that is here.
 
         Args:
@@ -139,11 +131,13 @@ class RunFolder:
         Raises:
             ValueError: if one is and may not be, if it was started differently, or a file of it cannot be read.
         """
-        for name in (*WITHOUT, f"{FUSED}/{RECORD_NAME}"):
-            self._read(name)
         before = self.settings
+        self._read(EXCLUDED)
+        self._read(TRAINED)
+        self._read(SELECTION)
+        self._read(FUSION, FUSED)
         if before is None:
-            write_text(self.path / SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            SETTINGS.write(self.path, settings)
             return
         if not resume:
             raise ValueError(
@@ -162,48 +156,47 @@ class RunFolder:
             remove(rest)
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def settings(self) -> RunSettings | None:
         """Return the settings that the run was started with; None before."""
-        return self._read(SETTINGS_NAME)
+        return self._read(SETTINGS)
 
     @property
-    def selection(self) -> dict[str, Any] | None:
+    def selection(self) -> Selection | None:
         """Return what the validation rows said when the seeds were fused."""
-        return self._read(SELECTION_NAME)
+        return self._read(SELECTION)
 
     @property
-    def fusion(self) -> dict[str, Any] | None:
+    def fusion(self) -> FusionRecord | None:
         """Return how the fused adapter was made."""
-        return self._read(f"{FUSED}/{RECORD_NAME}")
+        return self._read(FUSION, FUSED)
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
         """Write down adapters that are left out, and why."""
-        self.write(EXCLUDED_NAME, {**self.left_out, **reasons})
+        EXCLUDED.write(self.path, {**self.left_out, **reasons})
 
-    def add_trained(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    def add_trained(self, rows: Mapping[str, TrainedRow]) -> None:
         """Write down how adapters were trained."""
-        self.write(TRAINED_NAME, {**(self._read(TRAINED_NAME) or {}), **rows})
+        TRAINED.write(self.path, {**(self._read(TRAINED) or {}), **rows})
 
     def forget_fusion(self) -> list[str]:
         """Remove what these seeds were fused to before, and what was said of it; return the names of the folders."""
-        found = [name for name in (FUSED, SOUP) if (self.path / name / RECORD_NAME).is_file()]
+        found = [name for name in (FUSED, SOUP) if (self.path / name / FUSION.name).is_file()]
         for name in (SELECTION_NAME, RESULTS_NAME):
             (self.path / name).unlink(missing_ok=True)
         for name in found:
             remove_folder(self.path / name)
         return found
 
-    def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write one of the JSON files."""
-        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+    def _read(self, file: JSONFile[Content], folder: str = "") -> Content | None:
+        """Read one of the JSON files, of the run or of a folder of it, if it is there.
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """Read one of the JSON files, if it is there; ValueError if it cannot be read."""
+        Raises:
+            ValueError: if it cannot be read, with what the run does without it.
+        """
         try:
-            return read_record(self.path / name)
+            return file.read(self.path / folder)
         except ValueError as error:
-            folder, _, _ = name.rpartition("/")
-            gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[name])
+            gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[file.name])
             raise ValueError(f"{error}; without {gone} --resume {does}") from None
 
     # Checkpoints

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from seedlora.names import FUSED
+from seedlora.records.results import RunResults
 from seedlora.run.stack_data import HasDomains, HasRows
 from seedlora.scores.intervals import sample_losses
 from seedlora.scores.results import Results, results
@@ -60,7 +61,7 @@ class Outcome:
         correct = np.stack([self.correct[label] for label in labels], axis=1)
         return results(correct, labels, seeds, metric="exact match, greedy")
 
-    def record(self, compared: Results, data: object) -> dict[str, Any]:
+    def record(self, compared: Results, data: object) -> RunResults:
         """Return everything as plain data.
 
         Args:
@@ -68,8 +69,8 @@ class Outcome:
             data: the data module, which may know the kinds of its items.
         """
         kinds = data.domains("test") if isinstance(data, HasDomains) else {}
-        domains = {kind: [values[item] for item in self.items] for kind, values in kinds.items()}
-        found = compared.to_dict() | {"domains": domains}
+        found = compared.to_record()
+        found["domains"] = {kind: [values[item] for item in self.items] for kind, values in kinds.items()}
         if isinstance(data, HasRows) and data.rows:
             found["items_sha256"] = data.rows["test"].take(self.items).sha256()
         if any(len(scores.tokens) for scores in self.train.values()):

@@ -5,27 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
 
+from seedlora.records.report import PairedDifference
+from seedlora.records.results import DifferenceRecord, LossRecord, SampleLosses, ScoreRecord
+from seedlora.records.selection import LossDifference
 from seedlora.scores.row_scores import RowScores
+
+#: How sure all intervals are.
+CONFIDENCE_PERCENT = 95
+_ENDS = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A proportion of ``n`` items with its 95 % Wilson interval."""
+    """Hold a share of ``n`` items with its 95 % Wilson interval."""
 
     value: float
     low: float
     high: float
     n: int
 
+    def to_record(self) -> ScoreRecord:
+        """Return the score as plain data."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    @staticmethod
+    def from_record(record: ScoreRecord) -> Score:
+        """Return the score that a file holds."""
+        return Score(record["value"], record["low"], record["high"], record["n"])
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference over ``n`` items with its 95 % bootstrap interval.
+    """Hold a mean paired difference over ``n`` items with its 95 % bootstrap interval.
 
     Args:
         value: mean difference.
@@ -43,12 +59,26 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
+        """Return whether the interval leaves 0 out."""
+        return leaves_0_out(self.low, self.high)
+
+    def to_record(self) -> DifferenceRecord:
+        """Return the difference as plain data."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "p_value": self.p_value}
+
+    @staticmethod
+    def from_record(record: DifferenceRecord) -> Difference:
+        """Return the difference that a file holds."""
+        return Difference(record["value"], record["low"], record["high"], record["n"], record["p_value"])
+
+
+def leaves_0_out(low: float, high: float) -> bool:
+    """Return whether an interval leaves 0 out, so that a difference counts as shown."""
+    return low > 0 or high < 0
 
 
 def wilson(correct: np.ndarray) -> Score:
-    """The share of right items.
+    """Return the share of right items with its interval.
 
     Args:
         correct: bool, shape (items,); at least one.
@@ -59,7 +89,7 @@ def wilson(correct: np.ndarray) -> Score:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Difference:
-    """The mean of ``a - b`` over items, with a percentile bootstrap over items.
+    """Return the mean of ``a - b`` over items, with a percentile bootstrap over items.
 
     Args:
         a: score of each item, shape (items,).
@@ -72,19 +102,35 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, 
     # Resampling n items with replacement only needs how often each distinct difference is drawn.
     values, counts = np.unique(differences, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    low, high = np.quantile(draws @ values / n, [0.025, 0.975])
+    ends = percentiles(draws @ values / n)
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return Difference(float(differences.mean()), float(low), float(high), n, mcnemar(a > 0, b > 0) if binary else None)
+    return Difference(float(differences.mean()), *ends, n, mcnemar(a > 0, b > 0) if binary else None)
+
+
+class Ends(NamedTuple):
+    """Hold the two ends of an interval."""
+
+    low: float
+    high: float
+
+
+def percentiles(draws: np.ndarray) -> Ends:
+    """Return the interval between the percentiles of bootstrap draws that :data:`CONFIDENCE_PERCENT` lie between."""
+    low, high = np.quantile(draws, _ENDS).tolist()
+    return Ends(low, high)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided McNemar test: are items that only one side gets right split evenly? 1 if there are none."""
+    """Return the p-value of the exact two-sided McNemar test.
+
+    It asks whether the items that only one side gets right are split evenly; 1 if there are none.
+    """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for how many there are, by Holm's step-down rule, in the order given."""
+    """Adjust p-values for how many there are, by Holm's step-down rule; they stay in the order given."""
     adjusted, largest, n = [0.0] * len(p_values), 0.0, len(p_values)
     for rank, i in enumerate(sorted(range(n), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (n - rank) * p_values[i]))
@@ -92,29 +138,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def adjust_over_tasks(tested: Iterable[tuple[Hashable, dict[str, Any]]]) -> None:
-    """Add ``p_value_holm`` to differences that have a ``p_value``: one family are those of the same two adapters.
+def adjust_over_tasks(tested: Iterable[tuple[Hashable, DifferenceRecord | PairedDifference]]) -> None:
+    """Add ``p_value_holm`` to differences that have a ``p_value``: those of the same two adapters are one family.
 
     Args:
         tested: what is compared with what, and the difference on one task.
     """
-    families: dict[Hashable, list[dict[str, Any]]] = {}
+    families: dict[Hashable, list[tuple[float, DifferenceRecord | PairedDifference]]] = {}
     for compared, difference in tested:
-        if difference["p_value"] is not None:
-            families.setdefault(compared, []).append(difference)
+        if (p_value := difference["p_value"]) is not None:
+            families.setdefault(compared, []).append((p_value, difference))
     for family in families.values():
-        for difference, p_value in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            difference["p_value_holm"] = p_value
+        for (_, difference), adjusted in zip(family, holm([p_value for p_value, _ in family]), strict=True):
+            difference["p_value_holm"] = adjusted
 
 
-def sample_losses(scores: Mapping[str, RowScores]) -> dict[str, Any]:
-    """Loss per token of each adapter on one sample of rows, as plain data, with 95 % bootstrap intervals over rows.
+def sample_losses(scores: Mapping[str, RowScores]) -> SampleLosses:
+    """Return the loss per token of each adapter on one sample of rows, with 95 % bootstrap intervals over rows.
 
-    All are of the same resamples. A loss that is not finite is left out.
+    All intervals are of the same resamples. A loss that is not finite is left out.
     """
     tokens = next(iter(scores.values())).tokens.double().numpy()
     draws = _resampled_rows(len(tokens))
-    found = {}
+    found: dict[str, LossRecord] = {}
     for label, row in scores.items():
         if is_finite(row):
             low, high = _interval(draws, row.losses.double().numpy(), tokens)
@@ -123,12 +169,12 @@ def sample_losses(scores: Mapping[str, RowScores]) -> dict[str, Any]:
 
 
 def is_finite(row: RowScores) -> bool:
-    """Whether the loss is a number that can be compared, and written as JSON."""
+    """Return whether the loss is a number that can be compared, and written as JSON."""
     return math.isfinite(row.loss)
 
 
-def loss_difference(a: RowScores, b: RowScores) -> dict[str, Any]:
-    r"""Loss per token of ``a`` minus ``b`` with its 95 % bootstrap interval over rows.
+def loss_difference(a: RowScores, b: RowScores) -> LossDifference:
+    r"""Return the loss per token of ``a`` minus that of ``b`` with its 95 % bootstrap interval over rows.
 
     A resample has its own number of tokens, so it is a ratio of sums:
 
@@ -141,16 +187,18 @@ def loss_difference(a: RowScores, b: RowScores) -> dict[str, Any]:
     differences, tokens = (a.losses.double() - b.losses.double()).numpy(), a.tokens.double().numpy()
     low, high = _interval(_resampled_rows(len(tokens)), differences, tokens)
     value = float(differences.sum() / tokens.sum())
-    return {"value": value, "low": low, "high": high, "n": len(tokens), "shown": low > 0 or high < 0}
+    return {"value": value, "low": low, "high": high, "n": len(tokens), "shown": leaves_0_out(low, high)}
 
 
 def _resampled_rows(n: int, *, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """How often each of ``n`` rows is in each resample: at most ``resamples`` of them, for the memory, at least 200."""
+    """Count how often each of ``n`` rows is in each resample.
+
+    There are ``resamples`` of them, fewer where so many would not fit into memory, and 200 at least.
+    """
     size = max(200, min(resamples, 20_000_000 // n))
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size)
 
 
-def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Of a sum over rows per token."""
-    low, high = np.quantile((draws @ sums) / (draws @ tokens), [0.025, 0.975]).tolist()
-    return low, high
+def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> Ends:
+    """Return the interval of a sum over rows, per token."""
+    return percentiles((draws @ sums) / (draws @ tokens))

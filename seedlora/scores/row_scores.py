@@ -1,4 +1,4 @@
-"""What one adapter says about rows."""
+"""Hold the scores of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """What one adapter says about the same rows as the others.
+    """Hold what one adapter says about the same rows as the others.
 
     Args:
         losses: negative log-likelihood of each row's response, summed over its tokens, in nats.
@@ -24,14 +24,14 @@ class RowScores:
 
     @property
     def loss(self) -> float:
-        """Nats per token over all rows."""
+        """Return the loss in nats per token, over all rows."""
         return float(self.losses.double().sum() / self.tokens.sum())
 
     @property
     def match(self) -> float:
-        """Share of rows answered exactly."""
+        """Return the share of rows answered exactly."""
         return float(self.correct.double().mean())
 
     def __getitem__(self, rows: slice) -> RowScores:
-        """What it says about some of the rows."""
+        """Return what it says about some of the rows."""
         return RowScores(self.losses[rows], self.correct[rows], self.tokens[rows])

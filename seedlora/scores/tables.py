@@ -5,18 +5,24 @@ from __future__ import annotations
 from rich.table import Table
 
 from seedlora.names import BEST_SEED, FUSED, MEANING, SOUP
-from seedlora.scores.intervals import Difference, Score
+from seedlora.scores.intervals import CONFIDENCE_PERCENT, Difference
 from seedlora.scores.results import Results
+from seedlora.scores.wording import PERCENT, POINTS, judge
 
 #: Rows up to which each score's interval fits beside the differences.
 SHORT_TABLE = 8
 
 
+def titled_table(title: str) -> Table:
+    """Make an empty table for the terminal, with its title, and its caption if it gets one, at the left."""
+    return Table(title=title, title_justify="left", caption_justify="left")
+
+
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
-    """Scores with intervals, and paired differences of the merged adapters, in percent and points."""
+    """Make a table of scores with intervals and of the merged adapters' paired differences, in percent and points."""
     n = next(iter(results.scores.values())).n
     fused = f"; fused by {method}" if method else ""
-    table = Table(title=f"{title}: {results.metric}, n = {n}, 95 % intervals{fused}", title_justify="left")
+    table = titled_table(f"{title}: {results.metric}, n = {n}, {CONFIDENCE_PERCENT} % intervals{fused}")
     longest = max(map(len, results.scores))
     table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
     # Many adapters have controls and methods among them, with longer names; the report has every interval.
@@ -29,23 +35,22 @@ def results_table(results: Results, *, method: str | None = None, title: str = "
         differences = results.differences.get(label, {})
         table.add_row(
             label,
-            f"{100 * score.value:.1f}",
-            *(_interval(score) for _ in spread),
+            PERCENT(score.value),
+            *(PERCENT.between(score.low, score.high) for _ in spread),
             *(_points(differences.get(name)) for name in references),
             style="bold" if label == FUSED else None,
         )
-    captions = [] if results.mean_seed is None else [f"mean seed {100 * results.mean_seed:.1f}"]
-    captions += [] if results.seed_spread is None else [f"spread between seeds {100 * results.seed_spread:.1f}"]
+    captions = [] if results.mean_seed is None else [f"mean seed {PERCENT(results.mean_seed)}"]
+    captions += [] if results.seed_spread is None else [f"spread between seeds {PERCENT(results.seed_spread)}"]
     captions = [", ".join(captions)] if captions else []
     captions += ["differences are paired, in points"] if references else []
     controls = [f"{label}: {meaning}" for label, meaning in MEANING.items() if label in results.scores]
     table.caption = "\n".join(["; ".join(captions), *controls])
-    table.caption_justify = "left"
     return table
 
 
 def verdict(results: Results) -> str:
-    """What the test showed about the fused adapter, or else all that were compared: one sentence each.
+    """Say what the test showed about the fused adapter, or else about all that were compared: one sentence each.
 
     Of the fused adapter also the difference from the best seed, and McNemar's p-values.
     """
@@ -56,9 +61,7 @@ def verdict(results: Results) -> str:
     sentences = []
     for label in labels:
         parts = [
-            f"{'better' if d.value > 0 else 'worse'} than {reference} by {abs(100 * d.value):.1f} points"
-            if d.shown
-            else f"no difference from {reference} shown"
+            judge(d.value, shown=d.shown, other=reference) + (f" by {PERCENT(abs(d.value))} points" if d.shown else "")
             for reference, d in results.differences[label].items()
             if reference != BEST_SEED
         ]
@@ -74,11 +77,5 @@ def verdict(results: Results) -> str:
     return "\n".join(sentences)
 
 
-def _interval(score: Score) -> str:
-    return f"{100 * score.low:.1f} to {100 * score.high:.1f}"
-
-
 def _points(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    return "" if difference is None else POINTS.with_interval(difference.value, difference.low, difference.high)

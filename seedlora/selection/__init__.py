@@ -1,1 +1,1 @@
-"""Choose among ways to fuse on validation rows, and what a run compares."""
+"""Compare merge rules and controls on validation rows, and choose among them."""

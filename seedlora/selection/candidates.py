@@ -1,6 +1,6 @@
-"""Ways to fuse one stack of seeds, the controls beside them, and the choice among them on validation data.
+"""Make the rules that are tried on validation data, and the controls beside them.
 
-Pure functions: how adapters are scored is an argument, and nothing here knows of a test set.
+Pure functions of adapters: nothing here knows how they are scored.
 
 Shape legend: ``N`` adapters, ``I`` validation rows.
 """
@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
 from seedlora.merge.registry import make_rule
@@ -28,10 +27,11 @@ TRIED = ("seedlora", "model_stock", "karcher", "ties", "dare_ties", "knots_ties"
 
 
 def gain_family(
-    paths: Sequence[str], *, powers: Sequence[float] = POWERS, options: Mapping[str, Any] | None = None
+    paths: Sequence[str], *, powers: Sequence[float] = POWERS, options: Mapping[str, object] | None = None
 ) -> dict[str, BoundRule]:
-    """Soup, and :func:`seedlora.merge.methods.seedlora.seedlora_gain` with each power: on all layers, on attention or
-    on FFN alone.
+    """Return soup, and :func:`seedlora.merge.methods.seedlora.seedlora_gain` with each power.
+
+    Each power is tried on all layers, on attention alone and on FFN alone.
 
     Args:
         paths: of the layers; where all are of one kind, there are no parts of them to try.
@@ -51,7 +51,7 @@ def gain_family(
 
 
 def scaled_soups(n: int, *, scales: Sequence[float] = SCALES) -> dict[str, BoundRule]:
-    """Soup and its multiples: the control of every rule that changes the length of the average.
+    """Return soup and its multiples: the control of every rule that changes the length of the average.
 
     Args:
         n: adapters that are averaged.
@@ -62,12 +62,12 @@ def scaled_soups(n: int, *, scales: Sequence[float] = SCALES) -> dict[str, Bound
 
 
 def any_method(paths: Sequence[str], n: int) -> dict[str, BoundRule]:
-    """The gain family, the scaled soups, and the methods of :data:`TRIED` as they are."""
+    """Return the gain family, the scaled soups, and the methods of :data:`TRIED` as they are."""
     return {**gain_family(paths), **scaled_soups(n), **{name: make_rule(name) for name in TRIED}}
 
 
 def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> Stacks[LoRAFactors]:
-    r"""One adapter, made as much longer in each layer as the fused one is than the mean of all.
+    r"""Make one adapter as much longer in each layer as the fused one is than the mean of all.
 
     .. math:: \Delta = \frac{\|\Delta_\text{fused}\|}{\|\bar\Delta\|} \Delta_i
 
@@ -86,7 +86,7 @@ def seed_times_gain(stacks: Layers, fused: Layers, *, index: int) -> Stacks[LoRA
 
 
 def subsets(n: int, *, most: int = 10) -> list[tuple[int, ...]]:
-    """Subsets of ``range(n)`` of every size from 1: all of a size, or ``most`` of them, always the same."""
+    """Return subsets of ``range(n)`` of every size from 1: all of a size, or ``most`` of them, always the same."""
     found = []
     for size in range(1, n + 1):
         if math.comb(n, size) <= most:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import fuse
 from seedlora.merge.methods.soup import greedy_search
 from seedlora.merge.registry import METHODS, make_rule
+from seedlora.records.selection import RuleRecord
 from seedlora.scores.row_scores import RowScores
 from seedlora.updates.stacks import Layers
 
@@ -40,7 +41,9 @@ def score_lazily(adapters: Mapping[str, Callable[[], Layers]], score: Score, *, 
 
 
 def choose(scores: Mapping[str, RowScores], *, by: str = "loss") -> str:
-    """The name of the best: lowest loss, or most exact matches with the loss deciding ties; the first of equals.
+    """Return the name of the best: lowest loss, or most exact matches with the loss deciding ties.
+
+    Of equals it is the first.
 
     Args:
         scores: on validation rows. Losses that are not finite lose.
@@ -67,7 +70,7 @@ def check_select_by(by: str) -> None:
 
 
 def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
-    """The soup of the adapters that do not make the validation score worse, best first, as a rule.
+    """Return the soup of the adapters that do not make the validation score worse, best first, as a rule.
 
     Costs at most ``2 * N - 1`` calls of ``score``; see :func:`seedlora.merge.methods.soup.greedy_soup`.
     """
@@ -83,11 +86,11 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
 
 
 def soup_of(chosen: Sequence[int]) -> BoundRule:
-    """The greedy soup as a rule of one layer, once its members are known."""
+    """Return the greedy soup as a rule of one layer, once its members are known."""
     return make_rule(replace(METHODS["greedy_soup"], surveys={}), {"members": list(chosen)})
 
 
-def describe_rule(rule: BoundRule) -> dict[str, Any]:
-    """Method and options of a rule as plain data."""
+def describe_rule(rule: BoundRule) -> RuleRecord:
+    """Return the method and the options of a rule as plain data."""
     use = {key: value for key, value in asdict(rule.common).items() if value != getattr(type(rule.common)(), key)}
     return {"method": rule.name, "options": {**rule.options, **use}}

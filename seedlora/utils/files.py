@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -11,27 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 #: No space left, none left of the user's share, a file above the limit on files.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Read the object in a JSON file that was written here; return None if there is no such file.
-
-    Raises:
-        ValueError: naming the file, if it holds anything else: a disk or a person has been there.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict | None):
-        raise ValueError(f"{path} cannot be read: it holds no JSON object but {str(found)[:80]}")
-    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -66,7 +66,7 @@ def test_a_task_without_an_own_score_is_left_out_of_the_mean():
     silent = joint({"b": correct["b"]}, ["b", "fused"])
     assert silent.own == {"b": "b"}
     assert silent.mean == {"b": None, "fused": None}
-    json.dumps(silent.to_dict())
+    json.dumps(silent.to_record())
 
 
 def test_generated_items_are_the_test_split_of_training(tmp_path):

@@ -1,0 +1,57 @@
+"""``run.json``: what decides a replica's training."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from seedlora.names import SETTINGS_NAME
+from seedlora.records.json_file import JSONFile
+
+#: The settings that a run was started with, under the names that they have on the command line where they have one. The
+#: seeds and the merge method are none of them: they may change when a run goes on. Beside these keys there is one for
+#: every option of the module (``model.r``) and of the data module (``data.task``).
+RunSettings = TypedDict(
+    "RunSettings",
+    {
+        "data": str,
+        "ensemble.keep": str,
+        "ensemble.patience": int | None,
+        "ensemble.vary": str,
+        "epochs per seed": int | None,
+        "first seed": int | None,
+        "model.adapter": str,
+        "model.base_model": str,
+        "model.quantization": str,
+        "processes": int,
+        "sha256 of the train rows": str,
+        "sha256 of the val rows": str,
+        "steps per seed": int | None,
+        "trainer.accumulate_grad_batches": int,
+        "trainer.gradient_clip_algorithm": str | None,
+        "trainer.gradient_clip_val": float | None,
+        "trainer.limit_train_batches": float | None,
+    },
+    total=False,
+)
+#: What each key says, for ``docs/run_folder.md``.
+KEY_MEANINGS: dict[str, str] = {
+    "data": "name of the data module's class.",
+    "ensemble.keep": "which weights of a seed are kept: those of the `last` step, or of its `best` validation.",
+    "ensemble.patience": "validations without a better loss after which a seed is stopped; null never stops one.",
+    "ensemble.vary": "what a seed decides: `both`, `init` or `order`.",
+    "epochs per seed": "largest number of epochs that each seed trains; null is no limit.",
+    "first seed": "the seed whose data order or start all share; null where `ensemble.vary` is `both`.",
+    "model.adapter": "kind of adapter; the other options of the module stand beside it as `model.NAME`.",
+    "model.base_model": "folder or hub id of the base model.",
+    "model.quantization": "how the frozen base model is quantised, or `none`.",
+    "processes": "number of processes that train.",
+    "sha256 of the train rows": "checksum of the tokens of all training rows in their order.",
+    "sha256 of the val rows": "checksum of the tokens of all validation rows in their order.",
+    "steps per seed": "largest number of optimizer steps that each seed trains; null is no limit.",
+    "trainer.accumulate_grad_batches": "number of batches in an optimizer step.",
+    "trainer.gradient_clip_algorithm": "how gradients are clipped; null is by their norm.",
+    "trainer.gradient_clip_val": "where gradients are clipped; null is nowhere.",
+    "trainer.limit_train_batches": "batches of an epoch that are taken, as a number or as a share.",
+}
+
+SETTINGS = JSONFile(SETTINGS_NAME, RunSettings, sort_keys=True)

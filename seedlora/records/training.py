@@ -1,0 +1,44 @@
+"""``trained.json``, ``excluded.json`` and ``control.json``: what became of each adapter's training."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from seedlora.names import CONTROL_NAME, EXCLUDED_NAME, TRAINED_NAME
+from seedlora.records.json_file import JSONFile
+
+
+class TrainedRow(TypedDict):
+    """Tell how long one adapter was trained.
+
+    Attributes:
+        steps: optimizer steps.
+        stopped: whether it was stopped because its validation loss improved no more.
+        kept_step: the step whose weights were kept; null where those of the last step are.
+        tokens: tokens that it saw; not there where the data module does not count them.
+        scored: of these tokens, the ones that the loss was taken of.
+    """
+
+    steps: int
+    stopped: bool
+    kept_step: int | None
+    tokens: NotRequired[int]
+    scored: NotRequired[int]
+
+
+class ControlRecord(TypedDict):
+    """Tell what a trained control stands for.
+
+    Attributes:
+        seeds: number of seeds that the run had when the control was trained.
+    """
+
+    seeds: int
+
+
+#: By adapter.
+TRAINED = JSONFile(TRAINED_NAME, dict[str, TrainedRow])
+#: By adapter the reason why it was left out.
+EXCLUDED = JSONFile(EXCLUDED_NAME, dict[str, str])
+#: In the folder of a control.
+CONTROL = JSONFile(CONTROL_NAME, ControlRecord, indent=None)

@@ -1,0 +1,332 @@
+"""The kinds of figures of a report: plain data in, SVG text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from seedlora.names import FUSED, SOUP
+from seedlora.records.report import AdapterComparison, Distributions, LayerRow, PairedDifference, RunRow, TestSet
+from seedlora.records.results import ScoreRecord
+from seedlora.records.selection import CandidateRecord, SubsetRecord
+from seedlora.report.drawing import (
+    GREY,
+    HEIGHT,
+    INK,
+    PALE,
+    Interval,
+    Palette,
+    draw_interval,
+    draw_legend,
+    draw_scale,
+    draw_svg,
+    name_rows,
+    shorten,
+    text_colour,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: More sub-domains than this stand below each other.
+_MOST_ACROSS = 12
+#: More adapters than this leave no room for a number in each cell.
+_MOST_WRITTEN = 9
+
+
+def in_percent(row: ScoreRecord | PairedDifference) -> Interval:
+    """Return a share, or a difference between shares, with its interval in percent."""
+    return Interval(100 * row["value"], 100 * row["low"], 100 * row["high"])
+
+
+def scores(name: str, test: TestSet, palette: Palette) -> str:
+    """Draw the score of each adapter with its interval."""
+    rows = test["scores"]
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            draw_interval(axes, i, in_percent(row), palette.colour(row["adapter"]), palette.marker(row["adapter"]))
+        if test["mean_seed"] is not None:
+            axes.axvline(100 * test["mean_seed"], color=INK, linewidth=0.8, linestyle=":")
+        name_rows(axes, [row["adapter"] for row in rows])
+        axes.set_xlabel("right items (%); dotted: mean seed")
+
+    return draw_svg(name, draw, height=0.9 + 0.28 * len(rows))
+
+
+def methods(name: str, rows: Sequence[AdapterComparison], palette: Palette) -> str:
+    """Draw the difference of each method and control from the mean seed."""
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            draw_interval(axes, i, in_percent(row), palette.colour(row["adapter"]), palette.marker(row["adapter"]))
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        name_rows(axes, [row["adapter"] for row in rows])
+        axes.set_xlabel("difference from the mean seed (points)")
+
+    return draw_svg(name, draw, height=0.9 + 0.24 * len(rows))
+
+
+def domains(name: str, test: TestSet) -> str:
+    """Draw the score of each adapter in each sub-domain, in brackets all that are best; the scale shows chance."""
+    rows = test["domains"]
+    labels, names = [row["adapter"] for row in test["scores"]], [row["domain"] for row in rows]
+    across, down = (labels, names) if len(rows) > _MOST_ACROSS else (names, labels)
+    percents = {(row["domain"], label): 100 * row["scores"][label] for row in rows for label in labels}
+    best = {(row["domain"], label) for row in rows for label in row["winners"]}
+    chance = None if test["chance"] is None else 100 * test["chance"]
+    places = [[(x, y) if across is names else (y, x) for x in across] for y in down]
+    cells = [[percents[place] for place in line] for line in places]
+    shown = [*(value for line in cells for value in line), *([] if chance is None else [chance])]
+    low, high = min(shown), max(shown)
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        for i, line in enumerate(places):
+            for j, place in enumerate(line):
+                value = percents[place]
+                text = f"[{value:.0f}]" if place in best else f"{value:.0f}"
+                axes.text(
+                    j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=text_colour(value, low, high)
+                )
+        axes.set_xticks([j + 0.5 for j in range(len(across))], across, rotation=40, ha="right")
+        axes.set_yticks([i + 0.5 for i in range(len(down))], down)
+        axes.set_ylim(len(down), 0)
+        axes.spines[:].set_visible(False)
+        bar = draw_scale(
+            axes, mesh, "right items (%)" if chance is None else f"right items (%); line: chance, {chance:.0f}"
+        )
+        if chance is not None:
+            bar.axvline(chance, color="#D55E00", linewidth=2.0)
+
+    return draw_svg(name, draw, height=2.1 + 0.22 * len(down))
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Place an adapter in a figure of scores over something else.
+
+    Args:
+        adapter: its label.
+        score: in percent.
+        place: what stands on the axis across: a number, or one with its interval.
+    """
+
+    adapter: str
+    score: Interval
+    place: float | Interval
+
+    @property
+    def x(self) -> float:
+        """Return where it stands."""
+        return self.place.value if isinstance(self.place, Interval) else self.place
+
+
+def against_score(
+    name: str, dots: Sequence[Dot], label: str, palette: Palette, *, lines: int, counts: bool = False
+) -> str:
+    """Draw the score of each adapter over another number of it, which may have an interval too.
+
+    Args:
+        name: of the figure.
+        dots: the adapters.
+        label: of the axis across.
+        palette: how each is drawn.
+        lines: adapters that there is room for beside the figure.
+        counts: whether the axis is one of counts, which begins at 0.
+    """
+
+    def draw(axes: Axes) -> None:
+        places = [dot.x for dot in dots]
+        width = max(places) - min(places)
+        for i, dot in enumerate(dots):
+            # Those at the same place stand side by side.
+            aside = 0.02 * width * places[:i].count(dot.x)
+            spread = dot.place if isinstance(dot.place, Interval) else None
+            axes.errorbar(
+                [dot.x + aside],
+                [dot.score.value],
+                yerr=[[dot.score.below], [dot.score.above]],
+                xerr=None if spread is None else [[spread.below], [spread.above]],
+                elinewidth=None if spread is None else 0.7,
+                capsize=2,
+                label=dot.adapter,
+                marker=palette.marker(dot.adapter),
+                color=palette.colour(dot.adapter),
+                markersize=5,
+                linestyle="none",
+            )
+        axes.set(xlabel=label, ylabel="right items (%)")
+        if counts:
+            axes.set_xlim(0, None)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
+        axes.margins(x=0.1)
+        draw_legend(axes)
+
+    return draw_svg(name, draw, height=HEIGHT + 0.1 * max(0, lines - 5))
+
+
+def gain_curve(name: str, rows: Sequence[CandidateRecord]) -> str:
+    """Draw the validation loss over the power of the gain, soup at 0."""
+    gains = [row for row in rows if row["method"] == "seedlora_gain"]
+    start = [(0, row["loss"]) for row in rows if row["name"] == SOUP]
+
+    def draw(axes: Axes) -> None:
+        for i, layers in enumerate(dict.fromkeys(row["options"].get("layers", "all") for row in gains)):
+            own = [(row["options"]["p"], row["loss"]) for row in gains if row["options"].get("layers", "all") == layers]
+            x, y = zip(*start, *own, strict=True)
+            part = "all layers" if layers == "all" else f"{layers} only"
+            axes.plot(x, y, marker="o^s"[i % 3], color=(INK, GREY, PALE)[i % 3], label=part, markersize=4)
+        axes.set(
+            xlabel="power p of the gain (0: soup, 1/2: the norm is kept)", ylabel="validation loss\n(nats per token)"
+        )
+        draw_legend(axes)
+
+    return draw_svg(name, draw)
+
+
+def candidate_losses(name: str, rows: Sequence[CandidateRecord], chosen: str) -> str:
+    """Draw the validation loss of the rules that were tried, the chosen one in ink."""
+
+    def draw(axes: Axes) -> None:
+        for i, row in enumerate(rows):
+            axes.plot([row["loss"]], [i], marker="D", markersize=5, color=INK if row["name"] == chosen else GREY)
+        name_rows(axes, [row["name"] for row in rows])
+        axes.set_xlabel("validation loss (nats per token)")
+
+    return draw_svg(name, draw, height=0.9 + 0.24 * len(rows))
+
+
+def subset_losses(name: str, rows: Sequence[SubsetRecord], palette: Palette) -> str:
+    """Draw the validation loss by how many seeds are fused: each subset a point, their mean a line."""
+    labels, most = list(rows[0]["loss"]), max(len(row["seeds"]) for row in rows)
+
+    def draw(axes: Axes) -> None:
+        for i, label in enumerate(labels):
+            shift = 0.06 * (i - (len(labels) - 1) / 2)
+            colour, means = palette.colour(label), []
+            for n in range(1, most + 1):
+                losses = [row["loss"][label] for row in rows if len(row["seeds"]) == n]
+                axes.plot([n + shift] * len(losses), losses, ".", color=colour, markersize=5)
+                means.append(sum(losses) / len(losses))
+            axes.plot([n + shift for n in range(1, most + 1)], means, color=colour, label=label, linewidth=1.2)
+        axes.set(xlabel="seeds fused", ylabel="validation loss (nats per token)")
+        axes.set_xticks(range(1, most + 1))
+        draw_legend(axes)
+
+    return draw_svg(name, draw)
+
+
+def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: Palette) -> str:
+    """Draw losses over optimizer steps."""
+
+    def draw(axes: Axes) -> None:
+        longest = max(map(len, curves.values()))
+        for label, curve in curves.items():
+            x, y = zip(*curve, strict=True)
+            marker = "." if longest <= 30 else ""
+            width = 2.0 if label == FUSED else 1.2
+            colour, line = palette.colour(label), palette.line(label)
+            axes.plot(x, y, marker=marker, label=label, linewidth=width, color=colour, linestyle=line)
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.locator_params(axis="x", integer=True)
+        draw_legend(axes)
+
+    return draw_svg(name, draw)
+
+
+def heat_map(name: str, layers: Sequence[LayerRow], values: Sequence[float | None], label: str) -> str:
+    """Draw one number of every layer: module types down, depth across."""
+    modules = list(dict.fromkeys(row["module"] for row in layers))
+    depths = sorted({row["layer"] for row in layers})
+    cells = [[float("nan")] * len(depths) for _ in modules]
+    for row, value in zip(layers, values, strict=True):
+        if value is not None:
+            cells[modules.index(row["module"])][depths.index(row["layer"])] = value
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
+        step = -(-len(depths) // 8)
+        places = range(0, len(depths), step)
+        axes.set_xticks([place + 0.5 for place in places], [str(depths[place]) for place in places])
+        axes.set_yticks([i + 0.5 for i in range(len(modules))], modules)
+        axes.set_ylim(len(modules), 0)
+        axes.set_xlabel("layer")
+        axes.spines[:].set_visible(False)
+        draw_scale(axes, mesh, label)
+
+    return draw_svg(name, draw, height=1.5 + 0.24 * len(modules))
+
+
+def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
+    """Draw the cosine of every pair of adapters, each taken as one vector; the scale leaves out the diagonal."""
+    apart = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
+    # Cosines that are nearly the same look so.
+    low, high = min(apart), max(*apart, min(apart) + 0.05)
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        cells = [[float("nan") if i == j else value for j, value in enumerate(row)] for i, row in enumerate(cosines)]
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        for i, row in enumerate(cosines):
+            for j, value in enumerate(row):
+                colour = INK if i == j else text_colour(value, low, high)
+                if len(labels) <= _MOST_WRITTEN:
+                    axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        places = [i + 0.5 for i in range(len(labels))]
+        axes.set_xticks(places, labels, rotation=40, ha="right")
+        axes.set_yticks(places, labels)
+        axes.set_ylim(len(labels), 0)
+        axes.spines[:].set_visible(False)
+        draw_scale(axes, mesh, "cosine of two updates")
+
+    return draw_svg(name, draw, height=1.9 + 0.26 * len(labels))
+
+
+def spectra(name: str, values: Mapping[str, Sequence[float]], palette: Palette) -> str:
+    """Draw the singular values of each adapter in one layer."""
+
+    def draw(axes: Axes) -> None:
+        for label, row in values.items():
+            colour, line = palette.colour(label), palette.line(label)
+            axes.plot(range(1, 1 + len(row)), row, marker=".", label=label, color=colour, linestyle=line)
+        axes.set(xlabel="index", ylabel="singular value of the update", ylim=(0, None))
+        axes.locator_params(axis="x", integer=True)
+        draw_legend(axes)
+
+    return draw_svg(name, draw)
+
+
+def distributions(name: str, counted: Distributions, palette: Palette) -> str:
+    """Draw the distribution of the entries of each adapter's update."""
+
+    def draw(axes: Axes) -> None:
+        for label, density in counted["density"].items():
+            colour, line, width = palette.colour(label), palette.line(label), 2.0 if label == FUSED else 1.2
+            axes.stairs(density, counted["edges"], label=label, linewidth=width, color=colour, linestyle=line)
+        axes.set(xlabel="entry of the update", ylabel="density", ylim=(0, None))
+        axes.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=False)
+        axes.locator_params(nbins=6)
+        draw_legend(axes)
+
+    return draw_svg(name, draw)
+
+
+def run_differences(name: str, runs: Sequence[RunRow]) -> str | None:
+    """Draw the difference between fused adapter and mean seed in each run that has it; ``None`` if none has."""
+    rows = [(run["run"], row) for run in runs if (row := run["against_mean_seed"]) is not None]
+    if not rows:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for i, (_, row) in enumerate(rows):
+            draw_interval(axes, i, in_percent(row), INK)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        name_rows(axes, [shorten(run) for run, _ in rows])
+        axes.set_xlabel("fused minus mean seed (points)")
+
+    return draw_svg(name, draw, height=0.9 + 0.28 * len(rows))
