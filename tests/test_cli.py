@@ -181,7 +181,7 @@ def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
 
     for options in (["--data", "InstructionData", "--data.path", "rows.jsonl"], ["--config", "run.yaml"]):
         Path("run.yaml").write_text(
-            "data: {class_path: seedlora.datamodules.instruction_data.InstructionData, init_args: {path: rows.jsonl}}"
+            "data: {class_path: seedlora.datamodules.InstructionData, init_args: {path: rows.jsonl}}"
         )
         given = SeedLoRACLI(PARTS, options).config.data.init_args
         assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
