@@ -1,4 +1,4 @@
-"""Train LoRA replicas of one task with different seeds, and fuse them: ``python train.py --merge seedlora``."""
+"""Train LoRA replicas of one task with different seeds, and merge them: ``python train.py --merge seedlora``."""
 
 import sys
 

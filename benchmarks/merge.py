@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from seedlora.adapters.adapter import WEIGHTS_NAME
 from seedlora.adapters.writing import universal_config, write_adapter
-from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.into_base import fuse_into_base
-from seedlora.merge.layers import fuse, merged_updates
+from seedlora.merge.adapter_folders import merge_folders
+from seedlora.merge.into_base import merge_into_base
+from seedlora.merge.layers import merge_stacks, merged_updates
 from seedlora.merge.registry import make_rule
 from seedlora.updates.dense import DenseUpdates
 from seedlora.updates.factors import LoRAFactors
@@ -175,7 +175,7 @@ def end_to_end(stacks: dict[str, LoRAFactors], method: str, repeat: int) -> dict
             layers = {path: LoRAFactors(s.A[n : n + 1], s.B[n : n + 1]) for path, s in stacks.items()}
             write_adapter(root / str(n), layers, universal_config(layers, base_model="synthetic"))
         sources = [root / str(n) for n in range(SEEDS)]
-        ours = measured(lambda: fuse_folders(sources, root / "out", method=method), repeat)
+        ours = measured(lambda: merge_folders(sources, root / "out", method=method), repeat)
 
         def alone() -> None:
             for source in sources:
@@ -213,7 +213,7 @@ def into_base(shape: str, stacks: dict[str, LoRAFactors], shards: int = 4) -> di
             write_adapter(root / str(n), layers, universal_config(layers, base_model="synthetic"))
         sources = [root / str(n) for n in range(SEEDS)]
         del layer
-        found = measured(lambda: fuse_into_base(sources, root / "base", root / "out"))
+        found = measured(lambda: merge_into_base(sources, root / "base", root / "out"))
     return found | {"shard_mib": max(sizes)}
 
 
@@ -257,7 +257,8 @@ def main() -> None:
         return found
 
     def fused(method: str, **rank: int) -> None:
-        fuse({path: LoRAFactors(s.A, s.B) for path, s in stacks.items()}, make_rule(method, rank))  # nothing remembered
+        forgetful = {path: LoRAFactors(s.A, s.B) for path, s in stacks.items()}  # nothing remembered
+        merge_stacks(forgetful, make_rule(method, rank))
 
     whole = {name: report(name, measured(lambda m=name: fused(m), options.repeat)) for name in EXACT + CORE}
     report("seedlora to rank 8", measured(lambda: fused("seedlora", rank=RANK), options.repeat))
@@ -285,7 +286,7 @@ def main() -> None:
             peer = report("PEFT svd to rank 8, q of layer 0", measured(lambda: peft_merge(model, "svd")))
             mine = report(
                 "soup to rank 8, q of layer 0",
-                measured(lambda: fuse(one, make_rule("soup", {"rank": RANK})), options.repeat),
+                measured(lambda: merge_stacks(one, make_rule("soup", {"rank": RANK})), options.repeat),
             )
             report("PEFT svd / ours", {"ratio": peer["seconds"] / mine["seconds"]})
         try:

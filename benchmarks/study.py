@@ -1,10 +1,10 @@
-"""When is a fused adapter better than a seed, and which rule fuses best? SmolLM2-135M on three generated tasks.
+"""When is a fused adapter better than a seed, and which rule merges best? SmolLM2-135M on three generated tasks.
 
     python benchmarks/study.py --plan            # the cells, what is done, and the time that the others take
     python benchmarks/study.py --minutes 60      # go on for an hour; killed anywhere, the next call goes on from there
     python benchmarks/study.py --summary         # tables and figures of all cells done; with --only WORD of some
 
-A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to fuse it; or,
+A cell is one stack of seeds on one task with one learning rate, trained and then scored with every way to merge it; or,
 as task ``joint``, one adapter of each task, fused across tasks. A cell done is one line of ``study/cells.jsonl`` and is
 not done again; the adapters stay under ``--work`` (30 MB a cell). ``--plan`` says what is left. Of the grid of 48 cells
 32 are chosen, in the order of what one wants to know next (:func:`design`): longer training, seeds that share their
@@ -54,7 +54,7 @@ from seedlora.callbacks import EnsembleProgressBar, SeedEnsembleCallback
 from seedlora.datamodules import ReasoningGym
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import stack_adapters
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.model.embedded import EMBEDDED
 from seedlora.names import seed_name
@@ -393,7 +393,7 @@ def _outcomes(
 
 
 def run_controls(cell: Cell, setting: Setting) -> Line:
-    """Compare the fused seeds with what their budget buys without fusing them.
+    """Compare the fused seeds with what their budget buys without merging them.
 
     ``long seed``: the first seed for as many epochs as all have together. ``wide seed``: the first seed with the rank
     of all together, for the epochs of one. ``best on validation``: of the seeds. ``greedy soup``: its members are those
@@ -421,9 +421,9 @@ def run_controls(cell: Cell, setting: Setting) -> Line:
     adapters: dict[str, Callable[[], Layers]] = {
         BASE: dict,
         **seeds,
-        SOUP: partial(fuse, stacks, make_rule("soup")),
-        "seedlora": partial(fuse, stacks, make_rule("seedlora")),
-        "greedy soup": partial(fuse, stacks, greedy),
+        SOUP: partial(merge_stacks, stacks, make_rule("soup")),
+        "seedlora": partial(merge_stacks, stacks, make_rule("seedlora")),
+        "greedy soup": partial(merge_stacks, stacks, greedy),
         **{label: partial(dict, layers) for label, layers in trained_parts.items()},
     }
     scores = score_lazily(adapters, scorer(module, data, "test"), at_once=ADAPTERS_PER_FORWARD)
@@ -469,9 +469,9 @@ def _all_rules(
         name: rule for name, rule in gain_family(list(stacks), powers=POWERS).items() if rule.common.layers == "all"
     }
     families: dict[str, dict[str, Callable[[], Layers]]] = {
-        "gain p": {name: partial(fuse, stacks, rule) for name, rule in gains.items()},
+        "gain p": {name: partial(merge_stacks, stacks, rule) for name, rule in gains.items()},
         "soup x scale": {
-            name: partial(fuse, stacks, rule) for name, rule in scaled_soups(len(seeds), scales=SCALES).items()
+            name: partial(merge_stacks, stacks, rule) for name, rule in scaled_soups(len(seeds), scales=SCALES).items()
         },
     }
     for name, made in seeds.items() if everything else ():
@@ -490,8 +490,8 @@ def _all_rules(
     for label, (method, options) in RULES.items():
         if label in ANSWERED and not everything:
             continue
-        setting.console.print(f"  fusing by {label}", highlight=False)
-        fused = fuse(stacks, make_rule(method, options))
+        setting.console.print(f"  merging by {label}", highlight=False)
+        fused = merge_stacks(stacks, make_rule(method, options))
         more.adapters[label] = partial(dict, fused)
         if fused.compression:
             more.compression[label] = _short(statistics.mean(fused.compression.values()))
@@ -579,7 +579,7 @@ def _subsets(stacks: Layers) -> _More:
             if (k := len(chosen)) == 1:
                 continue
             label = method if k == n else f"{method} of {','.join(map(str, chosen))}"
-            more.adapters[label] = lambda chosen=chosen, method=method: fuse(
+            more.adapters[label] = lambda chosen=chosen, method=method: merge_stacks(
                 select_adapters(stacks, chosen), make_rule(method)
             )
             if k < n:
@@ -588,7 +588,7 @@ def _subsets(stacks: Layers) -> _More:
 
 
 def run_joint(cell: Cell, setting: Setting) -> Line:
-    """Fuse the first seed's adapters of all tasks and score them on every task, with no hint which it is.
+    """Merge the first seed's adapters of all tasks and score them on every task, with no hint which it is.
 
     The two views of KnOTS: loss and match over the union of the tasks' items, each task with the same weight, asked in
     the same words; and per task relative to the task's own adapter. One scale per rule, chosen on validation over all
@@ -603,7 +603,7 @@ def run_joint(cell: Cell, setting: Setting) -> Line:
         data[task] = setting.data(task, module, **JOINT_SIZES)
         own[task] = select_adapters(by_task[task], [0])
     stacks = {path: LoRAFactors.stack([own[task][path] for task in own]) for path in next(iter(own.values()))}
-    fused = {rule: fuse(stacks, make_rule(rule)) for rule in JOINT_RULES}
+    fused = {rule: merge_stacks(stacks, make_rule(rule)) for rule in JOINT_RULES}
     made = {f"{rule} x {x:g}": partial(scaled, fused[rule], x) for rule in JOINT_RULES for x in JOINT_SCALES}
     val = [score_lazily(made, scorer(module, rows, "val"), at_once=ADAPTERS_PER_FORWARD) for rows in data.values()]
     total = {name: statistics.mean(scores[name].loss for scores in val) for name in made}

@@ -51,7 +51,7 @@ class Checks(pl.Callback):
             choose_stack_size(ensemble, trainer, module.options, data)
             self.open(trainer, module, data)
             if not ensemble.pending:
-                raise ValueError(f"{ensemble.dirpath}: all seeds are trained; call Trainer.validate to fuse them again")
+                raise ValueError(f"{ensemble.dirpath}: all seeds are trained; Trainer.validate merges them again")
 
     def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
         """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
@@ -97,7 +97,7 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     adapter = options.adapter
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
-            f"{reason} chooses among fusions of the seeds' factors, and what model.adapter {adapter} adds to the "
+            f"{reason} chooses among merges of the seeds' factors, and what model.adapter {adapter} adds to the "
             "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
         )
     if options.is_full_finetuning:

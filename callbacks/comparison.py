@@ -80,7 +80,7 @@ class ComparisonOnTest(pl.Callback):
         models = WholeModels(module.stack, module.options)
         made: dict[str, Callable[[], Layers]] = {}
         made |= {label: partial(models.read, folder) for label, folder in ensemble.folders.items()}
-        fused = partial(models.fuse, module.trainer, [ensemble.adapter_path(seed) for seed in trained])
+        fused = partial(models.merge, module.trainer, [ensemble.adapter_path(seed) for seed in trained])
         if len(trained) > 1:
             if SOUP not in made and (ensemble.rule is not None or ensemble.comparison.compare):
                 made[SOUP] = partial(fused, make_rule(SOUP))

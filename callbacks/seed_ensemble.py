@@ -1,4 +1,4 @@
-"""The callback that trains several seeds as one stack and fuses them."""
+"""The callback that trains several seeds as one stack and merges them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from seedlora.callbacks.checkpoints import Checkpoints
 from seedlora.callbacks.checks import Checks
 from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
-from seedlora.callbacks.final_fusion import FinalFusion
-from seedlora.callbacks.live_fusion import LiveFusion
+from seedlora.callbacks.final_merge import FinalMerge
+from seedlora.callbacks.live_merge import LiveMerge
 from seedlora.callbacks.termination import Termination, TerminationEnd
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
@@ -32,13 +32,13 @@ from seedlora.training.scoring import ScoredLabels
 
 
 class SeedEnsembleCallback(CallbackOfParts):
-    """Train one LoRA replica per seed, all in one fit, and fuse them when it ends.
+    """Train one LoRA replica per seed, all in one fit, and merge them when it ends.
 
     Its life:
 
     - *setup*: the module gets one replica per seed and the data module their data orders; each replica's share of the
       trainer's epochs or steps is fixed.
-    - *every validation*: the seeds trained so far are fused as they are, and the module scores seeds and fused adapter
+    - *every validation*: the seeds trained so far are merged as they are, and the module scores seeds and fused adapter
       side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed. Seeds
       whose updates have full rank (DoRA, whole models) are scored alone.
       With ``patience``, a seed whose own validation loss has not improved that many times in a row is stopped: its rows
@@ -58,12 +58,12 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
-    Trainer (and the same callback); the last one fuses all. Controls that are trained follow in the same way, one fit
+    Trainer (and the same callback); the last one merges all. Controls that are trained follow in the same way, one fit
     each, while :attr:`pending_controls` is not empty.
 
     Args:
         seeds: one replica each.
-        merge: a method of :data:`seedlora.merge.registry.METHODS`, any rule, or ``none`` to fuse nothing. On the
+        merge: a method of :data:`seedlora.merge.registry.METHODS`, any rule, or ``none`` to merge nothing. On the
             validation rows, ``auto`` chooses the method, ``seedlora_gain`` without an option ``p`` its gain, on all
             layers or on attention or FFN alone, and ``greedy_soup`` its members.
         merge_options: keyword options of the method.
@@ -86,7 +86,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         patience: validations without a new best loss after which a seed is stopped; default never.
         on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the
             run, its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no
-            other, and the rest are fused.
+            other, and the rest are merged.
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
@@ -143,7 +143,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         self._termination = Termination(state)
         self._comparison = ComparisonOnTest(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
-        # back, the adapters are written, the checkpoints removed, a SIGTERM is answered, and the seeds are fused.
+        # back, the adapters are written, the checkpoints removed, a SIGTERM is answered, and the seeds are merged.
         self.parts = (
             self._checks,
             Assignment(ensemble, state),
@@ -151,8 +151,8 @@ class SeedEnsembleCallback(CallbackOfParts):
             AdapterWriter(ensemble, state),
             Checkpoints(ensemble, state),
             self._termination,
-            LiveFusion(ensemble, state),
-            FinalFusion(ensemble, state),
+            LiveMerge(ensemble, state),
+            FinalMerge(ensemble, state),
             self._comparison,
             TerminationEnd(self._termination),
         )

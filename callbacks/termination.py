@@ -20,7 +20,7 @@ _TERMINATED = "terminated by SIGTERM after training; the adapters are written"
 class Termination(pl.Callback):
     """Answer SIGTERM in Lightning's place: in training it is noted, afterwards it ends the run at once.
 
-    Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken. Choosing and fusing may
+    Lightning would leave in the middle of an optimizer step, where no checkpoint can be taken. Choosing and merging may
     take longer than a job is given to end. :class:`TerminationEnd` gives the signal back.
 
     Args:

@@ -29,8 +29,8 @@ class Throughput(pl.Callback):
     scored; attention's own products and recomputation are not counted.
 
     It also keeps apart what a fit spends its time on, in :attr:`took`: ``starting``, ``training`` with its checkpoints,
-    ``validation`` with the fusion that is validated, and ``fusing``: writing the adapters, and choosing and fusing on
-    the validation rows. It must come before the callback that fuses.
+    ``validation`` with the merge that is validated, and ``fusing``: writing the adapters, and choosing and merging on
+    the validation rows. It must come before the callback that merges.
 
     Args:
         window: micro-batches of the moving average.

@@ -13,7 +13,7 @@ _HOMES = {
     "METHODS": "seedlora.merge.registry",
     "SeedEnsembleCallback": "seedlora.callbacks.seed_ensemble",
     "SeedLoRAModule": "seedlora.training.module",
-    "fuse_folders": "seedlora.merge.adapter_folders",
+    "merge_folders": "seedlora.merge.adapter_folders",
     "make_rule": "seedlora.merge.registry",
     "read_adapter": "seedlora.adapters.reading",
     "write_adapter": "seedlora.adapters.writing",
@@ -24,8 +24,8 @@ __all__ = [
     "SeedEnsembleCallback",
     "SeedLoRAModule",
     "__version__",
-    "fuse_folders",
     "make_rule",
+    "merge_folders",
     "read_adapter",
     "write_adapter",
 ]
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from seedlora.adapters.reading import read_adapter
     from seedlora.adapters.writing import write_adapter
     from seedlora.callbacks.seed_ensemble import SeedEnsembleCallback
-    from seedlora.merge.adapter_folders import fuse_folders
+    from seedlora.merge.adapter_folders import merge_folders
     from seedlora.merge.registry import METHODS, make_rule
     from seedlora.training.module import SeedLoRAModule
     from seedlora.updates.factors import LoRAFactors

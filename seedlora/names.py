@@ -45,4 +45,4 @@ def nothing_for_one_seed(options: Mapping[str, object]) -> str | None:
     """
     asked = [option for option, given in options.items() if given]
     does = "does" if len(asked) == 1 else "do"
-    return f"With one seed {', '.join(asked)} {does} nothing: there is nothing to fuse or compare." if asked else None
+    return f"With one seed {', '.join(asked)} {does} nothing: there is nothing to merge or compare." if asked else None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.merge.layers import Fused, fuse
+from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.updates.factors import LoRAFactors
 
@@ -35,7 +35,7 @@ def fit(
     test: bool = True,
     **options: object,
 ) -> SeedEnsembleCallback:
-    """Train seeds, pass by pass, fuse them, and test.
+    """Train seeds, pass by pass, merge them, and test.
 
     Args:
         base_model: its folder.
@@ -102,4 +102,4 @@ def fused_on(device: torch.device | str, method: str) -> Fused:
         for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
     }
     options = {"score": lambda layers: float(next(iter(layers.values())).B.sum())} if method == "greedy_soup" else {}
-    return fuse(stacks, make_rule(method, options))
+    return merge_stacks(stacks, make_rule(method, options))

@@ -162,26 +162,26 @@ def main_of_devices(base_model: str, folder: str, accelerator: str, devices: str
     run(base_model, Path(folder) / name, batch_size=4 // n, strategy=strategy, devices=n, accelerator=accelerator)
 
 
-def watch_fusions(folder: Path) -> None:
-    """Write down who fuses whole models to be scored, and the hash of what is scored on each rank."""
-    make_weight_merger, fuse = whole_models.make_weight_merger, WholeModels.fuse
+def watch_merges(folder: Path) -> None:
+    """Write down who merges whole models to be scored, and the hash of what is scored on each rank."""
+    make_weight_merger, merge = whole_models.make_weight_merger, WholeModels.merge
 
     def change(models, base, rule):
-        (folder / f"{os.getpid()} fuses {rule.name}").touch()
+        (folder / f"{os.getpid()} merges {rule.name}").touch()
         return make_weight_merger(models, base, rule)
 
     def fused(self, trainer, folders, rule):
-        made = fuse(self, trainer, folders, rule)
+        made = merge(self, trainer, folders, rule)
         digest = hashlib.sha256(b"".join(each.numpy().tobytes() for (each,) in made.modules.values())).hexdigest()
         (folder / f"{os.getpid()} scores {rule.name}").write_text(digest)
         return made
 
-    whole_models.make_weight_merger, WholeModels.fuse = change, fused
+    whole_models.make_weight_merger, WholeModels.merge = change, fused
 
 
 def main_of_kind(base_model: str, folder: str, kind: str) -> None:
     """A kind of adapter under the strategies."""
-    watch_fusions(Path(folder))
+    watch_merges(Path(folder))
     with precision_of(kind):
         for name in strategies_of(kind):
             run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES[name], devices=2, **KINDS[kind])

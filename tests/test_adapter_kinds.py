@@ -1,4 +1,4 @@
-"""Adapters of every kind, trained and saved by PEFT: what we fuse them to, and what PEFT's own merge does.
+"""Adapters of every kind, trained and saved by PEFT: what we merge them to, and what PEFT's own merge does.
 
 The right answer is independent of our reader: each adapter is merged alone into its base by PEFT, and the base's
 original weights are subtracted.
@@ -27,8 +27,8 @@ from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.servers import base_shapes
 from seedlora.cli.main import main
-from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.into_base import fuse_into_base
+from seedlora.merge.adapter_folders import merge_folders
+from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import make_rule
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSION_NAME
@@ -139,9 +139,9 @@ def distance(found, wanted):
 def test_fused_to_the_mean_of_what_they_add(kind, made, tmp_path):
     """As an adapter of a rank that holds it all, and in the base's weights."""
     case = made(kind)
-    fuse_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 32, "svd": "exact"})
+    merge_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 32, "svd": "exact"})
     assert distance(case.changed(tmp_path / "out"), case.mean) < 2e-5
-    fuse_into_base(case.folders, case.base, tmp_path / "full", method="soup")
+    merge_into_base(case.folders, case.base, tmp_path / "full", method="soup")
     full = loaded(tmp_path / "full").state_dict()
     assert distance({key: full[key] - case.before[key] for key in full}, case.mean) < 2e-5
 
@@ -150,7 +150,7 @@ def test_fused_to_the_mean_of_what_they_add(kind, made, tmp_path):
 def test_one_adapter_is_its_own_fusion(kind, made, tmp_path):
     case = made(kind)
     bytes_before = [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
-    fuse_into_base(case.folders[:1], case.base, tmp_path / "full", method="seedlora")
+    merge_into_base(case.folders[:1], case.base, tmp_path / "full", method="seedlora")
     full = loaded(tmp_path / "full").state_dict()
     assert distance({key: full[key] - case.before[key] for key in full}, case.added[0]) < 2e-5
     assert bytes_before == [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
@@ -170,10 +170,10 @@ def test_classifiers_stay_classifiers(tmp_path):
         train(model, seed)
         model.save_pretrained(tmp_path / str(seed))
         logits.append(model.eval()(input_ids=rows).logits)
-    fuse_folders([tmp_path / str(SEEDS[0])], tmp_path / "one", method="soup")
+    merge_folders([tmp_path / str(SEEDS[0])], tmp_path / "one", method="soup")
     found = PeftModel.from_pretrained(classifier(), tmp_path / "one").eval()(input_ids=rows).logits
     torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
-    fuse_folders([tmp_path / str(seed) for seed in SEEDS], tmp_path / "all", method="soup")
+    merge_folders([tmp_path / str(seed) for seed in SEEDS], tmp_path / "all", method="soup")
     assert json.loads((tmp_path / "all" / CONFIG_NAME).read_text())["task_type"] == "SEQ_CLS"
     PeftModel.from_pretrained(classifier(), tmp_path / "all")
 
@@ -197,7 +197,7 @@ def test_what_is_printed_loads_the_result(task, name, made, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["rslora", "rank_pattern", "pissa", "olora", "modules_to_save", "lora_bias"])
 def test_the_folder_loads_in_peft_with_equal_logits(kind, made, tmp_path):
     case = made(kind)
-    fuse_folders(case.folders, tmp_path / "out", method="soup")
+    merge_folders(case.folders, tmp_path / "out", method="soup")
     dense = loaded(case.base)
     mean = case.mean
     dense.load_state_dict({key: case.before[key] + mean[key] for key in mean})
@@ -217,7 +217,7 @@ def paper_formula(updates):
 @pytest.mark.parametrize("kind", ["dora", "pissa", "conv1d, dora"])
 def test_seedlora_of_full_rank(kind, made, tmp_path):
     case = made(kind)
-    fuse_into_base(case.folders, case.base, tmp_path / "full")
+    merge_into_base(case.folders, case.base, tmp_path / "full")
     full = loaded(tmp_path / "full").state_dict()
     for key in (key for key in full if case.added[0][key].any()):
         wanted = paper_formula(torch.stack([added[key] for added in case.added]))
@@ -242,7 +242,7 @@ def test_dora_at_a_rank_says_its_error(made, tmp_path):
 
 def test_the_default_rank_of_dora_is_that_of_lora(made, tmp_path):
     case = made("dora")
-    fuse_folders(case.folders, tmp_path / "out")
+    merge_folders(case.folders, tmp_path / "out")
     assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["r"] == 3 * 4 + 1
 
 
@@ -291,7 +291,7 @@ def test_starts_are_not_computed_for_adapters_that_do_not_fit(made, copy, tmp_pa
         raise AssertionError("the work was begun")
 
     monkeypatch.setattr("seedlora.adapters.original_base._initial_factors", start)
-    for merge in (fuse_folders, lambda *args: fuse_into_base(args[0], made("pissa").base, args[1])):
+    for merge in (merge_folders, lambda *args: merge_into_base(args[0], made("pissa").base, args[1])):
         with pytest.raises(AdapterError, match="task_type is CAUSAL_LM in .* and SEQ_CLS in"):
             merge([made("pissa").folders[0], folder], tmp_path / "out")
 
@@ -299,7 +299,7 @@ def test_starts_are_not_computed_for_adapters_that_do_not_fit(made, copy, tmp_pa
 def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     case = made("modules_to_save")
     options = {"weights": [1.0, 2.0, 3.0]}
-    fuse_folders(case.folders, tmp_path / "out", method="soup", options=options)
+    merge_folders(case.folders, tmp_path / "out", method="soup", options=options)
     found = load_file(tmp_path / "out" / WEIGHTS_NAME)
     each = [load_file(folder / WEIGHTS_NAME) for folder in case.folders]
     for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"):
@@ -309,17 +309,17 @@ def test_weights_of_the_rule_weigh_what_is_averaged(made, tmp_path):
     assert record["averaged"] == ["lm_head.weight", "model.embed_tokens.weight"]
     assert "averaged" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(AdapterError, match="add up to more than 0"):
-        fuse_folders(case.folders, tmp_path / "no", method="soup", options={"weights": [1, 1, -2]})
+        merge_folders(case.folders, tmp_path / "no", method="soup", options={"weights": [1, 1, -2]})
 
 
 @pytest.mark.parametrize(("kind", "held"), [("modules_to_save", "lm_head.weight"), ("lora_bias", "lora_bias")])
 def test_a_rule_that_leaves_adapters_out_averages_nothing(kind, held, made, tmp_path):
     score = {"score": lambda layers: 0.0}
     with pytest.raises(AdapterError, match=f"greedy_soup chooses among adapters, and {held} would be the mean of all"):
-        fuse_folders(made(kind).folders, tmp_path / "out", method="greedy_soup", options=score)
-    fuse_folders(made("lora").folders, tmp_path / "out", method="greedy_soup", options=score)
-    fuse_folders(made(kind).folders, tmp_path / "two", method=soup_of([2, 0]))
-    fuse_folders([made(kind).folders[i] for i in (0, 2)], tmp_path / "soup", method="soup")
+        merge_folders(made(kind).folders, tmp_path / "out", method="greedy_soup", options=score)
+    merge_folders(made("lora").folders, tmp_path / "out", method="greedy_soup", options=score)
+    merge_folders(made(kind).folders, tmp_path / "two", method=soup_of([2, 0]))
+    merge_folders([made(kind).folders[i] for i in (0, 2)], tmp_path / "soup", method="soup")
     found, wanted = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("two", "soup"))
     keys = {key for key in wanted if "lora_A" not in key and "lora_B.w" not in key}
     assert keys
@@ -331,12 +331,12 @@ def test_a_rule_s_own_weights_are_its_own(made, tmp_path):
         assert weights == "of another meaning"
         return LoRAFactors(stack.A[:1], stack.B[:1])
 
-    fuse_folders(made("lora").folders, tmp_path / "out", method=make_rule(first, {"weights": "of another meaning"}))
+    merge_folders(made("lora").folders, tmp_path / "out", method=make_rule(first, {"weights": "of another meaning"}))
 
 
 @pytest.mark.parametrize("kind", ["modules_to_save", "lora_bias"])
 def test_everything_has_the_dtype_that_is_asked_for(kind, made, tmp_path):
-    fuse_folders(made(kind).folders, tmp_path / "out", method="soup", dtype=torch.bfloat16)
+    merge_folders(made(kind).folders, tmp_path / "out", method="soup", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS_NAME).values()} == {torch.bfloat16}
 
 
@@ -400,7 +400,7 @@ MAGNITUDE = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
 )
 def test_broken_magnitudes(edit, message, copy, made, tmp_path):
     with pytest.raises(AdapterError, match=message):
-        fuse_folders([copy("dora", edit)], tmp_path / "out")
+        merge_folders([copy("dora", edit)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -451,7 +451,7 @@ def test_kinds_are_not_mixed(made, tmp_path):
         config = json.loads(file.read_text()) | {"base_model_name_or_path": str(made("dora").base)}
         file.write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="is DoRA, of .* make plain LoRA of it first"):
-        fuse_folders(pair, tmp_path / "out")
+        merge_folders(pair, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_kinds_are_not_mixed(made, tmp_path):
 def test_what_only_one_of_them_has(kind, said, copy, made, tmp_path):
     base = {"base_model_name_or_path": str(made(kind).base)}
     with pytest.raises(AdapterError, match=said):
-        fuse_folders([made(kind).folders[0], copy("lora", **base)], tmp_path / "out")
+        merge_folders([made(kind).folders[0], copy("lora", **base)], tmp_path / "out")
 
 
 @pytest.fixture
@@ -488,17 +488,17 @@ def in_bits(base, folder, **options):
 def test_loftq_s_adapters_do_not_go_into_another_base(made, loftq, tmp_path):
     base = made("lora").base
     with pytest.raises(AdapterError, match="belongs on the base model in nf4 alone.* is not quantised; give a folder"):
-        fuse_into_base([loftq], base, tmp_path / "out")
+        merge_into_base([loftq], base, tmp_path / "out")
     for bits, options in {"int8": {"load_in_8bit": True}, "fp4": {"bnb_4bit_quant_type": "fp4"}}.items():
         folder, _ = in_bits(base, tmp_path / bits, **options)
         with pytest.raises(AdapterError, match=f"belongs on the base model in nf4 alone.* is in {bits}; give a folder"):
-            fuse_into_base([loftq], folder, tmp_path / "out")
+            merge_into_base([loftq], folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_loftq_s_adapters_go_into_the_base_in_nf4(made, loftq, tmp_path):
     folder, model = in_bits(made("lora").base, tmp_path / "nf4", bnb_4bit_quant_type="nf4")
-    fuse_into_base([loftq], folder, tmp_path / "out", method="soup")
+    merge_into_base([loftq], folder, tmp_path / "out", method="soup")
     found = loaded(tmp_path / "out").state_dict()
     for path, factors in read_adapter(loftq).layers.items():
         wanted = dequantize_module_weight(model.get_submodule(path)).double() + factors.dense()[0].double()
@@ -509,7 +509,7 @@ def test_loftq_s_adapters_go_into_the_base_in_nf4(made, loftq, tmp_path):
 def test_loftq_is_not_fused_with_adapters_of_the_original_base(first, made, loftq, tmp_path):
     pair = [loftq, made("lora").folders[0]][:: 1 if first else -1]
     with pytest.raises(AdapterError, match=r"copy belongs on the one in nf4 alone|copy on the one in nf4 alone"):
-        fuse_folders(pair, tmp_path / "out")
+        merge_folders(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (loftq / "base.json").write_text('["nf4"]')
     with pytest.raises(AdapterError, match=r"base.json: .* is no record of a quantization"):
@@ -523,8 +523,8 @@ def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in case.folders]
     for folder in folders:
         (folder / "prompt.json").write_text('{"style": "mine"}')
-    fuse_into_base(folders, case.base, tmp_path / "full", options={"mean_shift": False})
-    fuse_folders(folders, tmp_path / "out", options={"mean_shift": False, "rank": 16})
+    merge_into_base(folders, case.base, tmp_path / "full", options={"mean_shift": False})
+    merge_folders(folders, tmp_path / "out", options={"mean_shift": False, "rank": 16})
     gains = []
     full = loaded(tmp_path / "full").state_dict()
     for key, mean in case.mean.items():
@@ -537,7 +537,7 @@ def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
         assert (tmp_path / name / "prompt.json").read_text() == '{"style": "mine"}'
         card = (tmp_path / name / "README.md").read_text()
         assert f"The fused update is {wanted['mean']:.3g} times as long as the mean of the inputs" in card
-        assert "# 3 LoRA adapters fused with `seedlora`" in card
+        assert "# 3 LoRA adapters merged with `seedlora`" in card
         assert ("Kinds of the inputs: DoRA" in card) == (kind == "dora")
     assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()
     assert f"--into-base {case.base}" in (tmp_path / "full" / "README.md").read_text()
@@ -547,10 +547,10 @@ def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
     """Matrices of 16 x 16 and 24 x 16 entries; those of more than 256 are large here."""
     monkeypatch.setattr("seedlora.updates.compression.EXACT_ENTRIES", 256)
     folders = made("dora").folders
-    fuse_folders(folders, tmp_path / "out", method="soup", options={"rank": 2})
+    merge_folders(folders, tmp_path / "out", method="soup", options={"rank": 2})
     found = json.loads((tmp_path / "out" / FUSION_NAME).read_text())["compression"]
     assert found["svd"] == {"exact": 4, "randomized": 3}
-    fuse_into_base(folders, made("dora").base, tmp_path / "full", options={"rank": 2, "svd": "exact"}, method="soup")
+    merge_into_base(folders, made("dora").base, tmp_path / "full", options={"rank": 2, "svd": "exact"}, method="soup")
     found = json.loads((tmp_path / "full" / FUSION_NAME).read_text())["compression"]
     assert found["svd"] == {"exact": 7}
 
@@ -558,7 +558,7 @@ def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
 def test_biases_need_a_place_in_the_base(copy, made, tmp_path):
     llama().save_pretrained(tmp_path / "without")
     with pytest.raises(AdapterError, match="has no bias in the base model"):
-        fuse_into_base([copy("lora_bias")], tmp_path / "without", tmp_path / "out")
+        merge_into_base([copy("lora_bias")], tmp_path / "without", tmp_path / "out")
 
 
 def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
@@ -567,14 +567,14 @@ def test_resized_vocabularies_do_not_go_into_the_base(made, copy, tmp_path):
         tensors[key] = torch.cat([tensors[key], tensors[key][:1]])
 
     with pytest.raises(AdapterError, match="was its vocabulary resized"):
-        fuse_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
+        merge_into_base([copy("modules_to_save", longer)], made("modules_to_save").base, tmp_path / "out")
 
 
 def test_modules_of_different_shapes_are_named_with_both(made, copy, tmp_path):
     key = "base_model.model.lm_head.weight"
     one, other = made("modules_to_save").folders[0], copy("modules_to_save", lambda t: t.update({key: t[key][:31]}))
     with pytest.raises(AdapterError) as caught:
-        fuse_folders([one, other], tmp_path / "out")
+        merge_folders([one, other], tmp_path / "out")
     assert str(caught.value) == f"lm_head.weight has shape (32, 16) in {one} and (31, 16) in {other}"
 
 
@@ -592,12 +592,12 @@ def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):
     train(model, 1)
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterError, match="what is added to model.embed_tokens.* would change both"):
-        fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+        merge_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
     weights = tmp_path / "base" / "model.safetensors"
     both = {"lm_head.weight": torch.zeros(32, 16)} | load_file(weights)
     save_file(both, weights, metadata={"format": "pt"})
     file.write_text(json.dumps(entries | {"tie_word_embeddings": False}))
-    fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
+    merge_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "out", method="soup")
     assert not loaded(tmp_path / "out").lm_head.weight.any()
 
 
@@ -648,7 +648,7 @@ def test_an_int8_base_comes_out_as_it_was_made(made, tmp_path):
     AutoModelForCausalLM.from_pretrained(
         case.base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
     ).save_pretrained(tmp_path / "q")
-    fuse_into_base(case.folders[:1], tmp_path / "q", tmp_path / "out", method="soup", options=LAYERS)
+    merge_into_base(case.folders[:1], tmp_path / "q", tmp_path / "out", method="soup", options=LAYERS)
     found, weights = load_file(tmp_path / "out" / "model.safetensors"), WeightFiles(tmp_path / "q")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     update = read_adapter(case.folders[0]).layers["model.layers.0.mlp.up_proj"].dense()[0]
@@ -662,7 +662,7 @@ def test_other_quantisations_are_refused(made, tmp_path):
     file = tmp_path / "q" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match="is quantised by gptq; only bitsandbytes can be undone"):
-        fuse_into_base(made("lora").folders, tmp_path / "q", tmp_path / "out")
+        merge_into_base(made("lora").folders, tmp_path / "q", tmp_path / "out")
 
 
 # What PEFT's add_weighted_adapter makes of the same adapters: docs/adapters.md has this table.
@@ -714,7 +714,7 @@ def test_a_rank_pattern_at_a_lower_rank_is_the_best_of_it(made, tmp_path):
     rest = [torch.linalg.svdvals(update.double())[3:] for update in case.mean.values() if update.any()]
     whole = sum(float(update.double().square().sum()) for update in case.mean.values())
     best = (sum(float(s.square().sum()) for s in rest) / whole) ** 0.5
-    fuse_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 3, "match_norm": False})
+    merge_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 3, "match_norm": False})
     assert best > 0.3
     assert distance(case.changed(tmp_path / "out"), case.mean) == pytest.approx(best, rel=1e-4)
     assert distance(peft_mean(case, "svd", tmp_path, svd_rank=3), case.mean) == pytest.approx(best, rel=1e-4)

@@ -18,7 +18,7 @@ from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, l
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.servers import base_shapes, serving_problems
-from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.inputs import read_adapters, stack_adapters
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSION_NAME
@@ -125,7 +125,7 @@ def test_fused_adapters_are_what_peft_loads(kind, tmp_path):
         merged = weights(save_adapter(tmp_path / str(seed), make, seed=seed, **config))
         added.append({key: merged[key] - base[key] for key in base})
     make().save_pretrained(tmp_path / "base")
-    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup", base=tmp_path / "base")
+    merge_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup", base=tmp_path / "base")
     loaded = PeftModel.from_pretrained(make(), tmp_path / "out")
     keys = set(load_file(tmp_path / "out" / WEIGHTS_NAME))
     own = {key.replace(".default", "") for key in loaded.state_dict() if "lora_" in key}
@@ -149,11 +149,11 @@ def test_resized_vocabularies_are_not_cut(targets, tmp_path):
     save_adapter(tmp_path / "a", resized, r=2, target_modules=targets)
     one = [tmp_path / "a"]
     with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, and whether .* is not known here"):
-        fuse_folders(one, tmp_path / "out")
+        merge_folders(one, tmp_path / "out")
     with pytest.raises(AdapterError, match=f"{targets[0]} was adapted over 34 rows, but the base model .*base has 32"):
-        fuse_folders(one, tmp_path / "out", base=tmp_path / "base")
+        merge_folders(one, tmp_path / "out", base=tmp_path / "base")
     assert not (tmp_path / "out").exists()
-    fuse_folders(one, tmp_path / "out", method="soup", base=tmp_path / "resized")
+    merge_folders(one, tmp_path / "out", method="soup", base=tmp_path / "resized")
     found, wanted = (weights(PeftModel.from_pretrained(resized(), tmp_path / name)) for name in ("out", "a"))
     assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
 
@@ -176,7 +176,7 @@ class Numbered(torch.nn.Module):
 @torch.no_grad()
 def test_layers_that_are_named_by_a_number(tmp_path):
     model = save_adapter(tmp_path / "a", Numbered, r=2, target_modules=["mlp.0", "mlp.2", "proj"])
-    fuse_folders([tmp_path / "a"], tmp_path / "out", method="soup")
+    merge_folders([tmp_path / "a"], tmp_path / "out", method="soup")
     assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["target_modules"] == ["mlp.0", "mlp.2", "proj"]
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(PeftModel.from_pretrained(Numbered(), tmp_path / "out")(x), model(x))
@@ -185,7 +185,7 @@ def test_layers_that_are_named_by_a_number(tmp_path):
 def test_the_fused_folder_is_universal(tmp_path):
     for seed in (1, 2):
         save_adapter(tmp_path / str(seed), seed=seed, **KINDS["rslora and patterns"][1])
-    fuse_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="ties", dtype=torch.bfloat16)
+    merge_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="ties", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
     assert config["r"] == config["lora_alpha"]
     assert not config["use_rslora"]
@@ -235,7 +235,7 @@ KEY = f"base_model.model.{Q}.lora_A.weight"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora is set; DoRA is not plain LoRA.*python -m seedlora merge fuses it"),
+        ({"use_dora": True}, "use_dora is set; DoRA is not plain LoRA.*python -m seedlora merge merges it"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights; python -m seedlora merge computes"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights; .*convert the adapter after training"),
         ({"init_lora_weights": "corda"}, "'corda', which changes the base weights; .*convert"),
@@ -323,7 +323,7 @@ def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
     broken(config={"base_model_name_or_path": "", "revision": "v1"})
     with pytest.raises(AdapterError, match=r"revision is main in .* and v1 in"):
         stack_adapters(read_adapters([good, folder]))
-    assert fuse_folders([folder], tmp_path / "v1", method="soup")
+    assert merge_folders([folder], tmp_path / "v1", method="soup")
     assert json.loads((tmp_path / "v1" / CONFIG_NAME).read_text())["revision"] == "v1"
     broken(config={"revision": "main"})
     assert stack_adapters(read_adapters([good, folder]))

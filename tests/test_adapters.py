@@ -29,7 +29,7 @@ from seedlora.adapters.stack import AdapterStack
 from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.distributed.strategies import choose_strategy, prepare_strategy
-from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.model.quantization import dequantized_weight, quantize_layer
 from seedlora.model.weight_files import WeightFiles
 from seedlora.run.memory import trainable_parameters
@@ -122,7 +122,7 @@ class StopAfter(pl.Callback):
 
 
 def train(base_model, dirpath, seeds, *, stack_size=None, max_steps=-1, stop=None, resume=False, **options):
-    """Train to the end without fusing, in as many fits as there are stacks."""
+    """Train to the end without merging, in as many fits as there are stacks."""
     callback = SeedEnsembleCallback(
         seeds,
         dirpath=dirpath,
@@ -261,7 +261,7 @@ def test_cards_say_what_base_an_adapter_belongs_to(tiny_llama, tmp_path):
     callback = train(tiny_llama, tmp_path, SEEDS[:2], adapter="loftq", quantization="nf4", max_steps=1)
     wanted = "belongs on the base model in nf4, not on the original"
     assert wanted in (callback.adapter_path(42) / "README.md").read_text()
-    fuse_folders([callback.adapter_path(seed) for seed in SEEDS[:2]], tmp_path / "fused")
+    merge_folders([callback.adapter_path(seed) for seed in SEEDS[:2]], tmp_path / "fused")
     assert wanted in (tmp_path / "fused" / "README.md").read_text()
 
 

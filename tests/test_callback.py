@@ -13,10 +13,10 @@ from precision import SAME
 from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.merge.inputs import stack_adapters
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import METHODS
-from seedlora.run.fusion import fuse_run
+from seedlora.run.merging import merge_run
 
 
 def trainer(callback, **options):
@@ -47,7 +47,7 @@ def test_a_rule_of_the_user_s_own(tiny_llama, tmp_path):
     trainer(callback, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
     stacks = stack_adapters({str(s): read_adapter(callback.adapter_path(s)) for s in (1, 2)})
     fused = read_adapter(callback.fused_path).layers
-    for path, factors in fuse(stacks, METHODS["soup"].rule).items():
+    for path, factors in merge_stacks(stacks, METHODS["soup"].rule).items():
         assert torch.equal(fused[path].B, factors.B)
 
 
@@ -122,7 +122,7 @@ def test_what_a_run_killed_after_its_last_adapter_had_saved_is_removed_if_nothin
     callback.ensemble.folder.begin(["seed_1"])
     (tmp_path / "seed_1").mkdir()
     (tmp_path / "seed_1" / "adapter_config.json").touch()
-    fuse_run(callback.ensemble)
+    merge_run(callback.ensemble)
     assert [path.name for path in tmp_path.iterdir()] == ["seed_1"]
 
 

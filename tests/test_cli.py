@@ -143,7 +143,7 @@ def test_a_users_own_data(tiny_llama):
         (["--trainer.max_epochs", "-3"], "Lightning's Trainer refuses these options: `max_epochs`"),
         (["--merg", "soup"], "unknown option --merg; did you mean --merge?"),
         (["--compare", "ties", "soup"], "unexpected word 'soup'"),
-        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' fuses nothing, 'auto' chooses)"),
+        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' merges nothing, 'auto' chooses)"),
         (["--data.task", "chain_sun"], "reasoning-gym has no task 'chain_sun'"),
         (["--data.num_train", "0"], "ReasoningGym needs num_train >= 1"),
         (["--data.num_train", "3"], "3 training rows do not fill one optimizer step of 4"),
@@ -429,9 +429,9 @@ def test_a_finished_run_is_fused_again_by_another_method(tiny_llama, capsys):
         assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", method, "--resume") == 0
         assert json.loads(Path("here/fused/fusion.json").read_text())["method"] == method
     assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--merge", "none"]) == 2
-    assert "here was fused by seedlora; --resume instead of test removes that" in capsys.readouterr().err
+    assert "here was merged by seedlora; --resume instead of test removes that" in capsys.readouterr().err
     assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none", "--resume") == 0
-    said = "--merge none fuses nothing: removed fused and soup, which were made by seedlora"
+    said = "--merge none merges nothing: removed fused and soup, which were made by seedlora"
     assert said in capsys.readouterr().err
     assert not [name for name in ("fused", "soup", "selection.json") if (Path("here") / name).exists()]
     assert list(json.loads(Path("here/results.json").read_text())["scores"]) == [
@@ -440,7 +440,7 @@ def test_a_finished_run_is_fused_again_by_another_method(tiny_llama, capsys):
         "seed_42",
         "seed_202",
     ]
-    assert "Nothing was fused." in Path("here/report.md").read_text()
+    assert "Nothing was merged." in Path("here/report.md").read_text()
 
 
 def test_a_trial_leaves_no_trace(tiny_llama, capsys):

@@ -17,7 +17,7 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules import ReasoningGym
 from seedlora.merge.inputs import stack_adapters
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import make_rule
 from seedlora.scores.advice import advice
@@ -83,8 +83,8 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
     for layers, row in (
         (read_adapter(callback.fused_path).layers, found["scores"]["fused"]),
         (read_adapter(callback.dirpath / "soup").layers, found["scores"]["soup"]),
-        (fuse(stacks, soup), named["soup"]),
-        (fuse(stacks, on_ffn), named["seedlora_gain p=0.75 on ffn"]),
+        (merge_stacks(stacks, soup), named["soup"]),
+        (merge_stacks(stacks, on_ffn), named["seedlora_gain p=0.75 on ffn"]),
     ):
         module.stack.load("it", layers)
         module.stack.route(["it"])
@@ -109,7 +109,7 @@ def test_all_that_was_tested_has_a_loss_on_the_same_training_rows(everything):
     assert found["rows"] == 12  # as many as test items
     drawn = sorted(np.random.default_rng(0).permutation(24)[:12].tolist())
     stacks = stack_adapters({str(seed): read_adapter(callback.adapter_path(seed)) for seed in SEEDS})
-    adapters = {"base": None, "ties": fuse(stacks, make_rule("ties"))}
+    adapters = {"base": None, "ties": merge_stacks(stacks, make_rule("ties"))}
     folders = ("seed_1", "seed_2", "seed_3", "long_seed", "wide_seed", "soup", "fused")
     adapters |= {name: read_adapter(callback.dirpath / name).layers for name in folders}
     losses = {}
@@ -292,8 +292,8 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
         ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
         ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
         ({"compare": ["ties", "ties"]}, "names ties more than once"),
-        ({"merge": "none", "controls": "all"}, "ensemble.controls is tuned where seeds are fused"),
-        ({"merge": "none", "compare": ["greedy_soup"]}, "ensemble.compare greedy_soup is tuned where seeds are fused"),
+        ({"merge": "none", "controls": "all"}, "ensemble.controls is tuned where seeds are merged"),
+        ({"merge": "none", "compare": ["greedy_soup"]}, "ensemble.compare greedy_soup is tuned where seeds are merged"),
         ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
         ({"select_by": "lose"}, "Unknown ensemble.select_by 'lose'"),
     ],
@@ -412,7 +412,7 @@ def test_the_interval_of_a_loss_difference_resamples_rows_with_their_tokens():
 def test_what_one_seed_cannot_use_is_said():
     asked = Comparison("auto", compare=["ties"], controls="untrained")
     assert asked.nothing_for(1) == (
-        "With one seed --merge auto, --compare, --controls do nothing: there is nothing to fuse or compare."
+        "With one seed --merge auto, --compare, --controls do nothing: there is nothing to merge or compare."
     )
     assert asked.nothing_for(2) is None
     assert Comparison("seedlora").nothing_for(1) is None

@@ -86,7 +86,7 @@ def test_passes_live_fusion_choice_controls_and_test(tiny_llama, tmp_path):
         assert_close(weights(found, name), weights(wanted, name), atol=SAME)
     assert found.ensemble.folder.selection["chosen"] == wanted.ensemble.folder.selection["chosen"]
     assert found.results.scores.keys() == wanted.results.scores.keys()
-    # what is fused while it is scored is fused there: only a weight or two of a layer come to the host
+    # what is merged while it is scored is merged there: only a weight or two of a layer come to the host
     assert not any("numpy" in what for what in mode.waits)
 
 

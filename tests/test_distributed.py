@@ -108,7 +108,7 @@ def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_pa
         scored = {path.name: path.read_text() for path in tmp_path.glob("* scores ties")}
         assert len(scored) == 2
         assert len(set(scored.values())) == 1
-        assert len(list(tmp_path.glob("* fuses ties"))) == 1
+        assert len(list(tmp_path.glob("* merges ties"))) == 1
 
 
 @pytest.mark.usefixtures("float64")

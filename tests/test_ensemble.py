@@ -1,4 +1,4 @@
-"""An ensemble without a Trainer: what is next, what is there, and what is fused."""
+"""An ensemble without a Trainer: what is next, what is there, and what is merged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.writing import write_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.sampler import ReplicaSampler
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.records.selection import SELECTION, Selection
 from seedlora.run.budget import ReplicaBudget, limited_batches, replica_budget
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.fit_state import BestValidation, FitState
-from seedlora.run.fusion import fuse_run
+from seedlora.run.merging import merge_run
 from seedlora.run.outcome import Outcome
 from seedlora.run.stack_data import CountsTokens, HasDomains, HasPrompt, HasRows, HasTrainSample, PlannedData, StackData
 from seedlora.scores.row_scores import RowScores
@@ -138,12 +138,12 @@ def test_seeds_in_training_are_fused_with_the_finished_ones_in_the_order_of_the_
     run = ensemble(tmp_path, merge="soup", merge_options={"weights": [5, 1, 2]})
     train(run, "seed_1")
     training = Stacks({path: LoRAFactors.stack([drawn(3)[path], drawn(2)[path]]) for path in PATHS}, {})
-    found = run.fuse_live(training, ["seed_3", "seed_2"], stack=["seed_3", "seed_2"])
+    found = run.merge_live(training, ["seed_3", "seed_2"], stack=["seed_3", "seed_2"])
     for path in PATHS:
         wanted = (5 * dense(drawn(3), path) + dense(drawn(1), path) + 2 * dense(drawn(2), path)) / 3
         assert torch.allclose(dense(found, path), wanted, atol=1e-5)
     # one that was left out, and one whose folder is of a run that was killed while it wrote the stack
-    alone = run.fuse_live(select_adapters(training, [1]), ["seed_2"], stack=["seed_1", "seed_2"])
+    alone = run.merge_live(select_adapters(training, [1]), ["seed_2"], stack=["seed_1", "seed_2"])
     for path in PATHS:
         assert torch.allclose(dense(alone, path), 2 * dense(drawn(2), path), atol=1e-5)
 
@@ -151,31 +151,31 @@ def test_seeds_in_training_are_fused_with_the_finished_ones_in_the_order_of_the_
 def test_the_run_is_fused_into_its_folder(tmp_path, capsys):
     run = ensemble(tmp_path, merge="ties", merge_options={"density": 0.5})
     train(run, "seed_3", "seed_1")
-    assert fuse_run(run) is None
+    assert merge_run(run) is None
     train(run, "seed_2")
     run.folder.begin(["seed_2"])
     (tmp_path / "results.json").write_text("{}")
-    assert fuse_run(run) == run.fused_path
+    assert merge_run(run) == run.fused_path
     # what a killed run had left, and what an earlier test had said
     assert {path.name for path in tmp_path.iterdir()} == {"seed_3", "seed_1", "seed_2", "soup", "fused"}
     stacks = {path: LoRAFactors.stack([drawn(seed)[path] for seed in SEEDS]) for path in PATHS}
-    wanted, fused = fuse(stacks, make_rule("ties", {"density": 0.5})), read_adapter(run.fused_path).layers
+    wanted, fused = merge_stacks(stacks, make_rule("ties", {"density": 0.5})), read_adapter(run.fused_path).layers
     for path in PATHS:
         assert torch.allclose(dense(fused, path), dense(wanted, path), atol=1e-5)
-    assert run.fused_otherwise is None
+    assert run.merged_otherwise is None
     assert list(run.folders) == ["seed_3", "seed_1", "seed_2", "soup", "fused"]
 
     other = ensemble(tmp_path, merge="ties")
-    assert other.fused_otherwise == ('ties {"density": 0.5}', "ties")
+    assert other.merged_otherwise == ('ties {"density": 0.5}', "ties")
     plain = ensemble(tmp_path, merge="soup")
-    assert fuse_run(plain) == plain.fused_path
+    assert merge_run(plain) == plain.fused_path
     assert {label: folder.name for label, folder in plain.folders.items()} == {
         **{f"seed_{seed}": f"seed_{seed}" for seed in SEEDS},
         "soup": "fused",
     }
     none = ensemble(tmp_path, merge="none", compare="ties")
-    assert fuse_run(none) is None
-    said = "--merge none fuses nothing: removed fused, which were made by soup"
+    assert merge_run(none) is None
+    said = "--merge none merges nothing: removed fused, which were made by soup"
     assert said in capsys.readouterr().err
     # soup is made anew where others are compared
     assert list(none.read_tested(torch.device("cpu"))) == ["seed_3", "seed_1", "seed_2", "soup"]
@@ -188,7 +188,7 @@ def test_a_rule_that_is_to_be_chosen_fuses_nothing_before(tmp_path):
     train(run, "seed_3", "seed_1", "seed_2")
     assert (run.method_name, run.rule.name) == ("auto", "soup")
     with pytest.raises(ValueError, match="--merge auto chooses on validation rows: call Trainer.validate"):
-        fuse_run(run)
+        merge_run(run)
     selection: Selection = {
         "by": "loss",
         "rows": 4,
@@ -204,9 +204,9 @@ def test_a_rule_that_is_to_be_chosen_fuses_nothing_before(tmp_path):
     }
     SELECTION.write(tmp_path, selection)
     assert run.method_name == "auto: ties density=0.5"
-    assert fuse_run(run, make_rule("ties")) == run.fused_path
+    assert merge_run(run, make_rule("ties")) == run.fused_path
     assert (tmp_path / "selection.json").is_file()
-    assert run.fused_otherwise is None
+    assert run.merged_otherwise is None
 
 
 def test_the_share_of_a_replica():

@@ -24,7 +24,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.main import main
 from seedlora.distributed.strategies import choose_strategy, prepare_strategy
 from seedlora.merge.averages import average_modules
-from seedlora.merge.into_base import fuse_into_base
+from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import make_rule
 from seedlora.run.memory import step_memory, trainable_parameters
 from seedlora.run.operations import Work, work
@@ -196,7 +196,7 @@ def test_a_run_averages_them_in_everything_it_scores(tiny_llama, tmp_path):
     with torch.no_grad():
         expected = loaded(input_ids=ROWS).logits
         torch.testing.assert_close(module.model(input_ids=ROWS).logits, expected, atol=1e-4, rtol=1e-4)
-        fuse_into_base([callback.adapter_path(seed) for seed in SEEDS], tiny_llama, tmp_path / "whole", method="soup")
+        merge_into_base([callback.adapter_path(seed) for seed in SEEDS], tiny_llama, tmp_path / "whole", method="soup")
         torch.testing.assert_close(
             plain_model(tmp_path / "whole")(input_ids=ROWS).logits, expected, atol=1e-4, rtol=1e-4
         )
@@ -209,7 +209,7 @@ def test_a_tied_head_goes_into_the_base_as_the_embedding_it_is(families, tmp_pat
     module = spread(folder, *SEEDS[:2], modules_to_save=["embed_tokens"])
     for seed in SEEDS[:2]:
         save(module, f"seed_{seed}", tmp_path / str(seed))
-    fuse_into_base([tmp_path / str(seed) for seed in SEEDS[:2]], folder, tmp_path / "whole", method="soup")
+    merge_into_base([tmp_path / str(seed) for seed in SEEDS[:2]], folder, tmp_path / "whole", method="soup")
     found, expected = plain_model(tmp_path / "whole"), plain_model(folder)
     weights = [load_file(tmp_path / str(seed) / "adapter_model.safetensors") for seed in SEEDS[:2]]
     key = "base_model.model.model.embed_tokens.weight"
@@ -353,7 +353,7 @@ def test_a_replica_is_what_a_plain_loop_trains(model_of, tmp_path, family):
 
 
 def test_copies_start_at_the_files_where_the_base_is_rounded(tiny_llama, tmp_path):
-    """Or the rounding of the base would be fused as if it had been learnt."""
+    """Or the rounding of the base would be merged as if it had been learnt."""
     options = FULL | {"learning_rate": 1e-9, "dtype": "bfloat16"}
     callback = train(tiny_llama, tmp_path, [42], max_steps=1, **options)
     found = plain_model(callback.adapter_path(42)).state_dict()
@@ -363,7 +363,7 @@ def test_copies_start_at_the_files_where_the_base_is_rounded(tiny_llama, tmp_pat
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_llama, tmp_path_factory):
-    """A run of whole models, fused by SeedLoRA, with TIES beside it; what it scored."""
+    """A run of whole models, merged by SeedLoRA, with TIES beside it; what it scored."""
     folder = tmp_path_factory.mktemp("whole")
     callback = SeedEnsembleCallback(SEEDS, dirpath=folder, budget="full", compare="ties")
     module, data = make_module(tiny_llama, **FULL), make_data()
@@ -393,7 +393,7 @@ def test_whole_models_are_fused_by_the_rule_on_what_training_added(tiny_llama, w
     record = json.loads((callback.fused_path / "fusion.json").read_text())
     assert record["averaged"] == ["input_layernorm", "norm", "post_attention_layernorm"]
     card = (callback.fused_path / "README.md").read_text()
-    assert "3 models fused with `seedlora`" in card
+    assert "3 models merged with `seedlora`" in card
     assert "averaged: `input_layernorm`" in card
     assert f"--method seedlora --into-base {tiny_llama}" in card
     assert "**this model**" in card
@@ -431,7 +431,7 @@ def test_whole_models_trained_elsewhere_go_through_merge(tiny_llama, whole_run, 
     callback, *_ = whole_run
     models = [str(callback.adapter_path(seed)) for seed in SEEDS]
     assert main(["merge", *models, "--out", str(tmp_path / "no")]) == 2
-    assert "seed_11 is a whole model and no adapter; python -m seedlora merge fuses such models by --into-base" in (
+    assert "seed_11 is a whole model and no adapter; python -m seedlora merge merges such models by --into-base" in (
         capsys.readouterr().err
     )
     assert main(["merge", *models, "--into-base", tiny_llama, "--out", str(tmp_path / "out")]) == 0
@@ -471,7 +471,7 @@ def test_options_of_adapters_are_refused_where_there_is_none(tiny_llama, options
     [
         (
             {"merge": "auto"},
-            "--merge auto chooses among fusions of the seeds' factors, and what model.adapter none adds",
+            "--merge auto chooses among merges of the seeds' factors, and what model.adapter none adds",
         ),
         ({"controls": "untrained"}, "ensemble.controls chooses among"),
         ({"merge": "tsv_m"}, "'tsv_m' works on the factors of adapters.*choose one of seedlora, .*soup"),

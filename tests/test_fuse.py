@@ -15,9 +15,9 @@ from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.model_card import refresh_card
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.writing import write_adapter
-from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.inputs import stack_adapters
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.seedlora import seedlora
 from seedlora.merge.registry import make_rule
 
@@ -57,7 +57,7 @@ def dense_updates(folders, path):
 
 
 def test_the_fused_adapter_is_the_paper_s_formula(folders, tmp_path):
-    fuse_folders(folders, tmp_path / "fused")
+    merge_folders(folders, tmp_path / "fused")
     fused = read_adapter(tmp_path / "fused").layers
     assert len(fused) == 14
     for path, factors in fused.items():
@@ -67,7 +67,7 @@ def test_the_fused_adapter_is_the_paper_s_formula(folders, tmp_path):
 
 @torch.no_grad()
 def test_peft_loads_it_and_computes_base_plus_the_dense_update(folders, tmp_path, tiny_llama):
-    fuse_folders(folders, tmp_path / "fused")
+    merge_folders(folders, tmp_path / "fused")
     rows = torch.arange(20).view(2, 10)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "fused")(input_ids=rows).logits
@@ -80,7 +80,7 @@ def test_peft_loads_it_and_computes_base_plus_the_dense_update(folders, tmp_path
 
 
 def test_the_folder_has_the_shape_that_servers_load(folders, tmp_path):
-    fuse_folders(folders, tmp_path / "fused")
+    merge_folders(folders, tmp_path / "fused")
     config = json.loads((tmp_path / "fused" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 3 * 4 + 1
     assert config["target_modules"] == sorted(config["target_modules"])
@@ -97,7 +97,7 @@ def test_the_folder_has_the_shape_that_servers_load(folders, tmp_path):
 
 def test_without_the_mean_the_rank_is_the_sum_of_the_ranks(folders):
     stacks = stack_adapters({folder.name: read_adapter(folder) for folder in folders})
-    layers = fuse(stacks, make_rule("seedlora", {"mean_shift": False}))
+    layers = merge_stacks(stacks, make_rule("seedlora", {"mean_shift": False}))
     assert {factors.rank for factors in layers.values()} == {12}
 
 
@@ -147,7 +147,7 @@ def damage(folder, kind):
 def test_broken_adapters_are_refused_before_anything_is_written(folders, tmp_path, kind, message):
     damage(folders[1], kind)
     with pytest.raises(AdapterError, match=message) as caught:
-        fuse_folders(folders, tmp_path / "fused")
+        merge_folders(folders, tmp_path / "fused")
     assert "seed_42" in str(caught.value)
     assert not (tmp_path / "fused").exists()
 
@@ -162,7 +162,7 @@ def test_the_card_tells_training_gains_and_scores(folders, tmp_path):
     labels = ("base", "seed_11", "seed_42", "seed_202", "soup", "fused", "another")
     found = SCORED | {"scores": dict.fromkeys(labels, score)}
     (tmp_path / "results.json").write_text(json.dumps(found))
-    fuse_folders(folders, tmp_path / "fused", method="seedlora_gain", options={"p": 1.0, "cap": 3.0, "rank": 9})
+    merge_folders(folders, tmp_path / "fused", method="seedlora_gain", options={"p": 1.0, "cap": 3.0, "rank": 9})
     card = (tmp_path / "fused" / "README.md").read_text()
     assert "| data | ReasoningGym |" in card
     assert "| epochs per seed | 1 |" in card
@@ -183,19 +183,19 @@ def test_the_card_tells_nothing_of_another_run(folders, tmp_path):
     score = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 12}
     found = SCORED | {"scores": dict.fromkeys(("base", "seed_11", "seed_42", "soup"), score)}
     (run / "results.json").write_text(json.dumps(found))
-    fuse_folders(folders, run / "fused")
+    merge_folders(folders, run / "fused")
     card = (run / "fused" / "README.md").read_text()
     assert not [word for word in ("ReasoningGym", "nf4", "25.0") if word in card]
     shutil.copytree(folders[0], run / "seed_11")
-    fuse_folders([run / "seed_11", folders[1]], run / "mixed")
+    merge_folders([run / "seed_11", folders[1]], run / "mixed")
     assert "25.0" not in (run / "mixed" / "README.md").read_text()
-    fuse_folders([run / "seed_11"], run / "own")
+    merge_folders([run / "seed_11"], run / "own")
     card = (run / "own" / "README.md").read_text()
     assert not [word for word in ("ReasoningGym", "in nf4", "| seed_11 | 25.0 |") if word not in card]
 
 
 def test_the_gain_in_the_card(folders, tmp_path):
-    fuse_folders(folders, tmp_path / "fused", method="seedlora", options={"mean_shift": False})
+    merge_folders(folders, tmp_path / "fused", method="seedlora", options={"mean_shift": False})
     record = json.loads((tmp_path / "fused" / "fusion.json").read_text())
     gains = []
     for path, factors in read_adapter(tmp_path / "fused").layers.items():
@@ -204,5 +204,5 @@ def test_the_gain_in_the_card(folders, tmp_path):
     assert record["gain"] == pytest.approx(
         {"mean": sum(gains) / len(gains), "min": min(gains), "max": max(gains)}, rel=1e-5
     )
-    fuse_folders(folders, tmp_path / "soup", method="soup")
+    merge_folders(folders, tmp_path / "soup", method="soup")
     assert json.loads((tmp_path / "soup" / "fusion.json").read_text())["gain"]["max"] == pytest.approx(1)

@@ -21,7 +21,7 @@ def test_every_public_name_is_there():
 
 
 def test_an_unknown_name_says_what_is_there():
-    with pytest.raises(AttributeError, match=r"no attribute 'fuse_folder'; it has METHODS, .*fuse_folders"):
+    with pytest.raises(AttributeError, match=r"no attribute 'fuse_folder'; it has METHODS, .*merge_folders"):
         _ = seedlora.fuse_folder
 
 

@@ -577,9 +577,9 @@ def test_one_seed_without_validation_or_test(tiny_llama, tmp_path, capsys):
     assert train(tmp_path / "one", tiny_llama, *options, "--compare", "ties") == 0
     assert "report: " in (shown := capsys.readouterr().out)
     text = (tmp_path / "one" / "report.md").read_text()
-    for sentence in ("Only one seed was trained", "Nothing was fused.", "There was no validation.", "No test set"):
+    for sentence in ("Only one seed was trained", "Nothing was merged.", "There was no validation.", "No test set"):
         assert sentence in text
-    idle = "With one seed --compare does nothing: there is nothing to fuse or compare."
+    idle = "With one seed --compare does nothing: there is nothing to merge or compare."
     assert idle in text
     assert idle in " ".join(re.sub("[│]", " ", shown).split())
 

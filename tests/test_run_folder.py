@@ -64,8 +64,8 @@ def test_what_was_fused_before_is_forgotten(tmp_path):
     train(folder, "seed_1", "fused", "soup")
     (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')
     (tmp_path / "selection.json").write_text("{}")
-    assert folder.forget_fusion() == ["fused"]
-    # whatever else has that name was not made by a fusion
+    assert folder.forget_fused() == ["fused"]
+    # whatever else has that name was not made by a merge
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed_1", "soup"]
     assert folder.fusion is None
 

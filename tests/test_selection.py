@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import any_method, gain_family, scaled_soups, seed_times_gain, subsets
@@ -50,7 +50,7 @@ def test_the_gain_family_is_the_dense_formula_on_its_layers():
         ("seedlora_gain p=1.25 on attention", 1.25, 0),
         ("seedlora_gain p=0.25 on ffn", 0, 0.25),
     ):
-        fused = fuse(stack, found[name])
+        fused = merge_stacks(stack, found[name])
         for path, p in ((ATTENTION, attention), (FFN, ffn)):
             expected = min(2.0, float(rho[path]) ** (-2 * p)) * mean[path]
             assert torch.allclose(fused[path].dense()[0], expected), name
@@ -58,13 +58,13 @@ def test_the_gain_family_is_the_dense_formula_on_its_layers():
 
 def test_layers_of_one_kind_have_no_parts_to_try():
     assert len(gain_family([FFN])) == 6
-    fuse({FFN: stacks()[FFN]}, gain_family([FFN])["seedlora_gain p=0.25"])
+    merge_stacks({FFN: stacks()[FFN]}, gain_family([FFN])["seedlora_gain p=0.25"])
 
 
 def test_scaled_soups_and_all_candidates():
     stack = stacks()
     found = scaled_soups(3)
-    fused = fuse(stack, found["soup x 1.4"])
+    fused = merge_stacks(stack, found["soup x 1.4"])
     assert torch.allclose(fused[FFN].dense()[0], 1.4 * stack[FFN].dense().mean(0))
     everything = any_method(list(stack), 3)
     assert {*gain_family(list(stack)), *found, "seedlora", "knots_ties"} <= set(everything)
@@ -75,13 +75,13 @@ def test_scaled_soups_and_all_candidates():
 
 def test_one_seed_gets_the_length_that_the_fused_adapter_has_over_the_mean():
     stack = stacks()
-    fused = fuse(stack, make_rule("seedlora"))
+    fused = merge_stacks(stack, make_rule("seedlora"))
     single = seed_times_gain(stack, fused, index=1)
     for path, factors in stack.items():
         dense = factors.dense()
         gain = fused[path].dense().norm() / dense.mean(0).norm()
         assert torch.allclose(single[path].dense()[0], gain * dense[1])
-    same = seed_times_gain(stack, fuse(stack, make_rule("soup")), index=0)
+    same = seed_times_gain(stack, merge_stacks(stack, make_rule("soup")), index=0)
     assert torch.allclose(same[FFN].dense()[0], stack[FFN].dense()[0])
 
 
@@ -128,5 +128,5 @@ def test_a_greedy_soup_leaves_out_who_harms():
 
     rule = greedy_soup(stack, score)
     assert sorted(rule.options["members"]) == [0, 2]
-    assert torch.allclose(fuse(stack, rule)[FFN].dense()[0], goal)
+    assert torch.allclose(merge_stacks(stack, rule)[FFN].dense()[0], goal)
     assert describe_rule(rule)["method"] == "greedy_soup"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from seedlora.adapters.servers import NOT_KNOWN, SERVERS, add_zero_updates, base_shapes, serving_problems
 from seedlora.adapters.writing import universal_config, write_adapter
-from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.updates.factors import LoRAFactors
 
 
@@ -104,7 +104,7 @@ def test_without_the_base_some_servers_are_not_known(base, tmp_path, monkeypatch
     (tmp_path / "hub/models--somebody--base/refs/main").write_text("0123")
     assert serving_problems(path)["TGI"][0].startswith("m.layers.1.attn.k_proj is missing (4 in all)")
     assert serving_problems(path) == serving_problems(path, base=base)
-    fuse_folders([path], tmp_path / "out", method="soup")
+    merge_folders([path], tmp_path / "out", method="soup")
     assert serving_problems(tmp_path / "out") == {server: [] for server in SERVERS}
     dora = folder(tmp_path / "b", layers, base_model_name_or_path="somebody/else", use_dora=True)
     assert {len(reasons) for reasons in serving_problems(dora).values()} == {1}

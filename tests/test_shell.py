@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from seedlora.cli.main import main
 from seedlora.merge.inputs import read_adapters, stack_adapters
-from seedlora.merge.into_base import fuse_into_base
-from seedlora.merge.layers import fuse
+from seedlora.merge.into_base import merge_into_base
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.names import FUSION_NAME
 from tests import reference as ref
@@ -63,7 +63,7 @@ def test_every_method_from_the_shell(method, folders, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["method"] == method
     merged = read_adapters([tmp_path / "o"])[str(tmp_path / "o")]
-    wanted = fuse(stack_adapters(read_adapters(folders)), make_rule(method))
+    wanted = merge_stacks(stack_adapters(read_adapters(folders)), make_rule(method))
     for path, factors in wanted.items():
         assert torch.allclose(merged.layers[path].dense(), factors.dense(), atol=1e-4)
 
@@ -231,14 +231,14 @@ def test_into_base_is_what_peft_merges(folders, base, tmp_path):
 
 
 def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
-    fuse_into_base(folders, base, tmp_path / "o", method="ties")
+    merge_into_base(folders, base, tmp_path / "o", method="ties")
     stacks = stack_adapters(read_adapters(folders))
     path = "model.layers.1.mlp.down_proj"
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()[f"{path}.weight"]
     wanted = ref.ties(list(stacks[path].dense().double()))
     assert torch.allclose(found.double(), llama().state_dict()[f"{path}.weight"] + wanted, atol=1e-5)
     assert "compression" not in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
-    fuse_into_base(folders, base, tmp_path / "o", method="ties", options={"rank": 3})
+    merge_into_base(folders, base, tmp_path / "o", method="ties", options={"rank": 3})
     assert "compression" in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
 
 
@@ -247,7 +247,7 @@ def test_into_base_of_transposed_weights(kind, tmp_path):
     make, config = KINDS[kind]
     make().save_pretrained(tmp_path / "base")
     one = weights(save_adapter(tmp_path / "a", make, **config))
-    fuse_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "o", method="soup")
+    merge_into_base([tmp_path / "a"], tmp_path / "base", tmp_path / "o", method="soup")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()
     for key, wanted in one.items():
         assert torch.allclose(found[key], wanted, atol=1e-4), key
@@ -258,21 +258,21 @@ def test_into_base_refuses_what_does_not_fit(folders, base, tmp_path):
     (tmp_path / "q" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     save_file({"a": torch.ones(1)}, tmp_path / "q" / "model.safetensors")
     with pytest.raises(ValueError, match="is quantised"):
-        fuse_into_base(folders, tmp_path / "q", tmp_path / "o")
+        merge_into_base(folders, tmp_path / "q", tmp_path / "o")
     (tmp_path / "q" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight for the adapted layer"):
-        fuse_into_base(folders, tmp_path / "q", tmp_path / "o")
+        merge_into_base(folders, tmp_path / "q", tmp_path / "o")
     gpt2().save_pretrained(tmp_path / "g")
     with pytest.raises(ValueError, match="has no weight"):
-        fuse_into_base(folders, tmp_path / "g", tmp_path / "o")
+        merge_into_base(folders, tmp_path / "g", tmp_path / "o")
     with pytest.raises(ValueError, match="the output .* is .*, which would be deleted"):
-        fuse_into_base(folders, base, base)
+        merge_into_base(folders, base, base)
     assert not (tmp_path / "o").exists()
 
 
 def test_shards_keep_their_metadata_and_dtype(folders, tmp_path):
     llama().bfloat16().save_pretrained(tmp_path / "b")
-    fuse_into_base(folders, tmp_path / "b", tmp_path / "o")
+    merge_into_base(folders, tmp_path / "b", tmp_path / "o")
     with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
         assert {handle.get_tensor(key).dtype for key in handle.keys()} == {torch.bfloat16}  # noqa: SIM118

@@ -169,7 +169,7 @@ def test_dora_s_norms_take_no_matrix_of_the_size_of_a_weight():
     assert gain.shape == (2, 1, size)
     torch.testing.assert_close(gain[0, 0].double(), m / norms - 1, atol=1e-3, rtol=1e-3)
     assert not gain[1].any()
-    # And of their fusion, where blocks of rows are read, the first block.
+    # And of their merge, where blocks of rows are read, the first block.
     stack = LoRAFactors(torch.stack([a, a])[:, None], scale * torch.stack([b, -b])[..., None])
     updates = dora_updates(stack, torch.stack([m, m]), lambda start, stop: u[start:stop, None] * v)
     first = next(updates.blocks())

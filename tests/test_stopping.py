@@ -229,7 +229,7 @@ def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
 
     # a command that only tests finds what it asks for, and what is compared has the weights of these seeds too
     assert (
-        SeedEnsembleCallback([1, 2, 3], merge="soup", dirpath=tmp_path / "x", **options).ensemble.fused_otherwise
+        SeedEnsembleCallback([1, 2, 3], merge="soup", dirpath=tmp_path / "x", **options).ensemble.merged_otherwise
         is None
     )
     run.test(module, datamodule=data, verbose=False)

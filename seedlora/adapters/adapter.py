@@ -28,7 +28,7 @@ KEY_MAGNITUDE, KEY_BIAS = ".lora_magnitude_vector", ".lora_B.bias"
 
 
 class AdapterError(ValueError):
-    """An adapter folder cannot be read, or holds what cannot be fused. The message names file, key and value."""
+    """An adapter folder cannot be read, or holds what cannot be merged. The message names file, key and value."""
 
 
 @dataclass(frozen=True)

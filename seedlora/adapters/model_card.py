@@ -167,9 +167,9 @@ def _title(record: FusionRecord, rank: int | None) -> list[str]:
     full, n = _is_of_whole_models(record), len(record["inputs"])
     what = f"Rank {rank}, `lora_alpha` {rank}: all scaling is in the weights."
     if rank is None:
-        what = "What training added to each matrix of the base model is fused, and added to it."
+        what = "What training added to each matrix of the base model is merged, and added to it."
     return [
-        f"# {n} {'models' if full else 'LoRA adapters'} fused with `{record['method']}`",
+        f"# {n} {'models' if full else 'LoRA adapters'} merged with `{record['method']}`",
         "",
         what,
         "`fusion.json` has the inputs' checksums.",
@@ -196,7 +196,7 @@ def _notes(record: FusionRecord, rank: int | None, settings: RunSettings) -> lis
         largest = record["inputs_compressed"]["relative_error_max"]
         notes.append(f"The method works on factors, so each input was compressed first: error {largest:.3g} at most.")
     if averaged:
-        notes.append(f"Not fused by the method but averaged: {', '.join(f'`{key}`' for key in averaged)}.")
+        notes.append(f"Not merged by the method but averaged: {', '.join(f'`{key}`' for key in averaged)}.")
     if gain := record.get("gain"):
         notes.append(
             f"The fused update is {gain['mean']:.3g} times as long as the mean of the inputs, "

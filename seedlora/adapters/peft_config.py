@@ -15,20 +15,20 @@ from seedlora.model.peft_internals import pattern_key
 
 #: Configuration keys of adapters that are more than factors: read where the caller can take what else they hold.
 _MORE_THAN_FACTORS = {
-    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; python -m seedlora merge fuses it, "
+    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; python -m seedlora merge merges it, "
     "and makes plain LoRA of a single one (--method soup --rank 64)",
     "lora_bias": "lora_bias adds a vector that factors do not hold; python -m seedlora merge averages it",
     "modules_to_save": "modules_to_save holds full weights besides the factors; python -m seedlora merge averages them",
 }
-#: Configuration keys of adapters that cannot be fused, and what to do about each.
+#: Configuration keys of adapters that cannot be merged, and what to do about each.
 _REFUSED = {
     "use_qalora": "QALoRA pools its inputs; train with use_qalora: false",
     "use_bdlora": "BD-LoRA has block-diagonal factors; train without use_bdlora",
     "arrow_config": "an arrow router is no single update; give its adapters one by one",
-    "alora_invocation_tokens": "an activated LoRA applies to part of the text only; it cannot be fused",
+    "alora_invocation_tokens": "an activated LoRA applies to part of the text only; it cannot be merged",
     "trainable_token_indices": "trainable_token_indices holds full rows besides the factors; train without it",
     "target_parameters": "target_parameters adapts parameters that are no layers; target modules instead",
-    "layer_replication": "layer_replication changes the base model; it cannot be fused",
+    "layer_replication": "layer_replication changes the base model; it cannot be merged",
     "megatron_config": "Megatron's parallel layers are not read; export the adapter for transformers",
     "kasa_config": "KaSA's update is not B @ A; train plain LoRA",
     "monteclora_config": "MonteCLoRA's update is random; train plain LoRA",
@@ -134,7 +134,7 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
             ``modules_to_save``.
 
     Raises:
-        AdapterError: if it is missing or broken, an entry is of a wrong type, or the adapter cannot be fused.
+        AdapterError: if it is missing or broken, an entry is of a wrong type, or the adapter cannot be merged.
     """
     file = folder / CONFIG_NAME
     entries = _read_entries(folder)
@@ -167,7 +167,7 @@ def _read_entries(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if is_model(folder):
             raise AdapterError(
-                f"{folder} is a whole model and no adapter; python -m seedlora merge fuses such models by --into-base "
+                f"{folder} is a whole model and no adapter; python -m seedlora merge merges such models by --into-base "
                 "MODEL, the one that they were trained from"
             ) from None
         raise AdapterError(f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}") from None
@@ -180,7 +180,7 @@ def _read_entries(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> None:
-    """Refuse adapters that cannot be fused, or not by a caller that reads factors alone."""
+    """Refuse adapters that cannot be merged, or not by a caller that reads factors alone."""
     for key, reason in (_REFUSED if allow_more else _MORE_THAN_FACTORS | _REFUSED).items():
         if entries.get(key):
             raise AdapterError(f"{file}: {key} is set; {reason}")
@@ -201,7 +201,7 @@ def _check_kind(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> 
         )
         raise AdapterError(f"{file}: init_lora_weights is {init!r}, which changes the base weights; {how}")
     if entries.get("bias", "none") != "none":
-        raise AdapterError(f"{file}: bias is {entries['bias']!r}; only 'none' can be fused")
+        raise AdapterError(f"{file}: bias is {entries['bias']!r}; only 'none' can be merged")
 
 
 def _check_types(file: Path, entries: Mapping[str, Any]) -> None:

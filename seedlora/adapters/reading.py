@@ -97,7 +97,7 @@ def read_adapter(
     Raises:
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, a rank is not
             what the configuration says, the base model is needed and cannot be read, or the adapter is of a kind that
-            cannot be fused. Nothing else comes out.
+            cannot be merged. Nothing else comes out.
     """
     path = Path(path)
     config = read_config(path, allow_more=base is not None)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.factors import LoRAFactors
 
-#: Modules that servers fuse into one product, and drop or refuse unless all of them are adapted.
+#: Modules that servers merge into one product, and drop or refuse unless all of them are adapted.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: Modules of a group that have one shape in every architecture.
 _MODULES_OF_ONE_SHAPE = ({"k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -247,7 +247,7 @@ def vllm_rank(rank: int) -> int | None:
 
 
 def _describe_missing(adapter: _AdapterHeader, *, grouped: bool) -> str | None:
-    """Name the modules that a server misses: of a group that it fuses, or of a type that other layers have."""
+    """Name the modules that a server misses: of a group that it merges, or of a type that other layers have."""
     templates = {_template(path) for path in adapter.keys}
     if grouped:
         paths = [path for path in adapter.missing if len(_group_templates(_template(path))) > 1]
@@ -274,7 +274,7 @@ PY"""
     command = (
         f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
         if (limit := vllm_rank(rank)) is not None
-        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: fuse fewer or smaller adapters to serve it"
+        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: merge fewer or smaller adapters to serve it"
     )
     return f"{load}\n# serve it with vLLM\n{command}"
 

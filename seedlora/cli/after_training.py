@@ -72,7 +72,7 @@ def asked_tasks(cli: SeedLoRACLI, console: Console) -> AskedTasks:
 def evaluate_run(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int:
     """Score base, seeds, soup and fused adapter on tasks, stacked over the model in memory.
 
-    Answers of an older fusion are replaced. Returns the exit code: what fails here costs neither run nor report.
+    Answers of an older merge are replaced. Returns the exit code: what fails here costs neither run nor report.
     """
     module, ensemble, trainer = cli.model, cli.ensemble, cli.trainer
     if not (asked.runs or asked.harness) or trainer.fast_dev_run or not trainer.is_global_zero:

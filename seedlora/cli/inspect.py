@@ -17,7 +17,7 @@ from seedlora.adapters.adapter import Adapter, locate
 from seedlora.adapters.servers import NOT_KNOWN, serving_problems, vllm_rank
 from seedlora.cli.terminal import counting_bar, format_numbers, is_unknown, layer_counter, number_table, print_json
 from seedlora.merge.inputs import read_adapters, stack_updates, weight_files_of
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import FUSED
@@ -93,7 +93,7 @@ def run_compare(arguments: Mapping[str, Any]) -> None:
     adapters, base = _read_adapters(arguments["adapters"], arguments["base"])
     stacks, error = _as_factors(stack_updates(adapters, base))
     names = list(adapters)
-    merged = fuse(stacks, make_rule(arguments["method"]))
+    merged = merge_stacks(stacks, make_rule(arguments["method"]))
     layers = _all_layer_facts(stacks, merged)
     matrix = model_cosines(stacks).tolist()
     drawn = [] if arguments["plot"] is None else _draw_figures(arguments, stacks, merged, names)

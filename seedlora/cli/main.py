@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    merge = commands.add_parser("merge", help="fuse adapters into one, or into the base model")
+    merge = commands.add_parser("merge", help="merge adapters into one, or into the base model")
     merge.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
     merge.add_argument("--method", default="seedlora", help="see: python -m seedlora methods")
     merge.add_argument("--out", required=True, help="the folder to write; only an older result is replaced")

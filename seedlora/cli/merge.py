@@ -1,4 +1,4 @@
-"""The command ``merge``: fuse adapters into one, or into their base model."""
+"""The command ``merge``: merge adapters into one, or into their base model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.adapters.servers import next_commands, serving_problems
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
-from seedlora.merge.adapter_folders import fuse_folders
-from seedlora.merge.into_base import fuse_into_base
+from seedlora.merge.adapter_folders import merge_folders
+from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import make_rule
 from seedlora.records.fusion import FUSION, FusionRecord
 
@@ -87,7 +87,7 @@ def run_merge(arguments: Mapping[str, Any]) -> None:
     console = Console()
     count = len(request.adapters)
     what = "1 adapter" if count == 1 else f"{count} adapters"
-    console.print(f"{what} fused with [bold]{method}[/bold] into {out}", soft_wrap=True)
+    console.print(f"{what} merged with [bold]{method}[/bold] into {out}", soft_wrap=True)
     _print_inputs(console, method, record)
     if not into_base:
         _print_commands(console, out, record, served)
@@ -119,10 +119,10 @@ def _merge(request: _Request) -> None:
     with counting_bar() as progress:
         on_layer = layer_counter(progress, progress.add_task(f"{method}", total=None))
         if request.into_base is not None:
-            fuse_into_base(sources, request.into_base, out, method=method, options=options, on_layer=on_layer)
+            merge_into_base(sources, request.into_base, out, method=method, options=options, on_layer=on_layer)
         else:
             dtype = DTYPES.get(request.dtype or "")
-            fuse_folders(
+            merge_folders(
                 sources, out, method=method, options=options, dtype=dtype, base=request.base, on_layer=on_layer
             )
 
@@ -132,7 +132,7 @@ def _print_inputs(console: Console, method: str, record: FusionRecord) -> None:
     if kinds := record.get("kinds"):
         console.print(f"kinds of the inputs: {', '.join(kinds)}")
     if averaged := record.get("averaged"):
-        console.print(f"averaged, not fused by {method}: {', '.join(averaged)}", soft_wrap=True)
+        console.print(f"averaged, not merged by {method}: {', '.join(averaged)}", soft_wrap=True)
     if "dequantised" in record:
         console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
 

@@ -29,7 +29,7 @@ from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
 
 USAGE = """\
-Train LoRA replicas of one task with different seeds as one stack, and fuse them into one adapter.
+Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter.
 
   python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
   python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
@@ -239,7 +239,7 @@ class SeedLoRACLI(LightningCLI):
         options = self.config_init.trainer
         # Lightning adds to the list that it is given, also when it makes the next trainer.
         chosen = options.callbacks or []
-        # The clock comes before the ensemble, which fuses when training ends; those of the defaults come after it.
+        # The clock comes before the ensemble, which merges when training ends; those of the defaults come after it.
         kwargs["callbacks"] = [self.throughput, *(chosen if isinstance(chosen, list) else [chosen])]
         if options.enable_progress_bar is False:  # Lightning adds the defaults itself, and refuses a bar then
             self.trainer_defaults["callbacks"] = []

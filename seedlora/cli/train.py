@@ -41,8 +41,8 @@ from seedlora.names import UNFINISHED_NAME
 from seedlora.report.page import write_report
 from seedlora.run.budget import replica_share
 from seedlora.run.cost import PeakMemory, timed, write_cost
-from seedlora.run.fusion import fuse_run
 from seedlora.run.memory import choose_stack_size
+from seedlora.run.merging import merge_run
 from seedlora.run.plan import RunPlan, run_plan
 from seedlora.scores.tables import results_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
@@ -76,10 +76,10 @@ def _main(parts: Parts, argv: Sequence[str] | None) -> int:
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection)):
-            raise UsageError(f"{cli.ensemble.dirpath} was fused without {lacking}; --resume instead of test adds it")
-        if finished and (otherwise := cli.ensemble.fused_otherwise) is not None:
-            does = "removes that" if cli.ensemble.rule is None else f"fuses it by {otherwise.asked}"
-            raise UsageError(f"{cli.ensemble.dirpath} was fused by {otherwise.made}; --resume instead of test {does}")
+            raise UsageError(f"{cli.ensemble.dirpath} was merged without {lacking}; --resume instead of test adds it")
+        if finished and (otherwise := cli.ensemble.merged_otherwise) is not None:
+            does = "removes that" if cli.ensemble.rule is None else f"merges it by {otherwise.asked}"
+            raise UsageError(f"{cli.ensemble.dirpath} was merged by {otherwise.made}; --resume instead of test {does}")
         asked = asked_tasks(cli, console)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
@@ -212,20 +212,20 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:
-    """Train what is not trained yet: seeds, one stack after the other, the last one fuses all; then controls."""
+    """Train what is not trained yet: seeds, one stack after the other, the last one merges all; then controls."""
     ensemble, first = cli.ensemble, True
     if cli.trainer.fast_dev_run:
         if ensemble.next_names:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         return
     if not ensemble.pending:
-        # Perhaps this is not the method, or the choice, that they were fused by.
+        # Perhaps this is not the method, or the choice, that they were merged by.
         first = False
         if ensemble.rule is not None and cli.datamodule.rows["val"] and cli.trainer.limit_val_batches:
             cli.trainer.loggers = []  # what is scored now is no part of the training's curves
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         elif cli.trainer.is_global_zero:
-            fuse_run(ensemble)
+            merge_run(ensemble)
     while ensemble.pending or ensemble.pending_controls:
         control, given = None, cli.config_init.trainer
         if not ensemble.pending:

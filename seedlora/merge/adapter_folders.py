@@ -1,4 +1,4 @@
-"""Fuse adapter folders into an adapter folder that servers load.
+"""Merge adapter folders into an adapter folder that servers load.
 
 The only place where the layers of a model are walked.
 """
@@ -20,7 +20,7 @@ from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.averages import Averages, average_biases_and_modules
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
-from seedlora.merge.layers import fuse, layer_threads
+from seedlora.merge.layers import layer_threads, merge_stacks
 from seedlora.merge.record import (
     common_text,
     fusion_record,
@@ -68,7 +68,7 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
         )
 
 
-def fuse_folders(
+def merge_folders(
     sources: Sequence[str | Path],
     out: str | Path,
     *,
@@ -78,13 +78,13 @@ def fuse_folders(
     base: str | Path | None = None,
     on_layer: Callable[[str], object] | None = None,
 ) -> Path:
-    """Fuse PEFT adapter folders into one that PEFT, vLLM, SGLang and others load.
+    """Merge PEFT adapter folders into one that PEFT, vLLM, SGLang and others load.
 
     The result has one rank R and ``lora_alpha = R``, all scaling folded into ``B``, and zeros where servers want a
     module that nobody trained. ``fusion.json`` in it says how it was made: method, options, the sha256 of every input,
     and the error of what had to be compressed. A ``prompt.json`` or ``base.json`` that all inputs share goes with it.
 
-    DoRA's updates have full rank: they are fused in row blocks, no layer is ever held whole unless its compression
+    DoRA's updates have full rank: they are merged in row blocks, no layer is ever held whole unless its compression
     holds it, and the result is compressed to ``rank`` (by default about ``N*R``). Full weights of ``modules_to_save``
     and the vectors of ``lora_bias`` are averaged.
 
@@ -117,7 +117,7 @@ def fuse_folders(
         stacks = Stacks({path: stack.to(compute) for path, stack in stacks.items()})
     averages = average_biases_and_modules(adapters, bound)
     with layer_threads() as each:
-        fused = fuse(stacks, bound, on_layer=on_layer, each=each)
+        fused = merge_stacks(stacks, bound, on_layer=on_layer, each=each)
         gains = _gains(stacks, fused, map if first.magnitudes else each) if len(adapters) > 1 else []
     complete = add_zero_updates(fused, base_shapes(base_model, fan_in_fan_out=first.fan_in_fan_out))
     result = _in_dtype(complete.layers, averages, dtype)

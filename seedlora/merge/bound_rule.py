@@ -1,6 +1,6 @@
 """Bind a rule to everything about its use: options, layers, rank, seed.
 
-:func:`seedlora.merge.layers.fuse` runs it.
+:func:`seedlora.merge.layers.merge_stacks` runs it.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class BoundRule:
     common: CommonOptions
 
     def __call__(self, stack: LoRAFactors) -> LoRAFactors:
-        """Fuse one layer alone, as if the model had no other; dense results come out compressed."""
+        """Merge one layer alone, as if the model had no other; dense results come out compressed."""
         facts = self.survey(lambda: [("", stack)])
         return self.finish("", self.update("", stack, facts)).factors
 

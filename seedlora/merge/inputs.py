@@ -22,7 +22,7 @@ def stack_adapters(adapters: Mapping[str, Adapter], *, device: torch.device | No
 
     Args:
         adapters: by name, for the messages.
-        device: where they are to be fused. Default: where they are.
+        device: where they are to be merged. Default: where they are.
 
     Raises:
         AdapterError: if there is none, two of them differ in base model, layers or shapes (the message names both), or
@@ -41,7 +41,7 @@ def stack_updates(
     Args:
         adapters: by name, for the messages.
         base: their base model; read only for DoRA, and block by block when the updates are.
-        device: where they are to be fused. Default: where they are.
+        device: where they are to be merged. Default: where they are.
 
     Raises:
         AdapterError: as :func:`stack_adapters`, and if some adapters are DoRA and others are not.
@@ -72,7 +72,7 @@ def check_compatible(adapters: Mapping[str, Adapter]) -> None:
         AdapterError: if there is none, or two of them differ in base model, task, kind, layers or shapes.
     """
     if not adapters:
-        raise AdapterError("no adapter was given; fusing needs at least one")
+        raise AdapterError("no adapter was given; merging needs at least one")
     first, *others = (_Named(name, adapter) for name, adapter in adapters.items())
     for other in others:
         _check_same_base(first, other)
@@ -105,7 +105,7 @@ def _check_same_base(first: _Named, other: _Named) -> None:
             for kind in (a.quantization, b.quantization)
         ]
         raise AdapterError(
-            f"of base model '{a.base_model}', {first_name} belongs on {bases[0]}, and {name} on {bases[1]}; fuse "
+            f"of base model '{a.base_model}', {first_name} belongs on {bases[0]}, and {name} on {bases[1]}; merge "
             "those of one kind"
         )
 
@@ -183,7 +183,7 @@ def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
             raise AdapterError(
                 f"{path} was adapted over {rows} rows, but the base model {base} has {known}: its vocabulary was "
                 "resized. Save the resized base model, name it as base_model_name_or_path in adapter_config.json, and "
-                "fuse again"
+                "merge again"
             )
 
 

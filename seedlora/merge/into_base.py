@@ -1,4 +1,4 @@
-"""Fuse adapters into the weights of their base model."""
+"""Merge adapters into the weights of their base model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from seedlora.merge.layers import Fused, merged_updates
 from seedlora.merge.model_folders import add_update, write_model, write_model_notes
 from seedlora.merge.record import fusion_record, gain_record, hash_inputs, record_kinds, recorded, run_around
 from seedlora.merge.registry import make_rule
-from seedlora.merge.whole_models import fuse_models
+from seedlora.merge.whole_models import merge_models
 from seedlora.model.weight_files import WeightFiles
 from seedlora.updates.algebra import gram
 from seedlora.updates.dense import Updates
 from seedlora.utils.files import atomic_folder
 
 
-def fuse_into_base(
+def merge_into_base(
     sources: Sequence[str | Path],
     base: str | Path,
     out: str | Path,
@@ -35,13 +35,13 @@ def fuse_into_base(
     options: Mapping[str, Any] | None = None,
     on_layer: Callable[[str], object] | None = None,
 ) -> Path:
-    """Fuse adapters and write the base model with the result added to its weights.
+    """Merge adapters and write the base model with the result added to its weights.
 
     Holds the adapters, one shard of the base twice, as it was and as it becomes, and one layer's update at a time.
     Dense results, DoRA's among them, are added as they are, without compression, unless a ``rank`` is asked for. Sums
     are taken in float32 and stored in the base's dtype. A base that bitsandbytes stored in 4 or 8 bits is dequantised:
     nothing is ever added to quantised weights. Averaged ``modules_to_save`` take the place of the base's, averaged
-    biases are added to it. Folders of whole models that were trained from this base are fused, too:
+    biases are added to it. Folders of whole models that were trained from this base are merged, too:
     :func:`seedlora.merge.whole_models.make_weight_merger`.
 
     Args:
@@ -62,7 +62,7 @@ def fuse_into_base(
     weights, out = WeightFiles(base), Path(out)
     check_output(out, sources, base)
     if sources and all(map(is_model, sources)):
-        fuse_models(sources, weights, out, bound, on_layer)
+        merge_models(sources, weights, out, bound, on_layer)
         return out
     _check_quantization(sources, base, weights)
     # Before the adapters are read, so that a base model that cannot be used is refused at once.
@@ -193,7 +193,7 @@ def _target_keys(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles
     """Find the tensors of the base model that averaged biases are added to, and whose place full weights take.
 
     Args:
-        adapter: one of those that are fused.
+        adapter: one of those that are merged.
         keys: of the adapted layers' weights, by layer path.
         weights: of the base model.
 

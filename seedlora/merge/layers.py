@@ -18,7 +18,7 @@ from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks, full_weights
 
-#: Layers that are fused at a time, at most: each holds some copies of its factors.
+#: Layers that are merged at a time, at most: each holds some copies of its factors.
 _LAYERS_AT_A_TIME = 4
 
 
@@ -108,7 +108,7 @@ def layer_threads() -> Iterator[Callable[..., Iterator[Any]]]:
         torch.set_num_threads(threads)  # threads that start from now on take what was said last, by any thread
 
 
-def fuse(
+def merge_stacks(
     stacks: Mapping[str, Updates],
     rule: MergeRule | BoundRule,
     *,

@@ -32,7 +32,7 @@ def gain_record(gains: Sequence[float]) -> GainRecord:
 
 
 def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
-    """Return the folder around ``out``, if it holds all that is fused: the run which these adapters are of."""
+    """Return the folder around ``out``, if it holds all that is merged: the run which these adapters are of."""
     run = Path(out).resolve().parent
     return run if all(locate(source).resolve().is_relative_to(run) for source in sources) else None
 

@@ -1,4 +1,4 @@
-"""Fuse whole models that were trained in full from one base model.
+"""Merge whole models that were trained in full from one base model.
 
 Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one block.
 """
@@ -22,14 +22,14 @@ from seedlora.updates.dense import DenseUpdates, block_rows
 from seedlora.utils.files import atomic_folder
 
 
-def fuse_models(
+def merge_models(
     sources: Sequence[str | Path],
     base: WeightFiles,
     out: Path,
     bound: BoundRule,
     on_layer: Callable[[str], object] | None,
 ) -> None:
-    """Fuse models that were trained in full from a base model; ``out`` is written whole or not at all."""
+    """Merge models that were trained in full from a base model; ``out`` is written whole or not at all."""
     models = [WeightFiles(source) for source in sources]
     change = make_weight_merger(models, base, bound, on_layer=on_layer)
     hashes = hash_inputs(sources)
@@ -95,7 +95,7 @@ def make_weight_merger(
 
 
 def check_dense(rule: BoundRule) -> None:
-    """Raise ValueError if a rule cannot fuse models that were trained in full."""
+    """Raise ValueError if a rule cannot merge models that were trained in full."""
     if not rule.method.dense:
         able = ", ".join(name for name, method in METHODS.items() if method.dense)
         raise ValueError(
@@ -104,7 +104,7 @@ def check_dense(rule: BoundRule) -> None:
         )
     if rule.common.rank is not None:
         raise ValueError(
-            f"rank {rule.common.rank} is for adapters; weights trained in full are fused at their full rank"
+            f"rank {rule.common.rank} is for adapters; weights trained in full are merged at their full rank"
         )
 
 

@@ -101,7 +101,7 @@ class FusionRecord(AppliedRule):
 
     Attributes:
         source: paper and equation of the method.
-        inputs: what was fused, in this order.
+        inputs: what was merged, in this order.
         base_model: name or path of the base model.
         seedlora: version of this package.
         compression: what compressing the result to a rank has cost; only there where it was compressed.

@@ -199,9 +199,9 @@ class ModuleRow(TypedDict):
         sign_agreement: share of entries on which two seeds have one sign.
         norm: Frobenius norm of a seed's update.
         effective_rank: effective rank of a seed's update.
-        merged_norm: Frobenius norm of the fused update; null if nothing was fused.
-        merged_effective_rank: effective rank of the fused update; null if nothing was fused.
-        applied_gain: norm of the fused update over that of the mean update; null if nothing was fused.
+        merged_norm: Frobenius norm of the fused update; null if nothing was merged.
+        merged_effective_rank: effective rank of the fused update; null if nothing was merged.
+        applied_gain: norm of the fused update over that of the mean update; null if nothing was merged.
     """
 
     module: str
@@ -225,9 +225,9 @@ class LayerRow(TypedDict):
         module: last part of the path.
         layer: depth of the layer.
         mean_cosine: cosine of two seeds' updates, mean over the pairs.
-        applied_gain: norm of the fused update over that of the mean update; null if nothing was fused.
+        applied_gain: norm of the fused update over that of the mean update; null if nothing was merged.
         effective_rank: effective rank of a seed's update, mean over the seeds.
-        merged_effective_rank: effective rank of the fused update; null if nothing was fused.
+        merged_effective_rank: effective rank of the fused update; null if nothing was merged.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""``selection.json``: what the validation rows said when the seeds were fused."""
+"""``selection.json``: what the validation rows said when the seeds were merged."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Selection(TypedDict):
         scores: what the rows say of each adapter.
         against: what the fused adapter's loss is above that of the best seed and of `soup`.
         controls: the controls that were tuned on these rows.
-        subsets: losses by the seeds that are fused; only filled where controls were asked for.
+        subsets: losses by the seeds that are merged; only filled where controls were asked for.
     """
 
     by: str

@@ -201,7 +201,7 @@ def candidate_losses(name: str, rows: Sequence[CandidateRecord], chosen: str) ->
 
 
 def subset_losses(name: str, rows: Sequence[SubsetRecord], palette: Palette) -> str:
-    """Draw the validation loss by how many seeds are fused: each subset a point, their mean a line."""
+    """Draw the validation loss by how many seeds are merged: each subset a point, their mean a line."""
     labels, most = list(rows[0]["loss"]), max(len(row["seeds"]) for row in rows)
 
     def draw(axes: Axes) -> None:

@@ -149,7 +149,7 @@ def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
 
 
 def _subsets(rows: Sequence[SubsetRecord], drawings: Drawings) -> Section:
-    """Show losses by the seeds that are fused."""
+    """Show losses by the seeds that are merged."""
     line = (
         "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they are many."
     )
@@ -217,7 +217,7 @@ def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[
         *drawings.picture(
             "distributions", f"All {counted['entries']:,} entries of each update in the layers named above."
         ),
-        *drawings.picture("gains", "Gain of the fusion in every layer."),
+        *drawings.picture("gains", "Gain of the merge in every layer."),
     ]
     tables = [
         _modules_table(weights["modules"], merged=merged),

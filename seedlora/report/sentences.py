@@ -11,7 +11,7 @@ from seedlora.report.stored import StoredRun
 from seedlora.scores.wording import LOSS, LOSS_CHANGE, LOSSES, difference_in_points, interval_text, judge
 
 ANSWERED_BY_OTHERS = (
-    "Tasks were scored by generation before the seeds were fused anew, and {} answered with other weights: these "
+    "Tasks were scored by generation before the seeds were merged anew, and {} answered with other weights: these "
     "scores are not shown. train.py test --evaluate scores the adapters of today."
 )
 
@@ -62,7 +62,7 @@ def missing(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurves) ->
     if len(run.trained) == 1 and not pending:
         sentences.append("Only one seed was trained: there is no spread between seeds, and nothing to average.")
     if run.fusion is None and run.trained and not pending:
-        sentences.append("Nothing was fused.")
+        sentences.append("Nothing was merged.")
     if not curves["train"]:
         sentences.append("No training losses are stored.")
     if not curves["validation"]:

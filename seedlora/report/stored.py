@@ -55,7 +55,7 @@ class StoredRun:
         trained: labels of those that are.
         excluded: by label why an adapter was left out.
         trained_on: by label how long an adapter was trained.
-        fusion: how the fused adapter was made; ``None`` if nothing was fused.
+        merge: how the fused adapter was made; ``None`` if nothing was merged.
         selection: what the validation rows said.
         results: what the test said.
         cost: the plan, and what it took.

@@ -15,7 +15,7 @@ from seedlora.adapters.adapter import Adapter, is_trained
 from seedlora.adapters.reading import read_adapter
 from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
-from seedlora.merge.layers import Fused, fuse
+from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.model.weight_files import WeightFiles
@@ -34,7 +34,7 @@ from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 
 
-class FusedOtherwise(NamedTuple):
+class MergedOtherwise(NamedTuple):
     """Name the rule that a fused adapter was made by, and another one that is asked for now."""
 
     made: str
@@ -42,7 +42,7 @@ class FusedOtherwise(NamedTuple):
 
 
 class Ensemble:
-    """Tell what a run trains, fuses and compares, from its options and its folder.
+    """Tell what a run trains, merges and compares, from its options and its folder.
 
     The folder is the state: a seed is finished when its adapter is there. Nothing here needs a Trainer or a model.
 
@@ -73,7 +73,7 @@ class Ensemble:
 
     @property
     def rule(self) -> BoundRule | None:
-        """Return what the seeds are fused by; soup where that is still to be chosen; None if nothing is fused."""
+        """Return what the seeds are merged by; soup where that is still to be chosen; None if nothing is merged."""
         return self.comparison.rule
 
     @property
@@ -128,7 +128,7 @@ class Ensemble:
         return {label: folder for label, folder in found.items() if is_trained(folder)}
 
     @property
-    def fused_otherwise(self) -> FusedOtherwise | None:
+    def merged_otherwise(self) -> MergedOtherwise | None:
         """Return how the fused adapter was made and is asked for now, if that is another rule and not to be chosen."""
         if self.comparison.chooses:
             return None
@@ -138,7 +138,7 @@ class Ensemble:
             made = {"method": fusion["method"], "options": fusion["options"], "use": fusion.get("use", {})}
         if (rule := self.compared.rule) is not None:
             asked = json.loads(json.dumps(rule_record(rule), default=str))
-        return None if made == asked else FusedOtherwise(_rule_text(made), _rule_text(asked))
+        return None if made == asked else MergedOtherwise(_rule_text(made), _rule_text(asked))
 
     def adapter_path(self, seed: int) -> Path:
         """Return where the adapter of a seed is, once it is trained."""
@@ -222,8 +222,8 @@ class Ensemble:
         """Read the adapters of the trained seeds."""
         return {seed_name(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
 
-    def fuse_live(self, stacks: Stacks[LoRAFactors], names: Sequence[str], *, stack: Sequence[str]) -> Fused:
-        """Fuse seeds in training, as they are, with the finished ones, in the order of the seeds.
+    def merge_live(self, stacks: Stacks[LoRAFactors], names: Sequence[str], *, stack: Sequence[str]) -> Fused:
+        """Merge seeds in training, as they are, with the finished ones, in the order of the seeds.
 
         Args:
             stacks: the adapters in training of every layer by path.
@@ -237,7 +237,7 @@ class Ensemble:
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
         assert rule is not None
-        return fuse(select_adapters(stacks, [there.index(seed_name(seed)) for seed in seeds]), rule)
+        return merge_stacks(select_adapters(stacks, [there.index(seed_name(seed)) for seed in seeds]), rule)
 
     def read_tested(self, device: torch.device) -> dict[str, Adapter]:
         """Read the adapters that a test scores, back from their folders, so that what is scored is what was written.
@@ -250,7 +250,7 @@ class Ensemble:
         read = {label: self._read(folder) for label, folder in self.folders.items()}
         seeds = {label: read[label] for label in map(seed_name, self.trained)}
         if len(seeds) > 1 and SOUP not in read and (self.rule is not None or self.comparison.compare):
-            fused = fuse(stack_updates(seeds, self._base, device=device), soup)
+            fused = merge_stacks(stack_updates(seeds, self._base, device=device), soup)
             modules = {key: each[0] for key, each in fused.modules.items()}
             read[SOUP] = replace(next(iter(seeds.values())), magnitudes={}, layers=fused, modules=modules)
         return read

@@ -40,7 +40,7 @@ class RunFolder:
     - ``trained.json``: how long each adapter was trained, on how many tokens, and which step was kept.
     - ``checkpoints/seed_11-seed_42/step=25.ckpt``: of the stack in training, the newest alone. The folder is there from
       the first step on, until all of the stack is written.
-    - ``soup``, ``fused``, ``selection.json``: what the finished seeds were fused to, and what validation said of it.
+    - ``soup``, ``fused``, ``selection.json``: what the finished seeds were merged to, and what validation said of it.
     - ``results.json``: what the last test said.
 
     Each is whole or not there, wherever a process was killed. Only the first rank writes.
@@ -162,7 +162,7 @@ class RunFolder:
 
     @property
     def selection(self) -> Selection | None:
-        """Return what the validation rows said when the seeds were fused."""
+        """Return what the validation rows said when the seeds were merged."""
         return self._read(SELECTION)
 
     @property
@@ -178,8 +178,8 @@ class RunFolder:
         """Write down how adapters were trained."""
         TRAINED.write(self.path, {**(self._read(TRAINED) or {}), **rows})
 
-    def forget_fusion(self) -> list[str]:
-        """Remove what these seeds were fused to before, and what was said of it; return the names of the folders."""
+    def forget_fused(self) -> list[str]:
+        """Remove what these seeds were merged to before, and what was said of it; return the names of the folders."""
         found = [name for name in (FUSED, SOUP) if (self.path / name / FUSION.name).is_file()]
         for name in (SELECTION_NAME, RESULTS_NAME):
             (self.path / name).unlink(missing_ok=True)

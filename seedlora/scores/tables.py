@@ -21,7 +21,7 @@ def titled_table(title: str) -> Table:
 def results_table(results: Results, *, method: str | None = None, title: str = "Test set") -> Table:
     """Make a table of scores with intervals and of the merged adapters' paired differences, in percent and points."""
     n = next(iter(results.scores.values())).n
-    fused = f"; fused by {method}" if method else ""
+    fused = f"; merged by {method}" if method else ""
     table = titled_table(f"{title}: {results.metric}, n = {n}, {CONFIDENCE_PERCENT} % intervals{fused}")
     longest = max(map(len, results.scores))
     table.add_column("adapter", overflow="fold", min_width=min(longest, 14))
@@ -57,7 +57,7 @@ def verdict(results: Results) -> str:
     main = [label for label in (FUSED, SOUP) if results.differences.get(label)][:1]
     labels = main or [label for label, found in results.differences.items() if found]
     if not labels:
-        return "Nothing was fused, so there is nothing to compare."
+        return "Nothing was merged, so there is nothing to compare."
     sentences = []
     for label in labels:
         parts = [

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 from seedlora.merge.bound_rule import BoundRule
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import greedy_search
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.records.selection import RuleRecord
@@ -24,11 +24,13 @@ Score: TypeAlias = Callable[[Mapping[str, Layers]], Mapping[str, RowScores]]
 
 
 def score_rules(stacks: Layers, rules: Mapping[str, BoundRule], score: Score, *, at_once: int) -> dict[str, RowScores]:
-    """Fuse by each rule and score the results, ``at_once`` of them held at a time.
+    """Merge by each rule and score the results, ``at_once`` of them held at a time.
 
-    Costs ``len(rules)`` fusions and, in the forward passes of ``score``, the rows once per rule.
+    Costs ``len(rules)`` merges and, in the forward passes of ``score``, the rows once per rule.
     """
-    return score_lazily({name: partial(fuse, stacks, rule) for name, rule in rules.items()}, score, at_once=at_once)
+    return score_lazily(
+        {name: partial(merge_stacks, stacks, rule) for name, rule in rules.items()}, score, at_once=at_once
+    )
 
 
 def score_lazily(adapters: Mapping[str, Callable[[], Layers]], score: Score, *, at_once: int) -> dict[str, RowScores]:
@@ -77,7 +79,7 @@ def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:
     check_select_by(by)
 
     def larger_is_better(chosen: Sequence[int]) -> float:
-        (found,) = score({"greedy_soup": fuse(stacks, soup_of(chosen))}).values()
+        (found,) = score({"greedy_soup": merge_stacks(stacks, soup_of(chosen))}).values()
         if by == "match":
             return found.match
         return -found.loss if math.isfinite(found.loss) else _WORST

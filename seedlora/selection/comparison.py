@@ -26,8 +26,8 @@ class Comparison:
     """Bind the merge rule of a run and what it is measured against, and check both before anything is trained.
 
     Args:
-        merge: a method of :data:`seedlora.merge.registry.METHODS` or any rule; ``none`` fuses nothing. ``auto`` chooses
-            among :func:`seedlora.selection.candidates.any_method`, ``seedlora_gain`` without ``p`` among
+        merge: a method of :data:`seedlora.merge.registry.METHODS` or any rule; ``none`` merges nothing. ``auto``
+            chooses among :func:`seedlora.selection.candidates.any_method`, ``seedlora_gain`` without ``p`` among
             :func:`seedlora.selection.candidates.gain_family`, and ``greedy_soup`` its members, all on validation rows.
         options: keyword options of the method.
         compare: further methods, scored on the same test items.
@@ -69,13 +69,13 @@ class Comparison:
             elif merge != NO_MERGE:
                 self.rule = make_rule(merge, self.options)
         except ValueError as error:
-            others = "" if merge in METHODS else f" ('{NO_MERGE}' fuses nothing, '{AUTO}' chooses)"
+            others = "" if merge in METHODS else f" ('{NO_MERGE}' merges nothing, '{AUTO}' chooses)"
             raise ValueError(f"{error}{others}") from None
         #: The methods to compare by name; ``None`` is the greedy soup, whose members the validation rows say.
         self.compare = self._bind(compare, compare_options or {})
         if self.rule is None and (self.has_controls or GREEDY in self.compare):
             asked = "ensemble.controls" if self.has_controls else "ensemble.compare greedy_soup"
-            raise ValueError(f"{asked} is tuned where seeds are fused, and ensemble.merge '{NO_MERGE}' fuses nothing")
+            raise ValueError(f"{asked} is tuned where seeds are merged, and ensemble.merge '{NO_MERGE}' merges nothing")
 
     def _bind(self, names: Sequence[str], options: Mapping[str, Mapping[str, object]]) -> dict[str, BoundRule | None]:
         """Make rules of the methods to compare, but not of soup, which is compared anyway."""
@@ -124,7 +124,7 @@ class Comparison:
         return nothing_for_one_seed(options) if n == 1 else None
 
     def lacks(self, selection: Selection | None) -> str | None:
-        """Return what is to be compared and was not settled on validation rows when the seeds were fused."""
+        """Return what is to be compared and was not settled on validation rows when the seeds were merged."""
         settled = {} if selection is None else selection["controls"]
         if self.has_controls and not settled:
             return "controls"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from seedlora.merge.bound_rule import BoundRule
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.names import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
 from seedlora.records.selection import CandidateRecord, Controls, NamedRule, Selection, SubsetRecord
@@ -41,7 +41,7 @@ class Settled:
     """Hold what the validation rows decided.
 
     Args:
-        rule: that the seeds are fused by.
+        rule: that the seeds are merged by.
         selection: what was found on the way, for ``selection.json``.
     """
 
@@ -96,7 +96,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
     """Choose the rule if it is to be chosen, tune the controls, and compare the outcome with soup and seeds.
 
     Args:
-        comparison: what was asked for; it fuses.
+        comparison: what was asked for; it merges.
         stacks: the seeds' adapters of every layer by path.
         seeds: their labels.
         score: of adapters on validation rows.
@@ -108,10 +108,10 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
     choice = _choose_rule(comparison, stacks, n, score, greedy)
     rule = comparison.rule if choice.best is None else choice.rules[choice.best]
     assert rule is not None
-    fused = fuse(stacks, rule)
+    fused = merge_stacks(stacks, rule)
     last: dict[str, Callable[[], Layers]] = {FUSED: lambda: fused}
     if n > 1:
-        last[SOUP] = partial(fuse, stacks, make_rule("soup"))
+        last[SOUP] = partial(merge_stacks, stacks, make_rule("soup"))
     controls: Controls = {}
     tuned = RuleChoice({}, {}, None)
     if comparison.has_controls and n > 1:
@@ -124,7 +124,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
         controls[GAIN_SOUP] = {**_name_rule(tuned.best, tuned.rules[tuned.best]), "candidates": tuned.records()}
         scores[GAIN_SOUP] = tuned.scores[tuned.best]
         last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
-        last[GREEDY] = partial(fuse, stacks, greedy)
+        last[GREEDY] = partial(merge_stacks, stacks, greedy)
     scores |= lazily(last)
     scores[FUSED] = scores.pop(FUSED)  # last, for whoever reads the table
     rows = scores[seeds[0]]
@@ -183,12 +183,12 @@ def adapters_beside(
         made[GAIN_SEED] = partial(seed_times_gain, factors, fused, index=best)
     if comparison.has_controls and GAIN_SOUP in tuned:
         control = tuned[GAIN_SOUP]
-        made[GAIN_SOUP] = partial(fuse, stacks, make_rule(control["method"], control["options"]))
+        made[GAIN_SOUP] = partial(merge_stacks, stacks, make_rule(control["method"], control["options"]))
     if GREEDY in tuned and (comparison.has_controls or GREEDY in comparison.compare):
-        made[GREEDY] = partial(fuse, stacks, soup_of(tuned[GREEDY]["members"]))
+        made[GREEDY] = partial(merge_stacks, stacks, soup_of(tuned[GREEDY]["members"]))
     for name, rule in comparison.compare.items():
         if rule is not None:
-            made[name] = partial(fuse, stacks, rule)
+            made[name] = partial(merge_stacks, stacks, rule)
     return made
 
 
@@ -217,7 +217,7 @@ def _score_subsets(
     if not {"members", "weights", "scale"} & set(rule.options):
         rules[FUSED] = rule
     made = {
-        f"{label} {chosen}": partial(_fuse_members, stacks, chosen, one)
+        f"{label} {chosen}": partial(_merge_members, stacks, chosen, one)
         for chosen in _several(len(seeds))
         for label, one in rules.items()
     }
@@ -239,8 +239,8 @@ def _several(n: int) -> list[tuple[int, ...]]:
     return [chosen for chosen in subsets(n) if 1 < len(chosen) < n]
 
 
-def _fuse_members(stacks: Layers, chosen: Sequence[int], rule: BoundRule) -> Layers:
-    return fuse(select_adapters(stacks, chosen), rule)
+def _merge_members(stacks: Layers, chosen: Sequence[int], rule: BoundRule) -> Layers:
+    return merge_stacks(select_adapters(stacks, chosen), rule)
 
 
 def _name_rule(name: str, rule: BoundRule) -> NamedRule:

@@ -1,4 +1,4 @@
-"""Updates out of a stack in training, to be fused, and into it, to be scored."""
+"""Updates out of a stack in training, to be merged, and into it, to be scored."""
 
 from __future__ import annotations
 

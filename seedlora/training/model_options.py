@@ -184,7 +184,7 @@ class ModelOptions:
 
     @property
     def adds_dense(self) -> bool:
-        """Tell whether training adds updates of full rank to the weights, which take longer to fuse than to score."""
+        """Tell whether training adds updates of full rank to the weights, which take longer to merge than to score."""
         return self.is_full_finetuning or self.adapter == "dora"
 
     @property

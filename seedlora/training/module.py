@@ -61,7 +61,7 @@ class SeedLoRAModule(pl.LightningModule):
         alpha_pattern: other ``lora_alpha`` by layer, likewise.
         modules_to_save: modules that each replica trains in full beside its adapter, in float32, by the endings of
             their names: ``embed_tokens``, ``lm_head``, norms. Where head and embedding are one matrix (tied), naming
-            either trains one copy for both. They are averaged where adapters are fused.
+            either trains one copy for both. They are averaged where adapters are merged.
         learning_rate: of AdamW, at the top of the schedule.
         lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
             2402.12354, who take 16). DoRA's magnitudes learn like A.

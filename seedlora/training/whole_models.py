@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class WholeModels:
-    """Reads, fuses and writes whole models, by the names that the stack gives to what is trained in full.
+    """Reads, merges and writes whole models, by the names that the stack gives to what is trained in full.
 
     Args:
         stack: of replicas that train every weight.
@@ -40,10 +40,10 @@ class WholeModels:
         weights = WeightFiles(folder)
         return Stacks({}, {own: [weights.tensor(key)] for own, key in self._keys(weights).items()})
 
-    def fuse(self, trainer: pl.Trainer, folders: Sequence[Path], rule: BoundRule) -> Stacks[LoRAFactors]:
-        """Fuse whole models, to be scored; all of the result is in memory.
+    def merge(self, trainer: pl.Trainer, folders: Sequence[Path], rule: BoundRule) -> Stacks[LoRAFactors]:
+        """Merge whole models, to be scored; all of the result is in memory.
 
-        The first rank fuses; all ranks must call it.
+        The first rank merges; all ranks must call it.
         """
         base, fused, new = WeightFiles(self._options.base_path), None, {}
         if trainer.global_rank == 0:

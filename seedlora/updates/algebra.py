@@ -39,7 +39,7 @@ T = TypeVar("T")
 def once_per_stack(function: Callable[[S], T]) -> Callable[[S], T]:
     """Remember a small result that is costly to compute, as long as the stack lives and its factors are not written to.
 
-    A rule that depends on the whole model meets each stack once in its survey, and again when it fuses the layer.
+    A rule that depends on the whole model meets each stack once in its survey, and again when it merges the layer.
     Writes through ``.data`` are not noticed. What is remembered must not be handed to callers who may write to it.
     """
     known: WeakKeyDictionary[S, tuple[list[int], T]] = WeakKeyDictionary()

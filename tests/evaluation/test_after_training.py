@@ -116,7 +116,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
     others = {key: text for key, text in answers("run/evaluation").items() if key[0] != "fused"}
     assert run(tiny_llama, "--merge", "ties", "--resume") == 0
     assert [test["name"] for test in report()["tests"]] == ["test set"]
-    told = "before the seeds were fused anew, and fused answered with other weights"
+    told = "before the seeds were merged anew, and fused answered with other weights"
     assert told in " ".join(report()["missing"])
     capsys.readouterr()
     assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE) == 0
@@ -167,11 +167,11 @@ def test_a_run_that_is_unfinished_or_was_fused_otherwise_cannot_be_tested(tiny_l
 
     assert run(tiny_llama) == 0
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
-    assert "run was fused by seedlora; --resume instead of test fuses it by ties" in capsys.readouterr().err
+    assert "run was merged by seedlora; --resume instead of test merges it by ties" in capsys.readouterr().err
     on_part = ("--ensemble.merge_options", "{layers: ffn, rest: soup}")
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", *on_part]) == 2
     assert re.search(
-        r'fused by seedlora; --resume .* by seedlora \{"layers": "ffn", "rest": "soup"\}', capsys.readouterr().err
+        r'merged by seedlora; --resume .* by seedlora \{"layers": "ffn", "rest": "soup"\}', capsys.readouterr().err
     )
     shutil.rmtree("run/seed_42")
     assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2

@@ -1,6 +1,6 @@
 """The whole road with the real small model: trained briefly on word problems, scored on the first 100 items of GSM8K.
 
-SmolLM2-135M scores near zero there; the point is that every step is real: data, training, fusion, prompts, generation,
+SmolLM2-135M scores near zero there; the point is that every step is real: data, training, merge, prompts, generation,
 extraction, statistics.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seedlora.merge.layers import fuse, merged_updates
+from seedlora.merge.layers import merge_stacks, merged_updates
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates import dense as _dense
 from seedlora.updates.compression import compress_each
@@ -49,10 +49,10 @@ SAME_FOR_ANY_FACTORS = {
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "greedy_soup"])
 def test_every_rule_fuses_them(name):
-    """At a rank that holds all of an update, dense updates fuse to what their factors fuse to."""
+    """At a rank that holds all of an update, dense updates merge to what their factors merge to."""
     stack = make_stack(n=2, r=2, d=13, k=11)
     options = {"rank": 11, "match_norm": False, **SAME_FOR_ANY_FACTORS.get(name, {})}
-    found = fuse({"a.mlp.up_proj": as_dense(stack)}, make_rule(name, options))
+    found = merge_stacks({"a.mlp.up_proj": as_dense(stack)}, make_rule(name, options))
     wanted = dict(merged_updates({"a.mlp.up_proj": stack}, make_rule(name, options)))["a.mlp.up_proj"]
     assert relative(found["a.mlp.up_proj"].dense()[0], dense(wanted)) < 1e-6
     assert bool(found.inputs) == (not METHODS[name].dense)
@@ -65,7 +65,7 @@ def test_compressing_the_inputs_says_its_error():
     wanted = [torch.linalg.svdvals(update) for update in dense_list(stack)]
     assert error == pytest.approx(max(float(s[3:].norm() / s.norm()) for s in wanted), rel=1e-6)
     assert found.rank == 3
-    fused = fuse({"up": as_dense(stack)}, make_rule("tsv_m", {"rank": 3}))
+    fused = merge_stacks({"up": as_dense(stack)}, make_rule("tsv_m", {"rank": 3}))
     assert fused.inputs == pytest.approx({"up": error})
 
 

@@ -5,7 +5,7 @@ to be broken: the list cannot outlive its cause.
 import pytest
 import torch
 
-from seedlora.merge.layers import fuse
+from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import greedy_members
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates.factors import LoRAFactors
@@ -51,7 +51,7 @@ def direction(layers):
 
 def apply(name, stack, **options):
     if name == "greedy_soup":
-        return dense(fuse({"layer": stack}, make_rule(name, {"score": direction}))["layer"])
+        return dense(merge_stacks({"layer": stack}, make_rule(name, {"score": direction}))["layer"])
     return dense(METHODS[name].rule(stack, **options))
 
 
@@ -130,9 +130,8 @@ def test_no_matrix_of_the_size_of_a_weight_is_built(name):
     """Of 200,000 rows and columns it would have 160 GB."""
     size, g = 200_000, torch.Generator().manual_seed(0)
     stack = LoRAFactors(torch.randn(2, 1, size, generator=g), torch.randn(2, size, 1, generator=g))
-    found = fuse({"layer": stack}, make_rule(name, {"score": lambda layers: 0.0} if name == "greedy_soup" else {}))[
-        "layer"
-    ]
+    rule = make_rule(name, {"score": lambda layers: 0.0} if name == "greedy_soup" else {})
+    found = merge_stacks({"layer": stack}, rule)["layer"]
     assert found.shape == (size, size)
     assert found.rank <= 3
     assert found.A.isfinite().all()

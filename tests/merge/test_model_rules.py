@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seedlora.merge.bound_rule import Method
-from seedlora.merge.layers import fuse, layer_threads, merged_updates
+from seedlora.merge.layers import layer_threads, merge_stacks, merged_updates
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates import compression as _blocks
@@ -34,7 +34,7 @@ def global_limits(matrices, density):
 def test_knots_trims_over_all_layers():
     c = [ref.knots_matrices(dense_list(s))[1] for s in STACKS.values()]
     limits = global_limits(c, 0.2)
-    fused = fuse(STACKS, make_rule("knots_ties"))
+    fused = merge_stacks(STACKS, make_rule("knots_ties"))
     for path, stack in STACKS.items():
         assert relative(fused[path].dense()[0], ref.knots_ties(dense_list(stack), limits=limits)) < 1e-6
 
@@ -48,7 +48,7 @@ def test_ties_trims_over_all_layers_when_asked():
 def test_core_ties_trims_over_all_layers_when_asked():
     parts = {p: (list(s.B), list(s.A)) for p, s in STACKS.items()}
     limits = global_limits([ref.core_matrices(*p)[2] for p in parts.values()], 0.4)
-    fused = fuse(STACKS, make_rule("core_ties", {"density": 0.4, "scope": "model"}))
+    fused = merge_stacks(STACKS, make_rule("core_ties", {"density": 0.4, "scope": "model"}))
     for path, part in parts.items():
         assert relative(fused[path].dense()[0], ref.core_ties(*part, limits=limits)) < 1e-6
 
@@ -61,7 +61,7 @@ def test_greedy_soup_keeps_what_helps():
         seen.append(layers)
         return -float((layers["model.layers.0.mlp.up_proj"].dense()[0] - target).norm())
 
-    fused = fuse(STACKS, make_rule("greedy_soup", {"score": score}))
+    fused = merge_stacks(STACKS, make_rule("greedy_soup", {"score": score}))
     for path, stack in STACKS.items():
         assert relative(fused[path].dense()[0], stack.dense()[1]) < 1e-12
     assert len(seen) == 5
@@ -74,7 +74,7 @@ def test_greedy_soup_needs_a_score():
 
 @pytest.mark.parametrize("rest", ["soup", "nothing"])
 def test_layers_left_out(rest):
-    fused = fuse(STACKS, make_rule("task_arithmetic", {"scale": 1.0, "layers": "ffn", "rest": rest}))
+    fused = merge_stacks(STACKS, make_rule("task_arithmetic", {"scale": 1.0, "layers": "ffn", "rest": rest}))
     q = "model.layers.0.self_attn.q_proj"
     wanted = ref.soup(dense_list(STACKS[q])) * (rest == "soup")
     assert torch.allclose(fused[q].dense()[0], wanted)
@@ -114,8 +114,8 @@ def test_layers_of_known_models(layers, paths):
 
 def test_thresholds_are_those_of_the_chosen_layers():
     chosen = {path: stack for path, stack in STACKS.items() if "mlp" in path}
-    some = fuse(STACKS, make_rule("knots_ties", {"layers": "ffn", "rest": "nothing"}))
-    for path, factors in fuse(chosen, make_rule("knots_ties")).items():
+    some = merge_stacks(STACKS, make_rule("knots_ties", {"layers": "ffn", "rest": "nothing"}))
+    for path, factors in merge_stacks(chosen, make_rule("knots_ties")).items():
         assert relative(some[path].dense()[0], factors.dense()[0]) < 1e-12
 
 
@@ -159,11 +159,11 @@ def test_bound_rules_travel_to_other_processes():
 
 def test_layers_that_select_nothing():
     with pytest.raises(ValueError, match="selects none of 3 layers"):
-        fuse(STACKS, make_rule("soup", {"layers": "conv", "rest": "nothing"}))
+        merge_stacks(STACKS, make_rule("soup", {"layers": "conv", "rest": "nothing"}))
 
 
 def test_any_callable_is_a_method():
-    fused = fuse(STACKS, lambda stack: soup(stack, weights=[3.0, 0.0, 0.0]))
+    fused = merge_stacks(STACKS, lambda stack: soup(stack, weights=[3.0, 0.0, 0.0]))
     for path, stack in STACKS.items():
         assert torch.allclose(fused[path].dense()[0], stack.dense()[0])
     assert not fused.compression
@@ -172,7 +172,7 @@ def test_any_callable_is_a_method():
 @pytest.mark.parametrize("options", [{}, {"rank": 2}])
 def test_a_rule_gives_one_update(options):
     with pytest.raises(ValueError, match="'keep_all' must give one update per layer, gave 3"):
-        fuse(STACKS, make_rule(keep_all, options))
+        merge_stacks(STACKS, make_rule(keep_all, options))
     for stack in (make_stack(), dense_update(make_stack(), lambda: lambda block: block[0]).to(torch.float32)):
         two = stack if isinstance(stack, LoRAFactors) else replace(stack, count=2)
         with pytest.raises(ValueError, match=f"one update can be compressed at a time, got {len(two)}"):
@@ -192,7 +192,7 @@ def test_a_row_of_ones_own_with_a_survey():
     def relative_soup(stack, *, norm):
         return soup(LoRAFactors(stack.A, stack.B / norm))
 
-    fused = fuse(STACKS, make_rule(Method(relative_soup, "", "", surveys={"norm": largest})))
+    fused = merge_stacks(STACKS, make_rule(Method(relative_soup, "", "", surveys={"norm": largest})))
     norm = max(float(s.dense().norm()) for s in STACKS.values())
     for path, stack in STACKS.items():
         assert torch.allclose(fused[path].dense()[0], stack.dense().mean(0) / norm)
@@ -279,7 +279,7 @@ def test_factors_are_compressed_optimally(match_norm):
 
 
 def test_seedlora_compressed_keeps_its_norm_and_says_so():
-    fused = fuse(STACKS, make_rule("seedlora", {"rank": 2}))
+    fused = merge_stacks(STACKS, make_rule("seedlora", {"rank": 2}))
     assert set(fused.compression) == set(STACKS)
     for path, stack in STACKS.items():
         wanted = ref.seedlora(dense_list(stack))
@@ -288,7 +288,7 @@ def test_seedlora_compressed_keeps_its_norm_and_says_so():
 
 
 def test_dense_rules_come_out_at_the_rank_of_the_factors():
-    fused = fuse(STACKS, make_rule("ties"))
+    fused = merge_stacks(STACKS, make_rule("ties"))
     assert {factors.rank for factors in fused.values()} == {6}
     for path, stack in STACKS.items():
         assert relative(fused[path].dense()[0], ref.ties(dense_list(stack))) == pytest.approx(
@@ -326,10 +326,10 @@ def test_layers_in_threads_have_the_bits_of_a_loop(name, options):
     torch.set_num_threads(3)
     try:
         with layer_threads() as each:
-            threaded = fuse(stacks, make_rule(name, options), on_layer=done.append, each=each)
+            threaded = merge_stacks(stacks, make_rule(name, options), on_layer=done.append, each=each)
         assert torch.get_num_threads() == 3
         torch.set_num_threads(1)
-        alone = fuse(stacks, make_rule(name, options))
+        alone = merge_stacks(stacks, make_rule(name, options))
     finally:
         torch.set_num_threads(before)
     assert done == list(threaded) == list(stacks)

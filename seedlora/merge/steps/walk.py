@@ -9,7 +9,7 @@ from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 
 #: Gives path and stack of every layer that a rule is applied to, from the start at each call. Only
-#: :func:`seedlora.merge.layers.fuse` makes one over a model, so layers are walked in one place.
+#: :func:`seedlora.merge.layers.merge_stacks` makes one over a model, so layers are walked in one place.
 Walk: TypeAlias = Callable[[], Iterable[tuple[str, LoRAFactors]]]
 #: The same for a rule that takes updates of full rank as well.
 AnyWalk: TypeAlias = Callable[[], Iterable[tuple[str, Updates]]]

@@ -1,4 +1,4 @@
-"""Fuse the seeds when all are trained."""
+"""Merge the seeds when all are trained."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from seedlora.names import BASE
 from seedlora.records.selection import SELECTION
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
-from seedlora.run.fusion import fuse_run
+from seedlora.run.merging import merge_run
 from seedlora.selection.settling import adapters_to_score, settle
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.scoring import ScoredLabels
 
 
-class FinalFusion(pl.Callback):
-    """Choose on the validation rows what is to be chosen, and fuse: after the last seed, and in ``Trainer.validate``.
+class FinalMerge(pl.Callback):
+    """Choose on the validation rows what is to be chosen, and merge: after the last seed, and in ``Trainer.validate``.
 
     Args:
         ensemble: the run.
@@ -40,27 +40,27 @@ class FinalFusion(pl.Callback):
         module.scored = ScoredLabels({label: label for label in seeds})
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Fuse what ``Trainer.validate`` has scored."""
+        """Merge what ``Trainer.validate`` has scored."""
         if trainer.state.fn == "validate":
-            self._fuse(trainer, module)
+            self._merge(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Fuse the seeds if these were the last."""
+        """Merge the seeds if these were the last."""
         if trainer.fast_dev_run:
             return
         if self._state.control is None:
-            self._fuse(trainer, module)
+            self._merge(trainer, module)
         trainer.strategy.barrier()
 
-    def _fuse(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Choose and fuse, once all seeds are there. All ranks must call it."""
+    def _merge(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Choose and merge, once all seeds are there. All ranks must call it."""
         ensemble = self._ensemble
         if ensemble.pending or not ensemble.trained or trainer.fast_dev_run:
             return
         batches = [] if ensemble.rule is None else validation_batches(trainer)
         rule = self._choose(trainer, module, batches) if batches and not module.options.adds_dense else None
         if trainer.is_global_zero:
-            fuse_run(ensemble, rule)
+            merge_run(ensemble, rule)
 
     def _choose(self, trainer: pl.Trainer, module: SeedLoRAModule, batches: list[object]) -> BoundRule:
         """Choose the rule, and write down what the validation rows say. All ranks must call it."""

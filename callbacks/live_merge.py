@@ -1,4 +1,4 @@
-"""Fuse the seeds at every validation of a fit."""
+"""Merge the seeds at every validation of a fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from seedlora.training.module import SeedLoRAModule
 from seedlora.training.scoring import ScoredLabels
 
 
-class LiveFusion(pl.Callback):
-    """Have the seeds of the fit validated side by side, and their fusion with those already finished beside them.
+class LiveMerge(pl.Callback):
+    """Have the seeds of the fit validated side by side, and their merge with those already finished beside them.
 
     Nothing random is drawn and no weight is changed. What the last step spoiled is left out.
 
@@ -31,7 +31,7 @@ class LiveFusion(pl.Callback):
             module.scored = self._validated(module)
 
     def on_validation_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Fuse the seeds as they are now."""
+        """Merge the seeds as they are now."""
         if trainer.state.fn == "validate":
             return
         module.check_weights()
@@ -42,11 +42,11 @@ class LiveFusion(pl.Callback):
         stack = [replica.name for replica in module.replicas]
         names = [name for name in stack if name not in module.replicas.diverged]
         updates = read_updates(module.stack, names)
-        load_updates(module.stack, label, self._ensemble.fuse_live(updates, names, stack=stack))
+        load_updates(module.stack, label, self._ensemble.merge_live(updates, names, stack=stack))
 
     @property
     def _label(self) -> str | None:
-        """Return the label of what is fused: as long as a rule is not chosen, soup stands for it under its own name."""
+        """Return the label of what is merged: until a rule is chosen, soup stands for it under its own name."""
         if self._ensemble.rule is None or self._state.control is not None:
             return None
         return SOUP if self._ensemble.comparison.chooses else FUSED
@@ -54,6 +54,6 @@ class LiveFusion(pl.Callback):
     def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
         """Return the labels of what is validated, and the adapters that they stand for."""
         names = [replica.name for replica in module.replicas if replica.name not in module.replicas.diverged]
-        # What DoRA and whole models add to a weight has full rank: fusing it each time would take longer than training.
+        # What DoRA and whole models add to a weight has full rank: merging it takes longer than training.
         fused = [self._label] if self._label and names and not module.options.adds_dense else []
         return ScoredLabels({name: name for name in (*names, *fused)})

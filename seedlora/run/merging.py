@@ -1,4 +1,4 @@
-"""Fuse the seeds of a run, once all are trained, into its folder."""
+"""Merge the seeds of a run, once all are trained, into its folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from seedlora.adapters.adapter import is_model
-from seedlora.merge.adapter_folders import fuse_folders
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.bound_rule import BoundRule, MergeRule
-from seedlora.merge.into_base import fuse_into_base
+from seedlora.merge.into_base import merge_into_base
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
@@ -22,17 +22,17 @@ from seedlora.utils.files import remove_folder
 from seedlora.utils.progress import progress_bar
 
 
-def fuse_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
-    """Fuse the seeds' folders, if all that were not excluded are there and a method was asked for.
+def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
+    """Merge the seeds' folders, if all that were not excluded are there and a method was asked for.
 
-    Their soup is written beside, unless it is what was asked for. With ``none`` an older fusion is removed.
+    Their soup is written beside, unless it is what was asked for. With ``none`` an older merge is removed.
 
     Args:
         ensemble: the run.
         rule: what was chosen. Default: the rule of the run.
 
     Returns:
-        The folder of the fused adapter, or None if nothing was fused.
+        The folder of the fused adapter, or None if nothing was merged.
 
     Raises:
         ValueError: if the rule is still to be chosen.
@@ -44,20 +44,20 @@ def fuse_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
         # Of a run that was killed after its last adapter was written.
         folder.forget_checkpoints(())
     if ensemble.rule is None:
-        _remove_fusion(ensemble)
+        _remove_fused(ensemble)
         return None
     if rule is None and ensemble.comparison.chooses:
         raise ValueError(f"{ensemble.comparison.validated_for} chooses on validation rows: call Trainer.validate")
     if rule is None:
         # What validation said of an earlier choice is not said of this one.
         (folder.path / SELECTION_NAME).unlink(missing_ok=True)
-    # Nor what a test said of an earlier fusion.
+    # Nor what a test said of an earlier merge.
     (folder.path / RESULTS_NAME).unlink(missing_ok=True)
     seeds = [ensemble.adapter_path(seed) for seed in ensemble.trained]
-    write: Callable[..., Path] = fuse_folders
+    write: Callable[..., Path] = merge_folders
     if is_model(seeds[0]):
         settings = folder.settings or {}
-        write = partial(_fuse_models, base=resolve_base_model(settings["model.base_model"]))
+        write = partial(_merge_models, base=resolve_base_model(settings["model.base_model"]))
     if ensemble.comparison.is_soup or len(seeds) == 1:
         remove_folder(folder.path / SOUP)
     else:
@@ -65,19 +65,19 @@ def fuse_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
     return write(seeds, ensemble.fused_path, method=rule or ensemble.compared.rule)
 
 
-def _remove_fusion(ensemble: Ensemble) -> None:
+def _remove_fused(ensemble: Ensemble) -> None:
     """Remove what an earlier command fused, and say so."""
-    otherwise = ensemble.fused_otherwise
-    if removed := ensemble.folder.forget_fusion():
+    otherwise = ensemble.merged_otherwise
+    if removed := ensemble.folder.forget_fused():
         made = otherwise.made if otherwise else "another run"
-        text = f"--merge {NO_MERGE} fuses nothing: removed {' and '.join(removed)}, which were made by {made}"
+        text = f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}"
         Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
 
-def _fuse_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:
-    """Fuse whole models with a bar: it takes minutes where they are large."""
+def _merge_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:
+    """Merge whole models with a bar: it takes minutes where they are large."""
     weights = WeightFiles(base)
     matrices = sum(len(weights.shape(key)) == 2 for key in weights.files)
     with progress_bar(TaskProgressColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(f"Fusing whole models by {getattr(method, 'name', method)}", total=matrices)
-        return fuse_into_base(folders, base, out, method=method, on_layer=lambda _: progress.advance(task))
+        task = progress.add_task(f"Merging whole models by {getattr(method, 'name', method)}", total=matrices)
+        return merge_into_base(folders, base, out, method=method, on_layer=lambda _: progress.advance(task))
