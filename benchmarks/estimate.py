@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding
+from seedlora.names import FULL
 from seedlora.run.memory import step_memory
 from seedlora.run.operations import work
 from seedlora.training.module import SeedLoRAModule
@@ -94,7 +95,7 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
 
 def of_config(config: Mapping[str, Any], root: Path) -> Estimate:
     """As :func:`estimate`, on the GPUs that the header names: one, or for whole weights eight under ZeRO-2."""
-    return estimate(config, root, shared=Sharding(2, 8) if config["model"]["adapter"] == "none" else ONE_PROCESS)
+    return estimate(config, root, shared=Sharding(2, 8) if config["model"]["adapter"] == FULL else ONE_PROCESS)
 
 
 def model_folder(name: str, root: Path) -> str:

@@ -64,7 +64,7 @@ class SeedEnsembleCallback(CallbackOfParts):
     Args:
         seeds: one replica each.
         merge: a method of :data:`seedlora.merge.registry.METHODS`, any rule, or ``none`` to merge nothing. On the
-            validation rows, ``auto`` chooses the method, ``seedlora_gain`` without an option ``p`` its gain, on all
+            validation rows, ``auto`` chooses the method, ``auto_gain`` the gain of ``seedlora_gain``, on all
             layers or on attention or FFN alone, and ``greedy_soup`` its members.
         merge_options: keyword options of the method.
         compare: further methods, as a list or separated by commas, that are scored on the same test items.

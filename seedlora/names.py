@@ -30,6 +30,8 @@ MEANING = {
     GREEDY: "soup of the seeds that do not harm on the validation rows",
 }
 NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
+#: The value of ``model.adapter`` that trains every weight instead of an adapter.
+FULL = "full"
 
 
 def seed_name(seed: int) -> str:

@@ -88,7 +88,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def make_module(base_model: str, **options: object) -> SeedLoRAModule:
-    small = {} if options.get("adapter") == "none" else {"r": 4, "lora_alpha": 12}
+    small = {} if options.get("adapter") == "full" else {"r": 4, "lora_alpha": 12}
     return SeedLoRAModule(base_model, **{"dtype": "float32", **small, **options})
 
 

@@ -49,7 +49,7 @@ KINDS = {
     "lora_plus": {"lora_plus_ratio": 16.0},
     "compiled": {"compile": "aot_eager", "target_modules": ["q_proj", "down_proj"]},
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
-    "none": {"adapter": "none", "learning_rate": 2e-4},
+    "full": {"adapter": "full", "learning_rate": 2e-4},
     "bf16": {"dtype": "bfloat16"},
 }
 
@@ -64,7 +64,7 @@ WATCHED = {"learning_rate": 0.02}
 def strategies_of(kind):
     """Packed weights, compiled layers and weights in full are refused where the base model is split."""
     options = KINDS[kind]
-    whole_base = options.keys() & {"quantization", "compile", "modules_to_save"} or options.get("adapter") == "none"
+    whole_base = options.keys() & {"quantization", "compile", "modules_to_save"} or options.get("adapter") == "full"
     return ("ddp", "zero2") if whole_base else ("ddp", "zero2", "zero3", "fsdp2")
 
 

@@ -231,7 +231,7 @@ def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
     chosen = []
     for name, num_test, kind in (("a", 12, _Untouchable), ("b", 7, _OfSomebodysOwn)):
         data = kind(num_train=24, num_val=8, num_test=num_test, batch_size=2, eval_batch_size=5, **TASK)
-        options = {"merge": "seedlora_gain", "controls": "untrained", "test": False}
+        options = {"merge": "auto_gain", "controls": "untrained", "test": False}
         callback, module, _ = fit(tmp_path / name, tiny_llama, data=data, **options)
         selection = (callback.dirpath / "selection.json").read_bytes()
         chosen.append((selection, weights(callback.fused_path)))
@@ -286,8 +286,9 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
     ("options", "message"),
     [
         ({"merge": "auto", "options": {"p": 1}}, "Merge method 'auto' chooses the options too"),
-        ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of .* 'auto' chooses"),
-        ({"merge": "seedlora_gain", "options": {"cup": 1}}, "has no option 'cup'"),
+        ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of .* 'auto' and 'auto_gain' choose"),
+        ({"merge": "auto_gain", "options": {"cup": 1}}, "has no option 'cup'"),
+        ({"merge": "seedlora_gain"}, "seedlora_gain needs its p, .* to choose it on validation rows, take auto_gain"),
         ({"compare": ["ties", "tie"]}, "Unknown merge method 'tie'"),
         ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
         ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
@@ -307,7 +308,7 @@ def test_what_cannot_be_compared_is_said_before_training(options, message):
     ("options", "reason"),
     [
         ({"merge": "auto"}, "--merge auto chooses on"),
-        ({"merge": "seedlora_gain"}, "--merge seedlora_gain without ensemble.merge_options p chooses on"),
+        ({"merge": "auto_gain"}, "--merge auto_gain chooses on"),
         ({"controls": "untrained"}, "ensemble.controls chooses on"),
         ({"compare": ["greedy_soup"]}, "ensemble.compare greedy_soup chooses on"),
     ],
@@ -337,7 +338,7 @@ def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
         }
         return {name: rows(math.nan if alike[name] else 1.0, 0.5) for name in adapters}
 
-    for merge in ("auto", "seedlora_gain", "greedy_soup", "seedlora"):
+    for merge in ("auto", "auto_gain", "greedy_soup", "seedlora"):
         settled = settle(Comparison(merge, controls="untrained"), stack, ["seed_1", "seed_2", "seed_3"], score)
         rule, found = settled.rule, settled.selection
         json.dumps(found, allow_nan=False)

@@ -47,7 +47,7 @@ def rows(length, seed=0):
 
 def pair(base_model, **options):
     """The same adapters twice, the second one compiled."""
-    options = options if options.get("adapter") == "none" else {**SOME, **options}
+    options = options if options.get("adapter") == "full" else {**SOME, **options}
     found = [moved(base_model, *SEEDS, **options, compile=backend) for backend in (None, "aot_eager")]
     for module in found:
         module.model.train()
@@ -85,7 +85,7 @@ KINDS = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, 2),
     # whose inputs all take a gradient
     "checkpointing": ({"gradient_checkpointing": True}, 1),
-    "none": ({"adapter": "none"}, 1),
+    "full": ({"adapter": "full"}, 1),
 }
 
 

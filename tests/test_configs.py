@@ -87,7 +87,7 @@ def test_every_config_stands_alone(config):
             "dora": ("dora", "none"),
             "qlora": ("lora", "nf4"),
             "loftq": ("loftq", "nf4"),
-            "full": ("none", "none"),
+            "full": ("full", "none"),
         }
         expected = kinds.get(config.stem.rpartition("_")[2], ("lora", "none"))
         assert (model["adapter"], model["quantization"]) == expected

@@ -26,7 +26,7 @@ KINDS = {
     "pissa": {"adapter": "pissa"},
     "bfloat16": {"dtype": "bfloat16"},
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
-    "none": {"adapter": "none", "learning_rate": 2e-4},
+    "full": {"adapter": "full", "learning_rate": 2e-4},
 }
 
 
@@ -75,7 +75,7 @@ def test_the_device_refuses_what_a_gpu_refuses(device):
 @pytest.mark.usefixtures("float64")
 def test_passes_live_fusion_choice_controls_and_test(tiny_llama, tmp_path):
     options = {
-        "ensemble": {"stack_size": 2, "merge": "seedlora_gain", "compare": "ties,dare_linear", "controls": "untrained"},
+        "ensemble": {"stack_size": 2, "merge": "auto_gain", "compare": "ties,dare_linear", "controls": "untrained"},
         "data": SMALL,
         "trainer": {"accumulate_grad_batches": 2, "max_steps": 2, "max_epochs": -1},
     }

@@ -95,7 +95,7 @@ def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_pa
         strategies_job.run(tiny_llama, one, batch_size=4, strategy=lambda: "auto", devices=1, **options)
     for name in strategies_job.strategies_of(kind):
         for seed in ("seed_11", "seed_42", "seed_202"):
-            file = Path(seed) / ("model.safetensors" if kind == "none" else "adapter_model.safetensors")
+            file = Path(seed) / ("model.safetensors" if kind == "full" else "adapter_model.safetensors")
             expected, found = load_file(one / file), load_file(tmp_path / name / file)
             if (noise := strategies_job.IN_FLOAT32.get(kind)) is not None:
                 rate = options.get("learning_rate", 2e-3)
@@ -104,7 +104,7 @@ def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_pa
             for key, tensor in expected.items():
                 assert ((found[key] - tensor).norm() / tensor.norm()).item() < SAME, (name, key)
         assert (tmp_path / name / "fused" / "fusion.json").is_file()
-    if kind == "none":
+    if kind == "full":
         scored = {path.name: path.read_text() for path in tmp_path.glob("* scores ties")}
         assert len(scored) == 2
         assert len(set(scored.values())) == 1

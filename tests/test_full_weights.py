@@ -296,7 +296,7 @@ def test_the_work_of_a_head_that_is_trained():
 # Every weight
 
 
-FULL = {"adapter": "none", "learning_rate": 2e-4}
+FULL = {"adapter": "full", "learning_rate": 2e-4}
 
 
 def plain_run(base_model, seed, *, steps, accumulate, clip):
@@ -451,7 +451,7 @@ def test_whole_models_trained_elsewhere_go_through_merge(tiny_llama, whole_run, 
     [
         (
             {"quantization": "nf4"},
-            "model.adapter none trains every weight in full, to which model.quantization nf4 does",
+            "model.adapter full trains every weight in full, to which model.quantization nf4 does",
         ),
         ({"lora_plus_ratio": 4.0}, "model.lora_plus_ratio 4.0 does not apply"),
         ({"modules_to_save": ["norm"]}, "model.modules_to_save .'norm'. does not apply"),
@@ -471,12 +471,12 @@ def test_options_of_adapters_are_refused_where_there_is_none(tiny_llama, options
     [
         (
             {"merge": "auto"},
-            "--merge auto chooses among merges of the seeds' factors, and what model.adapter none adds",
+            "--merge auto chooses among merges of the seeds' factors, and what model.adapter full adds",
         ),
         ({"controls": "untrained"}, "ensemble.controls chooses among"),
         ({"merge": "tsv_m"}, "'tsv_m' works on the factors of adapters.*choose one of seedlora, .*soup"),
         ({"compare": "knots_ties"}, "'knots_ties' works on the factors"),
-        ({"vary": "init"}, "with model.adapter none all seeds start at the same weights"),
+        ({"vary": "init"}, "with model.adapter full all seeds start at the same weights"),
     ],
 )
 def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_path, options, message):

@@ -38,7 +38,7 @@ def test_what_is_saved_of_the_options_is_plain():
         ({}, {"quantization": "none", "backend": None, "full": None}),
         ({"quantization": "nf4", "compile": "eager"}, {"quantization": "nf4", "backend": "eager", "full": None}),
         ({"modules_to_save": ["norm", "lm_head"]}, {"full": "modules_to_save norm, lm_head"}),
-        ({"adapter": "none"}, {"full": "adapter none"}),
+        ({"adapter": "full"}, {"full": "adapter full"}),
     ],
 )
 def test_options_that_need_the_whole_base_are_named(options, expected):

@@ -85,7 +85,10 @@ BAD = [
     (["merge", "A", "--out", "O", "--method", "tie"], "Unknown merge method 'tie'"),
     (["merge", "A", "--out", "O", "--method", "ties", "--density", "2"], r"density must be a number in (0, 1], got 2"),
     (["merge", "A", "--out", "O", "--method", "soup", "--density", "0.2"], "has no option 'density'"),
-    (["merge", "A", "--out", "O", "--method", "greedy_soup"], "needs the option 'score'"),
+    (
+        ["merge", "A", "--out", "O", "--method", "greedy_soup"],
+        "greedy_soup chooses among adapters by a score on validation rows, which a run has: python train.py",
+    ),
     (["merge", "A", "--out", "O", "--method", "soup", "--weights", '{"a":1}'], "Merge method 'soup': "),
     (["merge", "A", "--out", "O", "--method", "ties", "--scale", "NaN"], "its result is not finite with scale=nan"),
     (["merge", "A", "A", "--out", "O"], "was given twice"),

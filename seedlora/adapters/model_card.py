@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from seedlora.names import BASE, SOUP
+from seedlora.names import BASE, FULL, SOUP
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.results import RESULTS, RunResults
@@ -214,7 +214,7 @@ def _facts(record: FusionRecord, settings: RunSettings) -> dict[str, str]:
         "method": f"{record['method']} ({source})" if source else record["method"],
         **{key: f"{value}" for key, value in _options(record).items()},
     }
-    full = settings.get("model.adapter") == "none"
+    full = settings.get("model.adapter") == FULL
     told: Mapping[str, object] = {key: value for key, value in settings.items() if value not in (None, "none")}
     for key, name in _TRAINING.items():
         if key in told and not (full and key in _OF_ADAPTERS):

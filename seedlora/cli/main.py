@@ -22,6 +22,7 @@ from seedlora.evaluation.candidates import Prompts
 from seedlora.evaluation.tasks import Generate
 from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS
+from seedlora.names import GREEDY
 from seedlora.report.weights import LAYERS
 
 #: Options that only Python can give: functions and generators.
@@ -137,7 +138,11 @@ def run_methods(arguments: Mapping[str, Any]) -> None:
     console = Console()
     table = Table("method", "formula", "options and defaults", "source")
     for name, method in METHODS.items():
-        options = [f"{key}={_display_default(value)}" for key, value in method.options.items() if key != "generator"]
+        options = [
+            f"{key}={_display_default(value)}" for key, value in method.options.items() if key not in _PYTHON_ONLY
+        ]
+        if name == GREEDY:
+            options.append("by --merge of train.py alone")
         table.add_row(name, method.formula, "\n".join(options), method.source)
     console.print(table)
     console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON_DEFAULTS.items()))

@@ -19,6 +19,7 @@ from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter,
 from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import make_rule
+from seedlora.names import GREEDY
 from seedlora.records.fusion import FUSION, FusionRecord
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +72,11 @@ class _Request:
 def run_merge(arguments: Mapping[str, Any]) -> None:
     """Merge adapters into one folder, or into their base model."""
     request = _Request.of(arguments)
+    if request.method == GREEDY:
+        raise ValueError(
+            f"{GREEDY} chooses among adapters by a score on validation rows, which a run has: python train.py --merge "
+            f"{GREEDY}; of adapters from elsewhere, --method soup takes those that are given"
+        )
     make_rule(request.method, request.options)
     _check_into_base(request)
     _merge(request)

@@ -16,7 +16,8 @@ from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
 
-AUTO, GAIN, NO_MERGE = "auto", "seedlora_gain", "none"
+#: Values of ``ensemble.merge`` beside the methods: the method is chosen on validation rows, the gain is, nothing merged.
+AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 #: Training rows at most on which all that was tested is scored.
 TRAIN_ROWS = 128
 CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS)
@@ -27,7 +28,7 @@ class Comparison:
 
     Args:
         merge: a method of :data:`seedlora.merge.registry.METHODS` or any rule; ``none`` merges nothing. ``auto``
-            chooses among :func:`seedlora.selection.candidates.any_method`, ``seedlora_gain`` without ``p`` among
+            chooses among :func:`seedlora.selection.candidates.any_method`, ``auto_gain`` among
             :func:`seedlora.selection.candidates.gain_family`, and ``greedy_soup`` its members, all on validation rows.
         options: keyword options of the method.
         compare: further methods, scored on the same test items.
@@ -58,18 +59,22 @@ class Comparison:
             raise ValueError(f"Unknown ensemble.controls '{controls}'; choose one of {', '.join(CONTROLS)}")
         if merge == AUTO and self.options:
             raise ValueError(f"Merge method '{AUTO}' chooses the options too; it takes none, got {self.options}")
-        missing = {GAIN: "p", GREEDY: "score"}.get(merge) if isinstance(merge, str) else None
-        self.chooses = merge == AUTO or (missing is not None and missing not in self.options)
+        if merge == "seedlora_gain" and "p" not in self.options:
+            raise ValueError(
+                "ensemble.merge seedlora_gain needs its p, for example --ensemble.merge_options '{p: 0.5}'; to choose it "
+                f"on validation rows, take {AUTO_GAIN}"
+            )
+        self.chooses = merge in (AUTO, AUTO_GAIN) or (merge == GREEDY and "score" not in self.options)
         #: The rule; where it is to be chosen, what stands for it until then.
         self.rule: BoundRule | None = None
         try:
             if self.chooses:
-                gain_family((), options=self.options) if merge == GAIN else make_rule("soup", self.options)
+                gain_family((), options=self.options) if merge == AUTO_GAIN else make_rule("soup", self.options)
                 self.rule = make_rule("soup")
             elif merge != NO_MERGE:
                 self.rule = make_rule(merge, self.options)
         except ValueError as error:
-            others = "" if merge in METHODS else f" ('{NO_MERGE}' merges nothing, '{AUTO}' chooses)"
+            others = "" if merge in METHODS else f" ('{NO_MERGE}' merges nothing, '{AUTO}' and '{AUTO_GAIN}' choose)"
             raise ValueError(f"{error}{others}") from None
         #: The methods to compare by name; ``None`` is the greedy soup, whose members the validation rows say.
         self.compare = self._bind(compare, compare_options or {})
@@ -113,7 +118,7 @@ class Comparison:
     def validated_for(self) -> str | None:
         """Return the option that needs validation rows, if one does."""
         if self.chooses:
-            return f"--merge {self.merge}" + (" without ensemble.merge_options p" if self.merge == GAIN else "")
+            return f"--merge {self.merge}"
         if self.has_controls:
             return "ensemble.controls"
         return "ensemble.compare greedy_soup" if GREEDY in self.compare else None

@@ -27,7 +27,7 @@ from seedlora.selection.choice import (
     score_rules,
     soup_of,
 )
-from seedlora.selection.comparison import AUTO, GAIN, Comparison
+from seedlora.selection.comparison import AUTO, AUTO_GAIN, Comparison
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, full_weights, select_adapters
@@ -196,7 +196,7 @@ def _choose_rule(comparison: Comparison, stacks: Layers, n: int, score: Score, g
     """Score the rules to choose from, the greedy soup among them where it may be chosen, and choose."""
     rules = candidates(comparison, list(stacks), n)
     scores = score_rules(stacks, rules, score, at_once=ALONE)
-    if greedy is not None and comparison.chooses and comparison.merge != GAIN:
+    if greedy is not None and comparison.chooses and comparison.merge != AUTO_GAIN:
         rules[GREEDY] = greedy
         scores |= score_rules(stacks, {GREEDY: greedy}, score, at_once=ALONE)
     return RuleChoice(rules, scores, choose(scores, by=comparison.select_by) if rules else None)

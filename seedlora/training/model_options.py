@@ -18,13 +18,12 @@ from seedlora.model.loading import fast_dtype, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules, pattern_key
 from seedlora.model.quantization import check_quantization
+from seedlora.names import FULL
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: Instead of an adapter: every weight of the model is trained.
-FULL = "none"
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq", FULL)
 #: Adapters that start at factors of the base weights, the same for every seed.
 STARTING_AT_WEIGHTS = ("pissa", "loftq")
@@ -97,6 +96,7 @@ class ModelOptions:
         require(len(self.target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
 
     def _check_choices(self) -> None:
+        require(self.adapter != "none", f"model.adapter none is called {FULL} now: every weight is trained")
         for name, value, allowed in (
             ("adapter", self.adapter, ADAPTERS),
             ("lr_scheduler", self.lr_scheduler, SCHEDULES),

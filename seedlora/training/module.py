@@ -48,7 +48,7 @@ class SeedLoRAModule(pl.LightningModule):
         adapter: ``lora``; ``rslora`` (scaled by ``lora_alpha / sqrt(r)``, arXiv 2312.03732); ``dora`` (a magnitude per
             output, arXiv 2402.09353); ``pissa`` (starts at the largest singular vectors of the weights, saved as plain
             LoRA of rank 2r on the original base, arXiv 2404.02948); ``loftq`` (starts at what quantisation loses, arXiv
-            2310.08659; it needs ``nf4``). LoRA+ goes with each. ``none`` trains every weight of the model instead, in
+            2310.08659; it needs ``nf4``). LoRA+ goes with each. ``full`` trains every weight of the model instead, in
             float32, for each replica a copy; it takes none of the options of adapters, which stay at their defaults,
             and wants a much lower ``learning_rate`` (2e-5 for 7B).
         quantization: of the frozen base model: ``none``, ``nf4`` (QLoRA, arXiv 2305.14314) or ``int8``.
