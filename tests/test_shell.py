@@ -87,7 +87,7 @@ BAD = [
     (["merge", "A", "--out", "O", "--method", "soup", "--density", "0.2"], "has no option 'density'"),
     (
         ["merge", "A", "--out", "O", "--method", "greedy_soup"],
-        "greedy_soup chooses among adapters by a score on validation rows, which a run has: python train.py",
+        "greedy_soup chooses among adapters by a score",
     ),
     (["merge", "A", "--out", "O", "--method", "soup", "--weights", '{"a":1}'], "Merge method 'soup': "),
     (["merge", "A", "--out", "O", "--method", "ties", "--scale", "NaN"], "its result is not finite with scale=nan"),

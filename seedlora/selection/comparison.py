@@ -16,7 +16,7 @@ from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
 
-#: Values of ``ensemble.merge`` beside the methods: the method is chosen on validation rows, the gain is, nothing merged.
+#: Values of ``ensemble.merge`` beside the methods: method or gain are chosen on validation rows, or nothing is merged.
 AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 #: Training rows at most on which all that was tested is scored.
 TRAIN_ROWS = 128
@@ -61,8 +61,8 @@ class Comparison:
             raise ValueError(f"Merge method '{AUTO}' chooses the options too; it takes none, got {self.options}")
         if merge == "seedlora_gain" and "p" not in self.options:
             raise ValueError(
-                "ensemble.merge seedlora_gain needs its p, for example --ensemble.merge_options '{p: 0.5}'; to choose it "
-                f"on validation rows, take {AUTO_GAIN}"
+                "ensemble.merge seedlora_gain needs its p, for example --ensemble.merge_options '{p: 0.5}'; to choose "
+                f"it on validation rows, take {AUTO_GAIN}"
             )
         self.chooses = merge in (AUTO, AUTO_GAIN) or (merge == GREEDY and "score" not in self.options)
         #: The rule; where it is to be chosen, what stands for it until then.
