@@ -1,6 +1,6 @@
 """Generation by all adapters at once against one adapter after the other: tokens per second, and their ratio.
 
-    python benchmarks/evaluate.py [--base-model embedded] [--adapters 4] [--items 1 8 16] [--new-tokens 64]
+    python benchmarks/evaluate.py [--base_model embedded] [--adapters 4] [--items 1 8 16] [--new-tokens 64]
 
 Random adapters of rank 8 over one base; the same prompts, exactly ``--new-tokens`` each; the runs alternate, and the
 best of three is taken. ``stacked`` is one forward over the rows of all, ``one by one`` the same code with one adapter
@@ -26,7 +26,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base-model", default="embedded")
+    parser.add_argument("--base_model", default="embedded")
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--items", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -14,6 +14,7 @@ _HOMES = {
     "SeedEnsembleCallback": "seedlora.callbacks.seed_ensemble",
     "SeedLoRAModule": "seedlora.training.module",
     "merge_folders": "seedlora.merge.adapter_folders",
+    "compare": "seedlora.merge.adapter_comparison",
     "make_rule": "seedlora.merge.registry",
     "read_adapter": "seedlora.adapters.reading",
     "write_adapter": "seedlora.adapters.writing",
@@ -24,6 +25,7 @@ __all__ = [
     "SeedEnsembleCallback",
     "SeedLoRAModule",
     "__version__",
+    "compare",
     "make_rule",
     "merge_folders",
     "read_adapter",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from seedlora.adapters.reading import read_adapter
     from seedlora.adapters.writing import write_adapter
     from seedlora.callbacks.seed_ensemble import SeedEnsembleCallback
+    from seedlora.merge.adapter_comparison import compare
     from seedlora.merge.adapter_folders import merge_folders
     from seedlora.merge.registry import METHODS, make_rule
     from seedlora.training.module import SeedLoRAModule

@@ -540,7 +540,7 @@ def test_a_merged_model_says_what_an_adapter_says(kind, made, tmp_path):
         assert "# 3 LoRA adapters merged with `seedlora`" in card
         assert ("Kinds of the inputs: DoRA" in card) == (kind == "dora")
     assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()
-    assert f"--into-base {case.base}" in (tmp_path / "full" / "README.md").read_text()
+    assert f"--into_base {case.base}" in (tmp_path / "full" / "README.md").read_text()
 
 
 def test_the_record_says_which_svd_a_layer_got(made, tmp_path, monkeypatch):
@@ -623,7 +623,7 @@ def test_a_quantised_base_is_dequantised(bits, made, tmp_path, capsys):
         if getattr(module, "weight", None) is not None
     }
     words = ["merge", *map(str, case.folders), "--method", "soup", "--out", str(tmp_path / "o")]
-    assert main([*words, "--into-base", str(tmp_path / "q")]) == 0
+    assert main([*words, "--into_base", str(tmp_path / "q")]) == 0
     assert "the base model was stored quantised by bitsandbytes; the result is dequantised" in capsys.readouterr().out
     found = loaded(tmp_path / "o").state_dict()
     for key, weight in dense.items():

@@ -22,7 +22,6 @@ from seedlora.cli import main as shell
 from seedlora.cli.train import main
 from seedlora.datamodules.prompts import render
 from seedlora.training.scoring import Scorer
-from train import PARTS
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "12", "--data.batch_size", "4"]
@@ -34,7 +33,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def run(base_model, *options):
-    return main(PARTS, ["--model.base_model", base_model, *SMALL, *options])
+    return main(["--model.base_model", base_model, *SMALL, *options])
 
 
 def only_run():
@@ -77,7 +76,7 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
 
 def test_the_written_config_repeats_the_run(tiny_llama):
     assert run(tiny_llama, "--merge", "soup", "--ensemble.dirpath", "one") == 0
-    assert main(PARTS, ["--config", "one/config.yaml", "--ensemble.dirpath", "two"]) == 0
+    assert main(["--config", "one/config.yaml", "--ensemble.dirpath", "two"]) == 0
     one, two = (Path(name, "fused", "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -112,7 +111,7 @@ def test_a_users_own_data(tiny_llama):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = ["--data.prompt_field", "question", "--data.response_field", "answer", "--data.batch_size", "4"]
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "rows.jsonl", *fields]
-    assert main(PARTS, [*options, "--data.pack_tokens", "1024"]) == 0
+    assert main([*options, "--data.pack_tokens", "1024"]) == 0
     assert next(iter(json.loads((only_run() / "results.json").read_text())["scores"].values()))["n"] == 10
 
 
@@ -143,7 +142,7 @@ def test_a_users_own_data(tiny_llama):
         (["--trainer.max_epochs", "-3"], "Lightning's Trainer refuses these options: `max_epochs`"),
         (["--merg", "soup"], "unknown option --merg; did you mean --merge?"),
         (["--compare", "ties", "soup"], "unexpected word 'soup'"),
-        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' merges nothing, 'auto' chooses)"),
+        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' merges nothing, 'auto' and 'auto_gain' choose)"),
         (["--data.task", "chain_sun"], "reasoning-gym has no task 'chain_sun'"),
         (["--data.num_train", "0"], "ReasoningGym needs num_train >= 1"),
         (["--data.num_train", "3"], "3 training rows do not fill one optimizer step of 4"),
@@ -183,21 +182,21 @@ def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
         Path("run.yaml").write_text(
             "data: {class_path: seedlora.datamodules.InstructionData, init_args: {path: rows.jsonl}}"
         )
-        given = SeedLoRACLI(PARTS, options).config.data.init_args
+        given = SeedLoRACLI(options).config.data.init_args
         assert (given.num_train, given.style, given.eval_batch_size) == (None, None, 16)
 
 
 def test_the_clock_comes_before_the_ensemble_whose_phases_it_times():
     from seedlora.cli.parser import SeedLoRACLI
 
-    kinds = [type(callback).__name__ for callback in SeedLoRACLI(PARTS, []).trainer.callbacks]
+    kinds = [type(callback).__name__ for callback in SeedLoRACLI([]).trainer.callbacks]
     assert kinds.index("Throughput") < kinds.index("SeedEnsembleCallback")
 
 
 def test_an_empty_data_file(tiny_llama, capsys):
     Path("empty.jsonl").write_text("")
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "empty.jsonl"]
-    assert main(PARTS, options) == 2
+    assert main(options) == 2
     assert "InstructionData found no training rows" in capsys.readouterr().err
 
 
@@ -216,10 +215,10 @@ def test_a_run_does_not_go_on_with_other_rows_at_the_same_path(tiny_llama, capsy
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "rows.jsonl", "--merge"]
     options += ["none", "--ensemble.seeds", "[1]", "--ensemble.dirpath", "here", "--trainer.max_steps", "1"]
-    assert main(PARTS, options) == 0
+    assert main(options) == 0
     rows[3]["response"] = "no"
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(PARTS, [*options, "--resume"]) == 2
+    assert main([*options, "--resume"]) == 2
     assert "here was started with sha256 of the train rows = '" in capsys.readouterr().err
 
 
@@ -233,7 +232,7 @@ def test_one_more_seed_trains_just_that_seed(tiny_llama):
     assert len(json.loads(Path("here/fused/fusion.json").read_text())["inputs"]) == 3
     assert "seed_3" in json.loads(Path("here/results.json").read_text())["scores"]
     # What was written by a resumed run starts a new one, and does not go on with this one unasked.
-    assert main(PARTS, ["--config", "here/config.yaml"]) == 2
+    assert main(["--config", "here/config.yaml"]) == 2
 
 
 def test_layers_that_are_not_trained_are_zeros_in_what_is_fused(tiny_llama):
@@ -242,7 +241,7 @@ def test_layers_that_are_not_trained_are_zeros_in_what_is_fused(tiny_llama):
     fused = read_adapter("here/fused").layers
     assert not fused["model.layers.0.self_attn.v_proj"].dense().any()
     assert Path("here/report.html").is_file()
-    assert main(PARTS, ["test", "--ensemble.dirpath", "here"]) == 0
+    assert main(["test", "--ensemble.dirpath", "here"]) == 0
 
 
 def test_a_stack_that_is_chosen_by_memory(tiny_llama, capsys):
@@ -260,7 +259,7 @@ def test_callbacks_of_the_user_are_there_in_every_pass(tiny_llama):
 
 def test_resume_alone_finds_the_run_that_is_not_finished(tiny_llama, capsys):
     assert run(tiny_llama, "--ensemble.dirpath", "runs/done") == 0
-    assert main(PARTS, ["--resume"]) == 2
+    assert main(["--resume"]) == 2
     assert "found no unfinished run" in capsys.readouterr().err
     Path("runs/done/unfinished").touch()
     assert run(tiny_llama, "--resume") == 0
@@ -270,7 +269,7 @@ def test_resume_alone_finds_the_run_that_is_not_finished(tiny_llama, capsys):
 def test_a_finished_run_is_tested_as_it_is(tiny_llama):
     assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "soup") == 0
     before = {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name}
-    assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--trainer.limit_test_batches", "9"]) == 0
+    assert main(["test", "--ensemble.dirpath", "here", "--trainer.limit_test_batches", "9"]) == 0
     assert {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name} == before
 
 
@@ -294,7 +293,7 @@ def test_help_and_print_config_in_a_fresh_process():
 def test_the_default_config_says_what_the_defaults_are(tmp_path):
     from seedlora.cli.parser import SeedLoRACLI
 
-    cli = SeedLoRACLI(PARTS, [])
+    cli = SeedLoRACLI([])
     defaults = yaml.safe_load(cli.parser.dump(cli.config))
     written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())
 
@@ -345,7 +344,7 @@ def test_a_config_that_cannot_be_read_is_named(capsys, content):
         (["--config=here/config.yaml"], ""),
         (["test", "--ensemble.dirpath", "here"], "; --resume with the options of the run writes it again"),
     ):
-        assert main(PARTS, words) == 2
+        assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.fullmatch(rf"train\.py: error: here/config\.yaml cannot be read: [^;]+{instead}", line)
 
@@ -428,7 +427,7 @@ def test_a_finished_run_is_fused_again_by_another_method(tiny_llama, capsys):
     for method in ("soup", "seedlora"):
         assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", method, "--resume") == 0
         assert json.loads(Path("here/fused/fusion.json").read_text())["method"] == method
-    assert main(PARTS, ["test", "--ensemble.dirpath", "here", "--merge", "none"]) == 2
+    assert main(["test", "--ensemble.dirpath", "here", "--merge", "none"]) == 2
     assert "here was merged by seedlora; --resume instead of test removes that" in capsys.readouterr().err
     assert run(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none", "--resume") == 0
     said = "--merge none merges nothing: removed fused and soup, which were made by seedlora"
@@ -460,3 +459,21 @@ def test_a_trial_leaves_no_trace(tiny_llama, capsys):
 def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
     assert run(tiny_llama, "--trainer.fast_dev_run", "true") == 0
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "data: {class_path: datamodules.Tulu}",
+            "data.class_path datamodules.Tulu is called seedlora.datamodules.Tulu now",
+        ),
+        ("evaluate_lm_eval: mmlu", "evaluate_lm_eval is called evaluate.lm_eval now"),
+        ("evaluate: gsm8k", "evaluate is called evaluate.task now"),
+        ("model: {adapter: none}", "model.adapter none is called full now"),
+    ],
+)
+def test_an_older_spelling_in_a_config_names_the_new_one(text, message, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 2
+    assert message in capsys.readouterr().err

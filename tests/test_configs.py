@@ -15,7 +15,6 @@ from seedlora import datamodules
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.train import main
 from seedlora.training.module import SeedLoRAModule
-from train import PARTS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -38,7 +37,7 @@ def test_every_config_takes_two_steps_and_an_override(tiny_llama, tmp_path, monk
     data = ["--data.path", "rows.jsonl"] if config.stem != "default" else ["--data.num_train", "10"]
     small = [*data, "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "1", "--trainer.fast_dev_run", "2"]
     other = ["--ensemble.seeds", "[5,6,7]"]
-    assert main(PARTS, ["--config", str(config), "--model.base_model", tiny_llama, *small, *other]) == 0
+    assert main(["--config", str(config), "--model.base_model", tiny_llama, *small, *other]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "2 steps of 2 rows" in shown
     assert "seeds 5, 6, 7 in " in shown

@@ -395,7 +395,7 @@ def test_whole_models_are_fused_by_the_rule_on_what_training_added(tiny_llama, w
     card = (callback.fused_path / "README.md").read_text()
     assert "3 models merged with `seedlora`" in card
     assert "averaged: `input_layernorm`" in card
-    assert f"--method seedlora --into-base {tiny_llama}" in card
+    assert f"--method seedlora --into_base {tiny_llama}" in card
     assert "**this model**" in card
     assert "rank of a seed" not in card
 
@@ -431,17 +431,17 @@ def test_whole_models_trained_elsewhere_go_through_merge(tiny_llama, whole_run, 
     callback, *_ = whole_run
     models = [str(callback.adapter_path(seed)) for seed in SEEDS]
     assert main(["merge", *models, "--out", str(tmp_path / "no")]) == 2
-    assert "seed_11 is a whole model and no adapter; python -m seedlora merge merges such models by --into-base" in (
+    assert "seed_11 is a whole model and no adapter; python -m seedlora merge merges such models by --into_base" in (
         capsys.readouterr().err
     )
-    assert main(["merge", *models, "--into-base", tiny_llama, "--out", str(tmp_path / "out")]) == 0
+    assert main(["merge", *models, "--into_base", tiny_llama, "--out", str(tmp_path / "out")]) == 0
     found, expected = (plain_model(folder).state_dict() for folder in (tmp_path / "out", callback.fused_path))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     for options, message in (
         (["--method", "tsv_m"], "works on the factors"),
         (["--rank", "4"], "rank 4 is for adapters"),
     ):
-        assert main(["merge", *models, "--into-base", tiny_llama, "--out", str(tmp_path / "no"), *options]) == 2
+        assert main(["merge", *models, "--into_base", tiny_llama, "--out", str(tmp_path / "no"), *options]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 

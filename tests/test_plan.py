@@ -21,7 +21,6 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.memory import device_memory, memory_of, step_memory
 from seedlora.training import building
-from train import PARTS
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "12", "--data.batch_size", "4"]
@@ -39,7 +38,7 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
     forget = PeakMemory.forget
     monkeypatch.setattr(PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
     options = ["--model.base_model", tiny_llama, *SMALL, "--trainer.max_epochs", "6"]
-    assert cli.main(PARTS, [*options, "--plan"]) == 0
+    assert cli.main([*options, "--plan"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for text in ("The run", "each seed 2 epochs of 16 rows, 8 steps of 4 rows", "memory about"):
         assert text in shown
@@ -57,7 +56,7 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
 def test_a_run_foretells_its_time_after_four_steps(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--model.base_model", tiny_llama, *SMALL, "--ensemble.stack_size", "2", "--trainer.max_epochs", "6"]
-    assert cli.main(PARTS, options) == 0
+    assert cli.main(options) == 0
     found = re.findall(r"\S+ s a step: about 0:00:\d\d \(h:mm:ss\) to train (.*)", capsys.readouterr().out)
     assert found == ["seed_11, seed_42, 4 steps from here", "seed_202, 4 steps from here"]
 

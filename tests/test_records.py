@@ -13,11 +13,9 @@ import pytest
 
 from seedlora.cli.main import main as shell
 from seedlora.cli.train import main
-from seedlora.datamodules import prompts
 from seedlora.records.json_file import JSONFile, fields_of
 from seedlora.records.settings import SETTINGS, RunSettings
 from tests.run_folder_page import FILES, PAGE, Table, tables_of_page
-from train import PARTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,13 +94,13 @@ def run(tiny_llama, tmp_path_factory):
         "--trainer.max_epochs",
         "1",
     ]
-    tasks = ["--evaluate", "mmlu", "--evaluate_task_path", f"{{mmlu: {folder / 'mmlu.jsonl'}}}"]
-    one = ["--ensemble.dirpath", str(folder / "run"), "--evaluate_max_new_tokens", "2"]
-    assert main(PARTS, [*model, *small, *tasks, *one, "--merge", "auto", "--compare", "ties", "--controls"]) == 0
+    tasks = ["--evaluate", "mmlu", "--evaluate.task_path", f"{{mmlu: {folder / 'mmlu.jsonl'}}}"]
+    one = ["--ensemble.dirpath", str(folder / "run"), "--evaluate.max_new_tokens", "2"]
+    assert main([*model, *small, *tasks, *one, "--merge", "auto", "--compare", "ties", "--controls"]) == 0
     (folder / "run" / "excluded.json").write_text('{"seed_3": "training loss not finite in step 3"}')
     shutil.copytree(folder / "run", folder / "again")
     report = ["report", str(folder / "run"), str(folder / "again"), "--out", str(folder / "comparison")]
-    assert shell(report, prompts=prompts) == 0
+    assert shell(report) == 0
     return folder / "run"
 
 

@@ -21,7 +21,7 @@ from seedlora.adapters import adapter as adapter_file
 from seedlora.adapters.adapter import adapter_sha256
 from seedlora.cli import main as shell
 from seedlora.cli import train as cli
-from seedlora.datamodules import ReasoningGym, prompts
+from seedlora.datamodules import ReasoningGym
 from seedlora.merge import record
 from seedlora.merge.inputs import read_adapters
 from seedlora.merge.registry import METHODS
@@ -36,14 +36,13 @@ from seedlora.report.training_curves import POINTS
 from seedlora.scores.results import results as score
 from tests.report_page import Page, check_page, comparison_tables, heat_maps, run_numbers, run_tables
 from tests.test_cli import SMALL
-from train import PARTS
 
 SEEDS = ["seed_11", "seed_42", "seed_202"]
 
 
 def train(folder: Path, base_model: str, *options: str) -> int:
     base = ["--model.base_model", base_model, "--model.dtype", "float32", *SMALL]
-    return cli.main(PARTS, [*base, "--ensemble.dirpath", str(folder), *options])
+    return cli.main([*base, "--ensemble.dirpath", str(folder), *options])
 
 
 @pytest.fixture(scope="module")
@@ -476,8 +475,8 @@ def test_chance_and_all_winners_in_the_heat_map_of_mmlu(run, tmp_path):
     ]
     (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapters = [word for name in (*SEEDS, "soup", "fused") for word in ("--adapter", str(run / name))]
-    task = ["--task", "mmlu", "--task-path", f"mmlu={tmp_path / 'mmlu.jsonl'}", "--out", str(run / "evaluation")]
-    assert shell.main(["evaluate", *adapters, *task, "--dtype", "float32"], prompts=prompts) == 0
+    task = ["--task", "mmlu", "--task_path", f"mmlu={tmp_path / 'mmlu.jsonl'}", "--out", str(run / "evaluation")]
+    assert shell.main(["evaluate", *adapters, *task, "--dtype", "float32"]) == 0
     results = json.loads((run / "evaluation" / "results.json").read_text())
     assert len(results["tasks"]["mmlu"]["items_sha256"]) == 64
     right = {"seed_11": "11000", "seed_42": "00000", "seed_202": "01100", "soup": "00001", "fused": "00001"}

@@ -41,7 +41,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words", [[], ["--into-base", "BASE"]])
+@pytest.mark.parametrize("words", [[], ["--into_base", "BASE"]])
 def test_a_full_disk_is_said_and_leaves_the_older_result(folders, base, tmp_path, capsys, words):
     out = tmp_path / "o"
     words = ["merge", *folders, "--method", "soup", *(str(base) if word == "BASE" else word for word in words)]
@@ -94,14 +94,14 @@ BAD = [
     (["merge", "A", "A", "--out", "O"], "was given twice"),
     (["merge", "A/nowhere/at/all", "--out", "O"], "is no folder"),
     (["merge", "A", "--out", "O", "--dtype", "int4"], "argument --dtype: invalid choice"),
-    (["merge", "A", "--out", "O", "--into-base", "A"], "holds no model.safetensors"),
-    (["merge", "A", "--out", "O", "--into-base", "nowhere"], "is no folder"),
+    (["merge", "A", "--out", "O", "--into_base", "A"], "holds no model.safetensors"),
+    (["merge", "A", "--out", "O", "--into_base", "nowhere"], "is no folder"),
     (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json is no folder that may be written to"),
     (["merge", "A"], "the following arguments are required: --out"),
     (["inspect", "nowhere"], "is no folder"),
     (["compare", "A", "--method", "nothing"], "Unknown merge method"),
-    ([], "required: command"),
-    (["fuse"], "invalid choice"),
+    ([], "a command is missing; choose one of train, preview, merge"),
+    (["fuse"], "unknown command 'fuse'; choose one of train, preview, merge"),
 ]
 
 
@@ -136,11 +136,11 @@ def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch)
         ([*two, "--out", "run/42"], "the output run/42 is run/42"),
         ([*two, "--out", "models"], "the output models holds models/llama"),
         ([*two, "--out", "models", "--base", "models/llama"], "the output models holds models/llama"),
-        ([*two, "--out", "models", "--into-base", "models/llama"], "the output models holds models/llama"),
-        ([*two, "--out", "models/llama", "--into-base", "models/llama"], "the output models/llama is models/llama"),
+        ([*two, "--out", "models", "--into_base", "models/llama"], "the output models holds models/llama"),
+        ([*two, "--out", "models/llama", "--into_base", "models/llama"], "the output models/llama is models/llama"),
         ([*two, "--out", "notes"], "the output notes is there and was not made by a merge"),
         ([*two, "--out", "notes/todo.txt"], "the output notes/todo.txt is there"),
-        ([*two, "--out", "notes", "--into-base", "models/llama"], "the output notes is there"),
+        ([*two, "--out", "notes", "--into_base", "models/llama"], "the output notes is there"),
     ]:
         assert main(words) == 2
         assert said in capsys.readouterr().err
@@ -148,8 +148,8 @@ def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch)
     Path("empty").mkdir()
     again = ["merge", folders[0], "--out"]
     assert [main([*again, out, "--method", "soup"]) for out in ("empty", "empty")] == [0, 0]
-    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
-    assert main([*again, "empty", "--into-base", "models/llama"]) == 0
+    assert main([*again, "empty", "--into_base", "models/llama"]) == 0
+    assert main([*again, "empty", "--into_base", "models/llama"]) == 0
 
 
 @pytest.mark.parametrize("given", ["beside", "in the run", "absolute"])
@@ -219,7 +219,7 @@ def test_methods_are_all_listed(capsys):
 
 
 def test_into_base_is_what_peft_merges(folders, base, tmp_path):
-    words = ["merge", *folders, "--method", "soup", "--out", str(tmp_path / "o"), "--into-base", str(base)]
+    words = ["merge", *folders, "--method", "soup", "--out", str(tmp_path / "o"), "--into_base", str(base)]
     assert main(words) == 0
     before = llama().state_dict()
     added = []
@@ -304,6 +304,6 @@ def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
         record["inputs"][0]["sha256"]
         == json.loads((tmp_path / "local" / FUSION_NAME).read_text())["inputs"][0]["sha256"]
     )
-    assert main(["merge", *words, "--out", str(tmp_path / "full"), "--into-base", "somebody/base"]) == 0
+    assert main(["merge", *words, "--out", str(tmp_path / "full"), "--into_base", "somebody/base"]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     assert main(["merge", "somebody/else", *folders, "--out", str(tmp_path / "o")]) == 2

@@ -90,11 +90,10 @@ def _run(words: list[str], log: Path, dying: Callable[[], None] | None) -> None:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     from seedlora.cli.train import main
-    from train import PARTS
 
     if dying is not None:
         dying()
-    sys.exit(main(PARTS, words))
+    sys.exit(main(words))
 
 
 def finish(process: subprocess.Popen[str] | Forked) -> str:

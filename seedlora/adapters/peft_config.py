@@ -167,7 +167,7 @@ def _read_entries(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if is_model(folder):
             raise AdapterError(
-                f"{folder} is a whole model and no adapter; python -m seedlora merge merges such models by --into-base "
+                f"{folder} is a whole model and no adapter; python -m seedlora merge merges such models by --into_base "
                 "MODEL, the one that they were trained from"
             ) from None
         raise AdapterError(f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}") from None

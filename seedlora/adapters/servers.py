@@ -289,4 +289,4 @@ PY
 # serve it with vLLM
 vllm serve {folder}
 # score it by generation
-python -m seedlora evaluate --base-model {folder} --task gsm8k"""
+python -m seedlora evaluate --base_model {folder} --task gsm8k"""

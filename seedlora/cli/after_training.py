@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from seedlora.adapters.adapter import adapter_sha256
-from seedlora.cli.errors import UsageError, in_words_of_train, one_line
+from seedlora.cli.errors import UsageError, one_line
 from seedlora.cli.parser import SeedLoRACLI
+from seedlora.datamodules import prompts
+from seedlora.datamodules.reasoning_gym import generated_test
 from seedlora.distributed.sharded import is_partitioned, is_sharded
 from seedlora.evaluation.answering import EvaluationSetup
 from seedlora.evaluation.candidates import make_candidate
@@ -38,13 +40,15 @@ class AskedTasks:
 def asked_tasks(cli: SeedLoRACLI, console: Console) -> AskedTasks:
     """The tasks that are scored after training, read before it; one that is trained on, by the run's own test split."""
     config = cli.config
-    names, harness = ([name for name in text.split(",") if name] for text in (config.evaluate, config.evaluate_lm_eval))
+    names, harness = (
+        [name for name in text.split(",") if name] for text in (config.evaluate.task, config.evaluate.lm_eval)
+    )
     own = {f"data.{key}": value for key, value in cli.datamodule.hparams.items()}
     trained_on = str(own.get("data.task"))
     if not (names or harness):
         return AskedTasks()
-    if config.evaluate_batch_size < 1:
-        raise UsageError(f"--evaluate_batch_size must be at least 1, got {config.evaluate_batch_size}")
+    if config.evaluate.batch_size < 1:
+        raise UsageError(f"--evaluate.batch_size must be at least 1, got {config.evaluate.batch_size}")
     check_tasks(names)
     known = TASKS[trained_on].made_of if trained_on in TASKS else ()
     if seen := [name for name in (*names, *harness) if name.startswith(known)]:
@@ -52,20 +56,25 @@ def asked_tasks(cli: SeedLoRACLI, console: Console) -> AskedTasks:
             f"scoring {seen[0]} after training on {trained_on}, whose rows are variants of its test items, would "
             "measure what was seen; evaluate other tasks, or train on other data"
         )
-    paths = [f"{task}={path}" for task, path in config.evaluate_task_path.items()]
 
     def generate(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
-        return cli.parts.generate(task, own if run is None and task == trained_on else run)
+        return generated_test(task, own if run is None and task == trained_on else run)
 
     try:
         with console.status(f"Reading {', '.join((*names, *harness))} ..."):
-            runs = task_runs(names, paths, config.evaluate_limit, config.evaluate_max_new_tokens, generate)
-            sandbox = make_sandbox(runs, execute=config.evaluate_execute_code, trust=False)
-            manager = check_harness(harness, config.evaluate_lm_eval_path) if harness else None
+            runs = task_runs(
+                names,
+                config.evaluate.task_path,
+                limit=config.evaluate.limit,
+                max_new_tokens=config.evaluate.max_new_tokens,
+                generate=generate,
+            )
+            sandbox = make_sandbox(runs, execute=config.evaluate.execute_code, trust=False)
+            manager = check_harness(harness, config.evaluate.lm_eval_path) if harness else None
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        raise UsageError(in_words_of_train(str(error))) from None
+        raise UsageError(str(error)) from None
     return AskedTasks(runs, sandbox, harness, manager)
 
 
@@ -99,14 +108,14 @@ def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int
         frozen=module.stack.frozen,
         adapters=adapters,
         mixtures=mixtures,
-        batch_size=cli.config.evaluate_batch_size,
+        batch_size=cli.config.evaluate.batch_size,
     )
     files = {label: adapter_sha256(folder) for label, folder in ensemble.folders.items()}
     made = [label for label in adapters if label not in (BASE, *files)]
     weights: dict[str, str | list[str] | None] = {**dict.fromkeys(adapters), **files}
     weights |= {label: module.stack.loaded_sha256(label) for label in made}
     weights |= {label: [weights[member] for member in members] for label, members in mixtures.items()}
-    candidates = [make_candidate(label, record, cli.parts.prompts, weights_sha256=weights[label]) for label in weights]
+    candidates = [make_candidate(label, record, prompts, weights_sha256=weights[label]) for label in weights]
     settings: GeneratorSettings = {
         "generator": "transformers",
         "base_model": module.options.base_path,
@@ -115,7 +124,7 @@ def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int
     }
     scored, folder = EvaluationSetup(generator, candidates, settings), ensemble.dirpath / EVALUATION_FOLDER
     without_mixtures = replace(scored, candidates=[c for c in candidates if c.name not in mixtures])
-    limit = cli.config.evaluate_limit
+    limit = cli.config.evaluate.limit
     try:
         if asked.runs:
             method = ensemble.method_name

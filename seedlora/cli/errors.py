@@ -19,15 +19,6 @@ class UsageError(ValueError):
     """A request that cannot be carried out; the message is one sentence for the user."""
 
 
-def in_words_of_train(message: str) -> str:
-    """What is said of options of ``python -m seedlora evaluate``, with the names that they have here."""
-    message = re.sub(r"--task-path (\w+)=(\S+)", r"--evaluate_task_path '{\1: \2}'", message)
-    message = message.replace("--task ", "--evaluate ")
-    message = message.replace("--without-sandbox", "python -m seedlora evaluate --without-sandbox, after the run")
-    names = r"--(limit|max-new-tokens|task-path|execute-code)\b"
-    return re.sub(names, lambda found: f"--evaluate_{found[1].replace('-', '_')}", message)
-
-
 def plain_message(message: str) -> str:
     """One sentence of what jsonargparse says about a value: the cause alone, with the option by its name."""
     message, option, given = one_line(message), "", ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,77 +10,89 @@ from typing import Any
 from rich.console import Console
 
 from seedlora.adapters.adapter import PROMPT_NAME
+from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.datamodules import prompts
+from seedlora.datamodules.reasoning_gym import generated_test
 from seedlora.evaluation.answering import DTYPES, EvaluationSetup, Participants, from_endpoint, from_folders
-from seedlora.evaluation.candidates import DEFAULT_STYLE, Prompts
+from seedlora.evaluation.candidates import DEFAULT_STYLE
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
 from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs, with_common_limit
-from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate
+from seedlora.evaluation.tasks import PROTOCOL, TASKS
 from seedlora.records.evaluation import EvaluationResults, HarnessResults
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to a parser."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, evaluate)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
+    parser = CommandParser("evaluate", "Score adapters on tasks by what they generate.")
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="a PEFT folder or hub id; repeat it")
     add("--task", default="", metavar="A,B", help=f"from {', '.join(TASKS)}")
     add("--limit", type=int, help="only the first N items of each task")
     add("--out", default="evaluation", help="folder of samples and results; what is there is not generated again")
-    add("--base-model", help="default: what the adapters name")
-    add("--with-base", action="store_true", help="score the base model too")
+    add("--base_model", help="default: what the adapters name")
+    add("--with_base", action="store_true", help="score the base model too")
     add("--against", metavar="NAME", help="compare all with this one; default: merged with mean seed, or the first")
     add("--joint", action="store_true", help="also over all tasks together, and relative to adapters named like tasks")
     add("--json", action="store_true", help="print the results as JSON")
     data = parser.add_argument_group("tasks")
     add = data.add_argument
-    add("--task-path", action="append", default=[], metavar="TASK=PATH", help="a file, a mirrored folder, or 'hub'")
-    add("--prompt-style", help=f"for adapters without a {PROMPT_NAME}; default: {DEFAULT_STYLE}")
-    add("--max-new-tokens", type=int, help="instead of the protocol's; the results then say so")
-    add("--execute-code", action="store_true", help="run generated code, inside bubblewrap, to score it")
-    add("--without-sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
+    add("--task_path", action="append", default=[], metavar="TASK=PATH", help="a file, a mirrored folder, or 'hub'")
+    add("--prompt_style", help=f"for adapters without a {PROMPT_NAME}; default: {DEFAULT_STYLE}")
+    add("--max_new_tokens", type=int, help="instead of the protocol's; the results then say so")
+    add("--execute_code", action="store_true", help="run generated code, inside bubblewrap, to score it")
+    add("--without_sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
     harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness, the extra seedlora[lm-eval]")
     add = harness.add_argument
-    add("--lm-eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
-    add("--lm-eval-path", metavar="DIR", help="a folder with YAML files of tasks of your own")
+    add("--lm_eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
+    add("--lm_eval_path", metavar="DIR", help="a folder with YAML files of tasks of your own")
     work = parser.add_argument_group("generation")
     add = work.add_argument
-    add("--batch-size", type=int, default=16, help="items in one forward; each adapter answers all of them")
+    add("--batch_size", type=int, default=16, help="items in one forward; each adapter answers all of them")
     add("--dtype", choices=list(DTYPES), default="auto", help="of the base model")
     add("--endpoint", metavar="URL", help="a completions server; the model's name there is the adapter's here")
     add("--concurrency", type=int, default=16, help="requests at once")
     add("--timeout", type=float, default=600.0, help="seconds for one request")
+    return parser
 
 
-def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Generate | None = None) -> None:
-    """Run ``evaluate``.
+def evaluate(arguments: Mapping[str, Any]) -> None:
+    """Score adapters on tasks.
 
     Args:
-        arguments: of :func:`add_arguments`.
-        prompts: how requests become prompts.
-        generate: makes the rows of generated tasks.
+        arguments: of :func:`make_parser`.
 
     Raises:
         ValueError: for a request that cannot be carried out.
         OSError: if data, model or server cannot be reached.
     """
-    if prompts is None:
-        raise ValueError("evaluate needs prompt styles; start it by python -m seedlora evaluate")
     names, harness = (_split_names(arguments[key]) for key in ("task", "lm_eval"))
     if not names and not harness:
         raise ValueError(f"--task is missing; choose from {', '.join(TASKS)}")
     if harness and arguments["endpoint"]:
-        raise ValueError("--lm-eval scores a model in this process; give --endpoint in a run of its own")
+        raise ValueError("--lm_eval scores a model in this process; give --endpoint in a run of its own")
     _check_options_used(arguments)
     if not arguments["adapter"] and not arguments["base_model"]:
-        raise ValueError("give at least one --adapter, or a --base-model to score alone")
+        raise ValueError("give at least one --adapter, or a --base_model to score alone")
     console = Console(stderr=True) if arguments["json"] else Console()
-    runs = task_runs(names, arguments["task_path"], arguments["limit"], arguments["max_new_tokens"], generate)
+    runs = task_runs(
+        names,
+        _task_paths(arguments["task_path"]),
+        limit=arguments["limit"],
+        max_new_tokens=arguments["max_new_tokens"],
+        generate=generated_test,
+    )
     if arguments["joint"]:
         runs = with_common_limit(runs)
     harness_path = Path(arguments["lm_eval_path"]) if arguments["lm_eval_path"] else None
     manager = check_harness(harness, harness_path) if harness else None
     sandbox = make_sandbox(runs, execute=arguments["execute_code"], trust=arguments["without_sandbox"])
-    setup = _set_up(arguments, prompts, console)
+    setup = _set_up(arguments, console)
     against = arguments["against"]
     if against is not None and against not in (known := [c.name for c in setup.candidates]):
         raise ValueError(f"--against '{against}' is not scored; there are {', '.join(known)}")
@@ -102,7 +113,7 @@ def evaluate(arguments: Mapping[str, Any], prompts: Prompts | None, generate: Ge
         print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
 
 
-def _set_up(arguments: Mapping[str, Any], prompts: Prompts, console: Console) -> EvaluationSetup:
+def _set_up(arguments: Mapping[str, Any], console: Console) -> EvaluationSetup:
     """Set up what answers: the models of a server, or adapter folders in this process."""
     participants = Participants(
         adapters=arguments["adapter"],
@@ -128,17 +139,24 @@ _TASK_OPTIONS = ("task_path", "prompt_style", "max_new_tokens", "execute_code", 
 
 def _check_options_used(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that is given and that nothing of what is asked for would read."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = make_parser()
     idle: dict[str, Sequence[str]] = {
         "--endpoint asks a server, which has its own": ("dtype", "batch_size") if arguments["endpoint"] else (),
         "only --endpoint reads it": () if arguments["endpoint"] else ("concurrency", "timeout"),
         "only --task reads it": () if arguments["task"] else _TASK_OPTIONS,
-        "only --lm-eval reads it": () if arguments["lm_eval"] else ("lm_eval_path",),
+        "only --lm_eval reads it": () if arguments["lm_eval"] else ("lm_eval_path",),
     }
     for reason, keys in idle.items():
         if given := [key for key in keys if arguments[key] != parser.get_default(key)]:
-            raise ValueError(f"--{given[0].replace('_', '-')} would change nothing: {reason}")
+            raise ValueError(f"--{given[0]} would change nothing: {reason}")
+
+
+def _task_paths(pairs: Sequence[str]) -> dict[str, str]:
+    """Read ``TASK=PATH`` pairs."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--task_path '{pair}' must be TASK=PATH")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _split_names(text: str) -> list[str]:

@@ -1,152 +1,83 @@
-"""``python -m seedlora``: its commands and their options. Bad input ends in one sentence and exit code 2."""
+"""Start one command: ``python -m seedlora COMMAND ...``. Each command is a module, imported when it is asked for."""
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import logging
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
-from seedlora.cli.evaluate import add_arguments as add_evaluate_arguments
-from seedlora.cli.evaluate import evaluate
-from seedlora.cli.inspect import run_compare, run_inspect
-from seedlora.cli.merge import DTYPES, run_merge
-from seedlora.cli.report import run_report
-from seedlora.cli.terminal import print_json
-from seedlora.evaluation.candidates import Prompts
-from seedlora.evaluation.tasks import Generate
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
-from seedlora.merge.registry import METHODS
-from seedlora.names import GREEDY
-from seedlora.report.weights import LAYERS
-
-#: Options that only Python can give: functions and generators.
-_PYTHON_ONLY = {"generator", "score"}
-_LAYERS_HELP = "of the middle, whose entries are counted: attention, ffn, all, or a regular expression"
-_BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
+from seedlora import __version__
+from seedlora.utils.spelling import closest
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, and which takes no option by half its name."""
+class Command(NamedTuple):
+    """Tell where a command is and what it does.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **kwargs})
+    Args:
+        module: whose function ``main`` takes the words after the command, and returns the exit code.
+        summary: what it does, in a line.
+    """
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+    module: str
+    summary: str
 
 
-def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, generate: Generate | None = None) -> int:
+COMMANDS: Mapping[str, Command] = {
+    "train": Command("seedlora.cli.train", "train seeds as one stack, merge and compare them (python train.py)"),
+    "preview": Command("seedlora.cli.preview", "show rows of a data set as a model will see them"),
+    "merge": Command("seedlora.cli.merge", "merge adapters into one, or into the base model"),
+    "inspect": Command("seedlora.cli.inspect", "show ranks, norms and spectra of one adapter, and who serves it"),
+    "compare": Command("seedlora.cli.compare", "show cosines, gains and spectra of several adapters"),
+    "evaluate": Command("seedlora.cli.evaluate", "score adapters on tasks: GSM8K, MATH, HumanEval, ..."),
+    "report": Command("seedlora.cli.report", "build the report of runs again, and compare several"),
+    "methods": Command("seedlora.cli.methods", "show the table of merge methods"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: its words. Default: those of the process.
-        prompts: the prompt styles, for ``evaluate``.
-        generate: makes the rows of generated tasks, for ``evaluate``.
+        argv: its name and its words. Default: those of the process.
 
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
     """
-    # PEFT imports it, and it says what would make it faster.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        arguments = vars(_parser().parse_args(argv))
-        commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": run_methods}
-        commands["report"] = run_report
-        if (name := arguments.pop("command")) == "evaluate":
-            evaluate(arguments, prompts, generate)
-        else:
-            commands[name](arguments)
-    except (ValueError, OSError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"error: {' '.join(reason.split())}", file=sys.stderr)  # noqa: T201 - stderr is this module's
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        _print(help_text())
+        return 0
+    if name == "--version":
+        _print(f"seedlora {__version__}")
+        return 0
+    if name not in COMMANDS:
+        meant = closest(name, COMMANDS)
+        hint = f"; did you mean {meant}?" if meant else "; --help says what they do"
+        what = f"unknown command '{name}'" if name else "a command is missing"
+        print(f"error: {what}; choose one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)  # noqa: T201
         return 2
-    return 0
+    run: Callable[[Sequence[str]], int] = import_module(COMMANDS[name].module).main
+    return run(words)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m seedlora",
-        description="Fuse, inspect and compare LoRA adapters.",
-        epilog="python -m seedlora preview --data NAME shows rows of a data set as a model will see them.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    merge = commands.add_parser("merge", help="merge adapters into one, or into the base model")
-    merge.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
-    merge.add_argument("--method", default="seedlora", help="see: python -m seedlora methods")
-    merge.add_argument("--out", required=True, help="the folder to write; only an older result is replaced")
-    merge.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: that of the adapters")
-    merge.add_argument("--into-base", metavar="MODEL", help="add the result to this model folder's weights instead")
-    merge.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
-    merge.add_argument(
-        "--gguf", metavar="LLAMA_CPP", help="also convert the result with llama.cpp's script, found there"
-    )
-    merge.add_argument("--json", action="store_true", help="print the record as JSON")
-    options = merge.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
-    for name in sorted(_option_names()):
-        options.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=f"option {name}", metavar="VALUE")
-
-    inspect_ = commands.add_parser("inspect", help="ranks, norms and spectra of one adapter")
-    inspect_.add_argument("adapter", help="a PEFT adapter folder or hub id")
-    inspect_.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
-    inspect_.add_argument("--json", action="store_true", help="print every layer as JSON")
-
-    compare = commands.add_parser("compare", help="cosines, gains and spectra of several adapters")
-    compare.add_argument("adapters", nargs="+", help="PEFT adapter folders or hub ids")
-    compare.add_argument("--method", default="seedlora", help="the merge that is shown beside them")
-    compare.add_argument("--base", metavar="MODEL", help=_BASE_HELP)
-    compare.add_argument("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
-    compare.add_argument("--layers", default=LAYERS, help=_LAYERS_HELP)
-    compare.add_argument("--json", action="store_true", help="print every layer as JSON")
-
-    add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
-
-    report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
-    report.add_argument("runs", nargs="+", help="folders of runs of train.py")
-    report.add_argument("--layers", default=LAYERS, help=_LAYERS_HELP)
-    report.add_argument("--out", default="comparison", help="folder of the comparison of several runs")
-    report.add_argument("--json", action="store_true", help="print what is in report.json")
-
-    methods = commands.add_parser("methods", help="the table of merge methods")
-    methods.add_argument("--json", action="store_true", help="print it as JSON")
-    return parser
-
-
-def _option_names() -> set[str]:
-    return {key for method in METHODS.values() for key in method.options} - _PYTHON_ONLY | set(COMMON_DEFAULTS)
-
-
-def run_methods(arguments: Mapping[str, Any]) -> None:
-    """Show the table of merge methods."""
-    if arguments["json"]:
-        rows = {
-            name: {
-                "formula": method.formula,
-                "source": method.source,
-                "options": {key: _display_default(value) for key, value in method.options.items()},
-            }
-            for name, method in METHODS.items()
-        }
-        print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
-        return
-    console = Console()
-    table = Table("method", "formula", "options and defaults", "source")
-    for name, method in METHODS.items():
-        options = [
-            f"{key}={_display_default(value)}" for key, value in method.options.items() if key not in _PYTHON_ONLY
+def help_text() -> str:
+    """Return what ``--help`` prints."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m seedlora COMMAND ...",
+            "",
+            "Train, merge, inspect and compare LoRA adapters. COMMAND --help shows the options of a command.",
+            "In names of options - and _ are the same.",
+            "",
+            *rows,
+            "",
+            "  --version  print the version",
         ]
-        if name == GREEDY:
-            options.append("by --merge of train.py alone")
-        table.add_row(name, method.formula, "\n".join(options), method.source)
-    console.print(table)
-    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON_DEFAULTS.items()))
+    )
 
 
-def _display_default(value: object) -> object:
-    return "required" if value is inspect.Parameter.empty else value
+def _print(text: str) -> None:
+    print(text)  # noqa: T201 - what was asked for

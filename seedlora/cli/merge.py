@@ -15,10 +15,12 @@ from rich.console import Console
 from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.adapters.servers import next_commands, serving_problems
+from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
 from seedlora.merge.adapter_folders import merge_folders
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.into_base import merge_into_base
-from seedlora.merge.registry import make_rule
+from seedlora.merge.registry import METHODS, PYTHON_ONLY, make_rule
 from seedlora.names import GREEDY
 from seedlora.records.fusion import FUSION, FusionRecord
 
@@ -69,7 +71,35 @@ class _Request:
         )
 
 
-def run_merge(arguments: Mapping[str, Any]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = CommandParser("merge", "Merge adapters into one, or into the base model.")
+    add = parser.add_argument
+    add("adapters", nargs="+", help="PEFT adapter folders or hub ids")
+    add("--method", default="seedlora", help="see: python -m seedlora methods")
+    add("--out", required=True, help="the folder to write; only an older result is replaced")
+    add("--dtype", choices=sorted(DTYPES), help="of the result; default: that of the adapters")
+    add("--into_base", metavar="MODEL", help="add the result to this model folder's weights instead")
+    add("--base", metavar="MODEL", help=BASE_HELP)
+    add("--gguf", metavar="LLAMA_CPP", help="also convert the result with llama.cpp's script, found there")
+    add("--json", action="store_true", help="print the record as JSON")
+    options = parser.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
+    for name, methods in option_methods().items():
+        options.add_argument(f"--{name}", dest=f"option {name}", metavar="VALUE", help=f"of {methods}")
+    return run_command(parser, argv, merge)
+
+
+def option_methods() -> dict[str, str]:
+    """Return the options of the methods that a command line can give, each with the methods that have it."""
+    found: dict[str, list[str]] = {name: ["all methods"] for name in COMMON_DEFAULTS}
+    for name, method in METHODS.items():
+        for option in method.options:
+            if option not in PYTHON_ONLY and option not in COMMON_DEFAULTS:
+                found.setdefault(option, []).append(name)
+    return {option: ", ".join(found[option]) for option in sorted(found)}
+
+
+def merge(arguments: Mapping[str, Any]) -> None:
     """Merge adapters into one folder, or into their base model."""
     request = _Request.of(arguments)
     if request.method == GREEDY:
@@ -112,11 +142,11 @@ def _check_into_base(request: _Request) -> None:
     if request.into_base is None:
         return
     if request.dtype is not None:
-        raise ValueError("--dtype is not used with --into-base: weights keep the dtype of the base model")
+        raise ValueError("--dtype is not used with --into_base: weights keep the dtype of the base model")
     if request.llama_cpp is not None:
-        raise ValueError("--gguf is not used with --into-base: it converts an adapter")
+        raise ValueError("--gguf is not used with --into_base: it converts an adapter")
     if request.base not in (None, request.into_base):
-        raise ValueError("--base is not used with --into-base: the base model is the one that is added to")
+        raise ValueError("--base is not used with --into_base: the base model is the one that is added to")
 
 
 def _merge(request: _Request) -> None:
@@ -168,7 +198,7 @@ def _print_compression(console: Console, method: str, record: FusionRecord, *, i
     if "compression" in record:
         errors = record["compression"]
         mean, largest = errors["relative_error_mean"], errors["relative_error_max"]
-        exact = "" if into_base else "; --into-base MODEL adds the update to the weights as it is"
+        exact = "" if into_base else "; --into_base MODEL adds the update to the weights as it is"
         console.print(
             f"compressed: relative Frobenius error {mean:.3g} on average, {largest:.3g} at most{exact}", soft_wrap=True
         )

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from seedlora.cli.argparse_internals import option_groups, option_names
 from seedlora.cli.errors import UsageError, plain_message
+from seedlora.datamodules import InstructionDataModule
 from seedlora.distributed.strategies import choose_strategy
-from seedlora.evaluation.candidates import Prompts
-from seedlora.evaluation.tasks import TASKS, Generate
+from seedlora.evaluation.tasks import TASKS
 from seedlora.names import ALL_CONTROLS, UNFINISHED_NAME
-from seedlora.run.cost import PhaseClock
 from seedlora.run.ensemble import Ensemble
-from seedlora.run.stack_data import StackData
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
 
@@ -38,7 +35,7 @@ Train LoRA replicas of one task with different seeds as one stack, and merge the
   python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
   python train.py --merge seedlora --resume            go on with the newest unfinished run
   python train.py --merge seedlora --plan              what the run will take, measured on a few steps
-  python train.py --evaluate gsm8k --evaluate_limit 100    then score all adapters on GSM8K
+  python train.py --evaluate gsm8k --evaluate.limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
 SHORT = {
@@ -46,9 +43,12 @@ SHORT = {
     "--compare": "--ensemble.compare",
     "--controls": "--ensemble.controls",
     "--resume": "--ensemble.resume",
+    "--evaluate": "--evaluate.task",
 }
 #: What the short options mean that are given without a value.
 BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
+#: The data module if none is named.
+DEFAULT_DATA = "seedlora.datamodules.ReasoningGym"
 #: What a run of train.py sets where Lightning's own default does not suit it.
 TRAINER_DEFAULTS = {
     "devices": 1,  # more GPUs would make more rows of an optimizer step, and other adapters, unasked
@@ -65,61 +65,13 @@ TRAINER_DEFAULTS = {
 TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "accumulate_grad_batches")
 
 
-class EnsembleCallback(Protocol):
-    """Offer what the command line uses of the callback that runs an ensemble: none of Lightning's hooks."""
-
-    ensemble: Ensemble
-
-    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
-        """Raise ValueError if validation rows decide and cannot."""
-
-    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
-        """Begin the run in its folder, or go on with the one that is there; ValueError if that cannot be."""
-
-    def holding_tested(self, module: SeedLoRAModule) -> AbstractContextManager[None]:
-        """Have the module hold and score, inside, all that a test scores, and what is compared beside it."""
-
-
-class Clock(PhaseClock, Protocol):
-    """Measure the phases of a fit, and how long a micro-batch takes."""
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds of one micro-batch."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What ``train.py`` puts together.
-
-    Args:
-        ensemble: the callback class that runs the ensemble.
-        data: the base class of data modules; ``--data NAME`` takes its subclasses.
-        default_data: the one used when none is named.
-        progress: makes the progress bar.
-        logger: makes the metrics logger from its file; it can ``rewind(step)``.
-        throughput: makes the callback that logs the speed; it knows the ``seconds`` of a micro-batch.
-        prompts: the prompt styles, for ``--evaluate``.
-        generate: makes the rows of generated tasks, for ``--evaluate``.
-    """
-
-    ensemble: type[EnsembleCallback]
-    data: type[pl.LightningDataModule]
-    default_data: str
-    progress: Callable[[], pl.Callback]
-    logger: Callable[[Path], Any]
-    throughput: Callable[[], Clock]
-    prompts: Prompts
-    generate: Generate
-
-
 #: What undoes the options of a run that say what is scored by generation.
 NO_TASKS = (
-    "--evaluate=",
-    "--evaluate_lm_eval=",
-    "--evaluate_limit=null",
-    "--evaluate_task_path={}",
-    "--evaluate_max_new_tokens=null",
+    "--evaluate.task=",
+    "--evaluate.lm_eval=",
+    "--evaluate.limit=null",
+    "--evaluate.task_path={}",
+    "--evaluate.max_new_tokens=null",
 )
 
 
@@ -160,18 +112,18 @@ class _Parser(LightningArgumentParser):
 class SeedLoRACLI(LightningCLI):
     """LightningCLI with the ensemble as its own group of options."""
 
-    def __init__(self, parts: Parts, args: Sequence[str]) -> None:
-        self.parts, self.throughput = parts, parts.throughput()
+    def __init__(self, args: Sequence[str]) -> None:
+        self.throughput = Throughput()
         super().__init__(
             SeedLoRAModule,
-            parts.data,
+            InstructionDataModule,
             subclass_mode_data=True,
             run=False,
             # Named first and not set as a default: a default's options would go on to the module that replaces it.
-            args=["--data", parts.default_data, *args],
+            args=["--data", DEFAULT_DATA, *args],
             parser_class=_Parser,
             save_config_callback=None,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [parts.progress()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [EnsembleProgressBar()]},
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -179,23 +131,18 @@ class SeedLoRACLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ensemble."""
-        parser.add_lightning_class_args(self.parts.ensemble, "ensemble")
+        parser.add_lightning_class_args(SeedEnsembleCallback, "ensemble")
         scores = parser.add_argument_group("Scores by generation, after training")
         add, some = scores.add_argument, {"metavar": "N", "type": int | None, "default": None}
-        add("--evaluate", type=str, default="", metavar="A,B", help=f"tasks: {', '.join(TASKS)}")
-        add("--evaluate_limit", **some, help="only the first items of each")
-        add("--evaluate_task_path", type=dict[str, str], default={}, metavar="{}", help="files of tasks, by task")
-        add("--evaluate_max_new_tokens", **some, help="default: the protocol's")
-        add("--evaluate_batch_size", type=int, default=16, metavar="N", help="items in one forward")
-        add("--evaluate_execute_code", type=bool, default=False, help="run code, inside bubblewrap")
-        add("--evaluate_lm_eval", type=str, default="", metavar="A,B", help="tasks of lm-evaluation-harness")
-        add(
-            "--evaluate_lm_eval_path",
-            type=Path | None,
-            default=None,
-            metavar="DIR",
-            help="YAML files of your own tasks",
-        )
+        add("--evaluate.task", type=str, default="", metavar="A,B", help=f"from {', '.join(TASKS)}")
+        add("--evaluate.limit", **some, help="only the first items of each")
+        add("--evaluate.task_path", type=dict[str, str], default={}, metavar="{}", help="files of tasks, by task")
+        add("--evaluate.max_new_tokens", **some, help="default: the protocol's")
+        add("--evaluate.batch_size", type=int, default=16, metavar="N", help="items in one forward")
+        add("--evaluate.execute_code", type=bool, default=False, help="run code, inside bubblewrap")
+        add("--evaluate.lm_eval", type=str, default="", metavar="A,B", help="tasks of lm-evaluation-harness")
+        own = "YAML files of your own tasks"
+        add("--evaluate.lm_eval_path", type=Path | None, default=None, metavar="DIR", help=own)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and find the run that ``--resume`` means."""
@@ -217,16 +164,16 @@ class SeedLoRACLI(LightningCLI):
         if option := re.match(r"--data: the following arguments are required: (\w+)", message):
             return f"this data module needs --data.{option[1]}"
         if name := re.match(r"--\.*data(?:\.help)?: .*dot import path string: (\S+)", message):
-            known = sorted(kind.__name__ for kind in _concrete(self.parts.data))
+            known = sorted(kind.__name__ for kind in _concrete(InstructionDataModule))
             meant = closest(name[1], known)
             hint = f"did you mean {meant}? " if meant else ""
             return f"unknown data module '{name[1]}'; {hint}data modules are {', '.join(known)}"
         return message
 
     @property
-    def callback(self) -> EnsembleCallback:
+    def callback(self) -> SeedEnsembleCallback:
         """Return the callback that runs the ensemble."""
-        callback: EnsembleCallback = self.config_init.ensemble
+        callback: SeedEnsembleCallback = self.config_init.ensemble
         return callback
 
     @property
@@ -246,7 +193,7 @@ class SeedLoRACLI(LightningCLI):
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
         self.metrics = None
         if options.logger in (None, True):
-            self.metrics = kwargs["logger"] = self.parts.logger(self.ensemble.metrics_path)
+            self.metrics = kwargs["logger"] = JSONLinesLogger(self.ensemble.metrics_path)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError) as error:
@@ -270,7 +217,7 @@ def options_of_finished_run(argv: Sequence[str]) -> list[str]:
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
     check_config(file, "; --resume with the options of the run writes it again")
     # Tasks that are given here take the place of the run's, with all that was said about those.
-    anew = any(re.match(r"--evaluate(_lm_eval)?(=|$)", word) for word in argv)
+    anew = any(re.match(r"--evaluate(\.task|\.lm_eval)?(=|$)", word) for word in argv)
     return ["--config", str(file), *(NO_TASKS if anew else ()), *argv, "--ensemble.resume=true"]
 
 
@@ -290,6 +237,14 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")
+    data = found.get("data")
+    kind = str(data.get("class_path")) if isinstance(data, dict) else ""
+    if kind.startswith("datamodules."):
+        raise UsageError(f"{file}: data.class_path {kind} is called seedlora.{kind} now")
+    if isinstance(found.get("evaluate"), str):
+        raise UsageError(f"{file}: evaluate is called evaluate.task now")
+    if old := [key for key in found if str(key).startswith("evaluate_")]:
+        raise UsageError(f"{file}: {old[0]} is called {old[0].replace('_', '.', 1)} now")
 
 
 def expand_short_options(argv: Sequence[str]) -> list[str]:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, layer_counter, number_table, print_json
 from seedlora.records.settings import SETTINGS
 from seedlora.report.page import write_comparison, write_report
 from seedlora.report.sections import runs_table
+from seedlora.report.weights import LAYERS, LAYERS_HELP
 
 
-def run_report(arguments: Mapping[str, Any]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = CommandParser("report", "Build the report of runs again, and compare several.")
+    add = parser.add_argument
+    add("runs", nargs="+", help="folders of runs of train.py")
+    add("--layers", default=LAYERS, help=LAYERS_HELP)
+    add("--out", default="comparison", help="folder of the comparison of several runs")
+    add("--json", action="store_true", help="print what is in report.json")
+    return run_command(parser, argv, report)
+
+
+def report(arguments: Mapping[str, Any]) -> None:
     """Write the report of a run, or the comparison of several."""
     runs = [Path(run) for run in arguments["runs"]]
     if missing := [run for run in runs if not (run / SETTINGS.name).is_file()]:

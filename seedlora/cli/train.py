@@ -1,7 +1,4 @@
-"""The command line: LightningCLI without a subcommand, one run from plan to scores.
-
-``train.py`` hands over the classes, so that the library imports neither callbacks nor data modules.
-"""
+"""Train from the command line: LightningCLI without a subcommand, one run from plan to scores."""
 
 from __future__ import annotations
 
@@ -26,9 +23,9 @@ from seedlora.adapters.adapter import CONFIG_NAME, AdapterError
 from seedlora.adapters.model_card import CARD_NAME
 from seedlora.adapters.servers import model_commands, next_commands
 from seedlora.cli.after_training import asked_tasks, evaluate_run
+from seedlora.cli.command_parser import with_underscores
 from seedlora.cli.errors import UsageError, one_line, plain_message
 from seedlora.cli.parser import (
-    Parts,
     SeedLoRACLI,
     check_config,
     expand_short_options,
@@ -49,7 +46,7 @@ from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 
 
-def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
@@ -58,21 +55,21 @@ def main(parts: Parts, argv: Sequence[str] | None = None) -> int:
         traceback.
     """
     with _leaving_on_sigterm():
-        return _main(parts, argv)
+        return _main(argv)
 
 
-def _main(parts: Parts, argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     finished, planning = words[:1] == ["test"], "--plan" in words
     words = [word for word in words if word != "--plan"]
     try:
         words = expand_short_options(options_of_finished_run(words[1:]) if finished else words)
         for file in values_of(words, "--config"):
             check_config(Path(file))
-        cli = SeedLoRACLI(parts, words)
+        cli = SeedLoRACLI(words)
         if finished and (pending := cli.ensemble.pending):
             raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection)):
@@ -154,10 +151,10 @@ def _leaving_on_sigterm() -> Iterator[None]:
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
     """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
-    if (cli.config.evaluate or cli.config.evaluate_lm_eval) and module.options.is_full_finetuning:
+    if (cli.config.evaluate.task or cli.config.evaluate.lm_eval) and module.options.is_full_finetuning:
         raise UsageError(
             "--evaluate holds all adapters at once, which whole models are too large for; score them one by one after "
-            "the run: python -m seedlora evaluate --base-model RUN/fused --task TASK"
+            "the run: python -m seedlora evaluate --base_model RUN/fused --task TASK"
         )
     replica_share(ensemble.options, trainer)
     with console.status("Looking at the base model (the embedded one is converted on first use) ..."):
@@ -270,7 +267,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         commands = next_commands(base_model=cli.model.options.base_path, adapter=fused, rank=rank, serve=not full)
         console.print("\n" + commands, highlight=False, markup=False)
         if full:
-            why = "no server loads an adapter with full weights beside it; for a whole model, add --into-base"
+            why = "no server loads an adapter with full weights beside it; for a whole model, add --into_base"
             console.print(f"# {why} to the command in {fused / CARD_NAME}", highlight=False, markup=False)
         if note := cli.model.options.base_note:
             console.print(note, highlight=False, markup=False)

@@ -109,7 +109,7 @@ def from_folders(
         ValueError: for a request that cannot be carried out; ``AdapterError`` for folders that cannot be read.
     """
     if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     adapters = name_adapters(participants.adapters, served=False)
     base_model = shared_base_model(adapters, participants.base_model)
     model_dtype, quantization = DTYPES[dtype] or fast_dtype(), shared_quantization(adapters)

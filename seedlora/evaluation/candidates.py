@@ -129,7 +129,7 @@ def shared_base_model(adapters: Sequence[NamedAdapter], given: str | None) -> st
             names[json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""] = adapter.name
     if len(names) != 1:
         told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
-        raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base-model")
+        raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base_model")
     return next(iter(names))
 
 

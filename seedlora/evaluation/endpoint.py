@@ -43,9 +43,9 @@ class EndpointGenerator:
         self, url: str, *, models: Mapping[str, str], concurrency: int = 16, timeout: float = 600.0, retries: int = 5
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--endpoint '{url}' is no address of a server; one is http://localhost:8000")
+            raise ValueError(f"endpoint '{url}' is no address of a server; one is http://localhost:8000")
         if concurrency < 1 or timeout <= 0:
-            raise ValueError(f"--concurrency {concurrency} and --timeout {timeout} must be positive")
+            raise ValueError(f"concurrency {concurrency} and timeout {timeout} must be positive")
         self.url, self.models = url.rstrip("/").removesuffix("/v1"), models
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.batch_size = 64 * concurrency

@@ -81,8 +81,8 @@ def _check_code(tasks: Sequence[str], manager: TaskManager) -> None:
     for task in tasks:
         if any(map(runs_code, manager.match_tasks([task]))):
             raise ValueError(
-                f"lm-eval's {task} runs generated code outside a sandbox; score it by --task humaneval,mbpp "
-                "--execute-code instead"
+                f"lm-eval's {task} runs generated code outside a sandbox; score our tasks humaneval and mbpp "
+                "with execute_code instead"
             )
 
 

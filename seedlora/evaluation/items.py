@@ -65,7 +65,7 @@ def _rows_of(name: str, task: Task, path: Path | None, generate: Generate | None
     if task.packaged is not None and path is None:
         return _file_rows(task.packaged.path, task.packaged.cached())
     if task.hub is None:
-        raise ValueError(f"task {name} needs its test file: --task-path {name}=FILE")
+        raise ValueError(f"task {name} needs its test file; give it by task_path")
     return _hub_rows(name, *task.hub)
 
 
@@ -73,14 +73,14 @@ def _data_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"--task-path {path} does not exist")
+        raise ValueError(f"task_path {path} does not exist")
     kinds = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
     found = sorted(file for file in path.rglob("*") if file.name.endswith(kinds) and file.is_file())
     tests = [file for file in found if _TEST_IN_PATH.search(str(file.relative_to(path)).lower())]
     if not (tests or found):
-        raise ValueError(f"--task-path {path} holds no {', '.join(kinds)}")
+        raise ValueError(f"task_path {path} holds no {', '.join(kinds)}")
     if not tests and len(found) > 1:
-        raise ValueError(f"--task-path {path} holds {len(found)} files, and none is named test; give one of them")
+        raise ValueError(f"task_path {path} holds {len(found)} files, and none is named test; give one of them")
     return tests or found
 
 
@@ -127,7 +127,7 @@ def _hub_rows(name: str, repo: str, configs: Sequence[str | None], split: str) -
         import datasets
     except ImportError:
         raise ValueError(
-            f"task {name} comes from the hub, which needs the package datasets; or give --task-path {name}=FILE"
+            f"task {name} comes from the hub, which needs the package datasets; or give --task_path {name}=FILE"
         ) from None
     for config in configs:
         try:
@@ -136,6 +136,6 @@ def _hub_rows(name: str, repo: str, configs: Sequence[str | None], split: str) -
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(
-                f"task {name} could not be read from the hub ({repo}: {reason}); give --task-path {name}=FILE"
+                f"task {name} could not be read from the hub ({repo}: {reason}); give --task_path {name}=FILE"
             ) from None
         yield from rows

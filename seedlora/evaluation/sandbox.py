@@ -151,7 +151,7 @@ def _bubblewrap() -> list[str]:
     if (bwrap := shutil.which("bwrap")) is None:
         raise ValueError(
             "generated code runs only inside bubblewrap, and there is no 'bwrap' here; install the package bubblewrap, "
-            "or score the written samples elsewhere, or accept the risk with --without-sandbox"
+            "or score the written samples elsewhere, or accept the risk: python -m seedlora evaluate --without_sandbox"
         )
     command = [bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]  # noqa: S108 - a new, empty one

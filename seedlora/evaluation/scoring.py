@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 def task_runs(
     names: Sequence[str],
-    paths: Sequence[str] = (),
+    paths: Mapping[str, str] | None = None,
+    *,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     generate: Generate | None = None,
@@ -53,7 +54,7 @@ def task_runs(
 
     Args:
         names: of :data:`TASKS`.
-        paths: ``TASK=PATH`` each.
+        paths: of test files, by task.
         limit: only the first items.
         max_new_tokens: instead of the protocol's.
         generate: makes the rows of generated tasks.
@@ -62,15 +63,12 @@ def task_runs(
         ValueError: for what is unknown or out of range; ``OSError`` as :func:`load_items`.
     """
     check_tasks(names)
-    for option, value in (("limit", limit), ("max-new-tokens", max_new_tokens)):
+    for option, value in (("limit", limit), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
-            raise ValueError(f"--{option} must be at least 1, got {value}")
-    where = {}
-    for pair in paths:
-        task, equals, path = pair.partition("=")
-        if not equals or task not in names:
-            raise ValueError(f"--task-path '{pair}' must be TASK=PATH for a task that is asked for: {', '.join(names)}")
-        where[task] = Path(path).expanduser()
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    where = {task: Path(path).expanduser() for task, path in (paths or {}).items()}
+    if odd := [task for task in where if task not in names]:
+        raise ValueError(f"task_path names '{odd[0]}', which is not asked for; asked for are {', '.join(names)}")
     return [
         TaskRun(
             name,
@@ -88,15 +86,15 @@ def with_common_limit(runs: Sequence[TaskRun]) -> list[TaskRun]:
         ValueError: for a single task, one that runs code, or tasks whose answers begin or end differently.
     """
     if len(runs) < 2:
-        raise ValueError("--joint scores several tasks together; name at least two by --task A,B")
+        raise ValueError("joint scores several tasks together; name at least two")
     first, *others = runs
     for run in runs:
         if run.task.judge is None:
-            raise ValueError(f"--joint cannot take {run.name}: its answers are programs, which have to be run")
+            raise ValueError(f"joint cannot take {run.name}: its answers are programs, which have to be run")
     for run in others:
         if (run.task.prefix, run.task.stops) != (first.task.prefix, first.task.stops):
             raise ValueError(
-                f"--joint gives no hint which task an item is from, but answers of {first.name} and {run.name} begin "
+                f"joint gives no hint which task an item is from, but answers of {first.name} and {run.name} begin "
                 "or end differently; score them apart"
             )
     longest = max(run.max_new_tokens for run in runs)
@@ -106,7 +104,7 @@ def with_common_limit(runs: Sequence[TaskRun]) -> list[TaskRun]:
 def make_sandbox(runs: Sequence[TaskRun], *, execute: bool, trust: bool) -> Sandbox | None:
     """Make a sandbox if a task runs code and that is wanted; raises as :class:`Sandbox`."""
     if trust and not execute:
-        raise ValueError("--without-sandbox changes how code is run; add --execute-code to run it at all")
+        raise ValueError("without_sandbox changes how code is run; add execute_code to run it at all")
     if not execute or all(run.task.program is None for run in runs):
         return None
     return Sandbox(bubblewrap=not trust)

@@ -62,7 +62,7 @@ def print_scores(console: Console, run: TaskRun, judged: Judged, table: Results 
 def print_unscored(console: Console, run: TaskRun, files: Sequence[Path]) -> None:
     """Print where the answers of a task are that was not scored."""
     console.print(
-        f"{run.name} is not scored: that runs generated code. Add --execute-code (of train.py: --evaluate_execute_code "
+        f"{run.name} is not scored: that runs generated code. Add --execute_code (of train.py: --evaluate.execute_code "
         "true) to run it inside bubblewrap, or score these files elsewhere, with EvalPlus for example:",
         highlight=False,
     )

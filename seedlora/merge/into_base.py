@@ -204,7 +204,7 @@ def _target_keys(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles
     if missing := [path for path, key in biases.items() if key not in weights.files]:
         raise AdapterError(
             f"lora_bias adds a vector to {missing[0]}, which has no bias in the base model {weights.source}; leave "
-            "--into-base out to keep it in an adapter"
+            "--into_base out to keep it in an adapter"
         )
     modules = {}
     for name, tensor in adapter.modules.items():
@@ -238,6 +238,6 @@ def _check_tied(
     if changed and weights.ties_head:
         raise AdapterError(
             f"the head of the base model {weights.source} is its input embedding (tie_word_embeddings), so what is "
-            f"added to {changed[0]} would change both; leave --into-base out, or give a base model that stores both "
+            f"added to {changed[0]} would change both; leave --into_base out, or give a base model that stores both "
             "and has tie_word_embeddings: false"
         )

@@ -28,6 +28,8 @@ from seedlora.merge.methods.tsv import tsv_m
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.spelling import closest
 
+#: Options that only Python can give: a function and a generator.
+PYTHON_ONLY = ("generator", "score")
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "seedlora": Method(

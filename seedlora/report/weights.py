@@ -30,6 +30,8 @@ SAMPLES = 4096
 BINS, SPREADS = 61, 4.0
 #: Whose entries the distributions are made of: the paper's figure is of attention.
 LAYERS = "attention"
+#: What that option takes.
+LAYERS_HELP = "of the middle, whose entries are counted: attention, ffn, all, or a regular expression"
 
 
 def weight_facts(

@@ -12,8 +12,7 @@ import yaml
 
 from seedlora.cli.main import main as shell
 from seedlora.cli.train import main
-from seedlora.datamodules import ReasoningGym, prompts
-from train import PARTS
+from seedlora.datamodules import ReasoningGym
 
 SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
 
@@ -27,12 +26,12 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def run(tiny_llama, *options):
     base = ["--model.base_model", tiny_llama, "--model.dtype", "float32", *SMALL, "--ensemble.dirpath", "run"]
-    return main(PARTS, [*base, *options])
+    return main([*base, *options])
 
 
-EVALUATE = ["--evaluate", "gsm8k", "--evaluate_limit", "4", "--evaluate_max_new_tokens", "6"]
-BOOLQ = ["--evaluate", "boolq", "--evaluate_task_path"]
-EVALUATE += ["--evaluate_task_path", '{"gsm8k": "gsm8k.jsonl"}']
+EVALUATE = ["--evaluate", "gsm8k", "--evaluate.limit", "4", "--evaluate.max_new_tokens", "6"]
+BOOLQ = ["--evaluate", "boolq", "--evaluate.task_path"]
+EVALUATE += ["--evaluate.task_path", '{"gsm8k": "gsm8k.jsonl"}']
 
 
 def answers(folder):
@@ -50,9 +49,9 @@ def test_all_adapters_are_scored_after_training_as_they_are_from_their_folders(t
     assert set(found["differences"]["fused"]) == {"mean seed", "best seed", "soup"}
     report = json.loads(Path("run/report.json").read_text())
     assert [(test["name"], test["n"]) for test in report["tests"]] == [("test set", 6), ("gsm8k", 4)]
-    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
+    words = ["evaluate", "--task", "gsm8k", "--task_path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max_new_tokens", "6"]
     words += [word for name in ("seed_11", "fused") for word in ("--adapter", f"run/{name}")]
-    assert shell([*words, "--dtype", "float32", "--prompt-style", "plain", "--with-base"], prompts=prompts) == 0
+    assert shell([*words, "--dtype", "float32", "--prompt_style", "plain", "--with_base"]) == 0
     in_memory, from_folders = answers("run/evaluation"), answers("evaluation")
     assert len(from_folders) == 12
     assert {key: in_memory[key] for key in from_folders} == from_folders
@@ -62,19 +61,19 @@ def test_adapters_of_a_quantised_base_are_scored_on_it_from_their_folders(tiny_l
     pytest.importorskip("bitsandbytes")
     loftq = ["--model.adapter", "loftq", "--model.quantization", "nf4", "--ensemble.seeds", "[1,2]"]
     assert run(tiny_llama, *loftq, *EVALUATE, "--ensemble.budget", "full", "--trainer.max_epochs", "1") == 0
-    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max-new-tokens", "6"]
-    words += ["--dtype", "float32", "--with-base", "--adapter", "run/seed_1"]
-    assert shell([*words, "--adapter", "run/fused"], prompts=prompts) == 0
+    words = ["evaluate", "--task", "gsm8k", "--task_path", "gsm8k=gsm8k.jsonl", "--limit", "4", "--max_new_tokens", "6"]
+    words += ["--dtype", "float32", "--with_base", "--adapter", "run/seed_1"]
+    assert shell([*words, "--adapter", "run/fused"]) == 0
     assert "base model in nf4" in capsys.readouterr().out
     in_memory, from_folders = answers("run/evaluation"), answers("evaluation")
     assert len(from_folders) == 12
     assert {key: in_memory[key] for key in from_folders} == from_folders
     Path("run/seed_2/base.json").unlink()
-    assert shell([*words, "--adapter", "run/fused", "--adapter", "run/seed_2"], prompts=prompts) == 2
+    assert shell([*words, "--adapter", "run/fused", "--adapter", "run/seed_2"]) == 2
     assert "different quantization (nf4: seed_1, fused; none: seed_2); score them apart" in capsys.readouterr().err
     for name in ("seed_1", "fused"):
         Path("run", name, "base.json").unlink()
-    assert shell([*words, "--adapter", "run/fused", "--out", "original"], prompts=prompts) == 0
+    assert shell([*words, "--adapter", "run/fused", "--out", "original"]) == 0
     assert answers("original") != from_folders, "or nothing is compared above"
 
 
@@ -84,21 +83,22 @@ def test_a_finished_run_is_scored_again_without_training(tiny_llama, capsys):
     first = json.loads(Path("run/results.json").read_text())
     assert len(before) == 5  # seeds, soup, fused
     capsys.readouterr()
-    assert main(PARTS, ["test", "--ensemble.dirpath", "run", *EVALUATE]) == 0
+    assert main(["test", "--ensemble.dirpath", "run", *EVALUATE]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads(Path("run/results.json").read_text()) == first
     assert len(answers("run/evaluation")) == 24
-    assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
+    assert main(["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
     assert "24 of 24 answers are there already" in capsys.readouterr().out
     # Tasks of the harness that the run was scored on are not scored again when other tasks are given.
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    Path("run/config.yaml").write_text(yaml.safe_dump(config | {"evaluate_lm_eval": "no_such_task"}))
-    assert main(PARTS, ["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
+    config["evaluate"]["lm_eval"] = "no_such_task"
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--ensemble.dirpath=run", *EVALUATE]) == 0
 
 
 def test_the_task_of_the_training_is_scored_on_the_runs_own_test_split(tiny_llama):
-    options = ["--data.data_seed", "5", "--ensemble.seeds", "[1]", "--evaluate_max_new_tokens", "2"]
-    assert run(tiny_llama, *options, "--evaluate", "chain_sum,gcd", "--evaluate_limit", "6") == 0
+    options = ["--data.data_seed", "5", "--ensemble.seeds", "[1]", "--evaluate.max_new_tokens", "2"]
+    assert run(tiny_llama, *options, "--evaluate", "chain_sum,gcd", "--evaluate.limit", "6") == 0
     data = ReasoningGym(num_train=16, num_val=4, num_test=6, data_seed=5)
     wanted = [hashlib.sha256(f"True{row['question']}\n".encode()).hexdigest()[:16] for row in data.items["test"]]
     lines = [json.loads(line) for line in Path("run/evaluation/samples.jsonl").read_text().splitlines()]
@@ -126,7 +126,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
     again = answers("run/evaluation")
     assert {key: again[key] for key in others} == others
     # Fused as before, so the scores stay; what is refused costs neither them nor the report.
-    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE, "--evaluate_max_new_tokens", "7") == 2
+    assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE, "--evaluate.max_new_tokens", "7") == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert error[0].startswith("train.py: not scored: run/evaluation holds samples generated with tasks.gsm8k.max_new_")
@@ -139,17 +139,17 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
     ("words", "message"),
     [
         (["--evaluate", "gsm9k"], "Unknown task 'gsm9k'"),
-        (["--evaluate", "gsm8k", "--evaluate_limit", "0"], "error: --evaluate_limit must be at least 1, got 0"),
+        (["--evaluate", "gsm8k", "--evaluate.limit", "0"], "error: limit must be at least 1, got 0"),
         (
-            [*BOOLQ, "{}", "--evaluate_max_new_tokens", "0"],
-            "error: --evaluate_max_new_tokens must be at least 1, got 0",
+            [*BOOLQ, "{}", "--evaluate.max_new_tokens", "0"],
+            "error: max_new_tokens must be at least 1, got 0",
         ),
-        (["--evaluate", "boolq"], "task boolq needs its test file: --evaluate_task_path '{boolq: FILE}'"),
-        ([*BOOLQ, "{boolq: no}"], "--evaluate_task_path takes text, got False"),
-        ([*BOOLQ, "{boolq: no.jsonl}"], "error: --evaluate_task_path no.jsonl does not exist"),
-        ([*BOOLQ, "{piqa: rows}"], "--evaluate_task_path 'piqa=rows' must be TASK=PATH for a task that is asked for"),
+        (["--evaluate", "boolq"], "task boolq needs its test file; give it by task_path"),
+        ([*BOOLQ, "{boolq: no}"], "--evaluate.task_path takes text, got False"),
+        ([*BOOLQ, "{boolq: no.jsonl}"], "error: task_path no.jsonl does not exist"),
+        ([*BOOLQ, "{piqa: rows}"], "error: task_path names 'piqa', which is not asked for; asked for are boolq"),
         (["--evaluate", "gsm8k", "--data.task", "gsm_symbolic"], "after training on gsm_symbolic, whose rows are"),
-        (["--evaluate_lm_eval", "gsm8k_cot", "--data.task", "gsm_symbolic"], "scoring gsm8k_cot after training on gsm"),
+        (["--evaluate.lm_eval", "gsm8k_cot", "--data.task", "gsm_symbolic"], "scoring gsm8k_cot after training on gsm"),
         (["--evaluat", "gsm8k"], "did you mean --evaluate?"),
         (["test"], "test needs the run to score"),
         (["test", "--ensemble.dirpath", "nowhere"], "nowhere holds no run: it has no config.yaml"),
@@ -157,7 +157,7 @@ def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, cap
 )
 def test_what_cannot_be_done_is_said_before_training(tiny_llama, words, message, capsys):
     given = words if words[0] == "test" else ["--model.base_model", tiny_llama, *SMALL, *words]
-    assert main(PARTS, given) == 2
+    assert main(given) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 
@@ -166,15 +166,15 @@ def test_a_run_that_is_unfinished_or_was_fused_otherwise_cannot_be_tested(tiny_l
     import shutil
 
     assert run(tiny_llama) == 0
-    assert main(PARTS, ["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
+    assert main(["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
     assert "run was merged by seedlora; --resume instead of test merges it by ties" in capsys.readouterr().err
     on_part = ("--ensemble.merge_options", "{layers: ffn, rest: soup}")
-    assert main(PARTS, ["test", "--ensemble.dirpath", "run", *on_part]) == 2
+    assert main(["test", "--ensemble.dirpath", "run", *on_part]) == 2
     assert re.search(
         r'merged by seedlora; --resume .* by seedlora \{"layers": "ffn", "rest": "soup"\}', capsys.readouterr().err
     )
     shutil.rmtree("run/seed_42")
-    assert main(PARTS, ["test", "--ensemble.dirpath", "run"]) == 2
+    assert main(["test", "--ensemble.dirpath", "run"]) == 2
     assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err
 
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
-from seedlora.datamodules import prompts
 from seedlora.evaluation import endpoint
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt
@@ -68,17 +67,17 @@ def test_a_server_gives_what_the_model_in_this_process_gives(tiny_llama, tmp_pat
         write_adapter(replica.name, module.stack.stored_factors(replica.name), module.options.lora_config())
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
     Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["evaluate", "--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--max-new-tokens", "10"]
+    words = ["evaluate", "--task", "gsm8k", "--task_path", "gsm8k=gsm8k.jsonl", "--max_new_tokens", "10"]
     here = [word for name in ("seed_1", "seed_2") for word in ("--adapter", name)]
-    assert main([*words, *here, "--dtype", "float32", "--out", "here"], prompts=prompts) == 0
+    assert main([*words, *here, "--dtype", "float32", "--out", "here"]) == 0
     ours, theirs = multiprocessing.Pipe()
     adapters = [str(tmp_path / name) for name in ("seed_1", "seed_2")]
     server = multiprocessing.get_context("fork").Process(target=serve, args=(tiny_llama, adapters, theirs), daemon=True)
     server.start()
     try:
         url = f"http://127.0.0.1:{ours.recv()}/v1/"
-        assert main([*words, *here, "--endpoint", url, "--out", "there"], prompts=prompts) == 0
-        assert main([*words, "--adapter", "fused", "--endpoint", url, "--out", "no"], prompts=prompts) == 2
+        assert main([*words, *here, "--endpoint", url, "--out", "there"]) == 0
+        assert main([*words, "--adapter", "fused", "--endpoint", url, "--out", "no"]) == 2
     finally:
         server.kill()
         server.join()

@@ -38,10 +38,10 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def run(adapters, *words, names=("seed_1", "seed_2", "fused"), tokens="12"):
     given = [word for name in names for word in ("--adapter", str(adapters / name))]
-    data = ["--task-path", "gsm8k=gsm8k.jsonl"] if "--task" not in words else []
+    data = ["--task_path", "gsm8k=gsm8k.jsonl"] if "--task" not in words else []
     task = ["--task", "gsm8k"] if "--task" not in words else []
     here = [] if "--endpoint" in words else ["--dtype", "float32"]
-    return main(["evaluate", *given, *task, *data, "--max-new-tokens", tokens, *here, *words], prompts=prompts)
+    return main(["evaluate", *given, *task, *data, "--max_new_tokens", tokens, *here, *words])
 
 
 def samples(folder="evaluation"):
@@ -49,7 +49,7 @@ def samples(folder="evaluation"):
 
 
 def test_end_to_end(adapters, capsys):
-    assert run(adapters, "--with-base") == 0
+    assert run(adapters, "--with_base") == 0
     shown = capsys.readouterr().out
     for text in ("gsm8k: protocol paper, but 12 new tokens, n = 7", "vs mean seed", "no 'The answer is: '", "tokens/s"):
         assert text in " ".join(shown.split()), text
@@ -70,7 +70,7 @@ def test_it_goes_on_where_it_was_killed(adapters, capsys):
     lines = Path("evaluation/samples.jsonl").read_text().splitlines(keepends=True)
     Path("evaluation/samples.jsonl").write_text("".join(lines[:8]) + lines[8][:20])
     capsys.readouterr()
-    assert run(adapters, "--batch-size", "3") == 0
+    assert run(adapters, "--batch_size", "3") == 0
     shown = capsys.readouterr().out
     assert "8 of 21 answers are there already" in shown
     assert "generated now: 13 answers" in shown
@@ -92,8 +92,8 @@ def test_a_second_task_keeps_the_results_of_the_first(adapters):
     """And Holm's rule is over both."""
     rows = [{"problem": row["question"], "solution": r"It is $\boxed{1}$."} for row in ROWS]
     Path("math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    math = ["--task-path", "math=math.jsonl"]
-    assert run(adapters, "--task", "gsm8k,math", *math, "--task-path", "gsm8k=gsm8k.jsonl", "--out", "once") == 0
+    math = ["--task_path", "math=math.jsonl"]
+    assert run(adapters, "--task", "gsm8k,math", *math, "--task_path", "gsm8k=gsm8k.jsonl", "--out", "once") == 0
     assert run(adapters) == 0
     assert run(adapters, "--task", "math", *math, names=["seed_1", "seed_2", "fused"]) == 0
     found, once = (json.loads(Path(folder, "results.json").read_text()) for folder in ("evaluation", "once"))
@@ -105,14 +105,14 @@ def test_what_was_generated_otherwise_is_not_mixed(adapters, capsys):
     assert run(adapters) == 0
     assert run(adapters, tokens="13") == 2
     assert "tasks.gsm8k.max_new_tokens = 12, now it is 13; repeat" in capsys.readouterr().err
-    assert run(adapters, "--prompt-style", "plain") == 2
+    assert run(adapters, "--prompt_style", "plain") == 2
     assert "prompt" in capsys.readouterr().err
     Path("gsm8k.jsonl").write_text(json.dumps(ROWS[3]) + "\n")
     assert run(adapters) == 2
     assert "to another prompt for item 0 of gsm8k" in capsys.readouterr().err
 
 
-def test_prompts_are_those_of_training(adapters, tmp_path, capsys):
+def test_prompts_are_those_of_training(adapters, tmp_path, capsys, monkeypatch):
     import shutil
 
     for name in ("seed_1", "seed_2"):
@@ -129,9 +129,10 @@ def test_prompts_are_those_of_training(adapters, tmp_path, capsys):
             seen.append(prompts.render(style, turns))
             return seen[-1]
 
-    words = ["--task", "gsm8k", "--task-path", "gsm8k=gsm8k.jsonl", "--max-new-tokens", "2", "--limit", "1"]
+    words = ["--task", "gsm8k", "--task_path", "gsm8k=gsm8k.jsonl", "--max_new_tokens", "2", "--limit", "1"]
     words += ["--adapter", str(tmp_path / "own" / "seed_1"), "--adapter", f"other={adapters / 'seed_2'}"]
-    assert main(["evaluate", *words, "--dtype", "float32"], prompts=Spy) == 0
+    monkeypatch.setattr("seedlora.cli.evaluate.prompts", Spy)
+    assert main(["evaluate", *words, "--dtype", "float32"]) == 0
     assert "Q: What is 1 + 1?\nA:" in seen
     assert any(text.endswith("### Instruction:\nWhat is 1 + 1?\n\n### Response:") for text in seen)
     shown = " ".join(capsys.readouterr().out.split())
@@ -151,7 +152,7 @@ def test_dora_is_scored_one_by_one_as_peft_computes_it(tiny_llama, adapters, tmp
     config = LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True, init_lora_weights=False, target_modules=["v_proj"])
     model = get_peft_model(load_model(tiny_llama, dtype=torch.float32), config).eval()
     model.save_pretrained(tmp_path / "dora")
-    assert run(adapters, "--adapter", str(tmp_path / "dora"), "--with-base", names=["seed_1"]) == 0
+    assert run(adapters, "--adapter", str(tmp_path / "dora"), "--with_base", names=["seed_1"]) == 0
     assert "one adapter after the other, since they cannot be stacked" in capsys.readouterr().out
     tokenizer = load_tokenizer(tiny_llama)
     for sample in samples():
@@ -163,7 +164,7 @@ def test_dora_is_scored_one_by_one_as_peft_computes_it(tiny_llama, adapters, tmp
             ]
             assert sample["text"] == tokenizer.decode(said, skip_special_tokens=True)
     stacked = {(s["adapter"], s["item"]): s["text"] for s in samples()}
-    assert run(adapters, "--with-base", "--out", "again", names=["seed_1"]) == 0
+    assert run(adapters, "--with_base", "--out", "again", names=["seed_1"]) == 0
     for sample in samples("again"):
         assert stacked[sample["adapter"], sample["item"]] == sample["text"]
 
@@ -228,22 +229,22 @@ def test_broken_folders_are_not_handed_to_peft(kind, tiny_llama, adapters, tmp_p
 BAD = [
     (["--task", "gsm9k"], "Unknown task 'gsm9k'; choose from gsm8k, math"),
     (["--task", ""], "--task is missing"),
-    (["--limit", "0"], "--limit must be at least 1, got 0"),
-    (["--task", "math", "--task-path", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
-    (["--task-path", "math=gsm8k.jsonl"], "must be TASK=PATH for a task that is asked for: gsm8k"),
-    (["--task", "boolq"], "task boolq needs its test file: --task-path boolq=FILE"),
-    (["--task", "math", "--task-path", "math=gsm8k.jsonl"], "row 1 of gsm8k.jsonl has no text in field 'solution' or"),
+    (["--limit", "0"], "error: limit must be at least 1, got 0"),
+    (["--task", "math", "--task_path", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    (["--task_path", "math=gsm8k.jsonl"], "task_path names 'math', which is not asked for; asked for are gsm8k"),
+    (["--task", "boolq"], "task boolq needs its test file; give it by task_path"),
+    (["--task", "math", "--task_path", "math=gsm8k.jsonl"], "row 1 of gsm8k.jsonl has no text in field 'solution' or"),
     (["--against", "fuse"], "--against 'fuse' is not scored; there are seed_1, seed_2, fused"),
     (["--adapter", "nowhere"], "nowhere is no folder"),
     (["--adapter", "seed_1=."], "adapter name 'seed_1' is given twice; name adapters by --adapter NAME=DIR"),
-    (["--prompt-style", "alpacca"], "Unknown prompt style 'alpacca'"),
-    (["--base-model", "./nowhere"], "Base model './nowhere' does not exist"),
-    (["--without-sandbox"], "add --execute-code"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--prompt_style", "alpacca"], "Unknown prompt style 'alpacca'"),
+    (["--base_model", "./nowhere"], "Base model './nowhere' does not exist"),
+    (["--without_sandbox"], "add execute_code"),
+    (["--batch_size", "0"], "batch_size must be at least 1"),
     (["--concurrency", "4"], "--concurrency would change nothing: only --endpoint reads it"),
     (["--timeout", "5"], "--timeout would change nothing: only --endpoint reads it"),
-    (["--lm-eval-path", "."], "--lm-eval-path would change nothing: only --lm-eval reads it"),
-    (["--endpoint", "http://x", "--batch-size", "4"], "--batch-size would change nothing: --endpoint asks a server"),
+    (["--lm_eval_path", "."], "--lm_eval_path would change nothing: only --lm_eval reads it"),
+    (["--endpoint", "http://x", "--batch_size", "4"], "--batch_size would change nothing: --endpoint asks a server"),
     (["--endpoint", "http://x", "--dtype", "float16"], "--dtype would change nothing: --endpoint asks a serv"),
     (["--endpoint", "localhost:8000"], "is no address of a server; one is http://localhost:8000"),
 ]
@@ -252,14 +253,14 @@ BAD = [
 @pytest.mark.parametrize(
     "words",
     [
-        ["--max-new-tokens", "9"],
-        ["--prompt-style", "plain"],
-        ["--execute-code"],
+        ["--max_new_tokens", "9"],
+        ["--prompt_style", "plain"],
+        ["--execute_code"],
         ["--against", "seed_1"],
     ],
 )
 def test_options_of_tasks_are_not_taken_for_the_harness(adapters, words, capsys):
-    assert main(["evaluate", "--adapter", str(adapters / "seed_1"), "--lm-eval", "mmlu", *words], prompts=prompts) == 2
+    assert main(["evaluate", "--adapter", str(adapters / "seed_1"), "--lm_eval", "mmlu", *words]) == 2
     assert f"{words[0]} would change nothing: only --task reads it" in capsys.readouterr().err
 
 

@@ -14,10 +14,8 @@ from conftest import built
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
 from seedlora.cli.train import main as train
-from seedlora.datamodules import prompts
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
-from train import PARTS
 
 pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")
 
@@ -92,8 +90,8 @@ def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     module = built(tiny_llama, 1)
     write_adapter("one", module.stack.stored_factors("seed_1"), module.options.lora_config())
-    words = ["evaluate", "--adapter", "one", "--with-base", "--lm-eval-path", str(folder), "--dtype", "float32"]
-    assert main([*words, "--lm-eval", "our_choice", "--limit", "6"], prompts=prompts) == 0
+    words = ["evaluate", "--adapter", "one", "--with_base", "--lm_eval_path", str(folder), "--dtype", "float32"]
+    assert main([*words, "--lm_eval", "our_choice", "--limit", "6"]) == 0
     assert "protocol lm-eval, 6 documents of each task" in capsys.readouterr().out
     found = json.loads(Path("evaluation/lm_eval.json").read_text())
     assert (found["protocol"], list(found["scores"])) == ("lm-eval", ["base", "one"])
@@ -103,14 +101,14 @@ def test_after_training_all_but_mixtures_are_scored(tiny_llama, folder, tmp_path
     monkeypatch.chdir(tmp_path)
     sizes = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
     words = ["--model.base_model", tiny_llama, "--model.dtype", "float32", *sizes, "--ensemble.dirpath", "run"]
-    words += ["--controls", "untrained", "--evaluate_limit", "6", "--evaluate_lm_eval_path", str(folder)]
-    assert train(PARTS, [*words, "--evaluate_lm_eval", "our_choice"]) == 0
+    words += ["--controls", "untrained", "--evaluate.limit", "6", "--evaluate.lm_eval_path", str(folder)]
+    assert train([*words, "--evaluate.lm_eval", "our_choice"]) == 0
     assert "protocol lm-eval, 6 documents of each task" in " ".join(capsys.readouterr().out.split())
     found = json.loads(Path("run/evaluation/lm_eval.json").read_text())["scores"]
     labels = ["base", "seed_11", "seed_42", "seed_202", "soup", "fused", "gain_seed", "gain_soup", "greedy_soup"]
     assert list(found) == labels
-    words = ["evaluate", "--adapter", "run/seed_42", "--lm-eval-path", str(folder), "--dtype", "float32"]
-    assert main([*words, "--lm-eval", "our_choice", "--limit", "6"], prompts=prompts) == 0
+    words = ["evaluate", "--adapter", "run/seed_42", "--lm_eval_path", str(folder), "--dtype", "float32"]
+    assert main([*words, "--lm_eval", "our_choice", "--limit", "6"]) == 0
     alone = json.loads(Path("evaluation/lm_eval.json").read_text())["scores"]
     assert alone["seed_42"]["our_choice"] == found["seed_42"]["our_choice"]
 
@@ -126,8 +124,8 @@ def test_tasks_that_run_generated_code_are_refused_before_the_model_is_loaded(fo
     for task in ("our_code", "tagged", "inner", "outer", "our_c*"):
         with pytest.raises(ValueError, match="runs generated code outside a sandbox; score it by --task humaneval"):
             check_harness(["our_choice", task], folder)
-    words = ["evaluate", "--base-model", "nowhere", "--lm-eval", "outer", "--lm-eval-path", str(folder)]
-    assert main(words, prompts=prompts) == 2
+    words = ["evaluate", "--base_model", "nowhere", "--lm_eval", "outer", "--lm_eval_path", str(folder)]
+    assert main(words) == 2
     assert "lm-eval's outer runs generated code" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
-from seedlora.datamodules import ReasoningGym, prompts, reasoning_gym
+from seedlora.datamodules import ReasoningGym, reasoning_gym
 from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS
@@ -84,7 +84,7 @@ def test_generated_items_are_the_test_split_of_training(tmp_path):
     assert [judge(text, items[0]).correct for text in said] == [True, False, False]
     with pytest.raises(ValueError, match="of a run that was trained on leg_counting"):
         load_items("gcd", path=tmp_path, generate=reasoning_gym.generated_test)
-    with pytest.raises(ValueError, match="--task-path gcd=FILE"):
+    with pytest.raises(ValueError, match="task gcd needs its test file; give it by task_path"):
         load_items("gcd")
 
 
@@ -104,14 +104,14 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def run(adapters, *words, tasks="chain_sum,leg_counting"):
     given = [word for name in ("chain_sum", "leg_counting") for word in ("--adapter", str(adapters / name))]
-    words = ["--task", tasks, "--joint", "--limit", "3", "--max-new-tokens", "4", "--dtype", "float32", *words]
-    return main(["evaluate", *given, *words], prompts=prompts, generate=reasoning_gym.generated_test)
+    words = ["--task", tasks, "--joint", "--limit", "3", "--max_new_tokens", "4", "--dtype", "float32", *words]
+    return main(["evaluate", *given, *words])
 
 
 def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
     sources = [str(adapters / name) for name in ("chain_sum", "leg_counting")]
     assert main(["merge", *sources, "--method", "knots_ties", "--out", "fused"]) == 0
-    assert run(adapters, "--adapter", "fused", "--with-base") == 0
+    assert run(adapters, "--adapter", "fused", "--with_base") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "joint: 2 tasks, n = 6, 95 % intervals" in shown
     assert "the own adapter of chain_sum, leg_counting has nothing right" in shown
@@ -133,7 +133,7 @@ def test_no_hint_in_the_limit(adapters, monkeypatch):
 
 
 BAD = [
-    ("chain_sum", "--joint scores several tasks together; name at least two"),
+    ("chain_sum", "joint scores several tasks together; name at least two"),
     ("chain_sum,gsm8k", "answers of chain_sum and gsm8k begin or end differently"),
     ("chain_sum,humaneval", "cannot take humaneval: its answers are programs"),
 ]
@@ -146,7 +146,7 @@ def test_what_cannot_be_joint_is_one_sentence(adapters, tasks, message, capsys):
     problem = {"task_id": "0", "prompt": "def f():", "test": "def check(f): pass", "entry_point": "f"}
     Path("humaneval.jsonl").write_text(json.dumps(problem) + "\n")
     other = tasks.partition(",")[2]
-    path = ["--task-path", f"{other}={other}.jsonl"] if other else []
+    path = ["--task_path", f"{other}={other}.jsonl"] if other else []
     assert run(adapters, *path, tasks=tasks) == 2
     assert message in capsys.readouterr().err
     assert not Path("evaluation").exists()

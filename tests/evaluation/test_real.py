@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from seedlora.cli.train import main
-from train import PARTS
 
 THINGS = ("apples", "books", "coins", "marbles", "stickers", "tickets")
 NAMES = ("Ana", "Ben", "Carla", "Deniz", "Emeka", "Farah")
@@ -41,8 +40,8 @@ def test_smollm2_on_gsm8k(tmp_path, monkeypatch, capsys):
     words = ["--data", "InstructionData", "--data.path", "rows.jsonl", "--data.test_fraction", "0.05"]
     words += ["--ensemble.seeds", "[1,2]", "--ensemble.dirpath", "run", "--trainer.max_epochs", "2"]
     # Answers like those of training fit into 80 tokens; the protocol's 512 would only let the base model talk.
-    words += ["--evaluate", "gsm8k", "--evaluate_limit", "100", "--evaluate_max_new_tokens", "80"]
-    assert main(PARTS, words) == 0
+    words += ["--evaluate", "gsm8k", "--evaluate.limit", "100", "--evaluate.max_new_tokens", "80"]
+    assert main(words) == 0
     print(capsys.readouterr().out)
     task = json.loads(Path("run/evaluation/results.json").read_text())["tasks"]["gsm8k"]
     assert {name: score["n"] for name, score in task["scores"].items()} == dict.fromkeys(task["scores"], 100)

@@ -124,7 +124,7 @@ def test_many_programs_at_once_come_back_in_order():
 
 def test_without_bubblewrap_it_refuses(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="only inside bubblewrap.*--without-sandbox"):
+    with pytest.raises(ValueError, match="only inside bubblewrap.*--without_sandbox"):
         Sandbox()
 
 

@@ -1,0 +1,52 @@
+"""The command ``methods``: show the table of merge methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.cli.terminal import print_json
+from seedlora.merge.bound_rule import COMMON_DEFAULTS
+from seedlora.merge.registry import METHODS, PYTHON_ONLY
+from seedlora.names import GREEDY
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = CommandParser("methods", "Show the table of merge methods.")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    return run_command(parser, argv, show_methods)
+
+
+def show_methods(arguments: Mapping[str, Any]) -> None:
+    """Show the table of merge methods."""
+    if arguments["json"]:
+        rows = {
+            name: {
+                "formula": method.formula,
+                "source": method.source,
+                "options": {key: _display_default(value) for key, value in method.options.items()},
+            }
+            for name, method in METHODS.items()
+        }
+        print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
+        return
+    console = Console()
+    table = Table("method", "formula", "options and defaults", "source")
+    for name, method in METHODS.items():
+        defaults = {key: value for key, value in method.options.items() if key not in PYTHON_ONLY}
+        options = [f"{key}={_display_default(value)}" for key, value in defaults.items()]
+        if name == GREEDY:
+            options.append("by --merge of train.py alone")
+        table.add_row(name, method.formula, "\n".join(options), method.source)
+    console.print(table)
+    console.print("all: " + ", ".join(f"{key}={value}" for key, value in COMMON_DEFAULTS.items()))
+
+
+def _display_default(value: object) -> object:
+    return "required" if value is inspect.Parameter.empty else value

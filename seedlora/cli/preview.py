@@ -1,0 +1,14 @@
+"""The command ``preview``: show rows of a data set as a model will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from seedlora.datamodules.preview import main as preview
+from seedlora.model.embedded import EMBEDDED
+from seedlora.model.loading import load_tokenizer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return preview(argv, load_tokenizer=load_tokenizer, default_model=EMBEDDED)
