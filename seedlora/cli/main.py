@@ -14,6 +14,8 @@ from rich.table import Table
 
 from seedlora.cli.evaluate import add_arguments as add_evaluate_arguments
 from seedlora.cli.evaluate import evaluate
+from seedlora.cli.export import add_arguments as add_export_arguments
+from seedlora.cli.export import run_export
 from seedlora.cli.inspect import run_compare, run_inspect
 from seedlora.cli.merge import DTYPES, run_merge
 from seedlora.cli.report import run_report
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": _methods}
-        commands["report"] = run_report
+        commands |= {"report": run_report, "export": run_export}
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts, generate)
         else:
@@ -105,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="print every layer as JSON")
 
     add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
+
+    add_export_arguments(commands.add_parser("export", help="write an adapter for llama.cpp and Ollama"))
 
     report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
     report.add_argument("runs", nargs="+", help="folders of runs of train.py")
