@@ -18,6 +18,8 @@ from seedlora.cli.export import add_arguments as add_export_arguments
 from seedlora.cli.export import run_export
 from seedlora.cli.inspect import run_compare, run_inspect
 from seedlora.cli.merge import DTYPES, run_merge
+from seedlora.cli.push import add_arguments as add_push_arguments
+from seedlora.cli.push import run_push
 from seedlora.cli.report import run_report
 from seedlora.cli.terminal import print_json
 from seedlora.evaluation.answering import Prompts
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": _methods}
-        commands |= {"report": run_report, "export": run_export}
+        commands |= {"report": run_report, "export": run_export, "push": run_push}
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts, generate)
         else:
@@ -109,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_arguments(commands.add_parser("evaluate", help="score adapters on tasks: GSM8K, MATH, HumanEval, ..."))
 
     add_export_arguments(commands.add_parser("export", help="write an adapter for llama.cpp and Ollama"))
+    add_push_arguments(commands.add_parser("push", help="send an adapter to the model hub"))
 
     report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
     report.add_argument("runs", nargs="+", help="folders of runs of train.py")
