@@ -43,7 +43,7 @@ _BASE_GGUF = "base.gguf"
 
 
 @dataclass(frozen=True)
-class _Base:
+class BaseModel:
     """The base model of an export: what was given or the adapter names, and its configuration."""
 
     name: str
@@ -91,14 +91,14 @@ def run_export(arguments: Mapping[str, Any]) -> None:
         if whole and arguments[name]:
             raise ValueError(f"--{name.replace('_', '-')} is not used: {folder} is a whole model and no adapter")
     if whole:
-        base = _Base(str(folder), load_config(str(folder)))
+        base = BaseModel(str(folder), load_config(str(folder)))
         _export_model(None, base, out, quantize=quantize, llama_cpp=llama_cpp)
     else:
-        base = _base(folder, arguments["base"])
+        base = named_base(folder, arguments["base"])
         if arguments["into_base"]:
             _export_model(folder, base, out, quantize=quantize, llama_cpp=llama_cpp)
         else:
-            _export_adapter(folder, base, out, llama_cpp=llama_cpp)
+            export_adapter(folder, base, out, llama_cpp=llama_cpp)
     in_file = whole or arguments["into_base"]
     beside = out.with_suffix(".Modelfile")
     base_gguf = None if arguments["base_gguf"] is None else Path(arguments["base_gguf"]).expanduser()
@@ -138,7 +138,7 @@ def _check_out(out: Path) -> None:
             raise ValueError(f"{out} is there and is no GGUF file, so it is not replaced; give another --gguf")
 
 
-def _base(folder: Path, given: str | None) -> _Base:
+def named_base(folder: Path, given: str | None) -> BaseModel:
     """The base model of an adapter, its configuration read.
 
     Raises:
@@ -148,12 +148,12 @@ def _base(folder: Path, given: str | None) -> _Base:
     if not (name := given or named):
         raise ValueError(f"{folder} names no base model; give --base MODEL")
     try:
-        return _Base(name, load_config(name))
+        return BaseModel(name, load_config(name))
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}{'' if given else '; give --base MODEL'}") from None
 
 
-def _export_adapter(folder: Path, base: _Base, out: Path, *, llama_cpp: Path | None) -> None:
+def export_adapter(folder: Path, base: BaseModel, out: Path, *, llama_cpp: Path | None) -> None:
     """Write the adapter alone: by ourselves, or by llama.cpp's script if its architecture is not known here."""
     if (model := gguf_model(base.config)) is not None:
         write_gguf(out, read_adapter(folder), model)
@@ -172,7 +172,7 @@ def _export_adapter(folder: Path, base: _Base, out: Path, *, llama_cpp: Path | N
 
 
 def _export_model(
-    adapter: Path | None, base: _Base, out: Path, *, quantize: str | None, llama_cpp: Path | None
+    adapter: Path | None, base: BaseModel, out: Path, *, quantize: str | None, llama_cpp: Path | None
 ) -> None:
     """Write the whole model, with an adapter in its weights, by llama.cpp's own tools.
 
@@ -210,7 +210,7 @@ def _outfile(command: list[str]) -> Path:
     return Path(command[command.index("--outfile") + 1])
 
 
-def _modelfile(folder: Path, base: _Base, out: Path, base_gguf: Path | None, *, in_file: bool) -> str:
+def _modelfile(folder: Path, base: BaseModel, out: Path, base_gguf: Path | None, *, in_file: bool) -> str:
     """The Modelfile's text."""
     record = read_record(folder / PROMPT_NAME)
     wrapping, stop, notes = None, None, list[str]()

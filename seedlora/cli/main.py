@@ -21,6 +21,8 @@ from seedlora.cli.merge import DTYPES, run_merge
 from seedlora.cli.push import add_arguments as add_push_arguments
 from seedlora.cli.push import run_push
 from seedlora.cli.report import run_report
+from seedlora.cli.serve import add_arguments as add_serve_arguments
+from seedlora.cli.serve import run_serve
 from seedlora.cli.terminal import print_json
 from seedlora.evaluation.answering import Prompts
 from seedlora.evaluation.tasks import Generate
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": _methods}
-        commands |= {"report": run_report, "export": run_export, "push": run_push}
+        commands |= {"report": run_report, "export": run_export, "push": run_push, "serve": run_serve}
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts, generate)
         else:
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_export_arguments(commands.add_parser("export", help="write an adapter for llama.cpp and Ollama"))
     add_push_arguments(commands.add_parser("push", help="send an adapter to the model hub"))
+    add_serve_arguments(commands.add_parser("serve", help="start vLLM or llama.cpp for a run or an adapter"))
 
     report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
     report.add_argument("runs", nargs="+", help="folders of runs of train.py")
