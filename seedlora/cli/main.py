@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from seedlora.cli.doctor import add_arguments as add_doctor_arguments
+from seedlora.cli.doctor import run_doctor
 from seedlora.cli.evaluate import add_arguments as add_evaluate_arguments
 from seedlora.cli.evaluate import evaluate
 from seedlora.cli.export import add_arguments as add_export_arguments
@@ -62,7 +64,13 @@ def main(argv: Sequence[str] | None = None, *, prompts: Prompts | None = None, g
     try:
         arguments = vars(_parser().parse_args(argv))
         commands = {"merge": run_merge, "inspect": run_inspect, "compare": run_compare, "methods": _methods}
-        commands |= {"report": run_report, "export": run_export, "push": run_push, "serve": run_serve}
+        commands |= {
+            "report": run_report,
+            "export": run_export,
+            "push": run_push,
+            "serve": run_serve,
+            "doctor": run_doctor,
+        }
         if (name := arguments.pop("command")) == "evaluate":
             evaluate(arguments, prompts, generate)
         else:
@@ -115,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export_arguments(commands.add_parser("export", help="write an adapter for llama.cpp and Ollama"))
     add_push_arguments(commands.add_parser("push", help="send an adapter to the model hub"))
     add_serve_arguments(commands.add_parser("serve", help="start vLLM or llama.cpp for a run or an adapter"))
+    add_doctor_arguments(commands.add_parser("doctor", help="what is installed and what works, for a bug report"))
 
     report = commands.add_parser("report", help="rebuild the report of runs, and compare several")
     report.add_argument("runs", nargs="+", help="folders of runs of train.py")
