@@ -49,13 +49,13 @@ def save_model(folder: Path, kind: str = "Llama", **shape: object) -> str:
     return str(folder)
 
 
-def save_adapter(folder: Path, base: str, *, std: float = 0.3, **options: object) -> Path:
+def save_adapter(folder: Path, base: str, *, std: float = 0.3, seed: int = 1, **options: object) -> Path:
     """Write an adapter with random factors, on all linear layers unless told otherwise."""
     config = AutoModelForCausalLM.from_pretrained(base).config
     kind = config.architectures[0].removesuffix("ForCausalLM")
     options = {"r": 4, "lora_alpha": 4, "target_modules": MODULES.get(kind, SEVEN), "task_type": "CAUSAL_LM"} | options
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=std, generator=generator)
