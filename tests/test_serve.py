@@ -151,7 +151,7 @@ def test_the_server_takes_the_place_of_the_process(server, run, base, tmp_path):
     assert started["words"] == [
         *("--model", str(tmp_path / "base.gguf"), "--lora-scaled"),
         ",".join(f"{run / name}.gguf:{int(name == 'fused')}" for name in names),
-        *("--alias", "fused", "--port", "1"),
+        *("--cache-ram", "0", "--alias", "fused", "--port", "1"),
     ]
     for name in names:
         assert (run / f"{name}.gguf").read_bytes()[:4] == b"GGUF"

@@ -18,7 +18,7 @@ UNQUANTIZED = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def gguf_command(adapter: Path, base_model: str, llama_cpp: Path, *, outfile: Path | None = None) -> list[str]:
-    """The words that turn an adapter folder into one GGUF file.
+    """Return the words that turn an adapter folder into one GGUF file.
 
     Args:
         adapter: a PEFT folder.
@@ -63,7 +63,9 @@ def find_tool(name: str, llama_cpp: Path | None) -> str | None:
 def model_gguf_commands(
     model: Path, outfile: Path, *, dtype: str, quantize: str | None, llama_cpp: Path | None
 ) -> list[list[str]]:
-    """The commands that turn a model's folder into one GGUF file; tools that are not found stand there by their names.
+    """Return the commands that turn a model's folder into one GGUF file.
+
+    Tools that are not found stand there by their names.
 
     Args:
         model: a folder of transformers' form, its tokenizer in it.

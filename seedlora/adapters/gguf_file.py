@@ -46,7 +46,7 @@ _EMBEDDING = "token_embd"
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """What the file of an adapter depends on in its base model.
+    """Name what the file of an adapter depends on in its base model.
 
     Args:
         architecture: llama.cpp's name of it.

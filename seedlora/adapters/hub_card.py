@@ -1,4 +1,4 @@
-"""The card of an adapter on a hub: metadata that the hub accepts, over the text of the card in the folder."""
+"""Make the card of an adapter on a hub: metadata that the hub accepts, over the text of the folder's own card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LICENCE = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the run around an adapter says of it; nothing of each where there is no run.
+    """Hold what the run around an adapter says of it; nothing where there is no run.
 
     Args:
         settings: of the training.
@@ -42,7 +42,7 @@ class RunFacts:
 
     @property
     def dataset(self) -> str | None:
-        """The hub id of the data set that it was trained on."""
+        """Return the hub id of the data set that it was trained on, if it has one."""
         if self.settings.get("data") == "CodeFeedback" and self.settings.get("data.multi_turn"):
             return _MULTI_TURN
         return DATASETS.get(str(self.settings.get("data")))
@@ -106,7 +106,7 @@ def hub_card(
 
 
 def _score(label: str, run: RunFacts) -> EvalResult | None:
-    """The adapter's score of the run's own test, as the hub's model index has it."""
+    """Return the adapter's score of the run's own test, as the hub's model index has it."""
     from huggingface_hub import EvalResult
 
     score, kind = (run.results.get("scores") or {}).get(label), run.settings.get("data")
@@ -126,7 +126,7 @@ def _score(label: str, run: RunFacts) -> EvalResult | None:
 
 
 def _use(repo: str, base: PublicBase, config: Mapping[str, Any]) -> str:
-    """How to load and serve it."""
+    """Return the section that says how to load and serve it."""
     name = base.name if base.is_hub_id else "BASE_MODEL"
     lines = [
         "## Use",

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: which base model and adapter belong together, and the prompt of the adapter's training.
+"""Write an Ollama Modelfile: base model, adapter, and the prompt of the adapter's training.
 
 Ollama's ``TEMPLATE`` is a template of Go's. What a prompt style puts around the turns of a conversation is found by
 rendering a few, and said only if the template then gives the same text for others.
@@ -30,7 +30,7 @@ _PROBES: tuple[Turns, ...] = (
 
 @dataclass(frozen=True)
 class Wrapping:
-    """The texts that a prompt style puts around what is said.
+    """Hold the texts that a prompt style puts around what is said.
 
     Args:
         header: begins a conversation without a system turn.
@@ -45,13 +45,13 @@ class Wrapping:
     after_answer: str
 
     def render(self, turns: Turns) -> str:
-        """Give the text after which a model answers, as the Go template does."""
+        """Return the text after which a model answers, as the Go template does."""
         texts = {"system": self.system, "user": self.user, "assistant": ("", self.after_answer)}
         said = "".join(texts[role][0] + content + texts[role][1] for role, content in turns)
         return ("" if turns[0][0] == "system" else self.header) + said
 
     def template(self) -> str:
-        """Give the Go template."""
+        """Return the Go template."""
         system, user = ("{{ .Content }}".join(texts) for texts in (self.system, self.user))
         header = f"{{{{ if not .System }}}}{self.header}{{{{ end }}}}" if self.header else ""
         return (
@@ -113,7 +113,7 @@ def _common_end(*texts: str) -> str:
 def modelfile(
     *, base: str, adapter: str | None, wrapping: Wrapping | None, stop: str | None, notes: Sequence[str] = ()
 ) -> str:
-    """Give the text of a Modelfile.
+    """Return the text of a Modelfile.
 
     Args:
         base: what Ollama starts from: a file or a folder; a path that is relative is so to the Modelfile.
@@ -130,7 +130,7 @@ def modelfile(
 
 
 def prompt_facts(record: Mapping[str, Any], render: Render) -> tuple[Wrapping | None, str | None]:
-    """Give the wrapping and the end of an answer of a prompt record.
+    """Return the wrapping of a prompt record, and what ends an answer.
 
     Args:
         record: what ``prompt.json`` holds.

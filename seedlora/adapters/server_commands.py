@@ -1,4 +1,4 @@
-"""The commands that start a server for adapters: vLLM's, which takes any of them by name, and llama.cpp's."""
+"""Make the commands that start a server for adapters: vLLM's, which takes each by its name, and llama.cpp's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seedlora.adapters.servers import vllm_rank
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter as a server has it.
+    """Describe an adapter as a server has it.
 
     Args:
         name: the model that requests ask for.
@@ -29,7 +29,7 @@ class ServedAdapter:
 def vllm_command(
     base: str, adapters: Sequence[ServedAdapter], *, chat_template: Path | None = None, more: Sequence[str] = ()
 ) -> list[str]:
-    """The words that start vLLM's server.
+    """Return the words that start vLLM's server.
 
     Args:
         base: the base model's folder or hub id.
@@ -52,7 +52,7 @@ def vllm_command(
 def vllm_model_command(
     model: Path, name: str, *, chat_template: Path | None = None, more: Sequence[str] = ()
 ) -> list[str]:
-    """The words that start vLLM's server for a whole model, which requests ask for by ``name``."""
+    """Return the words that start vLLM's server for a whole model, which requests ask for by ``name``."""
     return ["vllm", "serve", str(model), "--served-model-name", name, *_template(chat_template), *more]
 
 
@@ -64,9 +64,10 @@ def llama_cpp_command(
     chat_template: Path | None = None,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The words that start llama.cpp's server: the first adapter is applied, the others wait for a request's ``lora``.
+    """Return the words that start llama.cpp's server.
 
-    Left to itself the server would apply the sum of all.
+    The first adapter is applied, the others wait for a request's ``lora``: left to itself the server would apply the
+    sum of all.
 
     Args:
         server: the program.
@@ -86,13 +87,14 @@ def llama_cpp_command(
             if set(str(adapter.path)) & set(',:"'):
                 raise ValueError(f"{adapter.path}: llama.cpp takes several adapters from paths without , : and quotes")
         scaled = (f"{adapter.path}:{int(i == 0)}" for i, adapter in enumerate(adapters))
-        words += ["--lora-scaled", ",".join(scaled)]
+        # Its cache of prompts does not ask by which adapter they were read: answers of another one would come out.
+        words += ["--lora-scaled", ",".join(scaled), "--cache-ram", "0"]
     words += ["--alias", adapters[0].name] if adapters else []
     return [*words, *(["--jinja", "--chat-template-file", str(chat_template)] if chat_template else []), *more]
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command to be pasted into a shell: a line for each option, whatever its words hold."""
+    """Return a command to be pasted into a shell: a line for each option, whatever its words hold."""
     lines: list[list[str]] = [[]]
     for word in command:
         if word.startswith("--"):
@@ -102,7 +104,7 @@ def shown(command: Sequence[str]) -> str:
 
 
 def _module(adapter: ServedAdapter) -> str:
-    """An adapter for ``--lora-modules``, which takes paths with a comma or an equals sign as JSON alone."""
+    """Write an adapter for ``--lora-modules``, which takes paths with a comma or an equals sign as JSON alone."""
     if set(str(adapter.path)) & set(",="):
         return json.dumps({"name": adapter.name, "path": str(adapter.path)})
     return f"{adapter.name}={adapter.path}"

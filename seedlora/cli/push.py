@@ -23,7 +23,7 @@ from seedlora.cli.terminal import number_table, print_json
 
 @dataclass(frozen=True)
 class _Push:
-    """What goes up, and where.
+    """Hold what goes up, and where.
 
     Args:
         repo: ``owner/name``.
@@ -35,7 +35,7 @@ class _Push:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes by name."""
+        """Return the sizes in bytes by name."""
         return {
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
@@ -43,7 +43,7 @@ class _Push:
 
     @property
     def card(self) -> str:
-        """The text of the card."""
+        """Return the text of the card."""
         content = self.files[CARD_NAME]
         assert isinstance(content, bytes)
         return content.decode()
@@ -128,7 +128,7 @@ def _send(push: _Push, *, private: bool, revision: str | None) -> str:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """One sentence in the place of the hub's page."""
+    """Say what the hub says in one sentence in the place of a page."""
     try:
         yield
     except UploadError:

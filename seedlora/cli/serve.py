@@ -38,7 +38,7 @@ _BASE_GGUF = "base.gguf"
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is served: folders by name, the one to ask for first, and why that one."""
+    """Hold what is served: folders by name, the one to ask for first, and why that one."""
 
     folders: Mapping[str, Path]
     why: str
@@ -50,7 +50,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Start:
-    """How a server is started: commands that come before, the command, and what to know of it."""
+    """Describe how a server is started: commands that come before, the command, and what to know of it."""
 
     before: Sequence[Sequence[str]]
     command: Sequence[str]
@@ -167,9 +167,7 @@ def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
     notes = _notes(choice, names[:1])
     if len(names) > 1:
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        notes.append(
-            f'for another adapter, a request says "lora": [{{"id": 0, "scale": 0}}, {{"id": N, "scale": 1}}]: {listed}'
-        )
+        notes.append(f'for another adapter a request says "lora": [{{"id": N, "scale": 1}}], N of {listed}')
     return _Start(before, command, [*notes, *left_out])
 
 
@@ -184,7 +182,7 @@ def _export_missing(choice: _Choice, arguments: Mapping[str, Any]) -> None:
 
 
 def _gguf(folder: Path) -> Path:
-    """Where an adapter's GGUF file is: beside its folder, as ``merge --gguf`` has it."""
+    """Return the place of an adapter's GGUF file: beside its folder, as ``merge --gguf`` has it."""
     return folder.absolute().with_name(f"{folder.absolute().name}.gguf")
 
 
@@ -193,7 +191,7 @@ def _is_stale(file: Path, folder: Path) -> bool:
 
 
 def _base(choice: _Choice, given: str | None) -> str:
-    """The one base model of all.
+    """Return the one base model of all.
 
     Raises:
         ValueError: if there is no one.
@@ -208,7 +206,7 @@ def _base(choice: _Choice, given: str | None) -> str:
 
 
 def _servable(choice: _Choice, base: str, server: str) -> tuple[list[ServedAdapter], list[str]]:
-    """The adapters that a server loads, and sentences about those that it does not.
+    """Return the adapters that a server loads, and sentences about those that it does not.
 
     Raises:
         ValueError: if it loads none.
@@ -230,20 +228,20 @@ def _servable(choice: _Choice, base: str, server: str) -> tuple[list[ServedAdapt
 
 
 def _reasons(folder: Path, base: str, server: str) -> list[str]:
-    """What stands in the way of serving an adapter, as far as it is known."""
+    """Return what stands in the way of serving an adapter, as far as it is known."""
     if (kind := quantization_of(folder)) != "none":
         return [f"it belongs on its base model in {kind} alone"]
     return [reason for reason in servable(folder, base=base)[server] if not reason.startswith(NOT_KNOWN)]
 
 
 def _template(choice: _Choice) -> Path | None:
-    """The template of the chat endpoint, from the folder of the adapter that is asked for first."""
+    """Return the template of the chat endpoint, from the folder of the adapter that is asked for first."""
     file = choice.folders[choice.first].absolute() / _TEMPLATE
     return file if file.is_file() else None
 
 
 def _notes(choice: _Choice, names: Sequence[str]) -> list[str]:
-    """What whoever asks the server has to know."""
+    """Return what whoever asks the server has to know."""
     first = names[0]
     others = f"; also served: {', '.join(names[1:])}" if len(names) > 1 else ""
     why = f", {choice.why}" if choice.why and first == choice.first else ""
