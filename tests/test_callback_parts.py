@@ -11,10 +11,9 @@ from conftest import make_data, make_module
 from strategies_job import Poison
 from test_callback import trainer
 
-from seedlora.callbacks import SeedEnsembleCallback
+from seedlora.callbacks import SeedEnsembleCallback, adapter_writer
 from seedlora.callbacks.callback_of_parts import HOOKS, CallbackOfParts
 from seedlora.run.folder import RunFolder
-from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import StoppedError
 
 
@@ -61,7 +60,13 @@ def test_what_a_fit_writes_in_its_order(tiny_llama, tmp_path, monkeypatch):
     note(RunFolder, "add_trained", lambda rows: f"trained.json of {', '.join(rows)}")
     note(RunFolder, "leave_out", lambda reasons: f"excluded.json of {', '.join(reasons)}")
     note(RunFolder, "forget_checkpoints", lambda names: f"no checkpoints of {', '.join(names) or 'all'}")
-    note(SeedLoRAModule, "write", lambda path, name, *_: f"folder of {name}")
+    write = adapter_writer.write_replica
+
+    def write_noted(path, name, *args, **named):
+        happened.append(f"folder of {name}")
+        write(path, name, *args, **named)
+
+    monkeypatch.setattr(adapter_writer, "write_replica", write_noted)
     note(type(run.strategy), "barrier", lambda *_: "barrier")
     fit_end = []
     monkeypatch.setattr(callback, "on_train_end", lambda *args: (fit_end.append(len(happened)), end(*args)))
@@ -128,7 +133,7 @@ def test_sigterm_is_given_back_on_every_way_out(tiny_llama, tmp_path):
     assert set(answered) == {"_leave"}
     with pytest.raises(RuntimeError, match="broken"), callback.holding_tested(module):
         assert handler().__qualname__ == "_leave"
-        assert list(module.scored) == ["base", "seed_1", "seed_2", "soup", "fused"]
+        assert list(module.scored.adapters) == ["base", "seed_1", "seed_2", "soup", "fused"]
         raise RuntimeError("broken")
     assert handler() == before
 

@@ -30,8 +30,12 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command("seedlora.cli.inspect", "show ranks, norms and spectra of one adapter, and who serves it"),
     "compare": Command("seedlora.cli.compare", "show cosines, gains and spectra of several adapters"),
     "evaluate": Command("seedlora.cli.evaluate", "score adapters on tasks: GSM8K, MATH, HumanEval, ..."),
+    "serve": Command("seedlora.cli.serve", "start vLLM or llama.cpp for a run or an adapter, or print the command"),
+    "export": Command("seedlora.cli.export", "write an adapter for llama.cpp and Ollama"),
+    "push": Command("seedlora.cli.push", "send an adapter to the model hub"),
     "report": Command("seedlora.cli.report", "build the report of runs again, and compare several"),
     "methods": Command("seedlora.cli.methods", "show the table of merge methods"),
+    "doctor": Command("seedlora.cli.doctor", "show what is installed and what works, for a bug report"),
 }
 
 

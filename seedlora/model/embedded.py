@@ -21,12 +21,13 @@ _GGUF = PackagedFile(
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "give --model.base_model a local folder instead of the embedded model",
 )
-_FOLDER = "SmolLM2-135M-Instruct-Q4_1-bf16-1"
+#: Under this name in the cache folder, once it is converted.
+EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-bf16-1"
 
 
 def embedded_folder() -> Path:
     """Return the folder of the embedded model, converted on first use."""
-    folder = cache_folder() / _FOLDER
+    folder = cache_folder() / EMBEDDED_FOLDER
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             gguf = Path(scratch) / "model.gguf"
@@ -55,7 +56,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        set_model_name(model.config, _FOLDER)
+        set_model_name(model.config, EMBEDDED_FOLDER)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -347,6 +347,16 @@ class AdapterRow(TypedDict):
     high: float | None
 
 
+class ReportAdvice(TypedDict):
+    """Hold what a report advises, whatever else is in it.
+
+    Attributes:
+        advice: which adapter to use.
+    """
+
+    advice: Advice
+
+
 class Report(TypedDict):
     """Hold all that the report of a run says.
 
@@ -448,4 +458,6 @@ class ComparisonReport(TypedDict):
 
 
 REPORT = JSONFile(REPORT_NAME, Report, allow_nan=False)
+#: The same file, for whoever asks it for the advice alone.
+REPORT_ADVICE = JSONFile(REPORT_NAME, ReportAdvice, allow_nan=False)
 COMPARISON_REPORT = JSONFile(REPORT_NAME, ComparisonReport, allow_nan=False)
