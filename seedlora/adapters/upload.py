@@ -18,7 +18,7 @@ from seedlora.adapters.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, WEIGH
 from seedlora.adapters.model_card import CARD_NAME
 from seedlora.adapters.reading import base_model_of
 from seedlora.model.embedded import EMBEDDED, EMBEDDED_FOLDER
-from seedlora.names import CONTROL_NAME, SETTINGS_NAME
+from seedlora.names import CONTROL_NAME, FUSION_NAME, SETTINGS_NAME
 from seedlora.utils.wheel_files import cache_folder
 
 #: The files of a folder that go up.
@@ -28,7 +28,7 @@ FILES = (
     CARD_NAME,
     PROMPT_NAME,
     BASE_NAME,
-    "fusion.json",
+    FUSION_NAME,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -47,13 +47,13 @@ _TOLD = (
     CONFIG_NAME,
     PROMPT_NAME,
     BASE_NAME,
-    "fusion.json",
+    FUSION_NAME,
     "tokenizer_config.json",
     "chat_template.jinja",
     "*/*.jinja",
 )
 #: Of these, the files whose texts may be paths.
-_RECORDS = (CONFIG_NAME, BASE_NAME, "fusion.json")
+_RECORDS = (CONFIG_NAME, BASE_NAME, FUSION_NAME)
 #: What stays here without a word.
 _STAYS = (CONTROL_NAME, ".*")
 #: What is refused, and what it is called.
