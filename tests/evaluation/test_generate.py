@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import built
 
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, cut_at_stop, generate_greedily
 from seedlora.model.loading import eval_mode
+from tests.helpers.models import built
 
 SEEDS = (11, 42, 202)
 PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import built
 
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
@@ -17,6 +16,7 @@ from seedlora.cli.train import main as train
 from seedlora.datamodules import prompts
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
+from tests.helpers.models import built
 from train import PARTS
 
 pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import built
 from rich.console import Console
 
 from seedlora.adapters.writing import write_adapter
@@ -17,6 +16,7 @@ from seedlora.datamodules import ReasoningGym, prompts, reasoning_gym
 from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS
+from tests.helpers.models import built
 
 
 def column(digits):

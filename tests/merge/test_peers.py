@@ -6,8 +6,8 @@ from peft.utils import merge_utils
 
 from seedlora.merge.registry import METHODS
 from seedlora.merge.steps.sparsify import drop
-from tests.merge.cases import dense, dense_list, make_stack, relative
-from tests.reference import dare_masks
+from tests.helpers.merge_cases import dense, dense_list, make_stack, relative
+from tests.helpers.reference import dare_masks
 
 STACK = make_stack(n=3, r=2, d=17, k=23)
 UPDATES = dense_list(STACK)
@@ -73,7 +73,7 @@ def test_mergekit_ties():
 def test_mergekit_della_keeps_the_same_probabilities(monkeypatch):
     """Fed with probabilities instead of draws, mergekit's mask is the probability itself."""
     sparsify = pytest.importorskip("mergekit.sparsify", reason="mergekit is not installed")
-    from tests.reference import della_probabilities
+    from tests.helpers.reference import della_probabilities
 
     monkeypatch.setattr(torch, "bernoulli", lambda probabilities: probabilities)
     found = sparsify.della_magprune(UPDATES[0].float(), 0.5, 0.15).double()
