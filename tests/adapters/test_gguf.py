@@ -5,7 +5,7 @@ import json
 import pytest
 
 from seedlora.cli.main import main
-from tests.adapters.test_reading import SEVEN, save_adapter
+from tests.helpers.adapter_folders import SEVEN, save_adapter
 
 SCRIPT = """
 import json, sys

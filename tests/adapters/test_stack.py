@@ -8,11 +8,8 @@ import torch
 from seedlora.adapters.stacked_forward import Block, _dora_gain
 from seedlora.updates.dora import dora_updates
 from seedlora.updates.factors import LoRAFactors
-from tests.helpers.models import built
+from tests.helpers.models import ROWS, SEEDS, built
 from tests.helpers.precision import SAME
-
-SEEDS = (11, 42, 202)
-ROWS = torch.arange(3 * 2 * 7).view(6, 7) % 257
 
 
 def peft_logits(module, name, rows):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -19,15 +18,8 @@ from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import make_rule
-from seedlora.scores.advice import advice
-from seedlora.scores.intervals import loss_difference
-from seedlora.scores.results import Results, results
-from seedlora.scores.row_scores import RowScores
 from seedlora.selection.comparison import Comparison
-from seedlora.selection.settling import settle
-from seedlora.training.scoring import ScoredLabels
-from tests.helpers.models import built, make_data, make_module
-from tests.selection.test_candidates import rows, stacks
+from tests.helpers.models import make_data, make_module
 
 SEEDS = [1, 2, 3]
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
@@ -245,65 +237,6 @@ def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
     assert chosen[0] == chosen[1]
 
 
-def test_a_mixture_is_the_mean_of_the_probabilities(tiny_llama):
-    module = built(tiny_llama, 1, 2)
-    data = make_data(**TASK)
-    data.tokenizer = module.tokenizer
-    data.setup("fit")
-    ids, labels = data.rows["val"].padded(range(8))
-    adapters = {f"seed_{i}": f"seed_{i}" for i in (1, 2)} | {"again": "seed_1"}
-    scored = ScoredLabels(adapters, {"mean": ("seed_1", "seed_2")})
-    with torch.no_grad():
-        losses, right, tokens = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
-        p = 0
-        for name in ("seed_1", "seed_2"):
-            module.stack.route([name])
-            p = p + module.model(input_ids=ids).logits.double().softmax(-1) / 2
-    targets = labels[:, 1:]
-    said = targets != -100
-    expected = -p[:, :-1].gather(2, targets.clamp(min=0)[..., None])[..., 0].log()
-    assert torch.allclose(losses[3].double(), (expected * said).sum(1), rtol=1e-4)
-    assert torch.equal(right[3], ((p[:, :-1].argmax(-1) == targets) | ~said).all(1))
-    assert torch.equal(tokens[3], said.sum(1))
-
-
-def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monkeypatch):
-    module = built(tiny_llama, 1, 2, 3)
-    data = make_data(**TASK)
-    data.tokenizer = module.tokenizer
-    data.setup("fit")
-    ids, labels = data.rows["val"].padded(range(8))
-    scored = ScoredLabels({f"seed_{i}": f"seed_{i}" for i in (1, 2, 3)}, {"mean": ("seed_1", "seed_3")})
-    with torch.no_grad():
-        whole = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
-        monkeypatch.setattr("seedlora.training.scoring.ADAPTERS_PER_FORWARD", 2)
-        parts = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
-    assert torch.allclose(whole[0], parts[0], rtol=1e-5)
-    assert torch.equal(whole[1], parts[1])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"merge": "auto", "options": {"p": 1}}, "Merge method 'auto' chooses the options too"),
-        ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of .* 'auto' and 'auto_gain' choose"),
-        ({"merge": "auto_gain", "options": {"cup": 1}}, "has no option 'cup'"),
-        ({"merge": "seedlora_gain"}, "seedlora_gain needs its p, .* to choose it on validation rows, take auto_gain"),
-        ({"compare": ["ties", "tie"]}, "Unknown merge method 'tie'"),
-        ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
-        ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
-        ({"compare": ["ties", "ties"]}, "names ties more than once"),
-        ({"merge": "none", "controls": "all"}, "ensemble.controls is tuned where seeds are merged"),
-        ({"merge": "none", "compare": ["greedy_soup"]}, "ensemble.compare greedy_soup is tuned where seeds are merged"),
-        ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
-        ({"select_by": "lose"}, "Unknown ensemble.select_by 'lose'"),
-    ],
-)
-def test_what_cannot_be_compared_is_said_before_training(options, message):
-    with pytest.raises(ValueError, match=message):
-        Comparison(**options)
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -325,95 +258,3 @@ def test_what_is_given_is_not_chosen(tiny_llama, tmp_path):
     callback, *_ = fit(tmp_path / "x", tiny_llama, seeds=[1], merge="auto", controls="all")
     assert callback.ensemble.folder.selection["chosen"] is None
     assert list(callback.results.items) == ["base", "seed_1", "fused"]
-
-
-def test_a_loss_that_is_no_number_is_never_chosen_nor_written():
-    stack = stacks()
-    bad = {path: factors.dense()[1] for path, factors in stack.items()}
-
-    def score(adapters):
-        alike = {
-            name: all(torch.allclose(layers[path].dense()[0], bad[path]) for path in layers)
-            for name, layers in adapters.items()
-        }
-        return {name: rows(math.nan if alike[name] else 1.0, 0.5) for name in adapters}
-
-    for merge in ("auto", "auto_gain", "greedy_soup", "seedlora"):
-        settled = settle(Comparison(merge, controls="untrained"), stack, ["seed_1", "seed_2", "seed_3"], score)
-        rule, found = settled.rule, settled.selection
-        json.dumps(found, allow_nan=False)
-        assert found["best_seed"] == "seed_1"
-        assert "seed_2" not in found["scores"]
-        assert "seed_2" in found["not_finite"]
-        assert found["controls"]["greedy_soup"]["members"][0] != 1
-        assert found["against"]["soup"]["value"] == 0
-        assert rule.name == (merge if merge == "seedlora" else "soup" if merge != "greedy_soup" else merge)
-
-
-def results_with(**right: int) -> Results:
-    """A test of which adapters get the first so many of 100 items right."""
-    outcomes = np.stack([np.arange(100) < count for count in right.values()], axis=1)
-    return results(outcomes, list(right), ["seed_1"] if "seed_1" in right else [], metric="it")
-
-
-def difference(value: float, shown: bool = True) -> dict[str, object]:
-    return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 64, "shown": shown}
-
-
-def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
-    losses = {"fused": 1.064, "soup": 0.972, "seed_1": 0.973, "seed_2": 0.995}
-    selection = {
-        "best_seed": "seed_1",
-        "scores": {label: {"loss": loss, "match": 0.0} for label, loss in losses.items()},
-        "against": {"soup": difference(0.092), "seed_1": difference(0.091)},
-    }
-    judged = lambda test, chosen=selection: advice(chosen, test, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
-    found = judged(results_with(fused=40, soup=60, seed_1=42))
-    assert found["better"] == "soup"
-    assert found["sentences"][0].startswith(
-        "The fused adapter (seedlora) is worse than soup: its validation loss is 1.064 against 0.972 "
-        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-28.0 to -12.0, n = 100)."
-    )
-    assert "worse than seed_1, the best seed of the validation rows: its validation loss" in found["sentences"][1]
-    found = judged(results_with(fused=60, soup=40, seed_1=40))
-    assert found["better"] is None
-    assert "Against soup, its validation loss is 1.064" in found["sentences"][0]
-    assert "but it gets 20.0 points more of the test items" in found["sentences"][0]
-    better = {**selection, "against": {"soup": difference(-0.1), "seed_1": difference(0.1, shown=False)}}
-    assert judged(None, better) == {"sentences": [], "better": None}
-    assert judged(results_with(fused=10, soup=60), None)["better"] == "soup"
-    assert judged(None, None) == {"sentences": [], "better": None}
-
-
-def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
-    callback = SeedEnsembleCallback(dirpath=tmp_path / "run", controls="all")
-    with pytest.raises(ValueError, match="controls all trains an adapter of another rank.*pissa.*use untrained"):
-        callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_interval_of_a_loss_difference_resamples_rows_with_their_tokens():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 60, size=80)
-    first, second = (torch.tensor(tokens * rng.normal(mean, 0.4, size=80)) for mean in (2.0, 1.8))
-    a, b = (RowScores(losses, torch.zeros(80, dtype=torch.bool), torch.tensor(tokens)) for losses in (first, second))
-    found = loss_difference(a, b)
-    draws = []
-    for _ in range(4000):
-        some = rng.integers(80, size=80)
-        draws.append(float((first - second)[some].sum()) / tokens[some].sum())
-    assert found["value"] == pytest.approx(a.loss - b.loss)
-    np.testing.assert_allclose([found["low"], found["high"]], np.quantile(draws, [0.025, 0.975]), atol=0.012)
-    # One difference per token, whatever the row's length: no resample can say otherwise.
-    c = RowScores(second + 0.25 * torch.tensor(tokens), b.correct, b.tokens)
-    same = loss_difference(c, b)
-    assert (same["low"], same["high"]) == pytest.approx((0.25, 0.25))
-
-
-def test_what_one_seed_cannot_use_is_said():
-    asked = Comparison("auto", compare=["ties"], controls="untrained")
-    assert asked.nothing_for(1) == (
-        "With one seed --merge auto, --compare, --controls do nothing: there is nothing to merge or compare."
-    )
-    assert asked.nothing_for(2) is None
-    assert Comparison("seedlora").nothing_for(1) is None

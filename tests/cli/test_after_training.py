@@ -19,8 +19,7 @@ SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6"
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _gsm8k(_own_folder):
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
     Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

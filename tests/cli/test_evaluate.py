@@ -31,8 +31,7 @@ def adapters(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _gsm8k(_own_folder):
     Path("gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
 from seedlora.datamodules.rows import ReplicaRows
-from seedlora.datamodules.sampler import ReplicaSampler
-from tests.helpers.models import built, make_data
+from tests.helpers.models import SEEDS, built
+from tests.helpers.packing import PACKED, prepared, sampler_of
 from tests.helpers.precision import SAME
-from tests.training import test_module as test_training
-from tests.training.test_module import SEEDS, difference, fit
-
-# rows of 50 to 110 tokens
-TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 12}}
-PACKED = {**TASK, "max_length": 128, "pack_tokens": 256, "batch_size": 4}
-
-
-def prepared(module, **options):
-    data = make_data(**{**PACKED, **options})
-    data.tokenizer = module.tokenizer
-    data.setup("fit")
-    return data
-
-
-def sampler_of(data, **options):
-    defaults = {"seeds": SEEDS, "batch_size": data.batch_size, "pack_tokens": data.pack_tokens}
-    return ReplicaSampler(data.rows["train"], **{**defaults, **options})
+from tests.helpers.training import largest_difference, trained_updates
 
 
 @pytest.fixture
@@ -92,16 +77,15 @@ def test_packed_and_unpacked_losses_are_the_same(module):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_replica_of_a_packed_stack_equals_its_standalone_run(tiny_llama, tmp_path, monkeypatch, dropout):
+def test_a_replica_of_a_packed_stack_equals_its_standalone_run(tiny_llama, tmp_path, dropout):
     # packs so small that replicas differ in their number of them
     small = {**PACKED, "pack_tokens": 180}
-    monkeypatch.setattr(test_training, "make_data", lambda: make_data(**small))
-    stacked = fit(tiny_llama, tmp_path / "stack", SEEDS, dropout=dropout)
-    assert difference(stacked[42], fit(tiny_llama, tmp_path / "alone", [42], dropout=dropout)[42]) < SAME
+    run = partial(trained_updates, tiny_llama, dropout=dropout)
+    stacked = run(tmp_path / "stack", SEEDS, data_options=small)
+    assert largest_difference(stacked[42], run(tmp_path / "alone", [42], data_options=small)[42]) < SAME
     if not dropout:
-        monkeypatch.setattr(test_training, "make_data", lambda: make_data(**{**small, "pack_tokens": None}))
-        unpacked = fit(tiny_llama, tmp_path / "unpacked", SEEDS)
-        assert all(difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
+        unpacked = run(tmp_path / "unpacked", SEEDS, data_options={**small, "pack_tokens": None})
+        assert all(largest_difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
 
 
 def test_replicas_with_fewer_packs_are_among_them(module):

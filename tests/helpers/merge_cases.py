@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedlora.updates.dense import Updates
+from seedlora.updates.dense import DenseUpdates, Updates
 from seedlora.updates.factors import LoRAFactors
 from tests.helpers import reference as ref
 
@@ -30,10 +30,6 @@ def dense(update: Updates) -> Tensor:
 
 def dense_list(stack: LoRAFactors) -> list[Tensor]:
     return list(stack.to(torch.float64).dense())
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
 @dataclass(frozen=True)
@@ -153,3 +149,10 @@ def options_for(case: Case, stack: LoRAFactors) -> dict[str, Any]:
     """The case's options, with those that depend on the number of adapters filled in."""
     filled = {"ascending": [1.0 + i for i in range(len(stack))], "last": [len(stack) - 1]}
     return {key: filled.get(value, value) if isinstance(value, str) else value for key, value in case.options.items()}
+
+
+def as_dense(stack: LoRAFactors, rows: int = 4) -> DenseUpdates:
+    """The same updates without their factors."""
+    whole = stack.dense()
+    blocks = lambda: iter(whole.split(rows, 1))  # noqa: E731
+    return DenseUpdates(stack.shape, stack.rank, stack.dtype, stack.device, blocks, count=len(stack))

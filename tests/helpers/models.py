@@ -6,13 +6,46 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from seedlora.datamodules import ReasoningGym
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import FitSettings, Replica
 
 EOS = "<eos>"
+SEEDS = (11, 42, 202)
+#: Two rows of seven tokens for each of three adapters.
+ROWS = torch.arange(3 * 2 * 7).view(6, 7) % 257
+#: Kinds of adapters, and how the base model below each is stored.
+KINDS = [
+    ("lora", "none"),
+    ("rslora", "none"),
+    ("dora", "none"),
+    ("pissa", "none"),
+    ("lora", "nf4"),
+    ("lora", "int8"),
+    ("dora", "nf4"),
+    ("dora", "int8"),
+    ("pissa", "nf4"),
+    ("loftq", "nf4"),
+]
+#: Models of other families than Llama.
+FAMILIES = {
+    "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": 4}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 2}),
+    "gemma": (GemmaConfig, {"num_key_value_heads": 1, "head_dim": 8}),
+    "gpt2": (GPT2Config, {}),
+}
+#: Every weight is trained.
+FULL = {"adapter": "full", "learning_rate": 2e-4}
 
 
 def save_tiny_llama(folder: Path, *, seed: int, **shape: int) -> None:
@@ -62,4 +95,28 @@ def built(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=generator)
+    return module
+
+
+def moved(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
+    """Return a module whose adapters, magnitudes included, are away from where they start."""
+    module = built(base_model, *seeds, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.mul_(1 + 0.2 * noise) if "magnitude" in name else parameter.data.add_(0.05 * noise)
+    return module
+
+
+def moved_in_all(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
+    """Return a module with everything that is trained away from where it starts, full weights included."""
+    module = make_module(base_model, **options)
+    module.prepare_fit(FitSettings(replicas(*seeds)))
+    module.options.check()
+    module.setup("fit")
+    generator = torch.Generator().manual_seed(1)
+    for replica in module.replicas:
+        for parameter in module.stack.parameters(replica.name):
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return module

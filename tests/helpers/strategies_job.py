@@ -1,7 +1,6 @@
 """One fit and one test for each strategy, in the processes that Lightning starts.
 
-One process of its own runs all strategies, one after the other: what takes time is the start.
-"""
+One process of its own runs all strategies, one after the other: what takes time is the start."""
 
 from __future__ import annotations
 
@@ -21,6 +20,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy, choose_strategy
 from seedlora.training import whole_models
 from seedlora.training.whole_models import WholeModels
+from tests.helpers.interventions import Break, Poison, Stop
 from tests.helpers.models import make_data, make_module
 from tests.helpers.paths import ROOT
 from tests.helpers.precision import in_float64
@@ -50,8 +50,6 @@ STRATEGIES = {
     "zero3": lambda: zero(3),
     "fsdp2": FSDP2Strategy,
 }
-
-
 KINDS = {
     "dora": {"adapter": "dora"},
     "qlora": {"quantization": "nf4"},
@@ -65,8 +63,6 @@ KINDS = {
     "full": {"adapter": "full", "learning_rate": 2e-4},
     "bf16": {"dtype": "bfloat16"},
 }
-
-
 #: Kinds that are not computed in float64, and the noise of their gradients: precision.py says what that is. (Whole
 #: models are sent between the processes in the dtype of the base's file.)
 IN_FLOAT32 = {"bf16": 1e-2, "compiled": 1e-5, "full": 1e-5}
@@ -84,35 +80,6 @@ def strategies_of(kind):
 def precision_of(kind):
     """In float64, where sums in another order are the same, as far as it goes."""
     return nullcontext() if kind in IN_FLOAT32 else in_float64()
-
-
-class Poison(pl.Callback):
-    """Makes one seed's weights infinite before a step."""
-
-    def __init__(self, name, step):
-        self.name, self.step = name, step
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step and self.name in {replica.name for replica in module.replicas}:
-            module.stack.parameters(self.name)[1].data.fill_(float("inf"))
-
-
-class Break(Poison):
-    """Makes one seed's weights infinite just after a step."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        """Not yet."""
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        super().on_train_batch_start(trainer, module, batch, batch_idx)
-
-
-class Stop(Poison):
-    """Stops one seed before a step, as patience would."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step and self.name in {replica.name for replica in module.replicas}:
-            module.replicas.stop(self.name)
 
 
 def run(

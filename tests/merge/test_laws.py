@@ -9,7 +9,8 @@ from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import greedy_members
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates.factors import LoRAFactors
-from tests.helpers.merge_cases import dense, make_stack, relative
+from tests.helpers.merge_cases import dense, make_stack
+from tests.helpers.precision import relative
 
 TRIM = "the default density drops entries of any update"
 RANDOM = "entries are dropped at random"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from seedlora.merge.registry import METHODS
-from tests.helpers.merge_cases import CASES, dense, make_stack, options_for, relative
+from tests.helpers.merge_cases import CASES, dense, make_stack, options_for
+from tests.helpers.precision import relative
 
 #: float64 is limited by the square root in the Gram matrices, the others by storage.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 2.5e-2}

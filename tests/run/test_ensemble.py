@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
 import subprocess
 import sys
 
@@ -14,23 +11,15 @@ from peft import LoraConfig
 
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.writing import write_adapter
-from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.datamodules.sampler import ReplicaSampler
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.records.selection import SELECTION, Selection
-from seedlora.run.budget import ReplicaBudget, limited_batches, replica_budget
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
-from seedlora.run.fit_state import BestValidation, FitState
 from seedlora.run.merging import merge_run
-from seedlora.run.outcome import Outcome
-from seedlora.run.stack_data import CountsTokens, HasDomains, HasPrompt, HasRows, HasTrainSample, PlannedData, StackData
-from seedlora.scores.row_scores import RowScores
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks, select_adapters
-from tests.helpers.models import make_data
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 SEEDS = (3, 1, 2)
@@ -61,38 +50,6 @@ def dense(layers, path):
 def test_an_ensemble_needs_no_lightning():
     code = "import sys, seedlora.run.ensemble; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_callback_has_the_options_and_their_defaults():
-    given = inspect.signature(SeedEnsembleCallback).parameters
-    fields = {field.name: field.default for field in dataclasses.fields(EnsembleOptions)}
-    assert {name: option.default for name, option in given.items()} == fields
-    callback = SeedEnsembleCallback([5, 6], **{name: fields[name] for name in fields if name != "seeds"})
-    assert callback.ensemble.options == EnsembleOptions((5, 6))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"seeds": ()}, r"ensemble.seeds is empty; give at least one seed, for example \[11, 42, 202\]"),
-        ({"seeds": (1, -1)}, r"ensemble.seeds must be from 0 to 2\*\*63 - 1, got -1"),
-        ({"seeds": (7, 42, 7)}, "ensemble.seeds must differ, but 7 is given more than once"),
-        ({"vary": "none"}, "Unknown ensemble.vary 'none'; choose one of both, init, order"),
-        ({"stack_size": 0}, "ensemble.stack_size must be at least 1, or 'auto', got 0"),
-        ({"keep": "first"}, "Unknown ensemble.keep 'first'; choose one of last, best"),
-        ({"on_divergence": "pray"}, "Unknown ensemble.on_divergence 'pray'; choose one of stop, exclude"),
-        ({"patience": 0}, "ensemble.patience must be at least 1 validation, got 0"),
-        ({"checkpoint_every_n_steps": 0}, "ensemble.checkpoint_every_n_steps must be at least 1, got 0"),
-        ({"budget": "half"}, "Unknown ensemble.budget 'half'; choose one of equal, full"),
-        ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of"),
-        ({"compare": "ties, tie"}, "Unknown merge method 'tie'; choose one of"),
-        ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
-        ({"merge": "soup", "merge_options": {"weights": [1, 2]}}, r"ensemble.merge_options weights must be 3 numbers"),
-    ],
-)
-def test_wrong_options_are_known_when_they_are_made(options, message):
-    with pytest.raises(ValueError, match=message):
-        EnsembleOptions(**options)
 
 
 def test_what_each_fit_trains(tmp_path):
@@ -207,82 +164,3 @@ def test_a_rule_that_is_to_be_chosen_fuses_nothing_before(tmp_path):
     assert merge_run(run, make_rule("ties")) == run.fused_path
     assert (tmp_path / "selection.json").is_file()
     assert run.merged_otherwise is None
-
-
-def test_the_share_of_a_replica():
-    assert replica_budget("equal", n=3, max_epochs=6, max_steps=-1) == ReplicaBudget(2, None)
-    assert replica_budget("full", n=3, max_epochs=-1, max_steps=7) == ReplicaBudget(None, 7)
-    share = replica_budget("equal", n=2, max_epochs=4, max_steps=6)
-    assert (share.total_steps(1), share.total_steps(2)) == (2, 3)
-    assert [share.has_all_steps(steps) for steps in (2, 3, 4)] == [False, True, True]
-    assert [share.has_all_epochs(epochs) for epochs in (1, 2)] == [False, True]
-    assert not ReplicaBudget().has_all_steps(10**9)
-    assert not ReplicaBudget().has_all_epochs(10**9)
-    for limits in ({"max_epochs": 4, "max_steps": -1}, {"max_epochs": 0, "max_steps": -1}):
-        with pytest.raises(ValueError, match="among 3 seeds, which does not divide evenly"):
-            replica_budget("equal", n=3, **limits)
-    with pytest.raises(ValueError, match="the run has no end"):
-        replica_budget("full", n=3, max_epochs=None, max_steps=-1)
-
-
-@pytest.mark.parametrize(("limit", "taken"), [(1.0, 7), (0.5, 3), (5, 5), (9, 7), (0, 0), (0.0, 0)])
-def test_the_batches_that_a_trainer_takes(limit, taken):
-    assert limited_batches(7, limit) == taken
-
-
-def test_the_best_validation():
-    best = BestValidation(loss=1.0, step=3)
-    assert [best.is_beaten_by(loss) for loss in (0.5, 1.0, float("nan"))] == [True, False, False]
-    assert BestValidation(loss=float("nan"), step=3).is_beaten_by(9.0)
-    state = FitState(best={"seed_1": best}, terminated=True)
-    state.begin("long_seed", ReplicaBudget(1, None))
-    assert (state.control, state.share.epochs, state.best, state.terminated) == ("long_seed", 1, {}, True)
-
-
-class Rows(dict):
-    """A test split that says which of its rows were taken."""
-
-    def take(self, rows):
-        return Rows(rows=rows.tolist())
-
-    def sha256(self):
-        return str(self["rows"])
-
-
-class Data:
-    def __init__(self):
-        self.rows = {"test": Rows()}
-
-    def domains(self, split):
-        return {"kind": [f"{split} {i}" for i in range(9)]}
-
-
-def test_the_outcome_of_a_test():
-    items = torch.tensor([1, 2, 5])
-    correct = torch.tensor([[True, False, True], [True, True, False], [False, True, True]])
-    outcome = Outcome.of_test(("base", "seed_1", "fused"), correct, items)
-    (batch,) = outcome.numbered_after([{"items": torch.tensor([0, 4, -1]), "labels": "kept"}])
-    assert (batch["items"].tolist(), batch["labels"]) == ([6, 10, -1], "kept")
-    alone = outcome.results(["seed_1"])
-    assert "train_sample" not in outcome.record(alone, object())
-    scores = RowScores(torch.ones(5), torch.tensor([True, True, False, True, True]), torch.full((5,), 2))
-    outcome.train = dict.fromkeys(("base", "seed_1", "fused"), scores[3:])
-    outcome.add({"ties": scores})
-    found = outcome.results(["seed_1"])
-    # the fused adapter last
-    assert found.items == {"base": "110", "seed_1": "011", "ties": "110", "fused": "101"}
-    record = outcome.record(found, Data())
-    json.dumps(record)
-    assert record["domains"] == {"kind": ["test 1", "test 2", "test 5"]}
-    assert record["items_sha256"] == "[1, 2, 5]"
-    assert list(record["train_sample"]["losses"]) == ["base", "seed_1", "ties", "fused"]
-    assert record["train_sample"]["rows"] == 2
-    assert outcome.record(found, object())["domains"] == {}
-
-
-def test_the_data_modules_offer_all_that_a_stack_and_its_plan_can_use():
-    data = make_data()
-    for offer in (StackData, PlannedData, HasRows, HasPrompt, HasDomains, HasTrainSample):
-        assert isinstance(data, offer)
-    assert not isinstance(object(), StackData)
-    assert issubclass(ReplicaSampler, CountsTokens)

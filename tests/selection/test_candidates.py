@@ -1,40 +1,15 @@
-"""Candidates, and the choice among them by a validation score."""
+"""The candidates that are chosen among, against dense formulas."""
 
 from __future__ import annotations
 
-import math
-
-import pytest
 import torch
 
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
-from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import any_method, gain_family, scaled_soups, seed_times_gain, subsets
-from seedlora.selection.choice import choose, describe_rule, greedy_soup, score_rules
-from seedlora.updates.factors import LoRAFactors
+from seedlora.selection.choice import describe_rule
 from seedlora.updates.stacks import select_adapters
-
-ATTENTION, FFN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-
-
-def stacks(n: int = 3) -> dict[str, LoRAFactors]:
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    common = draw(1, 4, 7), draw(1, 5, 4)
-    return {
-        path: LoRAFactors(draw(n, 4, 7) + common[0], draw(n, 5, 4) + common[1]).to(torch.float64)
-        for path in (ATTENTION, FFN)
-    }
-
-
-def rows(loss: float, match: float = 0.0, n: int = 10) -> RowScores:
-    return RowScores(torch.full((n,), 2 * loss), torch.arange(n) < match * n, torch.full((n,), 2))
-
-
-def test_row_scores_are_per_token_and_per_row():
-    found = RowScores(torch.tensor([3.0, 1.0]), torch.tensor([True, False]), torch.tensor([1, 7]))
-    assert (found.loss, found.match) == (0.5, 0.5)
+from tests.helpers.scored_layers import ATTENTION, FFN, stacks
 
 
 def test_the_gain_family_is_the_dense_formula_on_its_layers():
@@ -93,40 +68,3 @@ def test_subsets_are_all_while_they_are_few_and_always_the_same():
     assert len(set(many)) == len(many)
     kept = select_adapters(stacks(), (2, 0))[FFN]
     assert torch.equal(kept.A, stacks()[FFN].A[[2, 0]])
-
-
-def test_the_choice():
-    scores = {"a": rows(1.0, 0.4), "b": rows(0.9, 0.3), "c": rows(0.9, 0.4), "d": rows(math.nan, 1.0)}
-    assert choose(scores) == "b"  # the first of equals
-    assert choose(scores, by="match") == "c"  # as many as a, at a lower loss
-    with pytest.raises(ValueError, match="Unknown ensemble.select_by 'lose'; choose one of loss, match"):
-        choose(scores, by="lose")
-    with pytest.raises(ValueError, match="none of d has a finite validation loss"):
-        choose({"d": scores["d"]})
-
-
-def test_candidates_are_scored_a_few_at_a_time():
-    stack, groups = stacks(), []
-
-    def score(adapters):
-        groups.append(len(adapters))
-        # The loss is the distance from 1.6 times the soup.
-        goal = 1.6 * stack[FFN].dense().mean(0)
-        return {name: rows(float((layers[FFN].dense()[0] - goal).norm())) for name, layers in adapters.items()}
-
-    scores = score_rules(stack, scaled_soups(3), score, at_once=3)
-    assert groups == [3, 3, 1]
-    assert choose(scores) == "soup x 1.6"
-
-
-def test_a_greedy_soup_leaves_out_who_harms():
-    stack = stacks()
-    goal = stack[FFN].dense()[[0, 2]].mean(0)
-
-    def score(adapters):
-        return {name: rows(float((layers[FFN].dense()[0] - goal).norm())) for name, layers in adapters.items()}
-
-    rule = greedy_soup(stack, score)
-    assert sorted(rule.options["members"]) == [0, 2]
-    assert torch.allclose(merge_stacks(stack, rule)[FFN].dense()[0], goal)
-    assert describe_rule(rule)["method"] == "greedy_soup"

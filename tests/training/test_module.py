@@ -5,100 +5,19 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
-from seedlora.training.model_options import PROJECTIONS
-from seedlora.training.optimizer import learning_rate_factor
 from seedlora.training.replicas import FitSettings
-from tests.helpers.models import built, make_data, make_module, replicas
-from tests.helpers.precision import SAME, plain_model
-
-SEEDS = (11, 42, 202)
-OPTIONS = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
-
-
-def fit(base_model, dirpath, seeds, *, dropout=0.0, stack_size=None, epochs=1, module_options=None, **trainer_options):
-    """Train to the end, in as many fits as there are stacks; returns the updates per seed."""
-    callback = SeedEnsembleCallback(seeds, dirpath=dirpath, budget="full", stack_size=stack_size)
-    module = make_module(base_model, lora_dropout=dropout, **(module_options or {}))
-    data = make_data()
-    while callback.pending:
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            callbacks=[callback],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            accelerator="cpu",
-            **{**OPTIONS, **trainer_options},
-        )
-        trainer.fit(module, datamodule=data)
-    return {seed: read_adapter(callback.adapter_path(seed)).layers for seed in seeds}
-
-
-def difference(a, b):
-    """Largest relative difference of any factor."""
-    return max(
-        ((getattr(a[path], f) - getattr(b[path], f)).norm() / getattr(b[path], f).norm()).item()
-        for path in b
-        for f in ("A", "B")
-    )
-
-
-def plain_lora(base_model):
-    model = plain_model(base_model)
-    return model, LoraConfig(r=4, lora_alpha=12, target_modules=list(PROJECTIONS))
-
-
-def plain_peft_run(
-    base_model, seed, *, epochs, accumulate, clip, ratio=1.0, adapt=plain_lora, start=lambda model: None
-):
-    """One seed in plain PyTorch and PEFT, each row alone in its forward, nothing of ours but the order of the rows."""
-    data = make_data()
-    data.tokenizer = make_module(base_model).tokenizer
-    data.setup("fit")
-    data.seeds = (seed,)
-    model, config = adapt(base_model)
-    torch.manual_seed(seed)
-    model = get_peft_model(model, config).train()
-    start(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in named if ("lora_B" in name) == of_b]} for of_b in (False, True)]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.0)
-    sampler = data.train_dataloader().sampler
-    sampler.batch_size, sampler.steps = 2 * accumulate, sampler.steps // accumulate
-    total = epochs * sampler.steps
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        for step, micro in enumerate(sampler):
-            scale = learning_rate_factor(
-                epoch * sampler.steps + step, "cosine", warmup=-(-6 * total // 100), total=total
-            )
-            optimizer.param_groups[0]["lr"] = 2e-3 * scale
-            optimizer.param_groups[1]["lr"] = 2e-3 * scale * ratio
-            losses, tokens = [], 0
-            for row in micro.rows[0]:
-                ids, labels = data.rows["train"].padded([row])
-                logits = model(input_ids=ids).logits[0, :-1]
-                said = labels[0, 1:] != -100
-                losses.append(torch.nn.functional.cross_entropy(logits[said], ids[0, 1:][said], reduction="sum"))
-                tokens += int(said.sum())
-            (sum(losses) / tokens).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            optimizer.zero_grad()
-    return get_peft_model_state_dict(model)
+from tests.helpers.models import SEEDS, built, make_data, make_module, replicas
+from tests.helpers.precision import SAME
+from tests.helpers.training import largest_difference, plain_peft_run, trained_updates
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path, ratio):
-    stacked = fit(tiny_llama, tmp_path, SEEDS, epochs=2, module_options={"lora_plus_ratio": ratio})
+    stacked = trained_updates(tiny_llama, tmp_path, SEEDS, epochs=2, module_options={"lora_plus_ratio": ratio})
     for seed in SEEDS if ratio == 1 else SEEDS[:1]:
         expected = plain_peft_run(tiny_llama, seed, epochs=2, accumulate=2, clip=0.05, ratio=ratio)
         assert len(expected) == 2 * len(stacked[seed])
@@ -111,30 +30,35 @@ def test_a_replica_of_a_stack_equals_a_plain_peft_loop(tiny_llama, tmp_path, rat
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replica_of_a_stack_equals_its_standalone_run(tiny_llama, tmp_path, dropout):
-    stacked = fit(tiny_llama, tmp_path / "stack", SEEDS, dropout=dropout)
-    alone = fit(tiny_llama, tmp_path / "alone", [42], dropout=dropout)
-    assert difference(stacked[42], alone[42]) < SAME
-    assert difference(stacked[11], alone[42]) > 0.1
+    stacked = trained_updates(tiny_llama, tmp_path / "stack", SEEDS, dropout=dropout)
+    alone = trained_updates(tiny_llama, tmp_path / "alone", [42], dropout=dropout)
+    assert largest_difference(stacked[42], alone[42]) < SAME
+    assert largest_difference(stacked[11], alone[42]) > 0.1
 
 
 def test_passes_of_one_seed_give_the_bits_of_standalone_runs(tiny_llama, tmp_path):
-    passes = fit(tiny_llama, tmp_path / "passes", SEEDS, dropout=0.1, stack_size=1)
+    passes = trained_updates(tiny_llama, tmp_path / "passes", SEEDS, dropout=0.1, stack_size=1)
     for seed in SEEDS:
-        assert difference(passes[seed], fit(tiny_llama, tmp_path / f"{seed}", [seed], dropout=0.1)[seed]) == 0
+        assert (
+            largest_difference(
+                passes[seed], trained_updates(tiny_llama, tmp_path / f"{seed}", [seed], dropout=0.1)[seed]
+            )
+            == 0
+        )
 
 
 def test_the_same_run_twice_gives_the_same_bits(tiny_llama, tmp_path):
-    first, second = (fit(tiny_llama, tmp_path / name, SEEDS, dropout=0.1) for name in ("a", "b"))
-    assert all(difference(first[seed], second[seed]) == 0 for seed in SEEDS)
+    first, second = (trained_updates(tiny_llama, tmp_path / name, SEEDS, dropout=0.1) for name in ("a", "b"))
+    assert all(largest_difference(first[seed], second[seed]) == 0 for seed in SEEDS)
 
 
 @pytest.mark.usefixtures("float64")
 def test_gradient_checkpointing_trains_the_same(tiny_llama, tmp_path):
-    plain = fit(tiny_llama, tmp_path / "plain", SEEDS, dropout=0.1)
-    checkpointed = fit(
+    plain = trained_updates(tiny_llama, tmp_path / "plain", SEEDS, dropout=0.1)
+    checkpointed = trained_updates(
         tiny_llama, tmp_path / "checkpointed", SEEDS, dropout=0.1, module_options={"gradient_checkpointing": True}
     )
-    assert difference(plain[42], checkpointed[42]) < SAME
+    assert largest_difference(plain[42], checkpointed[42]) < SAME
 
 
 class Seen(pl.Callback):
@@ -159,12 +83,12 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
         assert (seen.same_init, seen.same_order) == (same_init, same_order)
         updates[vary] = [read_adapter(callback.adapter_path(seed)).layers for seed in (1, 2)]
     for vary in ("init", "order"):
-        assert difference(updates[vary][0], updates["both"][0]) < SAME
+        assert largest_difference(updates[vary][0], updates["both"][0]) < SAME
         first, second = (torch.cat([f.A.flatten() for f in layers.values()]) for layers in updates[vary])
         # A moves little from where it starts.
         assert ((second - first).norm() / first.norm() < 0.5) == (vary == "order")
-        assert difference(updates[vary][1], updates[vary][0]) > 1e-3
-        assert difference(updates[vary][1], updates["both"][1]) > 1e-3
+        assert largest_difference(updates[vary][1], updates[vary][0]) > 1e-3
+        assert largest_difference(updates[vary][1], updates["both"][1]) > 1e-3
 
 
 @pytest.mark.usefixtures("float64")
