@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-# The tests of test_gpu.py alone are for a GPU; what others compare is worked out on the CPU. Before torch is imported.
+# Only tests/devices/test_gpu.py is for a GPU; what others compare is worked out on the CPU. Before torch is imported.
 if os.environ.get("SEEDLORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread unless another number is asked for: the tensors are tiny. The processes that tests start inherit it.
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from seedlora.adapters.writing import write_adapter
 from seedlora.utils.wheel_files import cache_folder
-from tests.helpers.adapter_folders import save_adapter
+from tests.helpers.adapter_folders import SEVEN, save_adapter, small_llama
 from tests.helpers.adapter_kinds import Made
 from tests.helpers.models import FAMILIES, SEEDS, built, save_tiny_llama
 from tests.helpers.precision import in_float64
@@ -141,3 +141,21 @@ def seed_folders(tiny_llama: str, tmp_path: Path) -> list[Path]:
             tmp_path / f"seed_{seed}", module.stack.stored_factors(f"seed_{seed}"), module.options.lora_config()
         )
     return [tmp_path / f"seed_{seed}" for seed in SEEDS]
+
+
+@pytest.fixture(scope="session")
+def plain_folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three adapters with random factors; not to be edited."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed in (11, 42, 202):
+        save_adapter(root / str(seed), seed=seed, r=2, lora_alpha=6, target_modules=SEVEN)
+    return [str(root / str(seed)) for seed in (11, 42, 202)]
+
+
+@pytest.fixture(scope="session")
+def plain_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their base model, in shards."""
+    folder = tmp_path_factory.mktemp("base")
+    small_llama().save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder

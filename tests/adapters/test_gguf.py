@@ -36,7 +36,7 @@ def test_without_the_script_the_command_is_printed(words, tmp_path, capsys):
     assert f"--outfile {tmp_path / 'fused.gguf'} {tmp_path / 'fused'}" in shown
 
 
-def test_a_script_that_fails(words, tmp_path, capsys):
+def test_a_script_that_fails_is_said(words, tmp_path, capsys):
     (tmp_path / "convert_lora_to_gguf.py").write_text("import sys; sys.exit('this model is not supported')")
     assert main([*words, str(tmp_path)]) == 2
     assert "this model is not supported" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_the_card_tells_nothing_of_another_run(seed_folders, tmp_path):
     assert not [word for word in ("ReasoningGym", "in nf4", "| seed_11 | 25.0 |") if word not in card]
 
 
-def test_the_gain_in_the_card(seed_folders, tmp_path):
+def test_the_gain_in_the_record_is_that_of_the_dense_updates(seed_folders, tmp_path):
     merge_folders(seed_folders, tmp_path / "fused", method="seedlora", options={"mean_shift": False})
     record = json.loads((tmp_path / "fused" / "fusion.json").read_text())
     gains = []
@@ -82,7 +82,7 @@ def test_cards_say_what_base_an_adapter_belongs_to(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_merged_model_says_what_an_adapter_says(kind, adapters_of, tmp_path):
+def test_the_card_of_a_merged_model_says_what_that_of_an_adapter_says(kind, adapters_of, tmp_path):
     """The card with the gain, and the prompt of the training, without which it would be asked in another style."""
     case = adapters_of(kind)
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in case.folders]

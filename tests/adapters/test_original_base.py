@@ -22,7 +22,7 @@ from tests.helpers.adapter_kinds import KINDS, SEEDS, load_base, move_trained, o
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_against_peft_s_own_conversion(kind, adapters_of, tmp_path):
+def test_updates_are_those_of_peft_s_own_conversion(kind, adapters_of, tmp_path):
     """The factors of ``path_initial_model_for_weight_conversion``: rank 2r, the same update."""
     case = adapters_of(kind)
     config = LoraConfig(**KINDS[kind], task_type="CAUSAL_LM")
@@ -80,7 +80,7 @@ def one_sentence(words, capsys):
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
-def test_a_base_that_is_not_there(kind, edited_copy, adapters_of, tmp_path, capsys):
+def test_a_base_that_is_not_there_is_named(kind, edited_copy, adapters_of, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     folder = edited_copy(kind, base_model_name_or_path=str(tmp_path / "gone"))
     capsys.readouterr()  # bars of the models' saving
@@ -97,7 +97,7 @@ def test_a_base_that_is_not_there(kind, edited_copy, adapters_of, tmp_path, caps
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
-def test_another_base(kind, adapters_of, tmp_path, capsys):
+def test_another_base_is_refused(kind, adapters_of, tmp_path, capsys):
     config = LlamaConfig(**(one_layer_llama().config.to_dict() | {"intermediate_size": 20}))
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     small_gpt2(layers=1).save_pretrained(tmp_path / "gpt2")

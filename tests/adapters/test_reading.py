@@ -56,7 +56,7 @@ def test_updates_are_what_peft_adds(kind, tmp_path):
         ({"task_type": ["SEQ_CLS"]}, "task_type is .*, one of CAUSAL_LM"),
     ],
 )
-def test_refused_configurations(config, message, broken):
+def test_configurations_that_are_not_plain_lora_are_refused(config, message, broken):
     with pytest.raises(AdapterError, match=message):
         read_adapter(broken(config=config))
 
@@ -81,12 +81,12 @@ def test_refused_configurations(config, message, broken):
         (lambda t: t.clear(), "holds no LoRA factors"),
     ],
 )
-def test_refused_tensors(edit, message, broken):
+def test_broken_tensors_are_refused(edit, message, broken):
     with pytest.raises(AdapterError, match=message):
         read_adapter(broken(tensors=edit))
 
 
-def test_scaling_that_overflows(broken):
+def test_a_scaling_that_overflows_is_refused(broken):
     def half(tensors):
         for key in tensors:
             tensors[key] = tensors[key].half()
@@ -96,7 +96,7 @@ def test_scaling_that_overflows(broken):
         read_adapter(folder)
 
 
-def test_pickles_and_missing_folders(good, tmp_path):
+def test_pickles_and_missing_folders_are_refused(good, tmp_path):
     shutil.copy(good / CONFIG_NAME, tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(

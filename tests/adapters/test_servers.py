@@ -18,7 +18,7 @@ def layer(d, k, r=2):
     return LoRAFactors(torch.ones(1, r, k), torch.ones(1, d, r))
 
 
-def test_groups_and_layers_without_the_base():
+def test_groups_and_layers_are_completed_without_the_base():
     layers = {
         "m.layers.0.attn.q_proj": layer(8, 8),
         "m.layers.0.attn.v_proj": layer(4, 8),
@@ -55,7 +55,7 @@ def test_the_base_knows_all_layers(tmp_path):
     assert full["m.layers.2.attn.k_proj"].shape == (4, 8)
 
 
-def test_no_base_no_shapes(tmp_path):
+def test_without_a_base_no_shapes_are_known(tmp_path):
     assert base_shapes(tmp_path) is None
     assert base_shapes("") is None
     assert base_shapes("owner/name") is None

@@ -285,7 +285,7 @@ def test_equal_budget_by_hand():
     assert math.isnan(low)
 
 
-def test_normalised_by_hand():
+def test_normalised_scores_by_hand():
     test = {
         "base": {"a": {"loss": 4.0, "match": 0.0}, "b": {"loss": 3.0, "match": 0.0}},
         "only a": {"a": {"loss": 2.0, "match": 0.5}, "b": {"loss": 3.5, "match": 0.0}},

@@ -51,7 +51,7 @@ def test_the_equal_budget_divides_epochs_or_steps(tiny_llama, tmp_path, options,
     assert (run.current_epoch, run.global_step, module.fit_settings.total_steps) == (epochs, steps, steps)
 
 
-def test_live_fusion_does_not_disturb_training(tiny_llama, tmp_path):
+def test_live_merges_do_not_disturb_training(tiny_llama, tmp_path):
     updates = []
     for name, limit in (("with", 1.0), ("without", 0)):
         callback = SeedEnsembleCallback(seeds=[1, 2, 3], dirpath=tmp_path / name)
@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_and_teaches_the_end_token(tiny_llama, tmp_path
     assert stops["seed_1"] > 0.95
 
 
-def test_what_a_run_killed_after_its_last_adapter_had_saved_is_removed_if_nothing_is_fused_too(tmp_path):
+def test_what_a_killed_run_left_is_removed_if_nothing_is_merged_too(tmp_path):
     callback = SeedEnsembleCallback([1], merge="none", dirpath=tmp_path)
     callback.ensemble.folder.begin(["seed_1"])
     (tmp_path / "seed_1").mkdir()
@@ -116,7 +116,7 @@ def test_a_module_used_before_trains_the_same_bits_again(tiny_llama, tmp_path):
 
 
 @pytest.mark.usefixtures("float64")
-def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tmp_path):
+def test_another_seed_is_trained_alone_and_merged_with_those_there(tiny_llama, tmp_path):
     first = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x")
     make_trainer(first, max_epochs=1).fit(make_module(tiny_llama), datamodule=make_data())
     times = {s: (first.adapter_path(s) / "adapter_model.safetensors").stat().st_mtime_ns for s in (1, 2)}
@@ -135,7 +135,7 @@ def test_another_seed_is_trained_alone_and_fused_with_those_there(tiny_llama, tm
 
 
 @pytest.mark.parametrize("n", [1, 16])
-def test_one_seed_and_sixteen(tiny_llama, tmp_path, n):
+def test_one_seed_and_sixteen_make_a_run(tiny_llama, tmp_path, n):
     callback = SeedEnsembleCallback(range(n), budget="full", dirpath=tmp_path / "x")
     run, module, data = make_trainer(callback, max_steps=2), make_module(tiny_llama), make_data()
     run.fit(module, datamodule=data)

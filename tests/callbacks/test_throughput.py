@@ -11,7 +11,7 @@ from seedlora.callbacks import Throughput, throughput
 from seedlora.training.replicas import FitSettings
 from tests.helpers.models import built, make_module, replicas
 
-# conftest's tiny Llama: weights of the layers, of the head, of an adapter of rank 4
+# The tiny Llama: weights of the layers, of the head, of an adapter of rank 4
 BODY = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 HEAD = 257 * 32
 ADAPTER = 2 * 4 * (64 + 48 + 48 + 64 + 3 * 80)
@@ -104,7 +104,7 @@ def test_a_dry_run_is_not_foretold(run):
     assert not run.lines
 
 
-def test_validation_and_fusion_are_no_part_of_the_training(run):
+def test_validation_and_merging_are_no_part_of_the_training(run):
     callback, trainer, module = run.callback, run.trainer, run.module
     run.clock.now = 100.0
     callback.setup(trainer, module, "fit")

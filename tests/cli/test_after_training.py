@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def report():
     return json.loads(Path("run/report.json").read_text())
 
 
-def test_a_run_that_is_fused_anew_does_not_show_the_older_scores(tiny_llama, capsys):
+def test_a_run_that_is_merged_anew_does_not_show_the_older_scores(tiny_llama, capsys):
     assert run(tiny_llama, "--merge", "seedlora", *EVALUATE) == 0
     others = {key: text for key, text in answers("run/evaluation").items() if key[0] != "fused"}
     assert run(tiny_llama, "--merge", "ties", "--resume") == 0
@@ -161,9 +162,7 @@ def test_what_cannot_be_done_is_said_before_training(tiny_llama, words, message,
     assert not Path("runs").exists()
 
 
-def test_a_run_that_is_unfinished_or_was_fused_otherwise_cannot_be_tested(tiny_llama, capsys):
-    import shutil
-
+def test_a_run_that_is_unfinished_or_was_merged_otherwise_cannot_be_tested(tiny_llama, capsys):
     assert run(tiny_llama) == 0
     assert main(PARTS, ["test", "--ensemble.dirpath", "run", "--merge", "ties"]) == 2
     assert "run was merged by seedlora; --resume instead of test merges it by ties" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def samples(folder="evaluation"):
     return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
 
 
-def test_end_to_end(adapters, capsys):
+def test_adapters_are_scored_end_to_end(adapters, capsys):
     assert run(adapters, "--with-base") == 0
     shown = capsys.readouterr().out
     for text in ("gsm8k: protocol paper, but 12 new tokens, n = 7", "vs mean seed", "no 'The answer is: '", "tokens/s"):
@@ -63,7 +64,7 @@ def test_end_to_end(adapters, capsys):
     assert len(samples()) == 28
 
 
-def test_it_goes_on_where_it_was_killed(adapters, capsys):
+def test_an_evaluation_goes_on_where_it_was_killed(adapters, capsys):
     assert run(adapters) == 0
     whole = {(s["adapter"], s["item"]): s["text"] for s in samples()}
     lines = Path("evaluation/samples.jsonl").read_text().splitlines(keepends=True)
@@ -112,8 +113,6 @@ def test_what_was_generated_otherwise_is_not_mixed(adapters, capsys):
 
 
 def test_prompts_are_those_of_training(adapters, tmp_path, capsys):
-    import shutil
-
     for name in ("seed_1", "seed_2"):
         shutil.copytree(adapters / name, tmp_path / "own" / name)
         record = {"style": "mine", "templates": {"user": "Q: {content}\n", "generation": "A:"}, "eos_token": "<eos>"}
@@ -138,7 +137,7 @@ def test_prompts_are_those_of_training(adapters, tmp_path, capsys):
     assert "vs seed_1" in shown
 
 
-def test_json_is_json(adapters, capsys):
+def test_json_is_printed_and_nothing_else(adapters, capsys):
     assert run(adapters, "--json", "--limit", "2", "--against", "seed_1") == 0
     found = json.loads(capsys.readouterr().out)["paper"]
     assert set(found["tasks"]["gsm8k"]["differences"]) == {"seed_2", "fused"}

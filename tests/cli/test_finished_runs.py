@@ -52,14 +52,14 @@ def test_a_finished_run_is_tested_as_it_is(tiny_llama):
     assert {path.name: path.read_bytes() for path in Path("here").glob("*.*") if "report" not in path.name} == before
 
 
-def test_the_curves_of_a_trained_run_do_not_change_when_it_is_fused_again(tiny_llama):
+def test_the_curves_of_a_trained_run_do_not_change_when_it_is_merged_again(tiny_llama):
     assert train(tiny_llama, "--ensemble.dirpath", "here") == 0
     before = Path("here/metrics.jsonl").read_text()
     assert train(tiny_llama, "--ensemble.dirpath", "here", "--resume", "--merge", "soup") == 0
     assert Path("here/metrics.jsonl").read_text() == before
 
 
-def test_a_finished_run_is_fused_again_by_another_method(tiny_llama, capsys):
+def test_a_finished_run_is_merged_again_by_another_method(tiny_llama, capsys):
     assert train(tiny_llama, "--ensemble.dirpath", "here", "--merge", "none") == 0
     assert not Path("here/fused").exists()
     for method in ("soup", "seedlora"):

@@ -10,26 +10,26 @@ from seedlora.cli.main import main
 from tests.helpers.adapter_folders import SEVEN
 
 
-def test_inspect_and_compare(folders, tmp_path, capsys):
-    assert main(["inspect", folders[0], "--json"]) == 0
+def test_inspect_and_compare(plain_folders, tmp_path, capsys):
+    assert main(["inspect", plain_folders[0], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ranks"] == [2]
     assert len(found["layers"]) == 14
-    assert main(["compare", *folders, "--plot", str(tmp_path / "p")]) == 0
+    assert main(["compare", *plain_folders, "--plot", str(tmp_path / "p")]) == 0
     shown = capsys.readouterr().out
     assert "rho" in shown
     assert {f.name for f in (tmp_path / "p").iterdir()} == {
         *("pairs.svg", "cosines.svg", "spectra.svg", "distributions.svg", "gains.svg")
     }
     assert all("currentColor" not in f.read_text() for f in (tmp_path / "p").iterdir())
-    assert main(["compare", *folders, "--json", "--method", "soup"]) == 0
+    assert main(["compare", *plain_folders, "--json", "--method", "soup"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row[i] for i, row in enumerate(found["cosines"])] == pytest.approx([1, 1, 1])
     assert {row["module"] for row in found["modules"]} == set(SEVEN)
 
 
 @pytest.mark.parametrize("kind", ["rslora", "modules_to_save", "lora_bias", "dora", "alpha_pattern"])
-def test_inspect_says_who_serves_it(kind, adapters_of, tmp_path, capsys):
+def test_inspect_says_who_serves_an_adapter(kind, adapters_of, tmp_path, capsys):
     case = adapters_of(kind)
     assert main(["inspect", str(case.folders[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -37,9 +37,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_bad_input_is_one_sentence(words, message, folders, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_sentence(words, message, plain_folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [word.replace("A", folders[0], 1) if word.startswith("A") else word for word in words]
+    words = [word.replace("A", plain_folders[0], 1) if word.startswith("A") else word for word in words]
     assert main(words) == 2
     found = capsys.readouterr()
     assert message in found.err
@@ -49,10 +49,10 @@ def test_bad_input_is_one_sentence(words, message, folders, tmp_path, capsys, mo
     assert not (tmp_path / "O").exists()
 
 
-def test_as_a_module(folders, tmp_path):
+def test_the_commands_run_as_a_module(plain_folders, tmp_path):
     run = [sys.executable, "-m", "seedlora", "inspect"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*run, folders[0]], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*run, plain_folders[0]], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0
     assert "gate_proj" in done.stdout
     done = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
@@ -60,7 +60,7 @@ def test_as_a_module(folders, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_methods_are_all_listed(capsys):
+def test_every_method_is_listed(capsys):
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["methods"]) == set(METHODS)

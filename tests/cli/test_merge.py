@@ -24,9 +24,10 @@ from tests.helpers.disk import files_of_at_most
 
 
 @pytest.mark.parametrize("words", [[], ["--into-base", "BASE"]])
-def test_a_full_disk_is_said_and_leaves_the_older_result(folders, base, tmp_path, capsys, words):
+def test_a_full_disk_is_said_and_leaves_the_older_result(plain_folders, plain_base, tmp_path, capsys, words):
     out = tmp_path / "o"
-    words = ["merge", *folders, "--method", "soup", *(str(base) if word == "BASE" else word for word in words)]
+    where = [str(plain_base) if word == "BASE" else word for word in words]
+    words = ["merge", *plain_folders, "--method", "soup", *where]
     assert main([*words, "--out", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
@@ -40,20 +41,20 @@ def test_a_full_disk_is_said_and_leaves_the_older_result(folders, base, tmp_path
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "greedy_soup"])
-def test_every_method_from_the_shell(method, folders, tmp_path, capsys):
-    assert main(["merge", *folders, "--method", method, "--out", str(tmp_path / "o"), "--json"]) == 0
+def test_every_method_from_the_shell(method, plain_folders, tmp_path, capsys):
+    assert main(["merge", *plain_folders, "--method", method, "--out", str(tmp_path / "o"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["method"] == method
     merged = read_adapters([tmp_path / "o"])[str(tmp_path / "o")]
-    wanted = merge_stacks(stack_adapters(read_adapters(folders)), make_rule(method))
+    wanted = merge_stacks(stack_adapters(read_adapters(plain_folders)), make_rule(method))
     for path, factors in wanted.items():
         assert torch.allclose(merged.layers[path].dense(), factors.dense(), atol=1e-4)
 
 
-def test_options_and_dtype(folders, tmp_path, capsys):
+def test_the_result_has_the_options_and_the_dtype_that_were_asked_for(plain_folders, tmp_path, capsys):
     words = ["--method", "knots_ties", "--density", "0.3", "--rank", "4", "--dtype", "bfloat16"]
     words += ["--layers", "ffn", "--rest", "soup"]
-    assert main(["merge", *folders, *words, "--out", str(tmp_path / "o")]) == 0
+    assert main(["merge", *plain_folders, *words, "--out", str(tmp_path / "o")]) == 0
     shown = capsys.readouterr().out
     assert "rank 4" in shown
     assert "--max-lora-rank 8" in shown
@@ -63,12 +64,12 @@ def test_options_and_dtype(folders, tmp_path, capsys):
     assert {t.dtype for t in load_file(tmp_path / "o" / "adapter_model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch):
+def test_only_results_are_replaced(plain_folders, plain_base, tmp_path, capsys, monkeypatch):
     """Inputs, base models and whatever else lies at ``--out`` stay as they are, byte for byte."""
     monkeypatch.chdir(tmp_path)
-    for folder in folders[:2]:
+    for folder in plain_folders[:2]:
         shutil.copytree(folder, f"run/{Path(folder).name}")
-    shutil.copytree(base, "models/llama")
+    shutil.copytree(plain_base, "models/llama")
     config = Path("run/11/adapter_config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "models/llama"}))
     Path("notes").mkdir()
@@ -91,21 +92,21 @@ def test_only_results_are_replaced(folders, base, tmp_path, capsys, monkeypatch)
         assert said in capsys.readouterr().err
     assert before == {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
     Path("empty").mkdir()
-    again = ["merge", folders[0], "--out"]
+    again = ["merge", plain_folders[0], "--out"]
     assert [main([*again, out, "--method", "soup"]) for out in ("empty", "empty")] == [0, 0]
     assert main([*again, "empty", "--into-base", "models/llama"]) == 0
     assert main([*again, "empty", "--into-base", "models/llama"]) == 0
 
 
 @pytest.mark.parametrize("given", ["beside", "in the run", "absolute"])
-def test_the_card_s_command_makes_the_adapter_again(given, folders, base, tmp_path, capsys, monkeypatch):
+def test_the_card_s_command_makes_the_adapter_again(given, plain_folders, plain_base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = [f"{run}/checkpoint-500" for run in ("first", "second")]
     if given == "in the run":
         sources = [f"run/{source}" for source in sources]
-    for folder, source in zip(folders, sources, strict=False):
+    for folder, source in zip(plain_folders, sources, strict=False):
         shutil.copytree(folder, source)
-    shutil.copytree(base, "llama")
+    shutil.copytree(plain_base, "llama")
     if given == "absolute":
         sources = [str(tmp_path / source) for source in sources]
     words = ["--method", "knots_ties", "--density", "0.4", "--layers", "ffn|q_proj", "--rest", "soup", "--rank", "3"]
@@ -125,20 +126,20 @@ def test_the_card_s_command_makes_the_adapter_again(given, folders, base, tmp_pa
         assert (Path("again") / name).read_bytes() == (tmp_path / out / name).read_bytes()
 
 
-def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
+def test_hub_ids_are_read_like_folders(plain_folders, plain_base, tmp_path, monkeypatch):
     """From the hub's own cache, laid out as it lays it out, without a network."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name, folder in (("models--somebody--adapter", folders[0]), ("models--somebody--base", base)):
+    for name, folder in (("models--somebody--adapter", plain_folders[0]), ("models--somebody--base", plain_base)):
         revision = "0123456789abcdef0123456789abcdef01234567"
         shutil.copytree(folder, tmp_path / "hub" / name / "snapshots" / revision)
         (tmp_path / "hub" / name / "refs").mkdir()
         (tmp_path / "hub" / name / "refs" / "main").write_text(revision)
-    words = ["somebody/adapter", *folders[1:], "--method", "soup", "--json"]
+    words = ["somebody/adapter", *plain_folders[1:], "--method", "soup", "--json"]
     assert main(["merge", *words, "--out", str(tmp_path / "hub_id")]) == 0
-    assert main(["merge", *folders, "--method", "soup", "--out", str(tmp_path / "local")]) == 0
+    assert main(["merge", *plain_folders, "--method", "soup", "--out", str(tmp_path / "local")]) == 0
     found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("hub_id", "local"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -150,7 +151,7 @@ def test_hub_ids_are_read_like_folders(folders, base, tmp_path, monkeypatch):
     )
     assert main(["merge", *words, "--out", str(tmp_path / "full"), "--into-base", "somebody/base"]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "full")
-    assert main(["merge", "somebody/else", *folders, "--out", str(tmp_path / "o")]) == 2
+    assert main(["merge", "somebody/else", *plain_folders, "--out", str(tmp_path / "o")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.train import main
 from tests.helpers.commands import train
 from tests.helpers.paths import ROOT
@@ -77,8 +78,6 @@ def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, optio
 
 def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
     Path("rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    from seedlora.cli.parser import SeedLoRACLI
-
     for options in (["--data", "InstructionData", "--data.path", "rows.jsonl"], ["--config", "run.yaml"]):
         Path("run.yaml").write_text(
             "data: {class_path: seedlora.datamodules.InstructionData, init_args: {path: rows.jsonl}}"
@@ -88,13 +87,11 @@ def test_the_options_of_the_default_data_do_not_leak_into_another(tiny_llama):
 
 
 def test_the_clock_comes_before_the_ensemble_whose_phases_it_times():
-    from seedlora.cli.parser import SeedLoRACLI
-
     kinds = [type(callback).__name__ for callback in SeedLoRACLI(PARTS, []).trainer.callbacks]
     assert kinds.index("Throughput") < kinds.index("SeedEnsembleCallback")
 
 
-def test_an_empty_data_file(tiny_llama, capsys):
+def test_an_empty_data_file_is_refused(tiny_llama, capsys):
     Path("empty.jsonl").write_text("")
     options = ["--model.base_model", tiny_llama, "--data", "InstructionData", "--data.path", "empty.jsonl"]
     assert main(PARTS, options) == 2
@@ -112,8 +109,6 @@ def test_help_and_print_config_in_a_fresh_process():
 
 
 def test_the_default_config_says_what_the_defaults_are(tmp_path):
-    from seedlora.cli.parser import SeedLoRACLI
-
     cli = SeedLoRACLI(PARTS, [])
     defaults = yaml.safe_load(cli.parser.dump(cli.config))
     written = yaml.safe_load((ROOT / "configs" / "default.yaml").read_text())

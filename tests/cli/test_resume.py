@@ -39,7 +39,7 @@ def kill_at(process, dirpath, step, **options):
         ("echo why; exit 7", "waiting for step 3, the run ended with exit code 7: why"),
     ],
 )
-def test_a_run_that_is_waited_for_in_vain(tmp_path, command, message):
+def test_a_run_that_is_waited_for_in_vain_says_why(tmp_path, command, message):
     (tmp_path / "checkpoints" / "seed_1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "seed_1" / "step=2.ckpt").touch()
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)

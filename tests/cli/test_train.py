@@ -81,7 +81,7 @@ def test_without_merge_the_default_is_seedlora(tiny_llama):
     assert json.loads((only_run() / "run.json").read_text())["epochs per seed"] == 2
 
 
-def test_a_users_own_data(tiny_llama):
+def test_a_users_own_data_is_trained_on(tiny_llama):
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = ["--data.prompt_field", "question", "--data.response_field", "answer", "--data.batch_size", "4"]
@@ -90,7 +90,7 @@ def test_a_users_own_data(tiny_llama):
     assert next(iter(json.loads((only_run() / "results.json").read_text())["scores"].values()))["n"] == 10
 
 
-def test_layers_that_are_not_trained_are_zeros_in_what_is_fused(tiny_llama):
+def test_layers_that_are_not_trained_are_zeros_in_the_fused_adapter(tiny_llama):
     options = ["--model.target_modules", "[q_proj,down_proj]", "--compare", "ties, soup", "--controls", "untrained"]
     assert train(tiny_llama, *options, "--ensemble.dirpath", "here") == 0
     fused = read_adapter("here/fused").layers

@@ -118,7 +118,7 @@ def test_every_data_set_byte_for_byte(tmp_path, tokenizer, make, row, expected):
     assert shown(data.rows["train"], tokenizer) == expected
 
 
-def test_every_data_set_is_among_them():
+def test_every_data_set_has_an_exact_row():
     kinds = {kind for kind in vars(datamodules).values() if isinstance(kind, type)}
     tested = {InstructionData, MetaMathQA, CodeFeedback, Tulu, GSM8K, Commonsense170k}
     assert kinds - tested == {InstructionDataModule, TableDataModule, datamodules.ReasoningGym}

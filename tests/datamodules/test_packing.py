@@ -88,7 +88,7 @@ def test_a_replica_of_a_packed_stack_equals_its_standalone_run(tiny_llama, tmp_p
         assert all(largest_difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
 
 
-def test_replicas_with_fewer_packs_are_among_them(module):
+def test_some_replicas_have_fewer_packs_than_others(module):
     data = prepared(module, pack_tokens=180)
     counts = {
         tuple(len(each) for each in micro.packs)

@@ -38,7 +38,7 @@ SPLITS = [
 ]
 
 
-def test_the_facts(run):
+def test_the_facts_are_those_counted_by_hand(run):
     code, printed = run(*SPLITS, "--json", "--rows", "1")
     assert code == 0
     facts = json.loads(printed.out)
@@ -53,7 +53,7 @@ def test_the_facts(run):
     assert sum(rows for _, _, rows in facts["histogram"]) == 10
 
 
-def test_what_a_user_reads(run):
+def test_the_preview_shows_rows_splits_and_bad_rows(run):
     code, printed = run(*SPLITS)
     assert code == 0
     for text in (

@@ -134,7 +134,7 @@ def test_a_chat_template_that_raises_is_one_sentence(tokenizer):
         ([Turn("user", "Hi"), Turn("system", "x")], "turn 2 is a system turn"),
     ],
 )  # fmt: skip
-def test_what_is_no_conversation(turns, message):
+def test_turns_that_are_no_conversation_are_refused(turns, message):
     with pytest.raises(ValueError, match=message):
         check_turns(turns)
 
@@ -151,7 +151,7 @@ def test_what_nobody_answers_is_left_out():
         ("chat", {"chat_template": None}, "no chat template; choose one of plain, alpaca"),
     ],
 )  # fmt: skip
-def test_what_has_no_record(tokenizer, style, change, message):
+def test_a_style_that_cannot_be_recorded_is_refused(tokenizer, style, change, message):
     for name, value in change.items():
         setattr(tokenizer, name, value)
     with pytest.raises(ValueError, match=message):

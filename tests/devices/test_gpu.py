@@ -84,7 +84,7 @@ def test_the_device_changes_nothing_but_rounding(tiny_llama, tmp_path):
     assert there.results.scores["fused"].n == 12
 
 
-def test_passes_live_fusion_choice_and_controls(tiny_llama, tmp_path):
+def test_a_run_in_passes_gives_the_seeds_of_one_stack(tiny_llama, tmp_path):
     choice = {"merge": "auto", "compare": "ties,dare_linear", "controls": "untrained"}
     seeds = [1, 2, 3]
     passes = fit(tiny_llama, tmp_path / "x", seeds, on=ON, ensemble={**choice, "stack_size": 2}, trainer=SAME_BITS)
@@ -117,7 +117,7 @@ def test_a_resumed_run_has_the_same_bits(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_fused_is_what_the_cpu_fuses(method):
+def test_rules_merge_as_on_the_cpu(method):
     wanted = fused_on("cpu", method)
     for path, factors in fused_on(DEVICE, method).items():
         assert factors.B.device.type == DEVICE.type
@@ -125,7 +125,7 @@ def test_what_is_fused_is_what_the_cpu_fuses(method):
         assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_main_job_and_its_memory(smollm2, tmp_path):
+def test_the_main_job_takes_the_memory_that_was_estimated(smollm2, tmp_path):
     small = {} if CUDA else {"num_train": 24, "num_val": 8, "num_test": 8}
     data = {"num_train": 200, "num_val": 16, "num_test": 32, "batch_size": 16, "eval_batch_size": 16, **small}
     ensemble, options = {"merge": "seedlora"}, {"dtype": "bfloat16", "r": 8, "lora_alpha": 16}
@@ -146,7 +146,7 @@ def test_the_main_job_and_its_memory(smollm2, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_a_quantised_base(tiny_llama, tmp_path, quantization):
+def test_a_stack_on_a_quantised_base_is_its_standalone_run(tiny_llama, tmp_path, quantization):
     options = {"on": ON, "trainer": SAME_BITS, "quantization": quantization}
     stack = fit(tiny_llama, tmp_path / "stack", [1, 2], ensemble={"stack_size": 1}, **options)
     alone = fit(tiny_llama, tmp_path / "alone", [2], test=False, **options)

@@ -73,7 +73,7 @@ def test_the_device_refuses_what_a_gpu_refuses(device):
 
 
 @pytest.mark.usefixtures("float64")
-def test_passes_live_fusion_choice_controls_and_test(tiny_llama, tmp_path):
+def test_a_run_with_all_that_it_can_choose_gives_what_the_cpu_gives(tiny_llama, tmp_path):
     options = {
         "ensemble": {"stack_size": 2, "merge": "auto_gain", "compare": "ties,dare_linear", "controls": "untrained"},
         "data": SMALL,
@@ -91,7 +91,7 @@ def test_passes_live_fusion_choice_controls_and_test(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_adapters(tiny_llama, tmp_path, kind):
+def test_adapters_of_each_kind_train_as_on_the_cpu(tiny_llama, tmp_path, kind):
     rows = {"data": SMALL, "trainer": {"max_steps": 2, "max_epochs": -1}, "test": kind in ("dora", "in full")}
     with nullcontext() if kind == "bfloat16" else in_float64():
         wanted = fit(tiny_llama, tmp_path / "cpu", on=ON_CPU, **rows, **KINDS[kind])
@@ -104,7 +104,7 @@ def test_kinds_of_adapters(tiny_llama, tmp_path, kind):
 
 
 @pytest.mark.usefixtures("float64")
-def test_packed_rows_a_seed_that_is_stopped_and_one_that_diverges(tiny_llama, tmp_path):
+def test_a_run_with_packs_and_seeds_that_end_early_gives_what_the_cpu_gives(tiny_llama, tmp_path):
     options = {
         "ensemble": {"on_divergence": "exclude", "patience": 1, "keep": "best", "checkpoint_every_n_steps": 1},
         "data": {**SMALL, "pack_tokens": 512},
@@ -134,7 +134,7 @@ def test_the_host_waits_three_times_in_a_micro_batch(tiny_llama, tmp_path, devic
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", METHODS)
-def test_merge_rules(device, method):
+def test_rules_merge_as_on_the_cpu(device, method):
     wanted = fused_on(CPU, method)
     for path, factors in fused_on(DEVICE, method).items():
         assert isinstance(factors.A, OnDevice)
@@ -142,7 +142,7 @@ def test_merge_rules(device, method):
         assert torch.allclose(factors.dense().cpu(), wanted[path].dense(), rtol=0, atol=SAME)
 
 
-def test_generation(tiny_llama):
+def test_generated_texts_are_those_of_the_cpu(tiny_llama):
     module = built(tiny_llama, 1, 2)
     prompts = {"a": [Prompt("1 + 1 ="), Prompt("two")], "b": [Prompt("3"), Prompt("a longer one")], "mean": []}
     prompts["mean"] = prompts["a"]

@@ -39,16 +39,12 @@ def test_the_words_of_the_command_line():
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(strategy, options, message):
-    import lightning.pytorch as pl
-
     with pytest.raises(ValueError, match=message):
         chosen = choose_strategy(strategy, accelerator="cpu")
         prepare_strategy(pl.Trainer(strategy=chosen, accelerator="cpu", devices=1, logger=False, **options))
 
 
 def test_deepspeed_does_not_clip_a_second_time():
-    import lightning.pytorch as pl
-
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
     prepare_strategy(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, gradient_clip_val=0.1))
     assert strategy.config["gradient_clipping"] == 0.0
@@ -58,8 +54,6 @@ def test_deepspeed_does_not_clip_a_second_time():
 
 
 def test_deepspeed_leaves_the_base_model_in_its_dtype():
-    import lightning.pytorch as pl
-
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
     prepare_strategy(trainer)
@@ -68,8 +62,6 @@ def test_deepspeed_leaves_the_base_model_in_its_dtype():
 
 
 def test_deepspeed_needs_whole_steps():
-    import lightning.pytorch as pl
-
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, accumulate_grad_batches=2)
     check_batches(trainer, 4)

@@ -88,7 +88,7 @@ def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder, mon
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
-def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
+def test_a_task_is_scored_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     module = built(tiny_llama, 1)
     write_adapter("one", module.stack.stored_factors("seed_1"), module.options.lora_config())

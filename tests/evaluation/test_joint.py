@@ -23,7 +23,7 @@ def column(digits):
     return np.array([digit == "1" for digit in digits])
 
 
-def test_both_views_by_hand():
+def test_both_views_are_those_counted_by_hand():
     names = ["a", "b", "fused"]
     correct = {
         "a": np.stack([column("11110000"), column("00000001"), column("11000100")], axis=1),
@@ -122,7 +122,7 @@ def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
     assert {task["max_new_tokens"] for task in found["tasks"].values()} == {4}
 
 
-def test_no_hint_in_the_limit(adapters, monkeypatch):
+def test_the_limit_of_new_tokens_gives_no_hint(adapters, monkeypatch):
     from dataclasses import replace
 
     from seedlora.evaluation.scoring import task_runs, with_common_limit

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError
@@ -32,7 +32,7 @@ def test_the_fused_adapter_is_the_paper_s_formula(seed_folders, tmp_path):
 
 
 @torch.no_grad()
-def test_peft_loads_it_and_computes_base_plus_the_dense_update(seed_folders, tmp_path, tiny_llama):
+def test_peft_loads_the_fused_folder_and_computes_base_plus_the_dense_update(seed_folders, tmp_path, tiny_llama):
     merge_folders(seed_folders, tmp_path / "fused")
     rows = torch.arange(20).view(2, 10)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -67,7 +67,7 @@ def test_without_the_mean_the_rank_is_the_sum_of_the_ranks(seed_folders):
     assert {factors.rank for factors in layers.values()} == {12}
 
 
-def test_one_adapter_is_its_own_fusion(seed_folders):
+def test_one_adapter_merges_to_itself(seed_folders):
     (path, factors), *_ = read_adapter(seed_folders[0]).layers.items()
     torch.testing.assert_close(seedlora(factors).dense(), factors.dense(), msg=path)
 
@@ -84,8 +84,6 @@ def damage(folder, kind):
     elif kind == "weights cut short":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif kind in ("nan", "another base", "dora", "half missing"):
-        from safetensors.torch import load_file, save_file
-
         tensors, entries = load_file(weights), json.loads(config.read_text())
         name = next(key for key in tensors if "lora_B" in key)
         if kind == "nan":
@@ -177,7 +175,7 @@ class Numbered(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_layers_that_are_named_by_a_number(tmp_path):
+def test_layers_that_are_named_by_a_number_are_found_by_peft(tmp_path):
     model = save_adapter(tmp_path / "a", Numbered, r=2, target_modules=["mlp.0", "mlp.2", "proj"])
     merge_folders([tmp_path / "a"], tmp_path / "out", method="soup")
     assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["target_modules"] == ["mlp.0", "mlp.2", "proj"]

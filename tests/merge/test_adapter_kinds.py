@@ -20,7 +20,7 @@ from tests.helpers.adapter_kinds import KINDS, PLAIN, SEEDS, distance, load_base
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_to_the_mean_of_what_they_add(kind, adapters_of, tmp_path):
+def test_the_soup_adds_the_mean_of_what_the_adapters_add(kind, adapters_of, tmp_path):
     """As an adapter of a rank that holds it all, and in the base's weights."""
     case = adapters_of(kind)
     merge_folders(case.folders, tmp_path / "out", method="soup", options={"rank": 32, "svd": "exact"})
@@ -31,7 +31,7 @@ def test_fused_to_the_mean_of_what_they_add(kind, adapters_of, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_adapter_is_its_own_fusion(kind, adapters_of, tmp_path):
+def test_one_adapter_of_any_kind_merges_to_itself(kind, adapters_of, tmp_path):
     case = adapters_of(kind)
     bytes_before = [(folder / WEIGHTS_NAME).read_bytes() for folder in case.folders]
     merge_into_base(case.folders[:1], case.base, tmp_path / "full", method="seedlora")
@@ -76,7 +76,7 @@ def test_the_folder_loads_in_peft_with_equal_logits(kind, adapters_of, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa", "conv1d, dora"])
-def test_seedlora_of_full_rank(kind, adapters_of, tmp_path):
+def test_seedlora_in_the_base_weights_is_the_paper_s_formula(kind, adapters_of, tmp_path):
     case = adapters_of(kind)
     merge_into_base(case.folders, case.base, tmp_path / "full")
     full = load_base(tmp_path / "full").state_dict()
@@ -128,7 +128,7 @@ MAGNITUDE = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
         ),
     ],
 )
-def test_broken_magnitudes(edit, message, edited_copy, adapters_of, tmp_path):
+def test_broken_magnitudes_are_refused(edit, message, edited_copy, adapters_of, tmp_path):
     with pytest.raises(AdapterError, match=message):
         merge_folders([edited_copy("dora", edit)], tmp_path / "out")
     assert not (tmp_path / "out").exists()

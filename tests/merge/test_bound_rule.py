@@ -40,7 +40,7 @@ NEITHER = "lm_head model.embed_tokens score multi_modal_projector.linear_1"
     ("layers", "paths"),
     [(layers, paths.split()) for layers, paths in (("attention", ATTENTION), ("ffn", FFN), ("neither", NEITHER))],
 )
-def test_layers_of_known_models(layers, paths):
+def test_attention_and_ffn_are_found_in_known_models(layers, paths):
     for path in paths:
         chosen = {
             name for name in ("attention", "ffn") if make_rule("soup", {"layers": name, "rest": "soup"}).selects(path)
@@ -86,7 +86,7 @@ def test_bound_rules_travel_to_other_processes():
     assert torch.equal(bound(make_stack()).A, make_rule("knots_ties", {"density": 0.3})(make_stack()).A)
 
 
-def test_a_bound_rule_fuses_one_layer():
+def test_a_bound_rule_merges_one_layer():
     stack = make_stack()
     assert make_rule("ties")(stack).rank == 6
     assert relative(make_rule("soup")(stack).dense()[0], ref.soup(dense_list(stack))) < 1e-12

@@ -23,7 +23,7 @@ def test_the_table_says_which_rules_give_dense_updates_of_factors(name):
 
 
 @pytest.mark.parametrize("name", TAKES_DENSE)
-def test_rules_on_dense_updates(name, monkeypatch):
+def test_rules_on_dense_updates_are_their_formulas(name, monkeypatch):
     """Random masks depend on the blocks, so those of the factors are made the same."""
     case, stack = CASES[name], make_stack(n=3, r=2, d=13, k=11)
     found = METHODS[case.method].rule(as_dense(stack, rows=13), **options_for(case, stack))
@@ -41,7 +41,7 @@ SAME_FOR_ANY_FACTORS = {
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "greedy_soup"])
-def test_every_rule_fuses_them(name):
+def test_every_rule_merges_dense_updates_as_it_merges_their_factors(name):
     """At a rank that holds all of an update, dense updates merge to what their factors merge to."""
     stack = make_stack(n=2, r=2, d=13, k=11)
     options = {"rank": 11, "match_norm": False, **SAME_FOR_ANY_FACTORS.get(name, {})}
@@ -66,7 +66,7 @@ def test_row_blocks_change_nothing(name, monkeypatch):
         assert torch.allclose(update.dense(), whole)
 
 
-def test_dense_update_of_ones_own():
+def test_a_rule_of_ones_own_may_give_a_dense_update():
     """The largest value per entry: a toy element-wise rule."""
 
     def largest(stack):

@@ -16,7 +16,7 @@ from seedlora.merge.inputs import read_adapters, stack_adapters
 from tests.helpers.adapter_folders import KEY, Q, save_adapter
 
 
-def test_adapters_that_do_not_belong_together(good, broken, tmp_path):
+def test_adapters_that_do_not_belong_together_are_refused(good, broken, tmp_path):
     with pytest.raises(AdapterError, match=r"was given twice"):
         read_adapters([good, good / "." / ""])
     folder = broken(config={"base_model_name_or_path": "other"})
@@ -82,14 +82,14 @@ def test_kinds_are_not_mixed(adapters_of, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "said"), [("lora_bias", "only .* has lora_bias"), ("modules_to_save", "only .* has lm_head")]
 )
-def test_what_only_one_of_them_has(kind, said, edited_copy, adapters_of, tmp_path):
+def test_what_only_one_adapter_has_is_refused(kind, said, edited_copy, adapters_of, tmp_path):
     base = {"base_model_name_or_path": str(adapters_of(kind).base)}
     with pytest.raises(AdapterError, match=said):
         merge_folders([adapters_of(kind).folders[0], edited_copy("lora", **base)], tmp_path / "out")
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_loftq_is_not_fused_with_adapters_of_the_original_base(first, adapters_of, loftq, tmp_path):
+def test_loftq_is_not_merged_with_adapters_of_the_original_base(first, adapters_of, loftq, tmp_path):
     pair = [loftq, adapters_of("lora").folders[0]][:: 1 if first else -1]
     with pytest.raises(AdapterError, match=r"copy belongs on the one in nf4 alone|copy on the one in nf4 alone"):
         merge_folders(pair, tmp_path / "out")

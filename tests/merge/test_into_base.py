@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.reading import read_adapter
@@ -29,8 +29,8 @@ from tests.helpers.models import SEEDS, moved_in_all
 from tests.helpers.precision import plain_model
 
 
-def test_into_base_is_what_peft_merges(folders, base, tmp_path):
-    words = ["merge", *folders, "--method", "soup", "--out", str(tmp_path / "o"), "--into-base", str(base)]
+def test_into_base_is_what_peft_merges(plain_folders, plain_base, tmp_path):
+    words = ["merge", *plain_folders, "--method", "soup", "--out", str(tmp_path / "o"), "--into-base", str(plain_base)]
     assert main(words) == 0
     before = small_llama().state_dict()
     added = []
@@ -40,19 +40,19 @@ def test_into_base_is_what_peft_merges(folders, base, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()
     for key in before:
         assert torch.allclose(found[key], before[key] + ref.mean([a[key] for a in added]), atol=1e-4)
-    names = {f.name for f in base.iterdir()}
+    names = {f.name for f in plain_base.iterdir()}
     assert names | {FUSION_NAME, "README.md"} == {f.name for f in (tmp_path / "o").iterdir()}
 
 
-def test_dense_rules_go_into_the_base_exactly(folders, base, tmp_path):
-    merge_into_base(folders, base, tmp_path / "o", method="ties")
-    stacks = stack_adapters(read_adapters(folders))
+def test_dense_rules_go_into_the_base_exactly(plain_folders, plain_base, tmp_path):
+    merge_into_base(plain_folders, plain_base, tmp_path / "o", method="ties")
+    stacks = stack_adapters(read_adapters(plain_folders))
     path = "model.layers.1.mlp.down_proj"
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "o").state_dict()[f"{path}.weight"]
     wanted = ref.ties(list(stacks[path].dense().double()))
     assert torch.allclose(found.double(), small_llama().state_dict()[f"{path}.weight"] + wanted, atol=1e-5)
     assert "compression" not in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
-    merge_into_base(folders, base, tmp_path / "o", method="ties", options={"rank": 3})
+    merge_into_base(plain_folders, plain_base, tmp_path / "o", method="ties", options={"rank": 3})
     assert "compression" in json.loads((tmp_path / "o" / FUSION_NAME).read_text())
 
 
@@ -67,26 +67,26 @@ def test_into_base_of_transposed_weights(kind, tmp_path):
         assert torch.allclose(found[key], wanted, atol=1e-4), key
 
 
-def test_into_base_refuses_what_does_not_fit(folders, base, tmp_path):
+def test_into_base_refuses_what_does_not_fit(plain_folders, plain_base, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     save_file({"a": torch.ones(1)}, tmp_path / "q" / "model.safetensors")
     with pytest.raises(ValueError, match="is quantised"):
-        merge_into_base(folders, tmp_path / "q", tmp_path / "o")
+        merge_into_base(plain_folders, tmp_path / "q", tmp_path / "o")
     (tmp_path / "q" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight for the adapted layer"):
-        merge_into_base(folders, tmp_path / "q", tmp_path / "o")
+        merge_into_base(plain_folders, tmp_path / "q", tmp_path / "o")
     small_gpt2().save_pretrained(tmp_path / "g")
     with pytest.raises(ValueError, match="has no weight"):
-        merge_into_base(folders, tmp_path / "g", tmp_path / "o")
+        merge_into_base(plain_folders, tmp_path / "g", tmp_path / "o")
     with pytest.raises(ValueError, match="the output .* is .*, which would be deleted"):
-        merge_into_base(folders, base, base)
+        merge_into_base(plain_folders, plain_base, plain_base)
     assert not (tmp_path / "o").exists()
 
 
-def test_shards_keep_their_metadata_and_dtype(folders, tmp_path):
+def test_shards_keep_their_metadata_and_dtype(plain_folders, tmp_path):
     small_llama().bfloat16().save_pretrained(tmp_path / "b")
-    merge_into_base(folders, tmp_path / "b", tmp_path / "o")
+    merge_into_base(plain_folders, tmp_path / "b", tmp_path / "o")
     with safe_open(tmp_path / "o" / "model.safetensors", framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
         assert {handle.get_tensor(key).dtype for key in handle.keys()} == {torch.bfloat16}  # noqa: SIM118
@@ -98,8 +98,6 @@ LAYERS = {"layers": "up_proj", "rest": "nothing"}
 def in_bits(base, folder, **options):
     """A base model as bitsandbytes stores it."""
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     if "load_in_8bit" not in options:
         options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32, **options}
     model = AutoModelForCausalLM.from_pretrained(
@@ -170,8 +168,6 @@ def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):
 @pytest.mark.parametrize("bits", ["nf4", "nested nf4", "int8"])
 def test_a_quantised_base_is_dequantised(bits, adapters_of, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     case = adapters_of("dora")
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     options = {"load_in_8bit": True} if bits == "int8" else four | {"bnb_4bit_use_double_quant": bits != "nf4"}
@@ -208,8 +204,6 @@ def test_a_quantised_base_is_dequantised(bits, adapters_of, tmp_path, capsys):
 def test_an_int8_base_comes_out_as_it_was_made(adapters_of, tmp_path):
     """In bfloat16, rounded once: half the size of the float32 in which int8 is dequantised."""
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
     case, config = adapters_of("lora"), BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(
         case.base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16

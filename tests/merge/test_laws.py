@@ -101,7 +101,7 @@ LAWS = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("law", LAWS)
-def test_law(law, name):
+def test_every_method_keeps_the_law_or_breaks_it_by_design(law, name):
     error = relative(*LAWS[law](name))
     if (law, name) in BROKEN:
         assert error > 1e-3, f"{name} keeps the law '{law}'; take it off the list"

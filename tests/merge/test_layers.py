@@ -68,7 +68,7 @@ def test_greedy_soup_keeps_what_helps():
 
 
 @pytest.mark.parametrize("rest", ["soup", "nothing"])
-def test_layers_left_out(rest):
+def test_layers_that_are_left_out_get_the_rule_for_the_rest(rest):
     fused = merge_stacks(STACKS, make_rule("task_arithmetic", {"scale": 1.0, "layers": "ffn", "rest": rest}))
     q = "model.layers.0.self_attn.q_proj"
     wanted = ref.soup(dense_list(STACKS[q])) * (rest == "soup")
@@ -84,7 +84,7 @@ def test_thresholds_are_those_of_the_chosen_layers():
         assert relative(some[path].dense()[0], factors.dense()[0]) < 1e-12
 
 
-def test_layers_that_select_nothing():
+def test_a_choice_of_no_layer_is_refused():
     with pytest.raises(ValueError, match="selects none of 3 layers"):
         merge_stacks(STACKS, make_rule("soup", {"layers": "conv", "rest": "nothing"}))
 
@@ -110,7 +110,7 @@ def keep_all(stack):
     return stack
 
 
-def test_a_row_of_ones_own_with_a_survey():
+def test_a_method_of_ones_own_may_survey_the_model():
     """The largest norm over all layers, which no layer knows alone."""
 
     def largest(walk):

@@ -41,7 +41,7 @@ def peft_mean(case, combination, folder, *, svd_rank=16):
 
 @pytest.mark.parametrize("combination", ["svd", "cat"])
 @pytest.mark.parametrize("kind", PEFT_RESULT)
-def test_what_peft_makes_of_them(kind, combination, adapters_of, tmp_path):
+def test_the_mean_by_peft_is_off_as_the_docs_say(kind, combination, adapters_of, tmp_path):
     """Ours is right on each (above); a PEFT that changes for the better fails here, and the table is out of date."""
     case = adapters_of(kind)
     if PEFT_RESULT[kind] == REFUSED:
@@ -52,7 +52,7 @@ def test_what_peft_makes_of_them(kind, combination, adapters_of, tmp_path):
     assert distance(peft_mean(case, combination, tmp_path), case.mean) == pytest.approx(wanted, rel=0.2, abs=1e-5)
 
 
-def test_a_rank_pattern_at_a_lower_rank_is_the_best_of_it(adapters_of, tmp_path):
+def test_a_rank_pattern_is_compressed_optimally_by_peft_and_by_us(adapters_of, tmp_path):
     """By PEFT, saved and loaded again, and by us: neither applies the pattern of the inputs to the result."""
     case = adapters_of("rank_pattern")
     rest = [torch.linalg.svdvals(update.double())[3:] for update in case.mean.values() if update.any()]

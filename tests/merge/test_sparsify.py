@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seedlora.merge.steps.sparsify import drop
+from seedlora.merge.steps.sparsify import drop, magnitude_thresholds
 from tests.helpers import reference as ref
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_thresholds_are_exact(density, dtype):
-    from seedlora.merge.steps.sparsify import magnitude_thresholds
-
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1)).to(dtype) * torch.tensor([[1e-6], [30.0]])
     values[:, :700] = 0
     found = magnitude_thresholds(lambda step: values.to(dtype)[:, ::step].split(999, dim=1), density)

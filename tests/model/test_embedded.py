@@ -26,14 +26,14 @@ def test_the_embedded_model_is_a_plain_bfloat16_llama(embedded):
     assert getattr(model.config, "quantization_config", None) is None
 
 
-def test_its_tokenizer_splits_digits(embedded):
+def test_the_tokenizer_splits_digits(embedded):
     tokenizer = base_model.load_tokenizer(embedded)
     assert tokenizer.convert_ids_to_tokens(tokenizer("12345")["input_ids"]) == ["1", "2", "3", "4", "5"]
     assert tokenizer.decode(tokenizer("12 + 345 = x7")["input_ids"]) == "12 + 345 = x7"
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_it_says_something_sensible(embedded):
+def test_the_embedded_model_prefers_english_to_shuffled_words(embedded):
     """The dequantised weights are the right ones: English text is likelier than the same words shuffled."""
     model = base_model.load_model(embedded, dtype=torch.bfloat16).eval()
     tokenizer = base_model.load_tokenizer(embedded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from seedlora.model.peft_internals import (
@@ -23,8 +24,6 @@ class TestPEFT:
         assert pattern_key({"v_proj": 4}, "model.layers.0.q_proj") == "model.layers.0.q_proj"
 
     def test_no_target_modules(self, tiny_llama):
-        from peft import LoraConfig, get_peft_model
-
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         config = LoraConfig(target_modules=no_target_modules(), modules_to_save=["lm_head"])
         trained = [
@@ -42,8 +41,6 @@ class TestPEFT:
 
     @pytest.mark.parametrize("name", LORA_LAYER_ATTRIBUTES)
     def test_lora_layer_attributes(self, tiny_llama, name):
-        from peft import LoraConfig, get_peft_model
-
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
         layer = wrapped.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
@@ -51,8 +48,6 @@ class TestPEFT:
 
     @pytest.mark.parametrize("name", FULL_MODULE_ATTRIBUTES)
     def test_full_module_attributes(self, tiny_llama, name):
-        from peft import LoraConfig, get_peft_model
-
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
         assert hasattr(wrapped.get_submodule("base_model.model.lm_head"), name)

@@ -115,7 +115,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsy
     assert found["verdict"].startswith("Soup: no difference from the mean seed shown")
 
 
-def test_passes_and_long_curves(run):
+def test_curves_of_several_passes_are_joined_and_thinned(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["ensemble"]["seeds"] = [42, 11]
     (run / "config.yaml").write_text(yaml.safe_dump(config))

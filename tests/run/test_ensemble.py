@@ -91,7 +91,7 @@ def test_auto_is_all_seeds_until_the_memory_has_decided(tmp_path):
     assert run.next_names == ("seed_3",)
 
 
-def test_seeds_in_training_are_fused_with_the_finished_ones_in_the_order_of_the_seeds(tmp_path):
+def test_seeds_in_training_are_merged_with_the_finished_ones_in_the_order_of_the_seeds(tmp_path):
     run = ensemble(tmp_path, merge="soup", merge_options={"weights": [5, 1, 2]})
     train(run, "seed_1")
     training = Stacks({path: LoRAFactors.stack([drawn(3)[path], drawn(2)[path]]) for path in PATHS}, {})
@@ -105,7 +105,7 @@ def test_seeds_in_training_are_fused_with_the_finished_ones_in_the_order_of_the_
         assert torch.allclose(dense(alone, path), 2 * dense(drawn(2), path), atol=1e-5)
 
 
-def test_the_run_is_fused_into_its_folder(tmp_path, capsys):
+def test_the_run_is_merged_into_its_folder(tmp_path, capsys):
     run = ensemble(tmp_path, merge="ties", merge_options={"density": 0.5})
     train(run, "seed_3", "seed_1")
     assert merge_run(run) is None
@@ -140,7 +140,7 @@ def test_the_run_is_fused_into_its_folder(tmp_path, capsys):
     assert list(ensemble(tmp_path, merge="none").read_tested(torch.device("cpu"))) == ["seed_3", "seed_1", "seed_2"]
 
 
-def test_a_rule_that_is_to_be_chosen_fuses_nothing_before(tmp_path):
+def test_a_rule_that_is_to_be_chosen_merges_nothing_before(tmp_path):
     run = ensemble(tmp_path, merge="auto")
     train(run, "seed_3", "seed_1", "seed_2")
     assert (run.method_name, run.rule.name) == ("auto", "soup")

@@ -61,6 +61,6 @@ def test_weights_are_one_per_seed():
         ({"stack_size": "most"}, "ensemble.stack_size must be at least 1, or 'auto', got 'most'"),
     ],
 )
-def test_bad_options(options, message):
+def test_the_callback_refuses_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         SeedEnsembleCallback(**options)

@@ -6,7 +6,7 @@ from seedlora.run.budget import ReplicaBudget
 from seedlora.run.fit_state import BestValidation, FitState
 
 
-def test_the_best_validation():
+def test_a_fit_remembers_its_best_validation():
     best = BestValidation(loss=1.0, step=3)
     assert [best.is_beaten_by(loss) for loss in (0.5, 1.0, float("nan"))] == [True, False, False]
     assert BestValidation(loss=float("nan"), step=3).is_beaten_by(9.0)

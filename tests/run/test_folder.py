@@ -59,7 +59,7 @@ def test_a_control_of_fewer_seeds_is_trained_anew(tmp_path):
     assert again.checkpoint(("wide_seed",)) is None
 
 
-def test_what_was_fused_before_is_forgotten(tmp_path):
+def test_what_was_merged_before_is_forgotten(tmp_path):
     folder = RunFolder(tmp_path, [1])
     train(folder, "seed_1", "fused", "soup")
     (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')

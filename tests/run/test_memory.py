@@ -18,7 +18,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.precision import plain_model
 from tests.helpers.strategies_job import zero
 
-# conftest's tiny Llama: per layer q 32 x 32, k and v 16 x 32, o 32 x 32, and 3 x 48 x 32; two layers
+# The tiny Llama: per layer q 32 x 32, k and v 16 x 32, o 32 x 32, and 3 x 48 x 32; two layers
 LAYER = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32
 OUTSIDE = 2 * 257 * 32 + 5 * 32  # embedding, head, norms
 ADAPTER = 2 * 4 * (64 + 48 + 48 + 64 + 3 * 80)  # r = 4
@@ -90,12 +90,12 @@ def test_the_estimate_is_within_a_fifth_of_the_peak(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_the_plan_counts_what_is_trained(tiny_llama, adapter):
+def test_the_parameters_counted_are_those_that_are_trained(tiny_llama, adapter):
     module = built(tiny_llama, 42, adapter=adapter)
     assert sum(p.numel() for p in module.stack.parameters("seed_42")) == trainable_parameters(module.options)
 
 
-def test_the_estimate_of_memory_counts_them(tiny_llama):
+def test_the_estimate_counts_modules_that_are_trained_in_full(tiny_llama):
     size = {"tokens": 100, "supervised": 50, "longest": 10}
     plain, full = (
         step_memory(make_module(tiny_llama, **o).options, 3, **size) for o in ({}, {"modules_to_save": ENDS})
@@ -108,7 +108,7 @@ def test_the_estimate_of_memory_counts_them(tiny_llama):
     assert half.activations - small.activations == 50 * 257 * (2 * 2 + 12 - 2 - 8) + 2 * weights
 
 
-def test_the_plan_of_whole_models(tiny_llama):
+def test_the_estimate_counts_every_weight_of_whole_models(tiny_llama):
     module = make_module(tiny_llama, **FULL, dtype="bfloat16")
     parameters = sum(p.numel() for p in plain_model(tiny_llama).parameters())
     assert trainable_parameters(module.options) == parameters
@@ -124,7 +124,7 @@ def module_shapes(folder):
     return [layer.weight.shape for name, layer in plain_model(folder).named_modules() if "proj" in name]
 
 
-def test_the_stack_that_fits():
+def test_the_largest_stack_that_fits_is_chosen():
     def memory(n):
         return Memory(base=10, adapters=n, optimizer=n, activations=8 * n)
 

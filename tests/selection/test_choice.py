@@ -13,7 +13,7 @@ from seedlora.selection.choice import choose, describe_rule, greedy_soup, score_
 from tests.helpers.scored_layers import FFN, row_scores, stacks
 
 
-def test_the_choice():
+def test_the_best_score_is_chosen_and_the_first_of_equals():
     scores = {
         "a": row_scores(1.0, 0.4),
         "b": row_scores(0.9, 0.3),

@@ -76,7 +76,7 @@ def test_a_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path, adapt
 
 
 @pytest.mark.usefixtures("float64")
-def test_dora_is_read_back_scored_and_fused_as_it_acts(tiny_llama, tmp_path):
+def test_dora_is_read_back_scored_and_merged_as_it_acts(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback(SEEDS[:2], dirpath=tmp_path, merge="soup", budget="full")
     module, data = make_module(tiny_llama, adapter="dora"), make_data()
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -83,7 +83,7 @@ def test_stacked_alone_in_passes_and_resumed(tiny_llama, tmp_path, adapter):
         assert relative(saved(stack.adapter_path(11))[key], tensor) > 1e-3, key
 
 
-def test_a_run_averages_them_in_everything_it_scores(tiny_llama, tmp_path):
+def test_a_run_averages_full_modules_in_everything_it_scores(tiny_llama, tmp_path):
     """Live, on validation rows, among controls and in the folders; a whole model is the same."""
     callback = SeedEnsembleCallback(
         SEEDS, dirpath=tmp_path, budget="full", stack_size=2, merge="soup", compare="ties", controls="untrained"

@@ -96,7 +96,7 @@ def whole_run(tiny_llama, tmp_path_factory):
     return callback, module, data
 
 
-def test_whole_models_are_fused_by_the_rule_on_what_training_added(tiny_llama, whole_run):
+def test_whole_models_are_merged_by_the_rule_on_what_training_added(tiny_llama, whole_run):
     callback, *_ = whole_run
     before = plain_model(tiny_llama).state_dict()
     seeds = [plain_model(callback.adapter_path(seed)).state_dict() for seed in SEEDS]

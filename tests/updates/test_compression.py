@@ -44,7 +44,7 @@ def test_compression_says_its_error(svd, match_norm, held, monkeypatch):
 @pytest.mark.parametrize("match_norm", [False, True])
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 @pytest.mark.parametrize("tail", [0.0, 1e-5, 1e-3, 0.1])
-def test_small_errors_of_float32_updates(tail, svd, match_norm):
+def test_small_errors_of_float32_updates_are_exact(tail, svd, match_norm):
     """Down to the rounding of float32, where the squared norms of update and result are equal in every digit."""
     g = torch.Generator().manual_seed(0)
     matrix = torch.randn(60, 5, generator=g) @ torch.randn(5, 50, generator=g)

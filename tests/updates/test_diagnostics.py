@@ -15,7 +15,7 @@ STACK = make_stack(n=3, r=2, d=20, k=30)
 UPDATES = dense_list(STACK)
 
 
-def test_layer_facts():
+def test_facts_of_a_layer_are_those_of_the_dense_updates():
     facts = diagnostics.layer_facts("model.layers.0.mlp.up_proj", STACK, merged=soup(STACK), samples=20000)
     assert facts.module == "up_proj"
     for found, update in zip((*facts.updates, facts.merged), (*UPDATES, mean(UPDATES)), strict=True):
@@ -40,7 +40,7 @@ def test_layer_facts():
     assert facts.samples == 20000
 
 
-def test_module_rows():
+def test_facts_of_a_module_are_means_over_its_layers():
     paths = [f"model.layers.{i}.mlp.{m}" for i in range(2) for m in ("up_proj", "down_proj")]
     layers = [diagnostics.layer_facts(p, make_stack(seed=i), samples=64) for i, p in enumerate(paths)]
     up, down = diagnostics.module_facts(layers)
@@ -49,7 +49,7 @@ def test_module_rows():
     assert up.norm == pytest.approx(sum(u.norm for i in (0, 2) for u in layers[i].updates) / 6)
 
 
-def test_model_cosines():
+def test_cosines_of_the_model_are_those_of_all_entries():
     stacks = {"a": make_stack(seed=1), "b": make_stack(seed=2, d=5)}
     long = [torch.cat([s.dense()[i].flatten() for s in stacks.values()]) for i in range(3)]
     wanted = [[float(a @ b / a.norm() / b.norm()) for b in long] for a in long]
@@ -58,7 +58,7 @@ def test_model_cosines():
         diagnostics.model_cosines({})
 
 
-def test_zero_updates():
+def test_zero_updates_have_finite_facts():
     facts = diagnostics.layer_facts("a", LoRAFactors(torch.zeros(2, 1, 3), torch.zeros(2, 4, 1)))
     assert (facts.mean_cosine, facts.rho, facts.gain) == (0, 1, 1)
     assert facts.updates[0].effective_rank == 0
@@ -69,7 +69,7 @@ def test_layers_are_sorted_as_people_count():
     assert sorted(paths, key=diagnostics.natural_sort_key) == [paths[2], paths[1], paths[0]]
 
 
-def test_histogram_counts_every_entry(monkeypatch):
+def test_a_histogram_counts_every_entry(monkeypatch):
     """In blocks of rows, the last one smaller, against the dense updates."""
     monkeypatch.setattr("seedlora.updates.dense.BLOCK_ENTRIES", 3 * 2 * 7)
     generator = torch.Generator().manual_seed(0)

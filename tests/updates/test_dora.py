@@ -65,14 +65,14 @@ def test_dora_of_a_row_without_direction():
     torch.testing.assert_close(found, torch.tensor([[0.0, 0, 0], [3, 4, 0]]))
 
 
-def test_magnitudes_of_another_shape():
+def test_magnitudes_of_another_shape_are_refused():
     stack, magnitudes, _ = dora_case()
     with pytest.raises(ValueError, match=r"shape \(N, D\) = \(3, 13\), got \(3, 12\)"):
         dora_updates(stack, magnitudes[:, :12], lambda start, stop: torch.zeros(1))
 
 
 @pytest.mark.parametrize("method", ["soup", "seedlora", "ties", "karcher"])
-def test_laws_of_dora(method):
+def test_rules_keep_their_laws_on_dora(method):
     stack, magnitudes, weight = dora_case()
     rows = lambda start, stop: weight[start:stop]  # noqa: E731
     options = {"density": 1.0} if method == "ties" else {}

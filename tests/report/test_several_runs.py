@@ -1,4 +1,4 @@
-"""``python -m seedlora report``."""
+"""The page of several runs, and the command that writes it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     ("words", "message"),
     [(["nowhere"], "nowhere holds no run: it has no run.json"), (["a_run", "./a_run"], "a_run is given twice")],
 )
-def test_what_cannot_be_reported(words, message, run, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_reported_are_named(words, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shell.main(["report", *words]) == 2
     assert message in capsys.readouterr().err
