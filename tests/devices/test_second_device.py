@@ -13,6 +13,7 @@ from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, Throughput
 from seedlora.evaluation.generate import Prompt, StackGenerator
 from seedlora.merge.registry import METHODS
 from tests.helpers.fits import assert_close, fit, fused_on, weights
+from tests.helpers.interventions import Poison
 from tests.helpers.models import built
 from tests.helpers.precision import SAME, assert_trained_alike, in_float64
 from tests.helpers.second_device import CPU, DEVICE, OnDevice, on_second_device, second_device
@@ -47,14 +48,6 @@ class Marks(pl.Callback):
         if self.before is not None:
             self.steps.append(now - self.before)
         self.before = now
-
-
-class Break(pl.Callback):
-    """Makes a seed diverge in its second step."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 1:
-            module.stack.parameters("seed_2")[1].data.fill_(float("inf"))
 
 
 def test_the_device_refuses_what_a_gpu_refuses(device):
@@ -110,7 +103,7 @@ def test_a_run_with_packs_and_seeds_that_end_early_gives_what_the_cpu_gives(tiny
         "data": {**SMALL, "pack_tokens": 512},
         "lora_dropout": 0.1,
     }
-    trainer = {"val_check_interval": 1, "callbacks": [Break()]}
+    trainer = {"val_check_interval": 1, "callbacks": [Poison("seed_2", 1)]}
     wanted = fit(tiny_llama, tmp_path / "cpu", (1, 2, 3), on=ON_CPU, trainer=trainer, **options)
     with second_device():
         found = fit(tiny_llama, tmp_path / "there", (1, 2, 3), on=ON_DEVICE, trainer=trainer, **options)

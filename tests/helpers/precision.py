@@ -4,7 +4,8 @@ AdamW divides a gradient by its own size. Where the gradient of an entry is noth
 of the whole rate all the same, in a direction that another processor, another number of threads or another order of a
 sum turns round. So two float32 trainings that are the same in exact arithmetic differ in a few entries by as much as
 they have moved, and a tolerance that was met on one processor is luck. In float64 the rounding of a gradient, some
-1e-16 of it, is far below the 1e-8 that AdamW adds to the size it divides by, and moves nothing."""
+1e-16 of it, is far below the 1e-8 that AdamW adds to the size it divides by, and moves nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """One fit and one test for each strategy, in the processes that Lightning starts.
 
-One process of its own runs all strategies, one after the other: what takes time is the start."""
+One process of its own runs all strategies, one after the other: what takes time is the start.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +22,9 @@ from seedlora.distributed.strategies import CPUDeepSpeedStrategy, FSDP2Strategy,
 from seedlora.training import whole_models
 from seedlora.training.whole_models import WholeModels
 from tests.helpers.interventions import Break, Poison, Stop
-from tests.helpers.models import make_data, make_module
+from tests.helpers.models import SEEDS, make_data, make_module
 from tests.helpers.paths import ROOT
 from tests.helpers.precision import in_float64
-
-SEEDS = (11, 42, 202)
 
 
 def start(*arguments: object) -> None:
