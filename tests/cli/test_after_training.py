@@ -14,9 +14,8 @@ import yaml
 from seedlora.cli.main import main as shell
 from seedlora.cli.train import main
 from seedlora.datamodules import ReasoningGym, prompts
+from tests.helpers.commands import train
 from train import PARTS
-
-SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +25,8 @@ def _gsm8k(_own_folder):
 
 
 def run(tiny_llama, *options):
-    base = ["--model.base_model", tiny_llama, "--model.dtype", "float32", *SMALL, "--ensemble.dirpath", "run"]
-    return main(PARTS, [*base, *options])
+    small = ["--model.dtype", "float32", "--data.num_test", "6", "--ensemble.dirpath", "run"]
+    return train(tiny_llama, *small, *options)
 
 
 EVALUATE = ["--evaluate", "gsm8k", "--evaluate_limit", "4", "--evaluate_max_new_tokens", "6"]
@@ -156,8 +155,7 @@ def test_a_run_that_is_merged_anew_does_not_show_the_older_scores(tiny_llama, ca
     ],
 )
 def test_what_cannot_be_done_is_said_before_training(tiny_llama, words, message, capsys):
-    given = words if words[0] == "test" else ["--model.base_model", tiny_llama, *SMALL, *words]
-    assert main(PARTS, given) == 2
+    assert (main(PARTS, words) if words[0] == "test" else train(tiny_llama, *words)) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 

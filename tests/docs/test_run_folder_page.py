@@ -11,13 +11,12 @@ from typing import Any, Union, get_args, get_origin, is_typeddict
 import pytest
 
 from seedlora.cli.main import main as shell
-from seedlora.cli.train import main
 from seedlora.datamodules import prompts
 from seedlora.records.json_file import fields_of
 from seedlora.records.settings import SETTINGS, RunSettings
+from tests.helpers.commands import train
 from tests.helpers.paths import ROOT
 from tests.helpers.run_folder_page import FILES, PAGE, Table, tables_of_page
-from train import PARTS
 
 
 def test_the_page_has_the_keys_of_the_types():
@@ -34,22 +33,11 @@ def run(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"question": f"Which is {i}?", "choices": [*"abcd"], "answer": i, "subject": "x"} for i in range(4)]
     (folder / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "6", "--data.batch_size", "4"]
-    model = [
-        "--model.base_model",
-        tiny_llama,
-        "--model.dtype",
-        "float32",
-        "--ensemble.seeds",
-        "[1,2]",
-        "--ensemble.budget",
-        "full",
-        "--trainer.max_epochs",
-        "1",
-    ]
+    small = ["--model.dtype", "float32", "--data.num_test", "6", "--trainer.max_epochs", "1"]
+    seeds = ["--ensemble.seeds", "[1,2]", "--ensemble.budget", "full", "--ensemble.dirpath", str(folder / "run")]
     tasks = ["--evaluate", "mmlu", "--evaluate_task_path", f"{{mmlu: {folder / 'mmlu.jsonl'}}}"]
-    one = ["--ensemble.dirpath", str(folder / "run"), "--evaluate_max_new_tokens", "2"]
-    assert main(PARTS, [*model, *small, *tasks, *one, "--merge", "auto", "--compare", "ties", "--controls"]) == 0
+    tasks += ["--evaluate_max_new_tokens", "2"]
+    assert train(tiny_llama, *small, *seeds, *tasks, "--merge", "auto", "--compare", "ties", "--controls") == 0
     (folder / "run" / "excluded.json").write_text('{"seed_3": "training loss not finite in step 3"}')
     shutil.copytree(folder / "run", folder / "again")
     report = ["report", str(folder / "run"), str(folder / "again"), "--out", str(folder / "comparison")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from seedlora.cli.train import main
 from train import PARTS
 
@@ -13,9 +11,3 @@ SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "12
 def train(base_model: str, *options: str) -> int:
     """Run ``train.py`` on a few rows; return its exit code."""
     return main(PARTS, ["--model.base_model", base_model, *SMALL, *options])
-
-
-def only_run() -> Path:
-    """Return the folder of the only run below ``runs``."""
-    (folder,) = Path("runs").iterdir()
-    return folder

@@ -15,7 +15,7 @@ from tests.helpers.interventions import Poison
 from tests.helpers.models import SEEDS, make_data, make_module, moved
 from tests.helpers.packing import prepared, sampler_of
 from tests.helpers.precision import ROUNDED, SAME, relative
-from tests.helpers.training import largest_difference, saved, train, trained_updates
+from tests.helpers.training import SILENT, largest_difference, saved, train, trained_updates
 
 NAMES = [f"seed_{seed}" for seed in SEEDS]
 #: Two of each seven layers, because tracing takes time.
@@ -144,9 +144,8 @@ def test_a_diverged_seed_is_left_out_of_the_compiled_stack(tiny_llama, tmp_path)
         )
         module = make_module(tiny_llama, compile=backend, **SOME)
         while callback.pending:
-            silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
             poison = Poison("seed_42", 2)
-            trainer = pl.Trainer(max_steps=4, callbacks=[callback, poison], accelerator="cpu", **silent)
+            trainer = pl.Trainer(max_steps=4, callbacks=[callback, poison], accelerator="cpu", **SILENT)
             trainer.fit(module, datamodule=make_data())
         assert list(callback.ensemble.excluded) == [42]
         ended.append([saved(callback.adapter_path(seed)) for seed in (11, 202)])

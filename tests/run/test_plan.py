@@ -6,16 +6,13 @@ import re
 
 import lightning.pytorch as pl
 
-from seedlora.cli import train as cli
 from seedlora.run import plan
 from seedlora.run.cost import PeakMemory
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.training import building
+from tests.helpers.commands import train
 from tests.helpers.models import make_data, make_module
-from train import PARTS
-
-SMALL = ["--data.num_train", "16", "--data.num_val", "4", "--data.num_test", "12", "--data.batch_size", "4"]
 
 
 def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monkeypatch, capsys):
@@ -24,8 +21,7 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
     monkeypatch.setattr(building, "load_model", lambda *a, **o: (happened.append("load"), load(*a, **o))[1])
     forget = PeakMemory.forget
     monkeypatch.setattr(PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
-    options = ["--model.base_model", tiny_llama, *SMALL, "--trainer.max_epochs", "6"]
-    assert cli.main(PARTS, [*options, "--plan"]) == 0
+    assert train(tiny_llama, "--trainer.max_epochs", "6", "--plan") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for text in ("The run", "each seed 2 epochs of 16 rows, 8 steps of 4 rows", "memory about"):
         assert text in shown
@@ -42,8 +38,7 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
 
 def test_a_run_foretells_its_time_after_four_steps(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = ["--model.base_model", tiny_llama, *SMALL, "--ensemble.stack_size", "2", "--trainer.max_epochs", "6"]
-    assert cli.main(PARTS, options) == 0
+    assert train(tiny_llama, "--ensemble.stack_size", "2", "--trainer.max_epochs", "6") == 0
     found = re.findall(r"\S+ s a step: about 0:00:\d\d \(h:mm:ss\) to train (.*)", capsys.readouterr().out)
     assert found == ["seed_11, seed_42, 4 steps from here", "seed_202, 4 steps from here"]
 

@@ -13,7 +13,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.model.weight_files import WeightFiles
 from tests.helpers.models import FAMILIES, KINDS, ROWS, SEEDS, make_data, make_module
 from tests.helpers.precision import SAME, relative
-from tests.helpers.training import plain_peft_run, quantized_lora, saved, train
+from tests.helpers.training import SILENT, plain_peft_run, quantized_lora, saved, train
 
 
 @pytest.mark.usefixtures("float64")
@@ -79,8 +79,7 @@ def test_a_run_that_stopped_resumes_to_the_same_bits(tiny_llama, tmp_path, adapt
 def test_dora_is_read_back_scored_and_merged_as_it_acts(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback(SEEDS[:2], dirpath=tmp_path, merge="soup", budget="full")
     module, data = make_module(tiny_llama, adapter="dora"), make_data()
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(max_steps=2, callbacks=[callback], accelerator="cpu", num_sanity_val_steps=0, **silent)
+    trainer = pl.Trainer(max_steps=2, callbacks=[callback], accelerator="cpu", num_sanity_val_steps=0, **SILENT)
     trainer.fit(module, datamodule=data)
     assert "val/loss_seed_42" in trainer.callback_metrics
     assert "val/loss_fused" not in trainer.callback_metrics

@@ -11,7 +11,7 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.training.replicas import FitSettings
 from tests.helpers.models import SEEDS, built, make_data, make_module, replicas
 from tests.helpers.precision import SAME
-from tests.helpers.training import largest_difference, plain_peft_run, trained_updates
+from tests.helpers.training import SILENT, largest_difference, plain_peft_run, trained_updates
 
 
 @pytest.mark.usefixtures("float64")
@@ -77,8 +77,7 @@ def test_vary_fixes_the_init_or_the_order(tiny_llama, tmp_path):
     updates = {}
     for vary, same_init, same_order in (("both", False, False), ("init", False, True), ("order", True, False)):
         callback, seen = SeedEnsembleCallback((1, 2), vary=vary, budget="full", dirpath=tmp_path / vary), Seen()
-        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        run = pl.Trainer(max_epochs=1, callbacks=[callback, seen], accelerator="cpu", **dict.fromkeys(quiet, False))
+        run = pl.Trainer(max_epochs=1, callbacks=[callback, seen], accelerator="cpu", **SILENT)
         run.fit(make_module(tiny_llama), datamodule=make_data())
         assert (seen.same_init, seen.same_order) == (same_init, same_order)
         updates[vary] = [read_adapter(callback.adapter_path(seed)).layers for seed in (1, 2)]
