@@ -96,7 +96,9 @@ def test_some_replicas_have_fewer_packs_than_others(module):
         for micro in sampler_of(data, epoch=epoch)
         if len({len(each) for each in micro.packs}) > 1
     }
-    assert counts, "no micro-batch has replicas with different numbers of packs: the test above shows nothing"
+    assert counts, (
+        "no micro-batch has replicas with different numbers of packs: the test of a packed stack shows nothing"
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -15,9 +15,6 @@ from tests.helpers import training_process
 from tests.helpers.fits import assert_alike
 from tests.helpers.training_process import finish, wait_for_step
 
-# Killed processes
-
-
 ROWS = ("--data.num_train", "48", "--data.num_val", "5", "--data.num_test", "13")
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from seedlora.datamodules.sampler import ReplicaSampler
 from tests.helpers.models import SEEDS, make_data
 
-# rows of 50 to 110 tokens
+#: Rows of 50 to 110 tokens.
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 12}}
 PACKED = {**TASK, "max_length": 128, "pack_tokens": 256, "batch_size": 4}
 

@@ -9,8 +9,6 @@ from peft import PeftModel
 from seedlora.merge.adapter_folders import merge_folders
 from tests.helpers.adapter_kinds import distance, load_base
 
-# What PEFT's add_weighted_adapter makes of the same adapters: docs/adapters.md has this table.
-
 REFUSED = "Cannot add weighted adapters if they target the same module with modules_to_save"
 #: How far off it is, in silence, by ``svd`` and by ``cat``; 0 is right.
 PEFT_RESULT = {
@@ -42,7 +40,7 @@ def peft_mean(case, combination, folder, *, svd_rank=16):
 @pytest.mark.parametrize("combination", ["svd", "cat"])
 @pytest.mark.parametrize("kind", PEFT_RESULT)
 def test_the_mean_by_peft_is_off_as_the_docs_say(kind, combination, adapters_of, tmp_path):
-    """Ours is right on each (above); a PEFT that changes for the better fails here, and the table is out of date."""
+    """Ours is right on each (test_adapter_kinds.py). A PEFT that changes for the better fails here: the table is old then."""
     case = adapters_of(kind)
     if PEFT_RESULT[kind] == REFUSED:
         with pytest.raises(ValueError, match=REFUSED):

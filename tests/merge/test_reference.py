@@ -27,7 +27,7 @@ def test_every_method_has_a_reference():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_has_a_case(method):
-    """Those of the rule; what a survey finds in the whole model is tested in test_model_rules.py."""
+    """Those of the rule; what a survey finds in the whole model is tested in test_layers.py."""
     options = set(inspect.signature(METHODS[method].rule).parameters) - {"stack", "thresholds", "generator"}
     assert options == {key for case in CASES.values() if case.method == method for key in case.options}
 
