@@ -49,7 +49,12 @@ class Turn(NamedTuple):
 
 
 def exchange(prompt: str, response: str, input: str = "") -> tuple[Turn, ...]:  # noqa: A002 - the data sets' own word
-    """Make a conversation of one request and one response."""
+    """Make a conversation of one request and one response.
+
+    Example:
+        >>> exchange("1 + 1 =", "2")
+        (Turn(role='user', content='1 + 1 =', input=''), Turn(role='assistant', content='2', input=''))
+    """
     return Turn("user", prompt, input), Turn("assistant", response)
 
 
@@ -58,6 +63,10 @@ def check_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
     Raises:
         ValueError: if a role is unknown, the user does not begin (after at most one system turn), or nobody answers.
+
+    Example:
+        >>> check_turns([*exchange("1 + 1 =", "2"), Turn("user", "And?")])
+        (Turn(role='user', content='1 + 1 =', input=''), Turn(role='assistant', content='2', input=''))
     """
     for i, turn in enumerate(turns):
         if turn.role not in _ROLES:
@@ -146,7 +155,14 @@ STYLES: Mapping[str, Style] = MappingProxyType(
 
 
 def check_style(name: str) -> None:
-    """Raise ValueError, naming the styles, for a name that is none."""
+    """Raise ValueError, naming the styles, for a name that is none.
+
+    Example:
+        >>> check_style("fancy")
+        Traceback (most recent call last):
+            ...
+        ValueError: Unknown prompt style 'fancy'; choose one of alpaca, alpaca_split, chat, llm_adapters, plain, tulu
+    """
     if name != CHAT and name not in STYLES:
         raise ValueError(f"Unknown prompt style '{name}'; choose one of {', '.join(sorted([*STYLES, CHAT]))}")
 
@@ -177,7 +193,7 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
 
 
 def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
-    """Return the text after which the model answers.
+    r"""Return the text after which the model answers.
 
     Args:
         style: a record, or the name of a style other than ``chat``.
@@ -186,6 +202,10 @@ def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
 
     Raises:
         ValueError: for an unknown style, or answers with a style that is given by its name.
+
+    Example:
+        >>> render("tulu", "1 + 1 =")
+        '<|user|>\n1 + 1 =\n<|assistant|>\n'
     """
     turns = [Turn("user", turns)] if isinstance(turns, str) else list(turns)
     if isinstance(style, str):
@@ -211,10 +231,15 @@ class Composed(NamedTuple):
 
 
 def compose(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
-    """Return the text of a conversation that :func:`check_turns` passed, and the parts that a model learns to say.
+    r"""Return the text of a conversation that :func:`check_turns` passed, and the parts that a model learns to say.
 
     Raises:
         ValueError: if a chat template does not render the beginning of a conversation as the beginning of its text.
+
+    Example:
+        >>> record = {"style": "plain", "templates": asdict(STYLES["plain"]), "eos_token": "</s>"}
+        >>> compose(record, exchange("1 + 1 =", "2"))
+        Composed(text='1 + 1 =\n2', spans=[(8, 9)])
     """
     if record["style"] == CHAT:
         return _compose_chat(record, turns)

@@ -17,7 +17,7 @@ CHECKS = (
     ("pytest", "-q", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"),
 )
 #: Where a GPU is, in a process of its own: the other tests do not see it.
-ON_A_GPU = ("pytest", "-q", "tests/test_gpu.py")
+ON_A_GPU = ("pytest", "-q", "tests/devices/test_gpu.py")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,14 +1,15 @@
-"""A tiny Llama and a tiny tokenizer, made on the spot: nothing is downloaded."""
+"""Fixtures of all tests: the device, a cache of their own, float64, tiny models, and adapters in folders."""
 
 from __future__ import annotations
 
+import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
-# The tests of test_gpu.py alone are for a GPU; what others compare is worked out on the CPU. Before torch is imported.
+# Only tests/devices/test_gpu.py is for a GPU; what others compare is worked out on the CPU. Before torch is imported.
 if os.environ.get("SEEDLORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread unless another number is asked for: the tensors are tiny. The processes that tests start inherit it.
@@ -16,18 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from precision import in_float64
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seedlora.datamodules import ReasoningGym
-from seedlora.training.module import SeedLoRAModule
-from seedlora.training.replicas import FitSettings, Replica
+from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from seedlora.adapters.writing import write_adapter
 from seedlora.utils.wheel_files import cache_folder
+from tests.helpers.adapter_folders import SEVEN, save_adapter, small_llama
+from tests.helpers.adapter_kinds import Made
+from tests.helpers.models import FAMILIES, SEEDS, built, save_tiny_llama
+from tests.helpers.precision import in_float64
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
-
-EOS = "<eos>"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,58 +57,105 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def save_tiny_llama(folder: Path, *, seed: int, **shape: int) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([EOS, *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
-    tiny = {
-        "vocab_size": 257,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = LlamaConfig(**{**tiny, **shape}, bos_token_id=None, eos_token_id=0, pad_token_id=None)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+@pytest.fixture(scope="session")
+def families(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model of each family, all with the same tokenizer."""
+    root = tmp_path_factory.mktemp("families")
+    size = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    for name, (kind, options) in FAMILIES.items():
+        inner = {} if name == "gpt2" else {"intermediate_size": 48}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(kind(**size, **inner, **tokens, **options))
+            for bias in (p for key, p in model.named_parameters() if key.endswith("bias")):
+                bias.data.normal_(std=0.1)  # they start at zero, and would hide a mistake
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(root / name)
+    return root
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Inside, the system refuses to write more into a file, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal, so writes fail
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@pytest.fixture
+def model_of(tiny_llama: str, families: Path) -> Callable[[str], str]:
+    """The folder of a tiny random model by its family."""
+    return lambda family: tiny_llama if family == "llama" else str(families / family)
 
 
-def make_module(base_model: str, **options: object) -> SeedLoRAModule:
-    small = {} if options.get("adapter") == "full" else {"r": 4, "lora_alpha": 12}
-    return SeedLoRAModule(base_model, **{"dtype": "float32", **small, **options})
+@pytest.fixture(scope="session")
+def adapters_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Three adapters of a kind, made once."""
+    return cache(lambda kind: Made(tmp_path_factory.mktemp("kind"), kind))
 
 
-def make_data(**options: object) -> ReasoningGym:
-    small = {"num_train": 24, "num_val": 8, "num_test": 12, "batch_size": 2, "eval_batch_size": 5}
-    return ReasoningGym(**{**small, **options})
+@pytest.fixture
+def edited_copy(adapters_of: Callable[[str], Made], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of an adapter of some kind, and a function that edits its files."""
+
+    def edited(kind, tensors=None, **config):
+        folder = tmp_path / "copy"
+        shutil.copytree(adapters_of(kind).folders[1], folder)
+        if tensors is not None:
+            found = load_file(folder / WEIGHTS_NAME)
+            tensors(found)
+            save_file(found, folder / WEIGHTS_NAME)
+        file = folder / CONFIG_NAME
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        return folder
+
+    return edited
 
 
-def replicas(*seeds: int) -> tuple[Replica, ...]:
-    return tuple(Replica(f"seed_{seed}", seed, seed) for seed in seeds)
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that is read without complaint; not to be edited."""
+    folder = tmp_path_factory.mktemp("good") / "a"
+    save_adapter(folder, r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    return folder
 
 
-def built(base_model: str, *seeds: int, **options: object) -> SeedLoRAModule:
-    """A module that is set up, with B made non-zero so that its adapters do something."""
-    module = make_module(base_model, **options)
-    module.prepare_fit(FitSettings(replicas(*seeds)))
-    module.setup("fit")
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=generator)
-    return module
+@pytest.fixture
+def broken(good: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the good folder, and a function that edits it."""
+    folder = tmp_path / "broken"
+    shutil.copytree(good, folder)
+
+    def edit(config=None, tensors=None):
+        if config is not None:
+            file = folder / CONFIG_NAME
+            file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        if tensors is not None:
+            found = load_file(folder / WEIGHTS_NAME)
+            tensors(found)
+            save_file(found, folder / WEIGHTS_NAME)
+        return folder
+
+    return edit
+
+
+@pytest.fixture
+def seed_folders(tiny_llama: str, tmp_path: Path) -> list[Path]:
+    """The folders of three adapters of one module."""
+    module = built(tiny_llama, *SEEDS)
+    for seed in SEEDS:
+        write_adapter(
+            tmp_path / f"seed_{seed}", module.stack.stored_factors(f"seed_{seed}"), module.options.lora_config()
+        )
+    return [tmp_path / f"seed_{seed}" for seed in SEEDS]
+
+
+@pytest.fixture(scope="session")
+def plain_folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three adapters with random factors; not to be edited."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed in (11, 42, 202):
+        save_adapter(root / str(seed), seed=seed, r=2, lora_alpha=6, target_modules=SEVEN)
+    return [str(root / str(seed)) for seed in (11, 42, 202)]
+
+
+@pytest.fixture(scope="session")
+def plain_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their base model, in shards."""
+    folder = tmp_path_factory.mktemp("base")
+    small_llama().save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder

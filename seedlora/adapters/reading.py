@@ -98,6 +98,15 @@ def read_adapter(
         AdapterError: if a file is missing or broken, a value is not finite, a factor lacks its partner, a rank is not
             what the configuration says, the base model is needed and cannot be read, or the adapter is of a kind that
             cannot be merged. Nothing else comes out.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> from seedlora import write_adapter
+        >>> layers = {"model.layers.0.mlp.up_proj": LoRAFactors(A=torch.ones(1, 2, 8), B=torch.ones(1, 6, 2))}
+        >>> write_adapter("adapter", layers, LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"]))
+        >>> factors = read_adapter("adapter").layers["model.layers.0.mlp.up_proj"]
+        >>> factors.shape, factors.B.unique()  # multiplied by lora_alpha / r
+        ((6, 8), tensor([2.]))
     """
     path = Path(path)
     config = read_config(path, allow_more=base is not None)

@@ -56,6 +56,14 @@ def write_adapter(
     Raises:
         AdapterError: if a factor is empty or not finite; nothing is written then.
         OSError: if it cannot be written; an older folder is then untouched.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> layers = {"model.layers.0.mlp.up_proj": LoRAFactors(A=torch.ones(1, 2, 8), B=torch.ones(1, 6, 2))}
+        >>> write_adapter("adapter", layers, LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"]))
+        >>> sorted(file.name for file in Path("adapter").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     tensors = {}
     for name, factors in layers.items():

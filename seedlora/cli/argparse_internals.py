@@ -1,6 +1,6 @@
 """All that is used of argparse, and of jsonargparse on top of it, beyond what their documentation promises.
 
-``tests/test_internals.py`` fails by the function's name when a release takes one of these away.
+``tests/cli/test_argparse_internals.py`` fails by the function's name when a release takes one of these away.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """All that is used of DeepSpeed beyond what its documentation promises, one function for each use.
 
-``tests/test_internals.py`` fails by the function's name when a release of DeepSpeed takes one of these
-away.
+``tests/distributed/test_deepspeed_internals.py`` fails by the function's name when a release takes one of
+these away.
 """
 
 from __future__ import annotations

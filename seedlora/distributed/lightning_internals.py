@@ -1,7 +1,7 @@
 """All that is used of Lightning beyond what its documentation promises, one function for each use.
 
-``tests/test_internals.py`` fails by the function's name when a release of Lightning takes one of these
-away.
+``tests/distributed/test_lightning_internals.py`` fails by the function's name when a release takes one of
+these away.
 """
 
 from __future__ import annotations

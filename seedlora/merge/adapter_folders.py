@@ -102,6 +102,18 @@ def merge_folders(
     Raises:
         ValueError: for an unknown method or option, or an ``out`` that is not to be replaced (:func:`check_output`);
             ``AdapterError`` for adapters that cannot be read or fused.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> from seedlora import LoRAFactors, read_adapter, write_adapter
+        >>> for seed in (1, 2):
+        ...     factors = LoRAFactors(A=torch.ones(1, 2, 8), B=torch.full((1, 6, 2), float(seed)))
+        ...     config = LoraConfig(r=2, lora_alpha=2, target_modules=["up_proj"])
+        ...     write_adapter(f"seed_{seed}", {"model.layers.0.mlp.up_proj": factors}, config)
+        >>> merge_folders(["seed_1", "seed_2"], "fused", method="soup")
+        PosixPath('fused')
+        >>> read_adapter("fused").layers["model.layers.0.mlp.up_proj"].dense().unique()  # 2 + 4, over 2
+        tensor([3.])
     """
     bound = make_rule(method, options)
     weights = weight_files_of(sources, base)

@@ -140,6 +140,15 @@ def make_rule(method: str | MergeRule | Method, options: Mapping[str, Any] | Non
 
     Raises:
         ValueError: for an unknown name, an option that the method does not have, lacks, or that is out of range.
+
+    Example:
+        >>> from seedlora import LoRAFactors
+        >>> rule = make_rule("ties", {"density": 0.3, "rank": 2})
+        >>> METHODS["ties"].formula
+        'trim, elect a sign per entry, mean of the entries that agree'
+        >>> stack = LoRAFactors(A=torch.ones(3, 4, 8), B=torch.ones(3, 6, 4))
+        >>> rule(stack).shape, rule(stack).rank
+        ((6, 8), 2)
     """
     options = dict(options or {})
     if isinstance(method, BoundRule):

@@ -1,6 +1,6 @@
 """All that is used of PEFT beyond what its documentation promises, one function for each use.
 
-``tests/test_internals.py`` fails by the function's name when a release of PEFT takes one of these away. What
+``tests/model/test_peft_internals.py`` fails by the function's name when a release of PEFT takes one of these away. What
 :mod:`seedlora.adapters.stacked_forward` reads of PEFT's layers is named in :data:`LORA_LAYER_ATTRIBUTES` and
 :data:`FULL_MODULE_ATTRIBUTES`, for the same test.
 """

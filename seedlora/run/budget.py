@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplicaBudget:
-    """Limit each replica's training: whole epochs, or optimizer steps, whichever ends first; ``None`` is no limit."""
+    """Limit each replica's training: whole epochs, or optimizer steps, whichever ends first; ``None`` is no limit.
+
+    Example:
+        >>> ReplicaBudget(epochs=2, steps=500).total_steps(steps_per_epoch=300)
+        500
+    """
 
     epochs: int | None = None
     steps: int | None = None
@@ -48,6 +53,12 @@ def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: in
 
     Raises:
         ValueError: for an unknown budget, no limit at all, or a limit that ``n`` does not divide.
+
+    Example:
+        >>> replica_budget("equal", n=3, max_epochs=6, max_steps=-1)
+        ReplicaBudget(epochs=2, steps=None)
+        >>> replica_budget("full", n=3, max_epochs=6, max_steps=-1)
+        ReplicaBudget(epochs=6, steps=None)
     """
     check_choice("budget", budget, BUDGETS)
     limits = {
@@ -104,5 +115,10 @@ def steps_per_epoch(trainer: pl.Trainer, loader: Loader) -> int:
 
 
 def limited_batches(batches: int, limit: int | float) -> int:
-    """Return how many of the batches a trainer takes: a number of them, or a part."""
+    """Return how many of the batches a trainer takes: a number of them, or a part.
+
+    Example:
+        >>> limited_batches(7, 5), limited_batches(7, 0.5), limited_batches(7, 1.0)
+        (5, 3, 7)
+    """
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -73,7 +73,12 @@ class Difference:
 
 
 def leaves_0_out(low: float, high: float) -> bool:
-    """Return whether an interval leaves 0 out, so that a difference counts as shown."""
+    """Return whether an interval leaves 0 out, so that a difference counts as shown.
+
+    Example:
+        >>> leaves_0_out(0.1, 0.4), leaves_0_out(-0.1, 0.4)
+        (True, False)
+    """
     return low > 0 or high < 0
 
 
@@ -82,6 +87,10 @@ def wilson(correct: np.ndarray) -> Score:
 
     Args:
         correct: bool, shape (items,); at least one.
+
+    Example:
+        >>> wilson(np.array([True] * 37 + [False] * 63))
+        Score(value=0.37, low=0.28182360534324535, high=0.4677947041905709, n=100)
     """
     k, n = int(correct.sum()), len(correct)
     interval = binomtest(k, n).proportion_ci(method="wilson")
@@ -96,6 +105,11 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, 
         b: score of each item from another adapter, or the mean of several.
         resamples: bootstrap samples.
         seed: of the resampling; the same input gives the same interval.
+
+    Example:
+        >>> a, b = np.arange(100) < 60, np.arange(100) < 50
+        >>> paired_difference(a, b)
+        Difference(value=0.1, low=0.05, high=0.16, n=100, p_value=0.001953125)
     """
     differences = a.astype(float) - b.astype(float)
     n = len(differences)
@@ -115,7 +129,12 @@ class Ends(NamedTuple):
 
 
 def percentiles(draws: np.ndarray) -> Ends:
-    """Return the interval between the percentiles of bootstrap draws that :data:`CONFIDENCE_PERCENT` lie between."""
+    """Return the interval between the percentiles of bootstrap draws that :data:`CONFIDENCE_PERCENT` lie between.
+
+    Example:
+        >>> percentiles(np.arange(1001))
+        Ends(low=25.0, high=975.0)
+    """
     low, high = np.quantile(draws, _ENDS).tolist()
     return Ends(low, high)
 
@@ -124,13 +143,23 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Return the p-value of the exact two-sided McNemar test.
 
     It asks whether the items that only one side gets right are split evenly; 1 if there are none.
+
+    Example:
+        >>> a = np.array([True] * 5 + [False] + [True] * 30)  # 5 against 1, and 30 alike
+        >>> mcnemar(a, np.array([False] * 5 + [True] * 31))
+        0.21875
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for how many there are, by Holm's step-down rule; they stay in the order given."""
+    """Adjust p-values for how many there are, by Holm's step-down rule; they stay in the order given.
+
+    Example:
+        >>> holm([0.03, 0.01, 0.02])
+        [0.04, 0.03, 0.04]
+    """
     adjusted, largest, n = [0.0] * len(p_values), 0.0, len(p_values)
     for rank, i in enumerate(sorted(range(n), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (n - rank) * p_values[i]))
@@ -143,6 +172,12 @@ def adjust_over_tasks(tested: Iterable[tuple[Hashable, DifferenceRecord | Paired
 
     Args:
         tested: what is compared with what, and the difference on one task.
+
+    Example:
+        >>> rows = [{"p_value": 0.02}, {"p_value": 0.03}, {"p_value": None}]
+        >>> adjust_over_tasks((("fused", "soup"), row) for row in rows)
+        >>> rows
+        [{'p_value': 0.02, 'p_value_holm': 0.04}, {'p_value': 0.03, 'p_value_holm': 0.04}, {'p_value': None}]
     """
     families: dict[Hashable, list[tuple[float, DifferenceRecord | PairedDifference]]] = {}
     for compared, difference in tested:
@@ -157,6 +192,12 @@ def sample_losses(scores: Mapping[str, RowScores]) -> SampleLosses:
     """Return the loss per token of each adapter on one sample of rows, with 95 % bootstrap intervals over rows.
 
     All intervals are of the same resamples. A loss that is not finite is left out.
+
+    Example:
+        >>> import torch
+        >>> tokens, right = torch.full((50,), 4), torch.zeros(50, dtype=torch.bool)
+        >>> sample_losses({"soup": RowScores(1.5 * tokens, right, tokens)})
+        {'rows': 50, 'tokens': 200, 'losses': {'soup': {'value': 1.5, 'low': 1.5, 'high': 1.5}}}
     """
     tokens = next(iter(scores.values())).tokens.double().numpy()
     draws = _resampled_rows(len(tokens))
@@ -169,7 +210,13 @@ def sample_losses(scores: Mapping[str, RowScores]) -> SampleLosses:
 
 
 def is_finite(row: RowScores) -> bool:
-    """Return whether the loss is a number that can be compared, and written as JSON."""
+    """Return whether the loss is a number that can be compared, and written as JSON.
+
+    Example:
+        >>> import torch
+        >>> is_finite(RowScores(torch.tensor([3.0, math.nan]), torch.tensor([True, False]), torch.tensor([1, 7])))
+        False
+    """
     return math.isfinite(row.loss)
 
 
@@ -183,6 +230,13 @@ def loss_difference(a: RowScores, b: RowScores) -> LossDifference:
     Args:
         a: on the same rows as ``b``.
         b: what it is compared with.
+
+    Example:
+        >>> import torch
+        >>> tokens, right = torch.full((50,), 4), torch.zeros(50, dtype=torch.bool)
+        >>> a, b = (RowScores(losses * tokens, right, tokens) for losses in (torch.full((50,), 1.5), torch.ones(50)))
+        >>> loss_difference(a, b)
+        {'value': 0.5, 'low': 0.5, 'high': 0.5, 'n': 50, 'shown': True}
     """
     differences, tokens = (a.losses.double() - b.losses.double()).numpy(), a.tokens.double().numpy()
     low, high = _interval(_resampled_rows(len(tokens)), differences, tokens)

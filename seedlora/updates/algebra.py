@@ -64,12 +64,24 @@ def gram(stack: Updates) -> Float[Tensor, "N N"]:
 
     The matrix gives every norm, every cosine and the norm of every weighted sum of the updates. Costs what
     :func:`factor_grams` does, or one pass over dense updates; once for a stack that is not written to.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> gram(stack)
+        tensor([[17.,  5.],
+                [ 5., 14.]], dtype=torch.float64)
     """
     return _gram(stack).clone()
 
 
 def means(stack: Updates) -> Float[Tensor, " N"]:
-    r"""Return the mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`."""
+    r"""Return the mean entry of each update, in float64: :math:`\mu(\Delta_n) = (1^\top B_n)(A_n 1) / DK`.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> means(stack)
+        tensor([1.6667, 0.0000], dtype=torch.float64)
+    """
     return _means(stack).clone()
 
 
@@ -107,6 +119,13 @@ def factor_grams(stack: LoRAFactors) -> tuple[Float[Tensor, "M M"], Float[Tensor
     """Return ``B_cat^T B_cat`` and ``A_cat A_cat^T``, in float64; the caller must not write to them.
 
     Costs ``(D + K) * M**2`` multiplications, once for a stack that is not written to.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> gram_b, gram_a = factor_grams(stack)
+        >>> gram_b
+        tensor([[9., 0.],
+                [0., 1.]], dtype=torch.float64)
     """
     return _grams(stack.A.double(), stack.B.double())
 
@@ -122,6 +141,11 @@ def _grams(a: Float[Tensor, "N R K"], b: Float[Tensor, "N D R"]) -> tuple[Float[
 def variances(stack: Updates) -> Float[Tensor, " N"]:
     r"""Return the population variance of each update's entries, in float64: :math:`\|\Delta_n\|^2 / DK -
     \mu(\Delta_n)^2`.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> variances(stack)
+        tensor([2.8889, 4.6667], dtype=torch.float64)
     """
     return _variance_from_moments(stack, _gram(stack).diagonal(), _means(stack))
 
@@ -132,6 +156,11 @@ def spread_gain(stack: Updates, weights: Float[Tensor, " N"]) -> Float[Tensor, "
     .. math:: g = \frac{1}{N} \sum_n \sigma(\Delta_n) \, / \, \sigma(\textstyle\sum_n w_n \Delta_n)
 
     1 if the sum has no spread (below 1e-7 of the updates'): that is cancellation, not a direction to be scaled up.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[2.0, 0, -2, 0]], [[0, 2.0, 0, -2]]]), B=torch.ones(2, 1, 1))
+        >>> spread_gain(stack, torch.full((2,), 0.5, dtype=torch.float64))
+        tensor(1.4142, dtype=torch.float64)
     """
     inner, mu = _gram(stack), _means(stack)
     spread = _variance_from_moments(stack, inner.diagonal(), mu).sqrt().mean()
@@ -146,13 +175,24 @@ def _variance_from_moments(
 
 
 def cosines(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
-    """Return the cosines of all pairs, from their inner products; 0 where an update is zero."""
+    """Return the cosines of all pairs, from their inner products; 0 where an update is zero.
+
+    Example:
+        >>> cosines(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+    """
     norms = gram_NN.diagonal().clamp_min(0).sqrt()
     return (gram_NN / (norms[:, None] * norms)).nan_to_num(0, 0, 0).clamp(-1, 1)
 
 
 def mean_cosine(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
-    """Return the mean cosine over all pairs of different adapters; 1 for a single one."""
+    """Return the mean cosine over all pairs of different adapters; 1 for a single one.
+
+    Example:
+        >>> mean_cosine(torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
+        tensor(0.5000)
+    """
     n = len(gram_NN)
     if n == 1:
         return gram_NN.new_ones(())
@@ -166,6 +206,10 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
     .. math:: \rho = \|\bar\Delta\| / \tfrac1N \textstyle\sum_n \|\Delta_n\|
 
     For equal norms and mean cosine c, :math:`\rho^2 = (1 + (N-1) c) / N`. 1 if all updates are zero.
+
+    Example:
+        >>> shrinkage(torch.tensor([[4.0, 0.0], [0.0, 4.0]]))  # two of length 2 at a right angle
+        tensor(0.7071)
     """
     norms = gram_NN.diagonal().clamp_min(0).sqrt()
     mean = gram_NN.mean().clamp_min(0).sqrt()
@@ -175,6 +219,11 @@ def shrinkage(gram_NN: Float[Tensor, "N N"]) -> Float[Tensor, ""]:
 def gain(stack: Updates, fused: Updates) -> Float[Tensor, ""]:
     r"""Return how much longer a merged update is than the mean update, :math:`\|\Delta\| / \|\bar\Delta\|`; 1 if that
     is 0.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> gain(stack, weighted_sum(stack, torch.ones(2)))  # the sum is twice the mean
+        tensor(2., dtype=torch.float64)
     """
     mean = gram(stack).mean().clamp_min(0).sqrt()
     return gram(fused)[0, 0].clamp_min(0).sqrt() / mean if mean > 0 else torch.ones_like(mean)
@@ -192,6 +241,11 @@ def weighted_sum(
 
     Returns:
         One adapter (``N = 1``), in the dtypes of ``stack``; dense, if ``stack`` is.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> weighted_sum(stack, torch.tensor([1.0, 0.5]), constant=10.0).dense()
+        tensor([[[15.0000,  9.5000, 10.5000]]])
     """
     if isinstance(stack, DenseUpdates):
         shift = 0.0 if constant is None else float(constant)
@@ -216,13 +270,26 @@ def in_span(stack: LoRAFactors, left: Float[Tensor, "M Q"], right: Float[Tensor,
     """Return the adapter ``(B_cat left) (right A_cat)``, of rank ``Q``.
 
     Costs ``(D + K) * M * Q`` multiplications in float32 (float64 for float64 factors); dtypes are those of ``stack``.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> in_span(stack, torch.eye(2), torch.eye(2)).dense()  # all side by side: the sum
+        tensor([[[3., 0.],
+                 [0., 1.]]])
     """
     a = stack.A.flatten(0, 1)
     return with_rows(stack, left, right.to(_compute_dtype(a)) @ a.to(_compute_dtype(a)))
 
 
 def with_rows(stack: LoRAFactors, left: Float[Tensor, "M Q"], rows: Float[Tensor, "Q K"]) -> LoRAFactors:
-    """Return the adapter ``(B_cat left) rows``, of rank ``Q``, in the dtypes of ``stack``."""
+    """Return the adapter ``(B_cat left) rows``, of rank ``Q``, in the dtypes of ``stack``.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> with_rows(stack, torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 1.0]])).dense()
+        tensor([[[3., 3.],
+                 [0., 1.]]])
+    """
     first, *others = zip(
         stack.B.to(_compute_dtype(stack.B)), left.to(_compute_dtype(stack.B)).split(stack.rank), strict=True
     )
@@ -241,6 +308,13 @@ def orthobasis(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], Flo
 
     Columns are brought to length 1 before the eigenvalues are taken, so that factors of very different size
     (a gauge of ``diag(1e3, 1e-3)``, say) lose no digits. ``Q`` is the rank of ``X``; at least 1.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 3.0], [4.0, 4.0]])  # of rank 1
+        >>> to_basis, coordinates = orthobasis(x.T @ x)
+        >>> (x @ to_basis).norm(dim=0), x @ to_basis @ coordinates
+        (tensor([1.]), tensor([[3.0000, 3.0000],
+                [4.0000, 4.0000]]))
     """
     lengths = gram_MM.diagonal().clamp_min(0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -256,6 +330,11 @@ def left_singular(gram_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M Q"], 
     """Return P and s, such that ``X P`` are the left singular vectors of X and s its singular values, from ``X^T X``.
 
     Largest first. The sign of a vector is arbitrary, as in every SVD.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+        >>> left_singular(x.T @ x)[1]
+        tensor([3., 2.])
     """
     to_basis, coordinates = orthobasis(gram_MM)
     vectors, values, _ = torch.linalg.svd(coordinates, full_matrices=False)
@@ -268,6 +347,11 @@ def inverse_root(gram_MM: Float[Tensor, "M M"]) -> Float[Tensor, "M M"]:
     """Return the symmetric pseudo-inverse of the square root; X multiplied by it from the right is X's polar factor.
 
     Where ``X`` lacks rank, that is the partial isometry: missing directions stay missing, none is made up.
+
+    Example:
+        >>> inverse_root(torch.diag(torch.tensor([4.0, 9.0])))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.3333]])
     """
     values, vectors = torch.linalg.eigh(gram_MM)
     keep = values > 1e-10 * values[-1].clamp_min(0)
@@ -289,6 +373,11 @@ def thin_svd(
     """Return the SVD of ``B_cat diag(weights) A_cat`` from the two Gram matrices; costs ``M**3``.
 
     Values below 1e-7 of the largest are left out; one is kept at least.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> thin_svd(*factor_grams(stack)).s  # of the sum
+        tensor([3., 1.], dtype=torch.float64)
     """
     left, coordinates_b = orthobasis(gram_b)
     right, coordinates_a = orthobasis(gram_a)
@@ -300,7 +389,13 @@ def thin_svd(
 
 
 def singular_values(stack: LoRAFactors) -> list[Float[Tensor, " Q"]]:
-    """Return the non-zero singular values of each update, largest first, in float64."""
+    """Return the non-zero singular values of each update, largest first, in float64.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> singular_values(stack)
+        [tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64)]
+    """
     return [thin_svd(*factor_grams(LoRAFactors(a[None], b[None]))).s for a, b in zip(stack.A, stack.B, strict=True)]
 
 
@@ -331,6 +426,11 @@ def align(stack: LoRAFactors) -> Aligned:
 
     ``A_n = C_n^T Q_n`` with orthonormal rows ``Q_n`` turns ``[Delta_1 | ... ]`` into ``[B_1 C_1^T | ...]`` times
     orthonormal rows, whose left singular vectors and values are the same.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> align(stack).s  # of the updates side by side
+        tensor([3., 1.], dtype=torch.float64)
     """
     n, r = len(stack), stack.rank
     gram_b, gram_a = factor_grams(stack)
@@ -347,6 +447,11 @@ def side_by_side(gram_MM: Float[Tensor, "M M"], r: int) -> Float[Tensor, "M M"]:
     Args:
         gram_MM: of the other factors, ``A_cat``; its diagonal blocks of size ``r`` are those of single adapters.
         r: rank of one adapter.
+
+    Example:
+        >>> side_by_side(torch.diag(torch.tensor([4.0, 9.0])), r=1)
+        tensor([[2., 0.],
+                [0., 3.]])
     """
     blocks = torch.stack([gram_MM[i : i + r, i : i + r] for i in range(0, len(gram_MM), r)])
     lengths = blocks.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -360,6 +465,11 @@ def checked_weights(stack: Updates, weights: Float[Tensor, " N"] | list[float] |
 
     Raises:
         ValueError: if there is not exactly one finite weight per adapter.
+
+    Example:
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> checked_weights(stack, [1, 3])
+        tensor([1., 3.], dtype=torch.float64)
     """
     if weights is None:
         return torch.ones(len(stack), dtype=torch.float64, device=stack.device)
@@ -374,6 +484,14 @@ def checked_range(name: str, value: float, low: float, high: float, *, open_low:
 
     Raises:
         ValueError: naming the option, the value and the range.
+
+    Example:
+        >>> checked_range("density", 0.2, 0, 1, open_low=True)
+        0.2
+        >>> checked_range("density", 0, 0, 1, open_low=True)
+        Traceback (most recent call last):
+            ...
+        ValueError: density must be a number in (0, 1], got 0
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (low < value if open_low else low <= value) or value > high:
@@ -382,7 +500,16 @@ def checked_range(name: str, value: float, low: float, high: float, *, open_low:
 
 
 def checked_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return ``value``, if it is one of ``allowed``; else raise ``ValueError`` naming the option and the choices."""
+    """Return ``value``, if it is one of ``allowed``; else raise ``ValueError`` naming the option and the choices.
+
+    Example:
+        >>> checked_choice("scope", "layer", ("layer", "model"))
+        'layer'
+        >>> checked_choice("scope", "word", ("layer", "model"))
+        Traceback (most recent call last):
+            ...
+        ValueError: scope must be one of 'layer', 'model', got 'word'
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value

@@ -28,6 +28,14 @@ class LoRAFactors:
 
     Raises:
         ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> stack = LoRAFactors(A=torch.randn(3, 8, 64), B=torch.randn(3, 32, 8))
+        >>> len(stack), stack.rank, stack.shape
+        (3, 8, (32, 64))
+        >>> stack.dense().shape
+        torch.Size([3, 32, 64])
     """
 
     A: Float[Tensor, "N R K"]

@@ -1,6 +1,6 @@
 """All that is used of torch beyond what its documentation promises, one function for each use.
 
-``tests/test_internals.py`` fails by the function's name when a release of torch takes one of these away.
+``tests/utils/test_torch_internals.py`` fails by the function's name when a release of torch takes one of these away.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """All that is used of transformers beyond what its documentation promises, one function for each use.
 
-``tests/test_internals.py`` fails by the function's name when a release of transformers takes one of these away.
+``tests/utils/test_transformers_internals.py`` fails by the function's name when a release takes one of these
+away.
 """
 
 from __future__ import annotations

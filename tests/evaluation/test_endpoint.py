@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import built
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +19,7 @@ from seedlora.cli.main import main
 from seedlora.evaluation import endpoint
 from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt
+from tests.helpers.models import built
 
 
 def serve(base, adapters, pipe):

@@ -53,11 +53,11 @@ from seedlora.evaluation.extract import (
         ("The answer is: 3 apples and 4 pears", 3, ()),
     ],
 )
-def test_gsm8k(text, answer, quirks):
+def test_answers_of_gsm8k(text, answer, quirks):
     assert gsm8k_answer(text) == (answer, quirks)
 
 
-def test_gsm8k_gold():
+def test_gold_answers_of_gsm8k():
     assert gsm8k_gold("She has <<2+2=4>>4.\n#### 4") == 4
     assert gsm8k_gold("x\n#### 2,125") == 2125
     assert gsm8k_gold("x\n#### -5 ") == -5
@@ -87,7 +87,7 @@ def test_all_gold_answers_read_themselves():
         ("no", None),
     ],
 )
-def test_math(text, answer):
+def test_answers_of_math(text, answer):
     assert math_answer(text).answer == answer
 
 
@@ -103,7 +103,7 @@ def test_math(text, answer):
         ("nothing", None),
     ],
 )
-def test_last_boxed(solution, boxed):
+def test_the_last_boxed_answer(solution, boxed):
     assert last_boxed(solution) == boxed
 
 
@@ -139,12 +139,12 @@ def test_last_boxed(solution, boxed):
         ("5", None, False),
     ],
 )
-def test_is_equiv(a, b, equal):
+def test_answers_of_math_that_are_the_same(a, b, equal):
     assert is_equiv(a, b) is equal
     assert is_equiv(b, a) is equal
 
 
-def test_first_label():
+def test_the_first_label_is_the_answer():
     assert first_label("the correct answer is answer2, not answer1", ("answer1", "answer2")).answer == "answer2"
     assert first_label("True", ("true", "false")) == (None, ("no label",))
     assert first_label("it is false that it is true", ("true", "false")).answer == "false"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import built
 
 from seedlora.evaluation.generate import LENGTH, STOPPED, Prompt, StackGenerator, cut_at_stop, generate_greedily
 from seedlora.model.loading import eval_mode
+from tests.helpers.models import built
 
 SEEDS = (11, 42, 202)
 PROMPTS = ["a", "What is 12 + 30?\n", "x" * 40, "Say it again.", "é ü"]
@@ -90,7 +90,7 @@ def test_what_a_row_says_does_not_depend_on_its_batch(module):
     assert reversed_ == together[:4:-1] + together[4::-1]
 
 
-def test_texts_by_adapter(module):
+def test_texts_are_given_by_adapter(module):
     prompts = {"base": [Prompt(t) for t in PROMPTS[:3]], "seed_42": [Prompt(t) for t in PROMPTS[1:4]]}
     found = texts(module, prompts, max_new_tokens=20, stops=())
     for name, asked in prompts.items():

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import built
 
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli.main import main
 from seedlora.cli.train import main as train
 from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
+from tests.helpers.models import built
 
 pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")
 
@@ -86,7 +86,7 @@ def test_scores_of_two_adapters_and_nothing_is_disturbed(tiny_llama, folder, mon
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
-def test_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
+def test_a_task_is_scored_from_the_shell(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     module = built(tiny_llama, 1)
     write_adapter("one", module.stack.stored_factors("seed_1"), module.options.lora_config())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import built
 from rich.console import Console
 
 from seedlora.adapters.writing import write_adapter
@@ -17,13 +16,14 @@ from seedlora.datamodules import ReasoningGym, reasoning_gym
 from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import joint, joint_table
 from seedlora.evaluation.tasks import TASKS
+from tests.helpers.models import built
 
 
 def column(digits):
     return np.array([digit == "1" for digit in digits])
 
 
-def test_both_views_by_hand():
+def test_both_views_are_those_counted_by_hand():
     names = ["a", "b", "fused"]
     correct = {
         "a": np.stack([column("11110000"), column("00000001"), column("11000100")], axis=1),
@@ -98,7 +98,7 @@ def adapters(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_merged_across_tasks_and_scored_from_the_shell(adapters, capsys):
     assert {task["max_new_tokens"] for task in found["tasks"].values()} == {4}
 
 
-def test_no_hint_in_the_limit(adapters, monkeypatch):
+def test_the_limit_of_new_tokens_gives_no_hint(adapters, monkeypatch):
     from dataclasses import replace
 
     from seedlora.evaluation.scoring import task_runs, with_common_limit

@@ -33,7 +33,7 @@ def word_problem(rng: random.Random) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_smollm2_on_gsm8k(tmp_path, monkeypatch, capsys):
+def test_smollm2_is_trained_and_scored_on_gsm8k(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     Path("rows.jsonl").write_text("".join(json.dumps(word_problem(rng)) + "\n" for _ in range(320)))

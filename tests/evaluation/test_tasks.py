@@ -89,7 +89,7 @@ def test_all_solutions_of_humaneval_pass():
     assert failed == []
 
 
-def test_mbpp_rows(tmp_path):
+def test_items_of_mbpp(tmp_path):
     row = {
         "task_id": 2,
         "prompt": "Write a function to find the shared elements.",
@@ -123,7 +123,7 @@ def test_mbpp_rows(tmp_path):
         ("openbookqa", "answer2", "answer2"),
     ],
 )
-def test_commonsense(tmp_path, name, answer, said):
+def test_items_of_the_commonsense_tasks(tmp_path, name, answer, said):
     row = {"instruction": "Which?", "input": "", "output": f"the correct answer is {answer}", "answer": answer}
     (item,) = items(tmp_path, name, row)
     assert item.request == "Which?"

@@ -9,7 +9,8 @@ from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import greedy_members
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.updates.factors import LoRAFactors
-from tests.merge.cases import dense, make_stack, relative
+from tests.helpers.merge_cases import dense, make_stack
+from tests.helpers.precision import relative
 
 TRIM = "the default density drops entries of any update"
 RANDOM = "entries are dropped at random"
@@ -100,7 +101,7 @@ LAWS = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("law", LAWS)
-def test_law(law, name):
+def test_every_method_keeps_the_law_or_breaks_it_by_design(law, name):
     error = relative(*LAWS[law](name))
     if (law, name) in BROKEN:
         assert error > 1e-3, f"{name} keeps the law '{law}'; take it off the list"

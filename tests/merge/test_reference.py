@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from seedlora.merge.registry import METHODS
-from tests.merge.cases import CASES, dense, make_stack, options_for, relative
+from tests.helpers.merge_cases import CASES, dense, make_stack, options_for
+from tests.helpers.precision import relative
 
 #: float64 is limited by the square root in the Gram matrices, the others by storage.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.bfloat16: 2.5e-2}
@@ -26,7 +27,7 @@ def test_every_method_has_a_reference():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_has_a_case(method):
-    """Those of the rule; what a survey finds in the whole model is tested in test_model_rules.py."""
+    """Those of the rule; what a survey finds in the whole model is tested in test_layers.py."""
     options = set(inspect.signature(METHODS[method].rule).parameters) - {"stack", "thresholds", "generator"}
     assert options == {key for case in CASES.values() if case.method == method for key in case.options}
 
@@ -34,17 +35,17 @@ def test_every_option_has_a_case(method):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", CASES)
-def test_number_of_adapters(name, n, dtype):
+def test_methods_are_their_formulas_for_any_number_of_adapters(name, n, dtype):
     check(name, make_stack(n=n, r=2, d=13, k=11, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(13, 20), (20, 13)], ids=str)
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_rank_and_shape(name, r, shape):
+def test_methods_are_their_formulas_at_other_ranks_and_shapes(name, r, shape):
     check(name, make_stack(n=3, r=r, d=shape[0], k=shape[1], alpha=3.0, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_more_rank_than_the_layer_has(name):
+def test_methods_are_their_formulas_with_more_rank_than_the_layer_has(name):
     check(name, make_stack(n=5, r=4, d=7, k=9))

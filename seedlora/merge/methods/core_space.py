@@ -52,6 +52,14 @@ def core_ties(
 
     References:
         Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> core_ties(stack).dense()  # no entry is shared, so no sign is outvoted
+        tensor([[[3., 0.],
+                 [0., 1.]]])
     """
     checked_range("density", density, 0, 1, open_low=True)
     left, right, cores = _cores(stack, basis)

@@ -30,6 +30,13 @@ def dare_linear(stack: Updates, *, p: float = 0.5, generator: torch.Generator | 
 
     References:
         Yu et al., "Language Models are Super Mario", arXiv 2311.03099.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.ones(2, 1, 1000), B=torch.ones(2, 1, 1))
+        >>> dare_linear(stack, p=0.75).dense().unique()  # kept of no adapter, of one, of both
+        tensor([0., 2., 4.])
     """
     checked_range("p", p, 0, 1 - 1e-9)
     generators = repeatable_stream(generator)
@@ -62,6 +69,13 @@ def dare_ties(
 
     References:
         Yu et al., arXiv 2311.03099; Yadav et al., arXiv 2306.01708.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.ones(2, 1, 1000), B=torch.ones(2, 1, 1))
+        >>> dare_ties(stack, p=0.75).dense().unique()  # dropped of both, or kept of one at least
+        tensor([0., 4.])
     """
     checked_range("p", p, 0, 1 - 1e-9)
     generators = repeatable_stream(generator)

@@ -46,6 +46,13 @@ def della(
 
     References:
         Deep, Bhardwaj and Poria, "DELLA-Merging", arXiv 2406.11617.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.ones(2, 1, 1000), B=torch.ones(2, 1, 1))
+        >>> della(stack, density=0.25, epsilon=0.0).dense().unique()  # dropped of both, or kept of one at least
+        tensor([0., 4.])
     """
     checked_range("density", density, 0, 1, open_low=True)
     if not 0 <= epsilon < density or density + epsilon > 1:

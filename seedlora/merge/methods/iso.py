@@ -26,6 +26,14 @@ def iso_c(stack: LoRAFactors, *, scale: float | None = None) -> LoRAFactors:
     References:
         Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         arXiv 2502.04959 (Iso-C).
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> iso_c(stack).dense()  # of the mean diag(3, 1) / 2 with equal values
+        tensor([[[1., 0.],
+                 [0., 1.]]])
     """
     scale = 1 / len(stack) if scale is None else scale
     svd = thin_svd(*factor_grams(stack))

@@ -31,6 +31,13 @@ def karcher(stack: AnyUpdates, *, max_iter: int = 10, tol: float = 1e-5) -> AnyU
     References:
         Karcher, "Riemannian center of mass and mollifier smoothing", 1977; the algorithm on the sphere: Buss and
         Fillmore, "Spherical averages and applications", 2001.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[3.0, 0]], [[0, 1.0]]]), B=torch.ones(2, 1, 1))
+        >>> karcher(stack).dense()  # half way between the directions, of length 2
+        tensor([[[1.4142, 1.4142]]])
     """
     inner = gram(stack)
     norms = inner.diagonal().clamp_min(0).sqrt()

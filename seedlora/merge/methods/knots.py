@@ -52,6 +52,13 @@ def knots_ties(
 
     References:
         Stoica et al., "Model merging with SVD to tie the KnOTS", arXiv 2410.19735.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> knots_ties(stack, density=1.0).dense()
+        tensor([[[ 3., -3.,  1.]]])
     """
     checked_range("density", density, 0, 1, open_low=True)
     basis = align(stack)
@@ -95,6 +102,13 @@ def knots_dare_ties(
 
     References:
         Stoica et al., arXiv 2410.19735; Yu et al., arXiv 2311.03099.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.ones(2, 1, 1000), B=torch.ones(2, 1, 1))
+        >>> knots_dare_ties(stack, p=0.75).dense().abs().unique()  # dropped of both, or kept of one at least
+        tensor([0., 4.])
     """
     checked_range("p", p, 0, 1 - 1e-9)
     basis = align(stack)

@@ -25,6 +25,13 @@ def model_stock(stack: AnyUpdates) -> AnyUpdates:
 
     References:
         Jang, Yun and Han, "Model Stock: All we need is just a few fine-tuned models", arXiv 2403.19522.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[1.0, 1, 0]], [[0, 1.0, 1]]]), B=torch.ones(2, 1, 1))
+        >>> model_stock(stack).dense()  # the cosine is 1/2, so t is 2/3
+        tensor([[[0.3333, 0.6667, 0.3333]]])
     """
     n = len(stack)
     c = mean_cosine(gram(stack)).clamp_min(0)

@@ -38,6 +38,13 @@ def sce(stack: Updates, *, select_topk: float = 1.0) -> DenseUpdates:
 
     References:
         Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> sce(stack).dense()  # weighted by 17 and 14, where the signs agree
+        tensor([[[ 3.0968, -3.0000,  1.0000]]])
     """
     checked_range("select_topk", select_topk, 0, 1, open_low=True)
     if select_topk == 1:

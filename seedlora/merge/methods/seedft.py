@@ -28,6 +28,14 @@ def seedft(stack: LoRAFactors) -> LoRAFactors:
 
     References:
         Described second-hand in this project's notes, built on KnOTS (arXiv 2410.19735); no paper was reached.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> seedft(stack).dense()  # the values 3 and 1, over the root of 2
+        tensor([[[2.1213, 0.0000],
+                 [0.0000, 0.7071]]])
     """
     basis = align(stack)
     # sum_n V_n^T = diag(1/s) sum_n rows[n] A_n, with rows[n] of shape (Q, R)

@@ -55,6 +55,13 @@ def seedlora(
     References:
         "SeedLoRA: A Fusion Approach to Efficient LLM Fine-Tuning", equations 4 and 5; the reference statistics
         are the averages over all adapters.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[2.0, 0, -2, 0]], [[0, 2.0, 0, -2]]]), B=torch.ones(2, 1, 1))
+        >>> stack.dense().mean(0), seedlora(stack).dense()[0]  # as spread out as each of the two
+        (tensor([[ 1.,  1., -1., -1.]]), tensor([[ 1.4142,  1.4142, -1.4142, -1.4142]]))
     """
     w = checked_weights(stack, weights) / len(stack)
     gain, mu = spread_gain(stack, w), means(stack)
@@ -86,6 +93,15 @@ def seedlora_gain(stack: AnyUpdates, *, p: float = 0.5, cap: float = 2.0) -> Any
 
     References:
         Derived in this project from equation 5 of SeedLoRA.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[2.0, 0, -2, 0]], [[0, 2.0, 0, -2]]]), B=torch.ones(2, 1, 1))
+        >>> seedlora_gain(stack, p=0.5).dense()  # as long as each of the two
+        tensor([[[ 1.4142,  1.4142, -1.4142, -1.4142]]])
+        >>> seedlora_gain(stack, p=1.0).dense()
+        tensor([[[ 2.,  2., -2., -2.]]])
     """
     checked_range("p", p, 0, 10)
     checked_range("cap", cap, 1, 1e6)

@@ -34,6 +34,15 @@ def soup(stack: AnyUpdates, *, weights: Float[Tensor, " N"] | list[float] | None
 
     References:
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> soup(stack).dense()
+        tensor([[[ 3.0000, -1.0000,  0.5000]]])
+        >>> soup(stack).rank
+        2
     """
     return weighted_sum(stack, checked_weights(stack, weights) / len(stack))
 
@@ -53,6 +62,13 @@ def greedy_soup(stack: LoRAFactors, *, members: Sequence[int]) -> LoRAFactors:
 
     References:
         Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482, recipe 1.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> greedy_soup(stack, members=[1]).dense()
+        tensor([[[ 2., -3.,  1.]]])
     """
     chosen = list(members)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(stack))):

@@ -63,6 +63,13 @@ def seedlora_subspace(
 
     References:
         SeedLoRA, ICML 2025 version, as reported second-hand; its code was not found.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> seedlora_subspace(stack, quantile=0.5).dense()
+        tensor([[[ 3.0000, -3.0000,  0.5000]]])
     """
     checked_range("quantile", quantile, 0, 1 - 1e-9)
     checked_range("p", p, 0, 1 - 1e-9)

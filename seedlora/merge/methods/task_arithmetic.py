@@ -23,6 +23,13 @@ def task_arithmetic(stack: AnyUpdates, *, scale: float | None = None) -> AnyUpda
 
     References:
         Ilharco et al., "Editing models with task arithmetic", arXiv 2212.04089.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> task_arithmetic(stack, scale=1.0).dense()
+        tensor([[[ 6., -2.,  1.]]])
     """
     scale = 1 / len(stack) if scale is None else scale
     return weighted_sum(stack, torch.full((len(stack),), float(scale), dtype=torch.float64))

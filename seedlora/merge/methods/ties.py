@@ -46,6 +46,13 @@ def ties(
 
     References:
         Yadav et al., "TIES-Merging", arXiv 2306.01708.
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.tensor([[[4.0, 1, 0]], [[2.0, -3, 1]]]), B=torch.ones(2, 1, 1))
+        >>> ties(stack, density=1.0).dense()  # the second entry is the mean of -3 alone
+        tensor([[[ 3., -3.,  1.]]])
     """
     checked_range("density", density, 0, 1, open_low=True)
     limits = magnitude_thresholds(lambda step: row_blocks(stack, step), density) if thresholds is None else thresholds

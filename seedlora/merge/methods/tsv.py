@@ -35,6 +35,14 @@ def tsv_m(stack: LoRAFactors, *, k: int | None = None, scale: float = 1.0) -> Lo
 
     References:
         Gargiulo et al., "Task Singular Vectors", arXiv 2412.00081, algorithm 1 (TSV-Merge).
+
+    Example:
+        >>> import torch
+        >>> from seedlora import LoRAFactors
+        >>> stack = LoRAFactors(A=torch.eye(2)[:, None], B=torch.tensor([[[3.0], [0]], [[0], [1.0]]]))
+        >>> tsv_m(stack).dense()  # orthogonal already: the sum
+        tensor([[[3., 0.],
+                 [0., 1.]]])
     """
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, got {k}")

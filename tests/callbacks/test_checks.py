@@ -1,0 +1,63 @@
+"""What the ensemble's callback refuses before a step is taken."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+
+from seedlora.callbacks import SeedEnsembleCallback
+from tests.helpers.models import FULL, SEEDS, make_data, make_module
+from tests.helpers.training import SILENT, make_trainer
+
+
+def test_the_same_start_and_the_same_order_make_no_ensemble(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="ensemble.vary init.*pissa.*start at the same weights"):
+        callback = SeedEnsembleCallback(SEEDS, dirpath=tmp_path, vary="init", budget="full")
+        trainer = pl.Trainer(max_epochs=1, callbacks=[callback], logger=False, enable_checkpointing=False)
+        trainer.fit(make_module(tiny_llama, adapter="pissa"), datamodule=make_data())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"merge": "auto"},
+            "--merge auto chooses among merges of the seeds' factors, and what model.adapter full adds",
+        ),
+        ({"controls": "untrained"}, "ensemble.controls chooses among"),
+        ({"merge": "tsv_m"}, "'tsv_m' works on the factors of adapters.*choose one of seedlora, .*soup"),
+        ({"compare": "knots_ties"}, "'knots_ties' works on the factors"),
+        ({"vary": "init"}, "with model.adapter full all seeds start at the same weights"),
+    ],
+)
+def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_path, options, message):
+    callback = SeedEnsembleCallback(SEEDS, dirpath=tmp_path, budget="full", **options)
+    with pytest.raises(ValueError, match=message):
+        trainer = pl.Trainer(max_epochs=1, callbacks=[callback], **SILENT)
+        trainer.fit(make_module(tiny_llama, **FULL), datamodule=make_data())
+
+
+def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback(dirpath=tmp_path / "run", controls="all")
+    with pytest.raises(ValueError, match="controls all trains an adapter of another rank.*pissa.*use untrained"):
+        callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback(dirpath=tmp_path / "x")
+    data = make_data()
+    data.tokenizer = make_module(tiny_llama).tokenizer
+    data.setup("fit")
+    with pytest.raises(ValueError, match="needs a LightningDataModule with an attribute `seeds`"):
+        make_trainer(callback).fit(make_module(tiny_llama), train_dataloaders=data.train_dataloader())
+    with pytest.raises(ValueError, match="ensemble.seeds must be from 0 to"):
+        SeedEnsembleCallback([1, -1])
+    with pytest.raises(ValueError, match="the run has no end"):
+        make_trainer(callback, max_epochs=-1).fit(make_module(tiny_llama), datamodule=make_data())
+
+
+def test_best_weights_need_validation(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
+    with pytest.raises(ValueError, match="need validation rows"):
+        make_trainer(callback, limit_val_batches=0).fit(make_module(tiny_llama), datamodule=make_data())

@@ -1,0 +1,73 @@
+"""The order of each seed, in steps and micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from seedlora.datamodules.sampler import ReplicaSampler
+
+
+def sets_per_step(data, seeds, seed, *, accumulate, world_size, epoch=3):
+    samplers = [
+        ReplicaSampler(
+            data.rows["train"], seeds=seeds, batch_size=2, accumulate=accumulate, rank=rank, world_size=world_size,
+            epoch=epoch,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    steps = [[] for _ in range(samplers[0].steps)]
+    for sampler in samplers:
+        for i, micro in enumerate(sampler):
+            steps[i // accumulate].extend(micro.rows[seeds.index(seed)])
+    return [sorted(step) for step in steps]
+
+
+def test_the_order_of_a_seed_is_the_same_alone_stacked_and_on_two_ranks(data):
+    alone = sets_per_step(data, [42], 42, accumulate=4, world_size=1)
+    assert alone == sets_per_step(data, [1, 2, 42, 3, 4], 42, accumulate=4, world_size=1)
+    assert alone == sets_per_step(data, [11, 42], 42, accumulate=2, world_size=2)
+    assert alone != sets_per_step(data, [11, 42], 11, accumulate=4, world_size=1)
+    assert alone != sets_per_step(data, [42], 42, accumulate=4, world_size=1, epoch=4)
+    assert sorted(row for step in alone for row in step) == list(range(24))
+
+
+def test_num_items_counts_the_supervised_tokens_of_the_whole_step(data):
+    sampler = ReplicaSampler(data.rows["train"], seeds=[1, 2], batch_size=2, accumulate=3, rank=1, world_size=2)
+    counts = data.rows["train"].num_items
+    for i, micro in enumerate(sampler):
+        step = [sampler.order(seed, i // 3) for seed in (1, 2)]
+        assert micro.num_items == tuple(int(counts[rows].sum()) for rows in step)
+        assert all(set(rows) <= set(all_rows) for rows, all_rows in zip(micro.rows, step, strict=True))
+
+
+def test_a_loader_goes_on_where_its_state_says(data):
+    data.seeds = (1, 2)
+    whole = [micro["input_ids"].tolist() for micro in data.train_dataloader()]
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert [micro["input_ids"].tolist() for micro in resumed] == whole[5:]
+    resumed.sampler.set_epoch(1)
+    assert len(list(resumed)) == len(whole)
+
+
+def test_lengths_are_sorted_within_a_step(data):
+    lengths = data.rows["train"].lengths
+    sampler = ReplicaSampler(data.rows["train"], seeds=[1], batch_size=24)
+    (micro,) = sampler
+    assert (np.diff(lengths[list(micro.rows[0])]) >= 0).all()
+
+
+def test_tokens_seen_are_those_of_the_steps_over_the_epochs(data):
+    rows = data.rows["train"]
+    sampler = ReplicaSampler(rows, seeds=[1], batch_size=2, accumulate=3)
+    taken = []
+    for epoch, steps in ((0, 3), (1, 3), (2, 1)):
+        sampler.set_epoch(epoch)
+        taken += [row for step in range(steps) for micro in sampler.micro_batches(step) for row in micro.rows[0]]
+    assert len(taken) == 7 * 6
+    wanted = rows.lengths[taken].sum(), rows.num_items[taken].sum()
+    assert sampler.seen(1, 7, steps_per_epoch=3) == wanted

@@ -1,0 +1,1 @@
+"""What several test files need: models, runs, references, and what they are compared by."""

@@ -1,0 +1,177 @@
+"""The folder of a run as the state of its ensemble, without a Trainer."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from seedlora.run.folder import RunFolder
+
+SETTINGS = {"model.r": 8, "model.gradient_checkpointing": False, "processes": 2}
+
+
+def train(folder, *names):
+    for name in names:
+        (folder.path / name).mkdir(parents=True)
+        (folder.path / name / "adapter_config.json").write_text("{}")
+
+
+def save(folder, names, step):
+    with folder.new_checkpoint(names, step) as temporary:
+        torch.save({"step": step, "weights": torch.ones(300)}, temporary)
+    folder.keep(temporary)
+
+
+def test_what_is_left_to_do(tmp_path):
+    folder = RunFolder(tmp_path, [3, 1, 2], controls=("long_seed", "wide_seed"))
+    assert (folder.trained, folder.pending, folder.pending_controls) == ((), (3, 1, 2), ())
+    train(folder, "seed_1")
+    assert (folder.trained, folder.pending) == ((1,), (3, 2))
+    assert folder.next_stack(1) == (3,)
+    assert folder.next_stack(None) == (3, 2)
+    folder.leave_out({"seed_2": "diverged"})
+    train(folder, "seed_3")
+    assert (folder.trained, folder.pending) == ((3, 1), ())
+    assert folder.pending_controls == ("long_seed", "wide_seed")
+    folder.leave_out({"long_seed": "diverged too"})
+    assert folder.pending_controls == ("wide_seed",)
+    assert folder.left_out == {"seed_2": "diverged", "long_seed": "diverged too"}
+
+
+def test_a_control_of_fewer_seeds_is_trained_anew(tmp_path):
+    for number, seeds in enumerate(([1, 2], [1, 2, 3]), start=2):
+        folder = RunFolder(tmp_path, seeds, controls=("long_seed", "wide_seed"))
+        train(folder, *(name for name in map("seed_{}".format, seeds) if not (tmp_path / name).exists()))
+        assert folder.pending_controls == ("long_seed", "wide_seed")
+        for name in folder.controls:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "adapter_config.json").write_text("{}")
+            (tmp_path / name / "control.json").write_text(json.dumps({"seeds": number}))
+        assert folder.pending_controls == ()
+        assert folder.trained_controls == ("long_seed", "wide_seed")
+    # and what was begun of it is of no use
+    again = RunFolder(tmp_path, [1, 2, 3, 4], controls=("long_seed", "wide_seed"))
+    save(again, ("wide_seed",), 7)
+    again.forget_checkpoints(("seed_4",))
+    assert again.checkpoint(("wide_seed",)) is None
+
+
+def test_what_was_merged_before_is_forgotten(tmp_path):
+    folder = RunFolder(tmp_path, [1])
+    train(folder, "seed_1", "fused", "soup")
+    (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')
+    (tmp_path / "selection.json").write_text("{}")
+    assert folder.forget_fused() == ["fused"]
+    # whatever else has that name was not made by a merge
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed_1", "soup"]
+    assert folder.fusion is None
+
+
+def test_metrics_have_a_file_for_each_part_of_the_seeds(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2, 3])
+    names = [(), ("seed_1", "seed_2", "seed_3"), ("seed_1", "seed_3"), ("long_seed",)]
+    files = ["metrics.jsonl", "metrics.jsonl", "metrics-1-3.jsonl", "metrics-long_seed.jsonl"]
+    assert [folder.metrics(part).name for part in names] == files
+
+
+def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2])
+    both = ("seed_1", "seed_2")
+    assert folder.checkpoint(both) is None
+    for step in (9, 10):
+        save(folder, both, step)
+    (tmp_path / "checkpoints" / "seed_1-seed_2" / "step=9 of mine.ckpt").write_text("a copy")
+    with folder.new_checkpoint(both, 11) as temporary:
+        temporary.write_text("half")
+    assert folder.checkpoint(both).name == "step=10.ckpt"
+    assert {path.name for path in tmp_path.glob("checkpoints/*/*.ckpt")} == {"step=10.ckpt", "step=9 of mine.ckpt"}
+    train(folder, *both)
+    folder.forget_checkpoints(both)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "truncated": lambda whole: whole[:-100],
+    "without its head": lambda whole: bytes(40) + whole[40:],
+    "other weights": lambda whole: whole.replace(torch.ones(3).numpy().tobytes(), bytes(12), 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", ["", "checkpoint/rank_1.pt"], ids=["file", "folder"])
+def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tmp_path, file, damage):
+    # killed between the two steps of keep()
+    old, new = (tmp_path / "checkpoints" / "seed_1" / f"step={step}.ckpt" for step in (9, 10))
+    for path in (old, new):
+        for part in {file, file.replace("1", "0")}:
+            (path / part).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"weights": torch.ones(300)}, path / part)
+    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == new
+    (new / file).write_bytes(damage((new / file).read_bytes()))
+    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == old
+    (old / file).write_bytes(damage((old / file).read_bytes()))
+    folder = RunFolder(tmp_path, [1])
+    with pytest.raises(ValueError, match=r"seed_1/step=10\.ckpt is damaged, and no older one is there; without it"):
+        folder.checkpoint(("seed_1",))
+    # the run gets there again
+    with folder.new_checkpoint(("seed_1",), 10) as temporary:
+        torch.save({}, temporary)
+    folder.keep(temporary)
+    assert folder.saved(("seed_1",)) == [folder.checkpoint(("seed_1",))] == [new]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model.r": 8, "mod', b"\x80\x02}q\x00", b"[1]"])
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("run.json", "it --resume takes the options that are given for those that it was started with"),
+        ("excluded.json", "it --resume trains what was left out again"),
+        ("trained.json", "it --resume does not know how long finished adapters were trained"),
+        ("selection.json", "it --resume chooses again"),
+        ("long_seed/control.json", "that folder --resume makes it anew"),
+        ("fused/fusion.json", "that folder --resume makes it anew"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, without, content):
+    folder = RunFolder(tmp_path, [1], controls=["long_seed"])
+    folder.open(SETTINGS, resume=False)
+    train(folder, "seed_1", "long_seed", "fused")
+    (tmp_path / name).write_bytes(content)
+    message = rf"{re.escape(str(tmp_path / name))} cannot be read: .*; without {without}$"
+    with pytest.raises(ValueError, match=message):
+        folder.trained_controls if "control" in name else folder.open(SETTINGS, resume=True)
+
+
+def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path):
+    folder = RunFolder(tmp_path, [1, 2, 3])
+    folder.begin(("seed_1", "seed_2", "seed_3"))
+    assert folder.next_stack(2) == (1, 2)
+    folder.begin(("seed_1", "seed_2"))
+    train(folder, "seed_1")
+    assert folder.next_stack(2) == (1, 2)
+    assert folder.next_stack(1) == (2,)
+    train(folder, "seed_2")
+    folder.forget_checkpoints(("seed_1", "seed_2"))
+    # of a larger stack that was begun before nothing is left: its finished seeds would train again
+    assert folder.next_stack(None) == (3,)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path):
+    folder = RunFolder(tmp_path, [1])
+    folder.open(SETTINGS, resume=True)
+    assert folder.settings == SETTINGS
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
+        folder.open(SETTINGS, resume=False)
+    folder.open({**SETTINGS, "model.gradient_checkpointing": True}, resume=True)
+    with pytest.raises(ValueError, match=r"was started with model\.r = 8, now it is 4"):
+        folder.open({**SETTINGS, "model.r": 4}, resume=True)
+    with pytest.raises(ValueError, match="was started with processes = 2, now it is 1"):
+        folder.open({**SETTINGS, "processes": 1}, resume=True)
+    train(folder, "seed_1")
+    folder.open({**SETTINGS, "processes": 1}, resume=True)
+    assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS

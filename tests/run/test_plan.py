@@ -1,0 +1,54 @@
+"""The plan of a run: what it prints, and what it writes, which is nothing."""
+
+from __future__ import annotations
+
+import re
+
+import lightning.pytorch as pl
+
+from seedlora.run import plan
+from seedlora.run.cost import PeakMemory
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import EnsembleOptions
+from seedlora.training import building
+from tests.helpers.commands import train
+from tests.helpers.models import make_data, make_module
+
+
+def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    happened, load = [], building.load_model
+    monkeypatch.setattr(building, "load_model", lambda *a, **o: (happened.append("load"), load(*a, **o))[1])
+    forget = PeakMemory.forget
+    monkeypatch.setattr(PeakMemory, "forget", lambda self: (happened.append("forget"), forget(self)))
+    assert train(tiny_llama, "--trainer.max_epochs", "6", "--plan") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for text in ("The run", "each seed 2 epochs of 16 rows, 8 steps of 4 rows", "memory about"):
+        assert text in shown
+    measured = re.search(
+        r"Measured: (\S+) s a step of 3 seeds, so about \d:\d\d:\d\d \(h:mm:ss\) of training; memory (\S+) GiB, where "
+        r"the estimate is (\S+) GiB\. Nothing was written\.",
+        shown,
+    )
+    assert measured
+    assert float(measured[1]) > 0
+    assert not list(tmp_path.iterdir())
+    assert happened == ["forget", "load", "forget"], "loading is not measured"
+
+
+def test_a_run_foretells_its_time_after_four_steps(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(tiny_llama, "--ensemble.stack_size", "2", "--trainer.max_epochs", "6") == 0
+    found = re.findall(r"\S+ s a step: about 0:00:\d\d \(h:mm:ss\) to train (.*)", capsys.readouterr().out)
+    assert found == ["seed_11, seed_42, 4 steps from here", "seed_202, 4 steps from here"]
+
+
+def test_a_plan_of_several_processes_says_so(tiny_llama):
+    model, data, ensemble = make_module(tiny_llama), make_data(), Ensemble(EnsembleOptions((1, 2), budget="full"))
+    data.tokenizer = model.tokenizer
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False)
+    data.trainer = trainer
+    data.setup("fit")
+    found = plan.run_plan(trainer, model.options, data, ensemble)
+    cells = dict(zip(*(column.cells for column in found.table().columns), strict=True))
+    assert " in each of 2 processes: base " in cells["memory"]
