@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from seedlora.callbacks import SeedEnsembleCallback
+from seedlora.callbacks import SeedEnsembleCallback, adapter_writer
 from seedlora.callbacks.callback_of_parts import HOOKS, CallbackOfParts
 from seedlora.run.folder import RunFolder
-from seedlora.training.module import SeedLoRAModule
 from tests.helpers.interventions import Poison
 from tests.helpers.models import make_data, make_module
 from tests.helpers.training import make_trainer
@@ -56,7 +55,13 @@ def test_what_a_fit_writes_in_its_order(tiny_llama, tmp_path, monkeypatch):
     note(RunFolder, "add_trained", lambda rows: f"trained.json of {', '.join(rows)}")
     note(RunFolder, "leave_out", lambda reasons: f"excluded.json of {', '.join(reasons)}")
     note(RunFolder, "forget_checkpoints", lambda names: f"no checkpoints of {', '.join(names) or 'all'}")
-    note(SeedLoRAModule, "write", lambda path, name, *_: f"folder of {name}")
+    write = adapter_writer.write_replica
+
+    def write_noted(path, name, *args, **named):
+        happened.append(f"folder of {name}")
+        write(path, name, *args, **named)
+
+    monkeypatch.setattr(adapter_writer, "write_replica", write_noted)
     note(type(run.strategy), "barrier", lambda *_: "barrier")
     fit_end = []
     monkeypatch.setattr(callback, "on_train_end", lambda *args: (fit_end.append(len(happened)), end(*args)))

@@ -109,6 +109,6 @@ def test_sigterm_is_given_back_on_every_way_out(tiny_llama, tmp_path):
     assert set(answered) == {"_leave"}
     with pytest.raises(RuntimeError, match="broken"), callback.holding_tested(module):
         assert handler().__qualname__ == "_leave"
-        assert list(module.scored) == ["base", "seed_1", "seed_2", "soup", "fused"]
+        assert list(module.scored.adapters) == ["base", "seed_1", "seed_2", "soup", "fused"]
         raise RuntimeError("broken")
     assert handler() == before

@@ -44,7 +44,7 @@ from train import PARTS
         (["--trainer.max_epochs", "-3"], "Lightning's Trainer refuses these options: `max_epochs`"),
         (["--merg", "soup"], "unknown option --merg; did you mean --merge?"),
         (["--compare", "ties", "soup"], "unexpected word 'soup'"),
-        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' merges nothing, 'auto' chooses)"),
+        (["--merge", "SeedLora"], "did you mean 'seedlora'? ('none' merges nothing, 'auto' and 'auto_gain' choose)"),
         (["--data.task", "chain_sun"], "reasoning-gym has no task 'chain_sun'"),
         (["--data.num_train", "0"], "ReasoningGym needs num_train >= 1"),
         (["--data.num_train", "3"], "3 training rows do not fill one optimizer step of 4"),
