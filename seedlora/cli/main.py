@@ -30,6 +30,8 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command("seedlora.cli.inspect", "show ranks, norms and spectra of one adapter, and who serves it"),
     "compare": Command("seedlora.cli.compare", "show cosines, gains and spectra of several adapters"),
     "evaluate": Command("seedlora.cli.evaluate", "score adapters on tasks: GSM8K, MATH, HumanEval, ..."),
+    "chat": Command("seedlora.cli.chat", "talk to an adapter, or to several side by side"),
+    "generate": Command("seedlora.cli.generate", "answer prompts by an adapter, or by several side by side"),
     "serve": Command("seedlora.cli.serve", "start vLLM or llama.cpp for a run or an adapter, or print the command"),
     "export": Command("seedlora.cli.export", "write an adapter for llama.cpp and Ollama"),
     "push": Command("seedlora.cli.push", "send an adapter to the model hub"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seedlora.adapters.adapter import PROMPT_NAME, WEIGHTS_NAME, is_model, is_trained, locate
+from seedlora.adapters.adapter import PROMPT_NAME, WEIGHTS_NAME, is_model
 from seedlora.adapters.gguf import MODEL_SCRIPT, SERVER, find_tool
 from seedlora.adapters.peft_config import read_config
 from seedlora.adapters.reading import base_model_of, quantization_of
@@ -23,31 +23,17 @@ from seedlora.adapters.server_commands import (
     vllm_model_command,
 )
 from seedlora.adapters.servers import NOT_KNOWN, serving_problems
+from seedlora.cli.adapter_choice import AdapterChoice, choose_adapters
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.export import export_adapter, named_base
 from seedlora.cli.terminal import print_json
 from seedlora.model.loading import resolve_base_model
-from seedlora.names import FUSED, SETTINGS_NAME, SOUP
 from seedlora.records.json_file import JSONFile
-from seedlora.records.report import REPORT_ADVICE
-from seedlora.updates.diagnostics import natural_sort_key
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 _TEMPLATE = "chat_template.jinja"
 #: Stands in a command for a base model that has to be converted first.
 _BASE_GGUF = "base.gguf"
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Hold what is served: folders by name, the one to ask for first, and why that one."""
-
-    folders: Mapping[str, Path]
-    why: str
-
-    @property
-    def first(self) -> str:
-        return next(iter(self.folders))
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def run_serve(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if nothing of what is asked for can be served.
     """
-    choice = _choose(arguments["source"])
+    choice = choose_adapters(arguments["source"])
     start = _vllm(choice, arguments) if arguments["server"] == VLLM else _llama_cpp(choice, arguments)
     if arguments["json"]:
         told = {"before": [list(words) for words in start.before], "command": list(start.command)}
@@ -104,28 +90,7 @@ def run_serve(arguments: Mapping[str, Any]) -> None:
     os.execvp(program, list(start.command))  # noqa: S606 - the server takes this process's place, and its signals
 
 
-def _choose(source: str) -> _Choice:
-    """Find what to serve.
-
-    Raises:
-        ValueError: if there is nothing.
-    """
-    folder = Path(source).expanduser()
-    if not (folder / SETTINGS_NAME).is_file():
-        found = locate(source)
-        name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
-        return _Choice({name: found}, "")
-    seeds = sorted((path.name for path in folder.glob("seed_*") if is_trained(path)), key=natural_sort_key)
-    names = [name for name in (FUSED, SOUP) if is_trained(folder / name)] + seeds
-    if not names:
-        raise ValueError(f"{folder} has no adapter yet; go on with the run by --resume")
-    report = REPORT_ADVICE.read(folder)
-    advised = None if report is None else report["advice"]["better"]
-    first, why = (advised, "which the run advises") if advised in names else (names[0], "")
-    return _Choice({name: folder / name for name in dict.fromkeys((first, *names))}, why)
-
-
-def _vllm(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
+def _vllm(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
     for name, instead in (("base_gguf", "--base"), ("llama_cpp", "the command vllm")):
         if arguments[name] is not None:
             raise ValueError(f"--{name} is for --server {LLAMA_CPP}; vLLM takes {instead}")
@@ -143,7 +108,7 @@ def _vllm(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
     return _Start([], command, [*_notes(choice, [adapter.name for adapter in adapters]), *left_out])
 
 
-def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
+def _llama_cpp(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
     llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
     server = find_tool(SERVER, llama_cpp) or SERVER
     template, more, given = _template(choice), arguments["options"], arguments["base_gguf"]
@@ -177,7 +142,7 @@ def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
     return _Start(before, command, [*notes, *left_out])
 
 
-def _export_missing(choice: _Choice, arguments: Mapping[str, Any]) -> None:
+def _export_missing(choice: AdapterChoice, arguments: Mapping[str, Any]) -> None:
     """Write the GGUF files of adapters that have none yet."""
     base = named_base(choice.folders[choice.first], arguments["base"])
     llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
@@ -196,7 +161,7 @@ def _is_stale(file: Path, folder: Path) -> bool:
     return not file.is_file() or file.stat().st_mtime < (folder / WEIGHTS_NAME).stat().st_mtime
 
 
-def _base(choice: _Choice, given: str | None) -> str:
+def _base(choice: AdapterChoice, given: str | None) -> str:
     """Return the one base model of all.
 
     Raises:
@@ -211,7 +176,7 @@ def _base(choice: _Choice, given: str | None) -> str:
     return named[choice.first]
 
 
-def _servable(choice: _Choice, base: str, server: str) -> tuple[list[ServedAdapter], list[str]]:
+def _servable(choice: AdapterChoice, base: str, server: str) -> tuple[list[ServedAdapter], list[str]]:
     """Return the adapters that a server loads, and sentences about those that it does not.
 
     Raises:
@@ -240,13 +205,13 @@ def _reasons(folder: Path, base: str, server: str) -> list[str]:
     return [reason for reason in serving_problems(folder, base=base)[server] if not reason.startswith(NOT_KNOWN)]
 
 
-def _template(choice: _Choice) -> Path | None:
+def _template(choice: AdapterChoice) -> Path | None:
     """Return the template of the chat endpoint, from the folder of the adapter that is asked for first."""
     file = choice.folders[choice.first].absolute() / _TEMPLATE
     return file if file.is_file() else None
 
 
-def _notes(choice: _Choice, names: Sequence[str]) -> list[str]:
+def _notes(choice: AdapterChoice, names: Sequence[str]) -> list[str]:
     """Return what whoever asks the server has to know."""
     first = names[0]
     others = f"; also served: {', '.join(names[1:])}" if len(names) > 1 else ""

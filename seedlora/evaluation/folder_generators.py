@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from seedlora.adapters.adapter import Adapter, AdapterError
 from seedlora.adapters.reading import read_adapter
 from seedlora.adapters.writing import universal_config, write_adapter
-from seedlora.evaluation.generate import OnDone, Prompt, StackGenerator
+from seedlora.evaluation.generate import OnDone, OnText, Prompt, StackGenerator
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
 from seedlora.updates.factors import LoRAFactors
@@ -147,10 +148,14 @@ class OneByOneGenerator(StackGenerator):
         max_new_tokens: int,
         stops: Sequence[str],
         on_done: OnDone,
+        on_text: OnText | None = None,
+        pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Answer the prompts of one adapter after the other; see :class:`seedlora.evaluation.generate.Generator`."""
+        """Answer the prompts of one adapter after the other, as :class:`StackGenerator` does those of all."""
         for name, asked in prompts.items():
-            super().__call__({name: asked}, max_new_tokens=max_new_tokens, stops=stops, on_done=on_done)
+            super().__call__(
+                {name: asked}, max_new_tokens=max_new_tokens, stops=stops, on_done=on_done, on_text=on_text, pick=pick
+            )
 
 
 def _load_with_peft(

@@ -40,6 +40,8 @@ class Generation(NamedTuple):
 
 #: Called with an adapter's name, the place of the prompt among its prompts, and what it said.
 OnDone = Callable[[str, int, Generation], object]
+#: Called with an adapter's name, the place of the prompt among its prompts, and what it has said so far.
+OnText = Callable[[str, int, str], object]
 
 
 class Generator(Protocol):
@@ -131,14 +133,26 @@ class StackGenerator:
         max_new_tokens: int,
         stops: Sequence[str],
         on_done: OnDone,
+        on_text: OnText | None = None,
+        pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Answer the prompts, as :class:`Generator` says: plain adapters in stacks, then each mixture by itself."""
+        """Answer the prompts, as :class:`Generator` says: plain adapters in stacks, then each mixture by itself.
+
+        Args:
+            prompts: by adapter.
+            max_new_tokens: of one answer.
+            stops: texts that end an answer.
+            on_done: called with each answer.
+            on_text: called with the text of an answer after each of its tokens, an end of half a character left out.
+            pick: as in :func:`generate_greedily`, for plain adapters.
+        """
         limits = _Limits(max_new_tokens, stops)
         rows = {name: [self._encode(prompt) for prompt in prompts[name]] for name in prompts}
         plain = [name for name in prompts if name not in self._mixtures]
         for start in range(0, len(plain), self._adapters_per_forward):
             names = plain[start : start + self._adapters_per_forward]
-            self._answer(names, [rows[name] for name in names], limits, on_done, names=names)
+            blocks = [rows[name] for name in names]
+            self._answer(names, blocks, limits, on_done, names=names, on_text=on_text, pick=pick)
         for name, members in self._mixtures.items():
             if name in prompts:
                 pick = partial(most_likely_in_the_mean, blocks=len(members))
@@ -152,6 +166,7 @@ class StackGenerator:
         on_done: OnDone,
         *,
         names: Sequence[str],
+        on_text: OnText | None = None,
         pick: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Go on from each adapter's prompts, all in one stack.
@@ -162,6 +177,7 @@ class StackGenerator:
             limits: of an answer.
             on_done: called with each answer of the first blocks, as many as there are names.
             names: whose answers these are.
+            on_text: called with what was said so far.
             pick: as in :func:`generate_greedily`.
         """
         stops = limits.stops
@@ -174,6 +190,9 @@ class StackGenerator:
         room = [self._context - len(row) for row in rows]
 
         def ended(row: int, said: list[int]) -> bool:
+            if on_text is not None and row // per_adapter < len(names):
+                text = self._decode(rows[row], [token for token in said if token not in self._ends])
+                on_text(names[row // per_adapter], row % per_adapter, cut_at_stop(text.rstrip("\ufffd"), stops))
             if said[-1] in self._ends or len(said) >= room[row]:
                 return True
             return bool(stops) and any(stop in self._decode(rows[row], said, last=window) for stop in stops)

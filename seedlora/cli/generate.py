@@ -1,0 +1,121 @@
+"""The command ``generate``: answer prompts by an adapter, or by several side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.cli.speakers import Speakers, add_options, opening, set_up_speakers
+from seedlora.cli.terminal import counting_bar, print_json
+from seedlora.datamodules.prompts import Turn
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = CommandParser("generate", "Answer prompts by an adapter, or by several side by side.")
+    add_options(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a request; repeat it")
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help="requests: lines of JSON with prompt or messages, or a text; - is what is piped in",
+    )
+    parser.add_argument("--json", action="store_true", help="print requests and answers as JSON")
+    return run_command(parser, argv, answer_prompts)
+
+
+def answer_prompts(arguments: Mapping[str, Any]) -> None:
+    """Answer prompts, and print the answers.
+
+    Raises:
+        ValueError: if there is nothing to answer, or for a request that cannot be carried out.
+    """
+    requests = [[Turn("user", text)] for text in arguments["prompt"]]
+    if arguments["file"] is not None:
+        requests += _read_requests(arguments["file"])
+    if not requests:
+        raise ValueError("nothing to answer: give --prompt TEXT or --file FILE")
+    console = Console(stderr=True)
+    speakers = set_up_speakers(arguments, console)
+    conversations = [[*opening(arguments["system"]), *turns] for turns in requests]
+    for note in speakers.notes:
+        console.print(note, highlight=False, markup=False)
+    if len(requests) == 1 and len(speakers.records) == 1 and not arguments["json"]:
+        _stream(speakers, conversations[0])
+        return
+    answers: list[dict[str, str]] = []
+    with counting_bar() as bar:
+        task = bar.add_task("Answering", total=len(conversations))
+        size = speakers.generator.batch_size
+        for start in range(0, len(conversations), size):
+            batch = conversations[start : start + size]
+            found = speakers.answer(dict.fromkeys(speakers.records, batch))
+            answers += [{name: each[i].text for name, each in found.items()} for i in range(len(batch))]
+            bar.advance(task, len(batch))
+    if arguments["json"]:
+        pairs = zip(requests, answers, strict=True)
+        print_json([{"messages": [_message(turn) for turn in turns], "answers": said} for turns, said in pairs])
+        return
+    for turns, said in zip(requests, answers, strict=True):
+        print(f"> {turns[-1].content}")  # noqa: T201 - what was asked for
+        for name, text in said.items():
+            print(f"{name}: {text}" if len(said) > 1 else text)  # noqa: T201
+        print()  # noqa: T201
+
+
+def _stream(speakers: Speakers, conversation: Sequence[Turn]) -> None:
+    """Print the answer of the one adapter as it comes."""
+    shown = 0
+
+    def show(_name: str, _i: int, text: str) -> None:
+        nonlocal shown
+        sys.stdout.write(text[shown:])
+        sys.stdout.flush()
+        shown = len(text)
+
+    (said,) = speakers.answer({name: [conversation] for name in speakers.records}, show).values()
+    print(said[0].text[shown:])  # noqa: T201 - the rest of it
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    return {"role": turn.role, "content": turn.content}
+
+
+def _read_requests(source: str) -> list[list[Turn]]:
+    """Read requests from a file.
+
+    Raises:
+        ValueError: for a line that holds none.
+        OSError: if the file cannot be read.
+    """
+    text = sys.stdin.read() if source == "-" else Path(source).expanduser().read_text(encoding="utf-8-sig")
+    if not source.lower().endswith((".jsonl", ".json")):
+        return [[Turn("user", text.rstrip("\n"))]] if text.strip() else []
+    requests = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                requests.append(_read_request(json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{source}, line {number}: {error}") from None
+    return requests
+
+
+def _read_request(row: object) -> list[Turn]:
+    """Read the turns of a row up to its last request; what follows is an answer that was given."""
+    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
+        raise ValueError("a request is a JSON object with prompt or messages")
+    if "messages" not in row:
+        return [Turn("user", str(row["prompt"]))]
+    turns = [Turn(str(message["role"]), str(message["content"])) for message in row["messages"]]
+    while turns and turns[-1].role != "user":
+        turns.pop()
+    if not turns:
+        raise ValueError("messages have no turn of the user")
+    return turns
