@@ -9,12 +9,14 @@ import argparse
 from collections.abc import Iterator
 
 
-def option_names(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the names of all options of a parser, with their dashes, in the order in which they were added.
+def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the arguments of a parser in the order in which they were added, its list ``_actions``."""
+    return list(parser._actions)
 
-    ``_actions`` is the parser's list of its arguments; options have names.
-    """
-    return [name for action in parser._actions for name in action.option_strings]
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the names of all options of a parser, with their dashes: of its arguments, options have names."""
+    return [name for argument in arguments_of(parser) for name in argument.option_strings]
 
 
 def option_groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str], str]]:

@@ -26,9 +26,14 @@ COLUMNS = 36
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, lambda arguments: talk(arguments, Console()))
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("chat", f"Talk to an adapter, or to several side by side. {HELP}.")
     add_options(parser)
-    return run_command(parser, argv, lambda arguments: talk(arguments, Console()))
+    return parser
 
 
 def talk(arguments: Mapping[str, Any], console: Console) -> None:

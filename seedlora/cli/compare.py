@@ -22,6 +22,11 @@ from seedlora.utils.files import write_text
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, show_comparison)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("compare", "Show cosines, gains and spectra of several adapters.")
     add = parser.add_argument
     add("adapters", nargs="+", help="PEFT adapter folders or hub ids")
@@ -30,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     add("--plot", metavar="FOLDER", help="draw cosines, spectra and distributions there")
     add("--layers", default=LAYERS, help=LAYERS_HELP)
     add("--json", action="store_true", help="print every layer as JSON")
-    return run_command(parser, argv, show_comparison)
+    return parser
 
 
 def show_comparison(arguments: Mapping[str, Any]) -> None:

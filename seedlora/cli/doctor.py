@@ -66,9 +66,14 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, run_doctor)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("doctor", "Show what is installed and what works, as one table for a bug report.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return run_command(parser, argv, run_doctor)
+    return parser
 
 
 def run_doctor(arguments: Mapping[str, Any]) -> None:

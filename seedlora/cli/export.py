@@ -65,6 +65,11 @@ class BaseModel:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, run_export)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("export", "Write an adapter, or a whole model, for llama.cpp and Ollama.")
     add = parser.add_argument
     add("adapter", help="a PEFT adapter folder or hub id, or the folder of a whole model")
@@ -75,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     add("--quantize", metavar="TYPE", help="of a whole model, by llama.cpp's quantiser: Q4_K_M, Q8_0, ...")
     add("--llama_cpp", metavar="FOLDER", help="where llama.cpp is, for whole models and other architectures")
     add("--json", action="store_true", help="print what was written as JSON")
-    return run_command(parser, argv, run_export)
+    return parser
 
 
 def run_export(arguments: Mapping[str, Any]) -> None:

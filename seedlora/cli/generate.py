@@ -18,6 +18,11 @@ from seedlora.datamodules.prompts import Turn
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, answer_prompts)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("generate", "Answer prompts by an adapter, or by several side by side.")
     add_options(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a request; repeat it")
@@ -27,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         help="requests: lines of JSON with prompt or messages, or a text; - is what is piped in",
     )
     parser.add_argument("--json", action="store_true", help="print requests and answers as JSON")
-    return run_command(parser, argv, answer_prompts)
+    return parser
 
 
 def answer_prompts(arguments: Mapping[str, Any]) -> None:

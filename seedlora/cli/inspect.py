@@ -19,11 +19,16 @@ from seedlora.updates.diagnostics import module_facts
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, inspect)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("inspect", "Show ranks, norms and spectra of one adapter, and which servers load it.")
     parser.add_argument("adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     parser.add_argument("--json", action="store_true", help="print every layer as JSON")
-    return run_command(parser, argv, inspect)
+    return parser
 
 
 def inspect(arguments: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, Command] = {
     "push": Command("seedlora.cli.push", "send an adapter to the model hub"),
     "report": Command("seedlora.cli.report", "build the report of runs again, and compare several"),
     "methods": Command("seedlora.cli.methods", "show the table of merge methods"),
+    "completion": Command("seedlora.cli.completion", "print a script by which bash, zsh or tcsh completes commands"),
     "doctor": Command("seedlora.cli.doctor", "show what is installed and what works, for a bug report"),
 }
 

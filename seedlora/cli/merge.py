@@ -73,6 +73,11 @@ class _Request:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, merge)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("merge", "Merge adapters into one, or into the base model.")
     add = parser.add_argument
     add("adapters", nargs="+", help="PEFT adapter folders or hub ids")
@@ -86,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
     for name, methods in option_methods().items():
         options.add_argument(f"--{name}", dest=f"option {name}", metavar="VALUE", help=f"of {methods}")
-    return run_command(parser, argv, merge)
+    return parser
 
 
 def option_methods() -> dict[str, str]:

@@ -18,9 +18,14 @@ from seedlora.names import GREEDY
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, show_methods)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("methods", "Show the table of merge methods.")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    return run_command(parser, argv, show_methods)
+    return parser
 
 
 def show_methods(arguments: Mapping[str, Any]) -> None:

@@ -51,6 +51,11 @@ class _Push:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, run_push)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("push", "Send an adapter to the model hub, with a card that it accepts.")
     add = parser.add_argument
     add("adapter", help="the folder of an adapter")
@@ -62,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add("--dry_run", action="store_true", help="send nothing; print the files and the card")
     add("--json", action="store_true", help="print what was sent as JSON")
-    return run_command(parser, argv, run_push)
+    return parser
 
 
 def run_push(arguments: Mapping[str, Any]) -> None:

@@ -18,13 +18,18 @@ from seedlora.report.weights import LAYERS, LAYERS_HELP
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    return run_command(make_parser(), argv, report)
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("report", "Build the report of runs again, and compare several.")
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs of train.py")
     add("--layers", default=LAYERS, help=LAYERS_HELP)
     add("--out", default="comparison", help="folder of the comparison of several runs")
     add("--json", action="store_true", help="print what is in report.json")
-    return run_command(parser, argv, report)
+    return parser
 
 
 def report(arguments: Mapping[str, Any]) -> None:

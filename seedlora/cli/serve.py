@@ -47,6 +47,13 @@ class _Start:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    own = list(argv[: argv.index("--options")]) if "--options" in argv else list(argv)
+    for_server = list(argv[len(own) + 1 :])
+    return run_command(make_parser(), own, lambda arguments: run_serve({**arguments, "options": for_server}))
+
+
+def make_parser() -> CommandParser:
+    """Make the parser of the command."""
     parser = CommandParser("serve", "Start vLLM or llama.cpp for a run or an adapter, or print the command.")
     add = parser.add_argument
     add("source", metavar="RUN_OR_ADAPTER", help="the folder of a run, an adapter's folder or hub id, a whole model")
@@ -57,9 +64,7 @@ def main(argv: Sequence[str]) -> int:
     add("--dry_run", action="store_true", help="print the command and start nothing")
     add("--json", action="store_true", help="print the command as JSON and start nothing")
     add("--options", metavar="...", help="the rest of the line goes to the server as it is: --options --port 8001")
-    own = list(argv[: argv.index("--options")]) if "--options" in argv else list(argv)
-    for_server = list(argv[len(own) + 1 :])
-    return run_command(parser, own, lambda arguments: run_serve({**arguments, "options": for_server}))
+    return parser
 
 
 def run_serve(arguments: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
 
-from seedlora.cli.argparse_internals import option_groups, option_names
+from seedlora.cli.argparse_internals import arguments_of, option_groups, option_names
 
 
 class TestArgparse:
@@ -14,6 +14,9 @@ class TestArgparse:
         parser.add_argument("--one", type=int)
         parser.add_argument_group("Some").add_argument("--two", type=int, help="the second")
         return parser
+
+    def test_arguments_of(self):
+        assert [argument.dest for argument in arguments_of(self.parser())][-2:] == ["one", "two"]
 
     def test_option_names(self):
         assert {"--help", "--one", "--two"} <= set(option_names(self.parser()))

@@ -108,7 +108,10 @@ def test_an_adapter_of_an_unknown_style_is_told(run, tiny_llama, tmp_path, capsy
         (["--prompt", "x", "--top_k", "3"], "top_k and top_p limit what is drawn at random; give a temperature"),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be a number of at least 0, got -1"),
         (["--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--prompt", "x", "--compare", "nobody"], "--compare nobody is neither one of fused, seed_1, seed_2, base nor a folder"),
+        (
+            ["--prompt", "x", "--compare", "nobody"],
+            "--compare nobody is neither one of fused, seed_1, seed_2, base nor a folder",
+        ),
         (["--file", "bad.jsonl"], "bad.jsonl, line 2: a request is a JSON object with prompt or messages"),
         (["--file", "none.jsonl"], "none.jsonl: No such file"),
     ],
