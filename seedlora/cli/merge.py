@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import torch
 from rich.console import Console
 
@@ -18,7 +20,7 @@ from seedlora.adapters.servers import next_commands, serving_problems
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
 from seedlora.merge.adapter_folders import merge_folders
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
+from seedlora.merge.bound_rule import COMMON_DEFAULTS, CommonOptions
 from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import METHODS, PYTHON_ONLY, make_rule
 from seedlora.names import GREEDY
@@ -89,19 +91,34 @@ def make_parser() -> CommandParser:
     add("--gguf", metavar="LLAMA_CPP", help="also convert the result with llama.cpp's script, found there")
     add("--json", action="store_true", help="print the record as JSON")
     options = parser.add_argument_group("options of the methods", "python -m seedlora methods says which has which")
-    for name, methods in option_methods().items():
-        options.add_argument(f"--{name}", dest=f"option {name}", metavar="VALUE", help=f"of {methods}")
+    for name, text in option_help().items():
+        options.add_argument(f"--{name}", dest=f"option {name}", metavar="VALUE", help=text)
     return parser
 
 
-def option_methods() -> dict[str, str]:
-    """Return the options of the methods that a command line can give, each with the methods that have it."""
-    found: dict[str, list[str]] = {name: ["all methods"] for name in COMMON_DEFAULTS}
+def option_help() -> dict[str, str]:
+    """Say of each option of the methods what it is, in the words of their docstrings, and which methods have it."""
+    texts = {option: {text: ["all methods"]} for option, text in _argument_texts(CommonOptions).items()}
     for name, method in METHODS.items():
+        own = [_argument_texts(function) for function in (method.rule, *method.surveys.values())]
         for option in method.options:
             if option not in PYTHON_ONLY and option not in COMMON_DEFAULTS:
-                found.setdefault(option, []).append(name)
-    return {option: ", ".join(found[option]) for option in sorted(found)}
+                text = next((found[option] for found in own if option in found), "")
+                texts.setdefault(option, {}).setdefault(text, []).append(name)
+    return {
+        option: "; ".join(f"{text} ({', '.join(names)})".strip() for text, names in sorted(told.items(), reverse=True))
+        for option, told in sorted(texts.items())
+    }
+
+
+def _argument_texts(function: Callable[..., object]) -> dict[str, str]:
+    """Return the first sentence about each argument in a docstring, without its marks."""
+    arguments = docstring_parser.parse(function.__doc__ or "").params
+    texts = {argument.arg_name: " ".join((argument.description or "").split()) for argument in arguments}
+    return {
+        name: re.sub(r"``|:\w+:`~?|`", "", re.split(r"[.;](?= |$)", text)[0]).replace("%", "%%")
+        for name, text in texts.items()
+    }
 
 
 def merge(arguments: Mapping[str, Any]) -> None:
