@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
+from seedlora.datamodules.chat_templates import chat_template
+from seedlora.model.tokenizer_files import tokenizer_files
 from seedlora.names import seed_name
 from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import steps_per_epoch
@@ -60,13 +62,20 @@ class AdapterWriter(pl.Callback):
         if writes and module.replicas.diverged:
             folder.leave_out(module.replicas.diverged)
 
-    def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str]:
-        """Return the text files that go with each adapter, by name."""
-        files, options = {}, module.options
+    def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str | bytes]:
+        """Return the files that go with each adapter, by name.
+
+        With the tokenizer, its template renders the prompts of the training, so that a server's chat asks in them.
+        """
+        options, template = module.options, None
+        files: dict[str, str | bytes] = {}
         if isinstance(data, HasPrompt):
-            files[PROMPT_NAME] = json.dumps(data.prompt_record(), indent=2) + "\n"
+            prompt = data.prompt_record()
+            files[PROMPT_NAME] = json.dumps(prompt, indent=2) + "\n"
+            template = chat_template(prompt, module.tokenizer)
         if base := base_record(options.adapter, options.quantization):
             files[BASE_NAME] = json.dumps(base) + "\n"
+        files |= tokenizer_files(module.tokenizer, chat_template=template)
         about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
         files[CARD_NAME] = seed_card(**about, whole=options.is_full_finetuning)
         if self._state.control is not None:

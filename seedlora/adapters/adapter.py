@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seedlora.model.tokenizer_files import TOKENIZER_FILES
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.hub import local_folder
 
@@ -110,7 +111,9 @@ def locate(source: str | Path) -> Path:
         AdapterError: if there is neither.
     """
     try:
-        return local_folder(source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME))
+        return local_folder(
+            source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME, *TOKENIZER_FILES)
+        )
     except ValueError as error:
         raise AdapterError(str(error)) from None
 

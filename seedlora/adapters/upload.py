@@ -18,6 +18,7 @@ from seedlora.adapters.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, WEIGH
 from seedlora.adapters.model_card import CARD_NAME
 from seedlora.adapters.reading import base_model_of
 from seedlora.model.embedded import EMBEDDED, EMBEDDED_FOLDER
+from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME, TOKENIZER_FILES
 from seedlora.names import CONTROL_NAME, FUSION_NAME, SETTINGS_NAME
 from seedlora.utils.wheel_files import cache_folder
 
@@ -29,16 +30,7 @@ FILES = (
     PROMPT_NAME,
     BASE_NAME,
     FUSION_NAME,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
+    *TOKENIZER_FILES,
     "LICENSE*",
     "NOTICE*",
 )
@@ -49,7 +41,7 @@ _TOLD = (
     BASE_NAME,
     FUSION_NAME,
     "tokenizer_config.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_NAME,
     "*/*.jinja",
 )
 #: Of these, the files whose texts may be paths.

@@ -24,7 +24,7 @@ from seedlora.adapters.adapter import (
     is_finite,
 )
 from seedlora.updates.factors import LoRAFactors
-from seedlora.utils.files import atomic_folder
+from seedlora.utils.files import atomic_folder, write_files
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -35,7 +35,7 @@ def write_adapter(
     layers: Mapping[str, LoRAFactors],
     config: LoraConfig,
     *,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     embeddings: Collection[str] = (),
     magnitudes: Mapping[str, Tensor] | None = None,
     biases: Mapping[str, Tensor] | None = None,
@@ -47,7 +47,7 @@ def write_adapter(
         path: the folder; an older one is replaced.
         layers: one adapter (``N = 1``) per layer path, stored as it is: ``B`` without the scaling that ``config`` says.
         config: PEFT's configuration of it.
-        files: further text files of the folder, by name: a model card, for example.
+        files: further files of the folder, by name: a model card, for example.
         embeddings: the layer paths that are embeddings.
         magnitudes: DoRA's, of shape (D,), by layer path.
         biases: what ``lora_bias`` of ``config`` adds to a layer's output, by path.
@@ -81,8 +81,7 @@ def write_adapter(
     with atomic_folder(Path(path), size=sum(tensor.nbytes for tensor in tensors.values())) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(_json_config(config), indent=2, sort_keys=True) + "\n")
-        for name, text in (files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        write_files(folder, files or {})
 
 
 def universal_config(

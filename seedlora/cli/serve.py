@@ -28,10 +28,11 @@ from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.export import export_adapter, named_base
 from seedlora.cli.terminal import print_json
 from seedlora.model.loading import resolve_base_model
+from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
 from seedlora.records.json_file import JSONFile
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
-_TEMPLATE = "chat_template.jinja"
+
 #: Stands in a command for a base model that has to be converted first.
 _BASE_GGUF = "base.gguf"
 
@@ -212,7 +213,7 @@ def _reasons(folder: Path, base: str, server: str) -> list[str]:
 
 def _template(choice: AdapterChoice) -> Path | None:
     """Return the template of the chat endpoint, from the folder of the adapter that is asked for first."""
-    file = choice.folders[choice.first].absolute() / _TEMPLATE
+    file = choice.folders[choice.first].absolute() / CHAT_TEMPLATE_NAME
     return file if file.is_file() else None
 
 

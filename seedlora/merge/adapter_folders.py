@@ -22,7 +22,8 @@ from seedlora.merge.bound_rule import MergeRule
 from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import layer_threads, merge_stacks
 from seedlora.merge.record import (
-    common_text,
+    common_files,
+    common_tokenizer,
     fusion_record,
     gain_record,
     hash_inputs,
@@ -144,8 +145,8 @@ def merge_folders(
     if len(adapters) > 1:
         record["gain"] = gain_record(gains)
     card = model_card(record, max(factors.rank for factors in result.layers.values()), run=run)
-    files = {FUSION.name: FUSION.text(record), CARD_NAME: card}
-    files |= {name: text for name in (PROMPT_NAME, BASE_NAME) if (text := common_text(sources, name))}
+    files: dict[str, str | bytes] = {FUSION.name: FUSION.text(record), CARD_NAME: card}
+    files |= common_files(sources, (PROMPT_NAME, BASE_NAME)) | common_tokenizer(sources)
     write_adapter(
         out,
         result.layers,

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from seedlora.adapters.adapter import PROMPT_NAME, AdapterError
 from seedlora.adapters.model_card import CARD_NAME, model_card
-from seedlora.merge.record import common_text
+from seedlora.merge.record import common_files
+from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
 from seedlora.model.weight_files import MODEL_FILES, WeightFiles
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.updates.dense import DenseUpdates, Updates
-from seedlora.utils.files import atomic_folder
+from seedlora.utils.files import atomic_folder, write_files
 
 #: Turns a key, and the tensor that the base model has there, into the tensor that is written.
 WeightChange: TypeAlias = Callable[[str, Tensor], Tensor]
@@ -62,7 +63,7 @@ def write_model(folder: Path, base: WeightFiles, change: WeightChange, *, dtype:
 
 
 def write_trained(
-    out: str | Path, base: WeightFiles, weights: Mapping[str, Tensor], *, files: Mapping[str, str] | None = None
+    out: str | Path, base: WeightFiles, weights: Mapping[str, Tensor], *, files: Mapping[str, str | bytes] | None = None
 ) -> None:
     """Write a model that was trained in full, in the dtype of its weights, whole or not at all.
 
@@ -70,7 +71,7 @@ def write_trained(
         out: the folder; an older one is replaced.
         base: what it was trained from: its other tensors, configuration and tokenizer go with it.
         weights: by the base's keys.
-        files: further text files of the folder, by name.
+        files: further files of the folder, by name.
 
     Raises:
         AdapterError: if a weight is not finite; nothing is written then.
@@ -80,16 +81,14 @@ def write_trained(
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     with atomic_folder(Path(out)) as folder:
         write_model(folder, base, lambda key, old: weights.get(key, old).cpu().clone(), dtype=dtype)
-        for name, text in (files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        write_files(folder, files or {})
 
 
 def write_model_notes(folder: Path, record: FusionRecord, sources: Sequence[str | Path], run: Path | None) -> None:
     """Write beside a model how it was made, for programs and people, and how it is prompted if its inputs agree."""
     FUSION.write(folder, record)
     (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
-    if prompt := common_text(sources, PROMPT_NAME):
-        (folder / PROMPT_NAME).write_text(prompt, encoding="utf-8")
+    write_files(folder, common_files(sources, (PROMPT_NAME, CHAT_TEMPLATE_NAME)))
 
 
 class ChangedWeight(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from seedlora.adapters.adapter import WEIGHTS_NAME, Adapter, files_sha256, is_model, locate
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import Fused
+from seedlora.model.tokenizer_files import read_tokenizer_files
 from seedlora.model.weight_files import shards
 from seedlora.records.fusion import AppliedRule, FusionRecord, GainRecord, UseRecord
 
@@ -58,11 +59,21 @@ def _weights_sha256(folder: Path) -> str:
     return files_sha256(shards(folder) if is_model(folder) else [folder / WEIGHTS_NAME])
 
 
-def common_text(sources: Sequence[str | Path], name: str) -> str | None:
-    """Return what a file beside all of them says, if all say the same: the prompt or base model of their training."""
-    files = [locate(source) / name for source in sources]
-    texts = {file.read_text(encoding="utf-8") if file.is_file() else None for file in files}
-    return texts.pop() if len(texts) == 1 else None
+def common_files(sources: Sequence[str | Path], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the files that lie beside all inputs and are the same: the prompt or base model of their training."""
+    found = {}
+    for name in names:
+        files = [locate(source) / name for source in sources]
+        contents = {file.read_bytes() if file.is_file() else None for file in files}
+        if len(contents) == 1 and (content := contents.pop()) is not None:
+            found[name] = content
+    return found
+
+
+def common_tokenizer(sources: Sequence[str | Path]) -> dict[str, bytes]:
+    """Return the files of the tokenizer beside all inputs, if all have the same one."""
+    first, *others = (read_tokenizer_files(locate(source)) for source in sources)
+    return first if all(files == first for files in others) else {}
 
 
 def rule_record(bound: BoundRule) -> AppliedRule:

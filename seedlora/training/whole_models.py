@@ -54,13 +54,13 @@ class WholeModels:
             new[key] = broadcast_from_rank0(trainer, made)
         return Stacks({}, {own: [new[key]] for own, key in self._keys(base).items()})
 
-    def write(self, path: Path, trained: Mapping[str, Tensor], files: Mapping[str, str]) -> None:
+    def write(self, path: Path, trained: Mapping[str, Tensor], files: Mapping[str, str | bytes]) -> None:
         """Write the whole model of a replica.
 
         Args:
             path: of the folder.
             trained: its weights, by the names of the stack.
-            files: further text files, by name.
+            files: further files, by name.
         """
         base = WeightFiles(self._options.base_path)
         write_trained(path, base, {key: trained[own] for own, key in self._keys(base).items()}, files=files)

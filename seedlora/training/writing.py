@@ -21,7 +21,7 @@ def write_replica(
     options: ModelOptions,
     *,
     rank_factor: int = 1,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     writer: bool = True,
 ) -> None:
     """Write the folder of one replica: PEFT's of an adapter, or a whole model. All ranks must call it.
@@ -32,7 +32,7 @@ def write_replica(
         stack: that holds it.
         options: of the model.
         rank_factor: as it was trained: :class:`seedlora.training.replicas.FitSettings`.
-        files: further text files, by name.
+        files: further files, by name.
         writer: whether this rank writes.
     """
     # Every rank takes part where each holds a part.
