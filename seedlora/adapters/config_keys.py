@@ -17,7 +17,7 @@ READ_KEYS = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
-        *("use_dora", "lora_bias", "bias", "modules_to_save", "fan_in_fan_out"),
+        *("bias", "fan_in_fan_out"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     }
 )
@@ -147,6 +147,6 @@ def _check_init(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> 
         )
     if init and name is None and init not in PLAIN_INITS:
         raise AdapterError(
-            f"{file}: init_lora_weights is {init[:80]!r}, and whether that changes the base weights is not known; known "
-            f"are true, false, {', '.join(sorted(PLAIN_INITS))}, {', '.join(REPEATED_INITS)}"
+            f"{file}: init_lora_weights is {init[:80]!r}, and whether that changes the base weights is not known; "
+            f"known are true, false, {', '.join(sorted(PLAIN_INITS))}, {', '.join(REPEATED_INITS)}"
         )

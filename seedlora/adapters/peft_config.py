@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, is_model
+from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
 from seedlora.model.peft_internals import pattern_key
+from seedlora.utils.patterns import check_pattern
 
 #: PEFT's task types, and its class that loads adapter and base model of each.
 PEFT_AUTO_CLASSES = {
@@ -22,6 +23,8 @@ PEFT_AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The entries of an ``adapter_config.json`` that decide what its tensors are; :func:`read_config` checked them.
@@ -81,15 +84,10 @@ class AdapterConfig:
             rank: that its factors have.
 
         Raises:
-            AdapterError: if the configuration gives the layer another rank, or a pattern is no regular expression.
+            AdapterError: if the configuration gives the layer another rank.
         """
-        try:
-            expected = self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.rank)
-            alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, path), self.alpha)
-        except re.error as error:
-            raise AdapterError(
-                f"{folder / CONFIG_NAME}: a key of rank_pattern or alpha_pattern is no regex: {error}"
-            ) from None
+        expected = self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.rank)
+        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, path), self.alpha)
         if expected != rank:
             raise AdapterError(
                 f"{folder / WEIGHTS_NAME}: '{path}' has rank {rank}, but {CONFIG_NAME} says {expected}; they must agree"
@@ -106,11 +104,12 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
             ``modules_to_save``.
 
     Raises:
-        AdapterError: if it is missing or broken, an entry is of a wrong type, or the adapter cannot be merged.
+        AdapterError: if it is missing or broken, an entry is of a wrong type, a key is set that is not known, or the
+            adapter cannot be merged.
     """
     file = folder / CONFIG_NAME
     entries = _read_entries(folder)
-    _check_kind(file, entries, allow_more=allow_more)
+    check_keys(file, entries, allow_more=allow_more)
     _check_types(file, entries)
     auto_mapping, revision = entries.get("auto_mapping"), entries.get("revision")
     return AdapterConfig(
@@ -122,7 +121,7 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
         use_dora=bool(entries.get("use_dora")),
         lora_bias=bool(entries.get("lora_bias")),
         modules_to_save=tuple(entries.get("modules_to_save") or ()),
-        init=_init_kind(entries),
+        init=init_kind(entries),
         base_model=entries.get("base_model_name_or_path") or "",
         revision=None if revision == "main" else revision,
         fan_in_fan_out=bool(entries.get("fan_in_fan_out")),
@@ -168,6 +167,13 @@ def _check_types(file: Path, entries: Mapping[str, Any]) -> None:
             raise AdapterError(f"{file}: {key} is {pattern!r}, a mapping is needed")
         for name, value in pattern.items():
             check(file, f"{key}[{name!r}]", value)
+            try:
+                check_pattern(name)
+            except ValueError as error:
+                raise AdapterError(f"{file}: of {key}, the key {name[:80]!r} cannot be used: {error}") from None
+    names = entries.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{file}: modules_to_save is {str(names)[:80]!r}, a list of names is needed")
 
 
 def _check_number(file: Path, key: str, value: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from seedlora.adapters.adapter import PROMPT_NAME, WEIGHTS_NAME, is_model, is_trained, locate
 from seedlora.adapters.gguf import MODEL_SCRIPT, SERVER, find_tool
 from seedlora.adapters.peft_config import read_config
-from seedlora.adapters.reading import base_model_of, quantization_of
+from seedlora.adapters.reading import base_model_of
 from seedlora.adapters.server_commands import (
     ServedAdapter,
     llama_cpp_command,
@@ -235,8 +235,6 @@ def _servable(choice: _Choice, base: str, server: str) -> tuple[list[ServedAdapt
 
 def _reasons(folder: Path, base: str, server: str) -> list[str]:
     """Return what stands in the way of serving an adapter, as far as it is known."""
-    if (kind := quantization_of(folder)) != "none":
-        return [f"it belongs on its base model in {kind} alone"]
     return [reason for reason in serving_problems(folder, base=base)[server] if not reason.startswith(NOT_KNOWN)]
 
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seedlora.adapters.adapter import BASE_NAME, Adapter, AdapterError, is_model, locate
-from seedlora.adapters.reading import quantization_of
+from seedlora.adapters.adapter import BASE_NAME, Adapter, AdapterError, is_model, locate, quantization_of
 from seedlora.merge.adapter_folders import check_output
 from seedlora.merge.averages import average_biases_and_modules
 from seedlora.merge.bound_rule import BoundRule, MergeRule

@@ -1,7 +1,7 @@
 """Take regular expressions from strangers: only those that end in time.
 
-Python's matcher tries again from every place where a repetition could have stopped. One repetition inside another, as in
-``(a+)+$``, takes exponential time on a name that does not match.
+Python's matcher tries every way in which a pattern could be laid over a text before it says no. One repetition inside
+another, as in ``(a+)+$``, has as many ways as there are subsets of the text.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import re
 from importlib import import_module
 from typing import Any
 
-#: Open repetitions one after the other, as in ``.*attn.*proj``: each one more multiplies the time by a name's length.
-_MOST_REPETITIONS = 6
+#: Characters of a layer's path, of which an open repetition may take any number.
+_PATH_LENGTH = 64
+#: Ways to lay a pattern over a path: three open repetitions, as in ``.*attn.*proj``, and a few choices.
+_MOST_WAYS = 2**22
 _LONGEST = 5000
 #: Python's own parser of patterns; the test of this module fails if a release takes it away.
 _PARSER: Any = import_module("re._parser")
@@ -26,36 +28,37 @@ def check_pattern(pattern: str) -> None:
     if len(pattern) > _LONGEST:
         raise ValueError(f"it has {len(pattern)} characters, over {_LONGEST}")
     try:
-        parsed = _PARSER.parse(pattern)
         re.compile(pattern)
+        ways = _ways(_PARSER.parse(pattern), repeated=False)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"it is no regular expression: {error}") from None
-    if _open_repetitions(parsed, inside=False) > _MOST_REPETITIONS:
-        raise ValueError(
-            f"it repeats what repeats itself, or has more than {_MOST_REPETITIONS} open repetitions one after the "
-            "other: to match it could take for ever"
-        )
+        raise ValueError(f"it is no regex: {error}") from None
+    if ways > _MOST_WAYS:
+        raise ValueError("it repeats what varies itself, or repeats too often: to match it could take for ever")
 
 
-def _open_repetitions(parsed: Any, *, inside: bool) -> int:
-    """Return how many open repetitions follow each other at most; too many if one is inside another.
+def _ways(parsed: Any, *, repeated: bool) -> int:
+    """Return in how many ways, at most, a pattern can be laid over a path; more than are allowed if it is too many.
 
     Args:
         parsed: a part of a pattern, as Python's parser gives it.
-        inside: whether that part is repeated itself.
+        repeated: whether that part is repeated itself: then it must not vary.
     """
-    total = 0
+    ways = 1
     for operation, argument in parsed:
         name = str(operation)
         if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            _, most, body = argument
-            is_open = most is _PARSER.MAXREPEAT or most > len(".model.layers.")
-            if is_open and inside:
-                return _MOST_REPETITIONS + 1
-            total += is_open + _open_repetitions(body, inside=inside or is_open)
+            least, most, body = argument
+            choices = min(most - least, _PATH_LENGTH - 1) + 1
+            ways *= choices * _ways(body, repeated=repeated or most > 1)
         elif name == "BRANCH":
-            total += max(_open_repetitions(branch, inside=inside) for branch in argument[1])
+            # Names of layers that are listed differ from each other, so that hardly more than one begins right.
+            choices = 2
+            ways *= choices * max(_ways(branch, repeated=repeated) for branch in argument[1])
         else:
-            bodies = argument if isinstance(argument, tuple | list) else (argument,)
-            total += sum(_open_repetitions(b, inside=inside) for b in bodies if isinstance(b, _PARSER.SubPattern))
-    return total
+            choices = 1
+            parts = argument if isinstance(argument, tuple | list) else (argument,)
+            for part in parts:
+                ways *= _ways(part, repeated=repeated) if isinstance(part, _PARSER.SubPattern) else 1
+        if (repeated and choices > 1) or ways > _MOST_WAYS:
+            return _MOST_WAYS + 1
+    return ways
