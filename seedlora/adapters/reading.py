@@ -39,7 +39,7 @@ from seedlora.adapters.key_names import plain_keys
 from seedlora.adapters.original_base import base_key_of, without_start
 from seedlora.adapters.peft_config import AdapterConfig, read_config
 from seedlora.adapters.placing import placed_on
-from seedlora.model.weight_files import WeightFiles
+from seedlora.model.weight_files import WeightFiles, broken_weights
 from seedlora.updates.factors import LoRAFactors
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -267,7 +267,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file} is not a whole safetensors file: {error}") from None
+        raise AdapterError(broken_weights(file, error)) from None
     for key, tensor in tensors.items():
         if not tensor.numel():
             raise AdapterError(f"{file}: '{key}' is empty, shape {tuple(tensor.shape)}")

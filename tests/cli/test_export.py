@@ -242,8 +242,8 @@ def test_without_the_tools_the_commands_are_printed(tmp_path, capsys, monkeypatc
 
 
 def test_other_architectures_take_llama_cpps_script(tmp_path, capsys):
-    from tests.test_adapter_reader import gpt2
-    from tests.test_adapter_reader import save_adapter as save
+    from tests.helpers.adapter_folders import save_adapter as save
+    from tests.helpers.adapter_folders import small_gpt2 as gpt2
 
     gpt2().save_pretrained(tmp_path / "base")
     save(tmp_path / "a", gpt2, r=2, lora_alpha=2, target_modules=["c_fc"], fan_in_fan_out=True)
