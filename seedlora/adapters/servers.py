@@ -20,7 +20,7 @@ from seedlora.adapters.adapter import quantization_of
 from seedlora.adapters.config_keys import REFUSED_KEYS, base_changing_init, refused_key, unknown_key
 from seedlora.adapters.key_names import wrapper_of
 from seedlora.model.base_layers import base_layers
-from seedlora.model.weight_files import WeightFiles
+from seedlora.model.weight_files import WeightFiles, broken_weights
 from seedlora.updates.factors import LoRAFactors
 
 #: Modules that servers merge into one product, and drop or refuse unless all of them are adapted.
@@ -229,7 +229,9 @@ def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> d
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(broken_weights(folder / "adapter_model.safetensors", error)) from None
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no PEFT adapter folder that can be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'adapter_config.json'} holds no JSON object but {str(config)[:80]}")
@@ -282,35 +284,3 @@ def _describe_missing(adapter: _AdapterHeader, *, grouped: bool) -> str | None:
 
 def _listed(ranks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def next_commands(
-    *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
-) -> str:
-    """Return the commands that load the adapter with PEFT, and that serve it if it can be served."""
-    load = f"""# load it with PEFT
-python - <<'PY'
-from peft import {auto_class}
-model = {auto_class}.from_pretrained("{adapter}")
-PY"""
-    if not serve:
-        return load
-    command = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
-        if (limit := vllm_rank(rank)) is not None
-        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: merge fewer or smaller adapters to serve it"
-    )
-    return f"{load}\n# serve it with vLLM\n{command}"
-
-
-def model_commands(folder: Path) -> str:
-    """Return the commands that load, serve and score a whole model."""
-    return f"""# load it with transformers
-python - <<'PY'
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-PY
-# serve it with vLLM
-vllm serve {folder}
-# score it by generation
-python -m seedlora evaluate --base_model {folder} --task gsm8k"""

@@ -31,6 +31,7 @@ from seedlora.names import FUSED, SETTINGS_NAME, SOUP
 from seedlora.records.json_file import JSONFile
 from seedlora.records.report import REPORT_ADVICE
 from seedlora.updates.diagnostics import natural_sort_key
+from seedlora.utils.places import expanded
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 _TEMPLATE = "chat_template.jinja"
@@ -110,7 +111,7 @@ def _choose(source: str) -> _Choice:
     Raises:
         ValueError: if there is nothing.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not (folder / SETTINGS_NAME).is_file():
         found = locate(source)
         name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
@@ -144,7 +145,7 @@ def _vllm(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
 
 
 def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
-    llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
+    llama_cpp = None if arguments["llama_cpp"] is None else expanded(arguments["llama_cpp"])
     server = find_tool(SERVER, llama_cpp) or SERVER
     template, more, given = _template(choice), arguments["options"], arguments["base_gguf"]
     whole = choice.folders[choice.first]
@@ -154,7 +155,7 @@ def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
             f"{SERVER} --model FILE"
         )
     base = _base(choice, arguments["base"])
-    before, needed = [], Path(given or _BASE_GGUF).expanduser()
+    before, needed = [], expanded(given or _BASE_GGUF)
     if given is not None and not needed.is_file():
         raise ValueError(f"--base_gguf {given} is no file")
     if given is None:
@@ -180,7 +181,7 @@ def _llama_cpp(choice: _Choice, arguments: Mapping[str, Any]) -> _Start:
 def _export_missing(choice: _Choice, arguments: Mapping[str, Any]) -> None:
     """Write the GGUF files of adapters that have none yet."""
     base = named_base(choice.folders[choice.first], arguments["base"])
-    llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
+    llama_cpp = None if arguments["llama_cpp"] is None else expanded(arguments["llama_cpp"])
     for name, folder in choice.folders.items():
         if _reasons(folder, base.name, LLAMA_CPP) == [] and _is_stale(file := _gguf(folder), folder):
             print(f"# writing {file} of {name}", file=sys.stderr)  # noqa: T201

@@ -36,6 +36,7 @@ from seedlora.updates.algebra import gain
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
+from seedlora.utils.places import expanded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,7 +57,7 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"the output {out} cannot be written: {above} is no folder that may be written to")
-    for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
+    for folder in [*map(locate, sources), *([expanded(base)] if base else [])]:
         if folder.is_dir() and folder.resolve().is_relative_to(target):
             holds = "is" if folder.resolve() == target else "holds"
             raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")

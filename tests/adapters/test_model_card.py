@@ -105,4 +105,4 @@ def test_the_card_of_a_merged_model_says_what_that_of_an_adapter_says(kind, adap
         assert "# 3 LoRA adapters merged with `seedlora`" in card
         assert ("Kinds of the inputs: DoRA" in card) == (kind == "dora")
     assert "library_name: transformers" in (tmp_path / "full" / "README.md").read_text()
-    assert f"--into-base {case.base}" in (tmp_path / "full" / "README.md").read_text()
+    assert f"--into_base {case.base}" in (tmp_path / "full" / "README.md").read_text()
