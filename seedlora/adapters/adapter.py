@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Adapter:
             scaling folded into ``B``. An embedding's update is ``(B A)^T``: ``D`` is the width, ``K`` the vocabulary.
         base_model: ``base_model_name_or_path`` of its configuration.
         embeddings: the paths that are embeddings.
-        fan_in_fan_out: the base stores its weights as ``(K, D)`` (``Conv1D`` of GPT-2); the factors are the same.
+        transposed: the paths whose base weight is stored as ``(K, D)`` (``Conv1D`` of GPT-2); the factors are the same.
         copies: rows and sha256 of base weights that PEFT put beside the factors of embeddings and heads, by path.
         magnitudes: DoRA's, by layer path, shape ``(D,)``. The update is then not ``B A`` alone:
             :func:`seedlora.updates.dora.dora_updates`.
@@ -69,12 +70,14 @@ class Adapter:
         start: of PiSSA and OLoRA, as long as it is still in the factors: :func:`without_start` subtracts it.
         quantization: what the base model has to be quantised to: :func:`quantization_of`.
         revision: of the base model on the hub; None for its main one.
+        stored_dtype: of the factors in the file; None if what is written belongs in float32 all the same.
+        renamed: its tensors are stored under names by which PEFT would not find the base model's layers.
     """
 
     layers: Mapping[str, LoRAFactors]
     base_model: str
     embeddings: frozenset[str] = frozenset()
-    fan_in_fan_out: bool = False
+    transposed: frozenset[str] = frozenset()
     copies: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     magnitudes: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
     biases: Mapping[str, Float[Tensor, " D"]] = field(default_factory=dict)
@@ -86,10 +89,17 @@ class Adapter:
     start: StartRecord | None = None
     quantization: str = "none"
     revision: str | None = None
+    stored_dtype: torch.dtype | None = None
+    renamed: bool = False
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Return what PEFT's configuration says of the whole adapter, although it may have layers of both kinds."""
+        return bool(self.transposed)
 
     def flipped(self, path: str) -> bool:
         """Return whether the base stores this layer's weight as ``(K, D)``."""
-        return self.fan_in_fan_out or path in self.embeddings
+        return path in self.transposed or path in self.embeddings
 
 
 def is_model(folder: str | Path) -> bool:
@@ -116,6 +126,25 @@ def locate(source: str | Path) -> Path:
         )
     except ValueError as error:
         raise AdapterError(str(error)) from None
+
+
+def quantization_of(folder: Path) -> str:
+    """Return the quantisation of the base model that an adapter belongs on alone: ``nf4``, or else ``none``.
+
+    Raises:
+        AdapterError: if its record says nothing that can be read.
+    """
+    file = folder / BASE_NAME
+    if not file.is_file():
+        return "none"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from None
+    kind = record.get("quantization", "none") if isinstance(record, dict) else None
+    if not isinstance(kind, str):
+        raise AdapterError(f"{file}: {str(record)[:80]!r} is no record of a quantization")
+    return kind
 
 
 def adapter_sha256(folder: Path) -> str | None:

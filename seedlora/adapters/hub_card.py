@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seedlora.adapters.model_card import CARD_NAME
+from seedlora.adapters.public_base import PublicBase, UploadError
 from seedlora.adapters.servers import vllm_rank
-from seedlora.adapters.upload import PublicBase, UploadError
 from seedlora.records.results import RESULTS
 from seedlora.records.settings import SETTINGS
 

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from seedlora.adapters.public_base import public_base
 from seedlora.names import BASE, FULL, SOUP
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
@@ -17,6 +18,7 @@ from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
 from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
+from seedlora.utils.places import without_home
 
 CARD_NAME = "README.md"
 #: The settings of a run that say how the seeds were trained, and the names under which the card tells them.
@@ -56,7 +58,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
     inputs = [entry["name"] for entry in record["inputs"]]
     lines = [
         "---",
-        f"base_model: {record['base_model']}",
+        *_base_entry(record["base_model"]),
         *_HEADS[rank is None],
         "---",
         *_title(record, rank),
@@ -74,7 +76,19 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return without_home("\n".join(lines))
+
+
+def _base_entry(base_model: str) -> list[str]:
+    """Return the line of a card's head that names the base model: none, unless it has an id of the hub."""
+    base = public_base(base_model)
+    return [f"base_model: {base.name}"] if base.is_hub_id else []
+
+
+def _base_fact(base_model: str) -> str:
+    """Name the base model in a card's text: a folder by its name, without where it lies on this machine."""
+    base = public_base(base_model)
+    return base.name if base.is_hub_id else f"the folder {base.name}" if base.name else "not named by the inputs"
 
 
 def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) -> str:
@@ -86,10 +100,9 @@ def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) 
         note: as :func:`base_note` gives it.
         whole: whether it is a whole model.
     """
-    lines = ["---", f"base_model: {base_model}", *_HEADS[whole], "---"]
-    return "\n".join(
-        [*lines, "# One seed of an ensemble", "", f"Trained as {adapter}.", *(["", note] if note else []), ""]
-    )
+    lines = ["---", *_base_entry(base_model), *_HEADS[whole], "---", "# One seed of an ensemble", ""]
+    lines += [f"Trained as {adapter}, from {_base_fact(base_model)}.", *(["", note] if note else []), ""]
+    return without_home("\n".join(lines))
 
 
 def base_note(adapter: str, quantization: str) -> str:
@@ -209,7 +222,7 @@ def _facts(record: FusionRecord, settings: RunSettings) -> dict[str, str]:
     """Return the table of what it is made of, by which method, and how the seeds were trained."""
     source = record.get("source")
     facts = {
-        "base model": record["base_model"],
+        "base model": _base_fact(record["base_model"]),
         "inputs": ", ".join(entry["name"] for entry in record["inputs"]),
         "method": f"{record['method']} ({source})" if source else record["method"],
         **{key: f"{value}" for key, value in _options(record).items()},

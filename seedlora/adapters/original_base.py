@@ -82,7 +82,7 @@ def _subtract_start(adapter: Adapter, start: StartRecord, name: str, base: Weigh
     if what not in base.initial_factors:
         with _naming_adapter(start.file, ", ".join(adapter.kinds)):
             weight = base.weight(what[0])
-        base.initial_factors[what] = _initial_factors(weight, *what[1:], fan_in_fan_out=adapter.fan_in_fan_out)
+        base.initial_factors[what] = _initial_factors(weight, *what[1:], fan_in_fan_out=adapter.flipped(name))
     a, b = (part.to(factors.dtype) for part in base.initial_factors[what])
     return LoRAFactors(torch.cat([factors.A, a[None]], 1), torch.cat([factors.B, -b[None]], 2))
 

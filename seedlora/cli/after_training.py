@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from seedlora.adapters.adapter import adapter_sha256
 from seedlora.cli.errors import UsageError, one_line
@@ -61,7 +62,7 @@ def asked_tasks(cli: SeedLoRACLI, console: Console) -> AskedTasks:
         return generated_test(task, own if run is None and task == trained_on else run)
 
     try:
-        with console.status(f"Reading {', '.join((*names, *harness))} ..."):
+        with console.status(Text(f"Reading {', '.join((*names, *harness))} ...")):
             runs = task_runs(
                 names,
                 config.evaluate.task_path,

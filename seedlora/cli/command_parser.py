@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from seedlora.cli.errors import one_line
+from seedlora.cli.last_net import with_home
 
 BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
 
@@ -25,12 +26,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m seedlora {command}", description=description, allow_abbrev=False)
 
     def parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """Read the words; in names of options ``-`` and ``_`` are the same.
+        """Read the words; in names of options ``-`` and ``_`` are the same, and ``~`` is the home folder.
 
         Raises:
             ValueError: for words that cannot be read.
         """
-        return vars(self.parse_args([with_underscores(word) for word in words]))
+        return vars(self.parse_args([with_underscores(word) for word in with_home(words)]))
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError in the place of leaving the process."""

@@ -18,6 +18,7 @@ from seedlora.report.figures import weight_figures
 from seedlora.report.weights import LAYERS, LAYERS_HELP, weight_facts
 from seedlora.updates.diagnostics import module_facts
 from seedlora.utils.files import write_text
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +49,7 @@ def show_comparison(arguments: Mapping[str, Any]) -> None:
         found = {"adapters": names, "cosines": matrix, "modules": modules, "layers": [asdict(f) for f in layers]}
         print_json(found | {"method": arguments["method"], "figures": drawn})
         return
-    console = Console()
+    console = plain_console()
     table = number_table("cosine", *(str(i + 1) for i in range(len(names))))
     for i, (name, cosines) in enumerate(zip(names, matrix, strict=True)):
         table.add_row(f"{i + 1} {name}", *format_numbers(*cosines))

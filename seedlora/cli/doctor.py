@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.utils.places import without_home
 
 #: The libraries whose versions decide what a run does; those that need not be there stand last.
 LIBRARIES = (
@@ -110,7 +111,7 @@ def examine() -> list[Finding]:
         found = {section: _asked(look) for section, look in parts}
         found |= {"hub": answer.result(), "extras": _asked(_extras), "programs": _asked(_programs)}
     found["environment"] = _asked(_environment)
-    return [Finding(section, what, _without_home(text)) for section, lines in found.items() for what, text in lines]
+    return [Finding(section, what, without_home(text)) for section, lines in found.items() for what, text in lines]
 
 
 def _asked(look: Callable[[], Iterable[tuple[str, str]]]) -> list[tuple[str, str]]:
@@ -119,11 +120,6 @@ def _asked(look: Callable[[], Iterable[tuple[str, str]]]) -> list[tuple[str, str
     except Exception as error:  # a broken installation is what this command is for
         reason = " ".join(str(error).split())[:200]
         return [("cannot be told", f"{type(error).__name__}: {reason}")]
-
-
-def _without_home(text: str) -> str:
-    home = str(Path.home())
-    return text if len(home) < 2 else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
 
 
 def _versions() -> Iterable[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from seedlora.adapters.adapter import PROMPT_NAME
 from seedlora.cli.command_parser import CommandParser, run_command
@@ -20,6 +21,7 @@ from seedlora.evaluation.harness import check_harness
 from seedlora.evaluation.scoring import make_sandbox, score, score_with_harness, task_runs, with_common_limit
 from seedlora.evaluation.tasks import PROTOCOL, TASKS
 from seedlora.records.evaluation import EvaluationResults, HarnessResults
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +81,7 @@ def evaluate(arguments: Mapping[str, Any]) -> None:
     _check_options_used(arguments)
     if not arguments["adapter"] and not arguments["base_model"]:
         raise ValueError("give at least one --adapter, or a --base_model to score alone")
-    console = Console(stderr=True) if arguments["json"] else Console()
+    console = plain_console(stderr=True) if arguments["json"] else plain_console()
     runs = task_runs(
         names,
         _task_paths(arguments["task_path"]),
@@ -122,7 +124,7 @@ def _set_up(arguments: Mapping[str, Any], console: Console) -> EvaluationSetup:
         prompt_style=arguments["prompt_style"],
     )
     if arguments["endpoint"]:
-        with console.status(f"Asking {arguments['endpoint']} which models it has ..."):
+        with console.status(Text(f"Asking {arguments['endpoint']} which models it has ...")):
             return from_endpoint(
                 participants,
                 prompts,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from seedlora.adapters.adapter import PROMPT_NAME, is_model, locate
 from seedlora.adapters.gguf import (
     MODEL_SCRIPT,
@@ -35,6 +33,8 @@ from seedlora.merge.into_base import merge_into_base
 from seedlora.model.loading import load_config, resolve_base_model
 from seedlora.records.json_file import JSONFile
 from seedlora.utils.files import write_text
+from seedlora.utils.places import expanded
+from seedlora.utils.progress import plain_console
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,7 +91,7 @@ def run_export(arguments: Mapping[str, Any]) -> None:
             commands are printed then.
     """
     out, folder = Path(arguments["gguf"]), locate(arguments["adapter"])
-    llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
+    llama_cpp = None if arguments["llama_cpp"] is None else expanded(arguments["llama_cpp"])
     whole = is_model(folder)
     quantize = _quantization(arguments["quantize"], whole=whole or arguments["into_base"])
     _check_out(out)
@@ -109,13 +109,13 @@ def run_export(arguments: Mapping[str, Any]) -> None:
             export_adapter(folder, base, out, llama_cpp=llama_cpp)
     in_file = whole or arguments["into_base"]
     beside = out.with_suffix(".Modelfile")
-    base_gguf = None if arguments["base_gguf"] is None else Path(arguments["base_gguf"]).expanduser()
+    base_gguf = None if arguments["base_gguf"] is None else expanded(arguments["base_gguf"])
     write_text(beside, _modelfile(folder, base, out, base_gguf, in_file=in_file))
     commands = _commands(out, beside, base_gguf or Path(_BASE_GGUF), in_file=in_file)
     if arguments["json"]:
         print_json({"gguf": str(out), "modelfile": str(beside), "base_model": base.name, "commands": commands})
         return
-    console = Console()
+    console = plain_console()
     console.print(f"written: {out}, and {beside.name} beside it", soft_wrap=True, highlight=False)
     print(f"# serve it with llama.cpp\n{commands[0]}\n# or with Ollama\n{commands[1]}")  # noqa: T201 - to be copied
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.speakers import Speakers, add_options, opening, set_up_speakers
 from seedlora.cli.terminal import counting_bar, print_json
 from seedlora.datamodules.prompts import Turn
+from seedlora.utils.places import expanded
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,7 +99,7 @@ def _read_requests(source: str) -> list[list[Turn]]:
         ValueError: for a line that holds none.
         OSError: if the file cannot be read.
     """
-    text = sys.stdin.read() if source == "-" else Path(source).expanduser().read_text(encoding="utf-8-sig")
+    text = sys.stdin.read() if source == "-" else expanded(source).read_text(encoding="utf-8-sig")
     if not source.lower().endswith((".jsonl", ".json")):
         return [[Turn("user", text.rstrip("\n"))]] if text.strip() else []
     requests = []

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from seedlora.adapters.adapter import locate
@@ -15,6 +14,7 @@ from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
 from seedlora.cli.compare import compare_with_bar, print_rank_note
 from seedlora.cli.terminal import format_numbers, is_unknown, number_table, print_json
 from seedlora.updates.diagnostics import module_facts
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,10 +49,11 @@ def inspect(arguments: Mapping[str, Any]) -> None:
             | {"layers": [asdict(f) for f in layers]}
         )
         return
-    console = Console()
+    console = plain_console()
     kind = f"{', '.join(adapter.kinds)}, " if adapter.kinds else ""
     rank = f"rank {', '.join(map(str, ranks))}"
-    console.print(f"{name}: {kind}{len(layers)} layers, {rank}, base model {adapter.base_model}", soft_wrap=True)
+    base = f"base model {adapter.base_model}" if adapter.base_model else "names no base model"
+    console.print(f"{name}: {kind}{len(layers)} layers, {rank}, {base}", soft_wrap=True)
     table = number_table("module", "layers", "norm", "std", "largest s", "effective rank")
     for row in module_facts(layers):
         updates = [layer.updates[0] for layer in layers if layer.module == row.module]

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from seedlora import __version__
+from seedlora.cli.last_net import run_guarded, write_any_text
 from seedlora.utils.spelling import closest
 
 
@@ -49,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its name and its words. Default: those of the process.
 
     Returns:
-        0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
+        0; 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed; 1 for an error that
+        was not foreseen: a line then says where its log is.
     """
+    write_any_text()
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         _print(help_text())
@@ -64,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"unknown command '{name}'" if name else "a command is missing"
         print(f"error: {what}; choose one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)  # noqa: T201
         return 2
+    return run_guarded(lambda: _run(name, words), ["python", "-m", "seedlora", name, *words])
+
+
+def _run(name: str, words: Sequence[str]) -> int:
     run: Callable[[Sequence[str]], int] = import_module(COMMANDS[name].module).main
     return run(words)
 

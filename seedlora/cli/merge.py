@@ -16,7 +16,8 @@ from rich.console import Console
 
 from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
-from seedlora.adapters.servers import next_commands, serving_problems
+from seedlora.adapters.server_commands import next_commands
+from seedlora.adapters.servers import serving_problems
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
 from seedlora.merge.adapter_folders import merge_folders
@@ -25,6 +26,7 @@ from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.registry import METHODS, PYTHON_ONLY, make_rule
 from seedlora.names import GREEDY
 from seedlora.records.fusion import FUSION, FusionRecord
+from seedlora.utils.progress import plain_console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -142,10 +144,10 @@ def merge(arguments: Mapping[str, Any]) -> None:
     if arguments["json"]:
         print_json({**record, "out": str(out), "servable": served, "gguf": str(converted) if converted else None})
         return
-    console = Console()
+    console = plain_console()
     count = len(request.adapters)
     what = "1 adapter" if count == 1 else f"{count} adapters"
-    console.print(f"{what} merged with [bold]{method}[/bold] into {out}", soft_wrap=True)
+    console.print(f"{what} merged with {method} into {out}", soft_wrap=True)
     _print_inputs(console, method, record)
     if not into_base:
         _print_commands(console, out, record, served)
@@ -227,8 +229,10 @@ def _print_compression(console: Console, method: str, record: FusionRecord, *, i
 
 
 def _parse_value(text: str) -> object:
-    """Read a word of the command line as JSON if it is JSON, else as text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    """Read a word of the command line as JSON or as a number, such as ``.2``, if it is one; else as text."""
+    for read in (json.loads, float):
+        try:
+            return read(text)
+        except (ValueError, RecursionError):
+            continue
+    return text

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from seedlora.cli.command_parser import CommandParser, run_command
@@ -14,6 +13,7 @@ from seedlora.cli.terminal import print_json
 from seedlora.merge.bound_rule import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS, PYTHON_ONLY
 from seedlora.names import GREEDY
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +41,7 @@ def show_methods(arguments: Mapping[str, Any]) -> None:
         }
         print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
         return
-    console = Console()
+    console = plain_console()
     table = Table("method", "formula", "options and defaults", "source")
     for name, method in METHODS.items():
         defaults = {key: value for key, value in method.options.items() if key not in PYTHON_ONLY}

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from seedlora.adapters.adapter import CONFIG_NAME
 from seedlora.adapters.hub_card import hub_card, licence_of, run_facts
 from seedlora.adapters.model_card import CARD_NAME
+from seedlora.adapters.public_base import UploadError, public_base
 from seedlora.adapters.reading import base_model_of
-from seedlora.adapters.upload import Privacy, UploadError, check_folder, public_base, public_files
+from seedlora.adapters.upload import Privacy, check_folder, public_files
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.terminal import number_table, print_json
+from seedlora.utils.places import expanded
+from seedlora.utils.progress import plain_console
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def run_push(arguments: Mapping[str, Any]) -> None:
         ValueError: for a folder or a name that is refused; nothing is sent then.
         OSError: if the hub does not take it.
     """
-    prepared = _prepare(Path(arguments["adapter"]).expanduser(), arguments["repo"], arguments["base"])
+    prepared = _prepare(expanded(arguments["adapter"]), arguments["repo"], arguments["base"])
     told: dict[str, Any] = {"repo": prepared.repo, "files": prepared.sizes}
     if arguments["dry_run"]:
         told |= {"card": prepared.card}
@@ -86,7 +87,7 @@ def run_push(arguments: Mapping[str, Any]) -> None:
     if arguments["json"]:
         print_json(told)
         return
-    console = Console()
+    console = plain_console()
     table = number_table("file", "bytes")
     for name, size in told["files"].items():
         table.add_row(name, f"{size:,}")

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, layer_counter, number_table, print_json
 from seedlora.records.settings import SETTINGS
 from seedlora.report.page import write_comparison, write_report
 from seedlora.report.sections import runs_table
 from seedlora.report.weights import LAYERS, LAYERS_HELP
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +47,7 @@ def report(arguments: Mapping[str, Any]) -> None:
     if arguments["json"]:
         print_json(several or found[0])
         return
-    console = Console()
+    console = plain_console()
     for run, facts in zip(runs, found, strict=True):
         console.print(f"{run}: {facts['verdict']}", highlight=False, markup=False, soft_wrap=True)
         for sentence in (*facts["advice"]["sentences"], *facts["left_out"], *facts["missing"]):

@@ -14,7 +14,7 @@ from typing import Any
 from seedlora.adapters.adapter import PROMPT_NAME, WEIGHTS_NAME, is_model
 from seedlora.adapters.gguf import MODEL_SCRIPT, SERVER, find_tool
 from seedlora.adapters.peft_config import read_config
-from seedlora.adapters.reading import base_model_of, quantization_of
+from seedlora.adapters.reading import base_model_of
 from seedlora.adapters.server_commands import (
     ServedAdapter,
     llama_cpp_command,
@@ -30,6 +30,7 @@ from seedlora.cli.terminal import print_json
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
 from seedlora.records.json_file import JSONFile
+from seedlora.utils.places import expanded
 
 VLLM, LLAMA_CPP = "vllm", "llama.cpp"
 
@@ -115,7 +116,7 @@ def _vllm(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
 
 
 def _llama_cpp(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
-    llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
+    llama_cpp = None if arguments["llama_cpp"] is None else expanded(arguments["llama_cpp"])
     server = find_tool(SERVER, llama_cpp) or SERVER
     template, more, given = _template(choice), arguments["options"], arguments["base_gguf"]
     whole = choice.folders[choice.first]
@@ -125,7 +126,7 @@ def _llama_cpp(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
             f"{SERVER} --model FILE"
         )
     base = _base(choice, arguments["base"])
-    before, needed = [], Path(given or _BASE_GGUF).expanduser()
+    before, needed = [], expanded(given or _BASE_GGUF)
     if given is not None and not needed.is_file():
         raise ValueError(f"--base_gguf {given} is no file")
     if given is None:
@@ -151,7 +152,7 @@ def _llama_cpp(choice: AdapterChoice, arguments: Mapping[str, Any]) -> _Start:
 def _export_missing(choice: AdapterChoice, arguments: Mapping[str, Any]) -> None:
     """Write the GGUF files of adapters that have none yet."""
     base = named_base(choice.folders[choice.first], arguments["base"])
-    llama_cpp = None if arguments["llama_cpp"] is None else Path(arguments["llama_cpp"]).expanduser()
+    llama_cpp = None if arguments["llama_cpp"] is None else expanded(arguments["llama_cpp"])
     for name, folder in choice.folders.items():
         if _reasons(folder, base.name, LLAMA_CPP) == [] and _is_stale(file := _gguf(folder), folder):
             print(f"# writing {file} of {name}", file=sys.stderr)  # noqa: T201
@@ -206,8 +207,6 @@ def _servable(choice: AdapterChoice, base: str, server: str) -> tuple[list[Serve
 
 def _reasons(folder: Path, base: str, server: str) -> list[str]:
     """Return what stands in the way of serving an adapter, as far as it is known."""
-    if (kind := quantization_of(folder)) != "none":
-        return [f"it belongs on its base model in {kind} alone"]
     return [reason for reason in serving_problems(folder, base=base)[server] if not reason.startswith(NOT_KNOWN)]
 
 

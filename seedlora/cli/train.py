@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -18,13 +19,15 @@ from pathlib import Path
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.text import Text
 
 from seedlora.adapters.adapter import CONFIG_NAME, AdapterError
 from seedlora.adapters.model_card import CARD_NAME
-from seedlora.adapters.servers import model_commands, next_commands
+from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.command_parser import with_underscores
 from seedlora.cli.errors import UsageError, one_line, plain_message
+from seedlora.cli.last_net import run_guarded, with_home
 from seedlora.cli.parser import (
     SeedLoRACLI,
     check_config,
@@ -44,6 +47,7 @@ from seedlora.run.plan import RunPlan, run_plan
 from seedlora.scores.tables import results_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
+from seedlora.utils.progress import plain_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,21 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for a request that cannot be carried out; 1 for a run that was interrupted or could not
-        write. The last two say so in one sentence on stderr; any other error is a fault of ours and shows its
-        traceback.
+        write, and for an error that was not foreseen. All say so in one sentence on stderr, the last one with the place
+        of a full log.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     with _leaving_on_sigterm():
-        return _main(argv)
+        return run_guarded(lambda: _main(words), ["python", "train.py", *words])
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     _hush()
-    console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
-    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    finished, planning = words[:1] == ["test"], "--plan" in words
-    words = [word for word in words if word != "--plan"]
+    console = plain_console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
+    finished, planning = list(argv[:1]) == ["test"], "--plan" in argv
     try:
+        words = [with_underscores(word) for word in with_home(argv) if word != "--plan"]
         words = expand_short_options(options_of_finished_run(words[1:]) if finished else words)
         for file in values_of(words, "--config"):
             check_config(Path(file))
@@ -113,7 +117,8 @@ def _main(argv: Sequence[str] | None) -> int:
         time.sleep(1)  # for the watch, which knows more
         _stopped(cli, "the connection to another process was lost")
         return 1
-    console.print(f"[dim]{time.monotonic() - started:.0f} s in all; everything is in[/] {cli.ensemble.dirpath}")
+    took = Text(f"{time.monotonic() - started:.0f} s in all; everything is in", "dim")
+    console.print(took, str(cli.ensemble.dirpath), highlight=False)
     return code
 
 
@@ -124,11 +129,15 @@ def _stopped(cli: SeedLoRACLI, reason: str, *, diverged: bool = False) -> None:
         rank = f" (process {cli.trainer.global_rank})"
     words = [f"train.py: stopped{rank}: {reason}"]
     if (run / UNFINISHED_NAME).is_file():
-        again = f"repeat the command with --resume --ensemble.dirpath {run}"
+        again = f"repeat the command with --resume --ensemble.dirpath {shlex.quote(str(run))}"
         if diverged:
             again = "--resume takes another on_divergence there; another learning_rate needs another --ensemble.dirpath"
-        words += ["what was saved before is whole", again, f"python -m seedlora report {run} shows how far it came"]
+        words += ["what was saved before is whole", again, f"{_report_command(run)} shows how far it came"]
     print("; ".join(words), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _report_command(run: Path) -> str:
+    return shlex.join(["python", "-m", "seedlora", "report", str(run)])
 
 
 @contextmanager
@@ -283,7 +292,7 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
             found = write_report(run)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
+        print(f"train.py: no report: {reason}; the run is whole; try: {_report_command(run)}", file=sys.stderr)  # noqa: T201
     else:
         for sentence in found["advice"]["sentences"]:
             console.print(sentence, highlight=False, markup=False)

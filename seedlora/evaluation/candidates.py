@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack
 
-from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate
-from seedlora.adapters.reading import quantization_of
+from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, quantization_of
 from seedlora.evaluation.generate import Prompt
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization

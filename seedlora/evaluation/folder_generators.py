@@ -168,8 +168,8 @@ def _load_with_peft(
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, folder) in enumerate(folders.items()):
             source = folder
-            if {"PiSSA", "OLoRA"} & set(adapters[name].kinds):
-                # PEFT would take the start out of the weights that all adapters share.
+            if {"PiSSA", "OLoRA"} & set(adapters[name].kinds) or adapters[name].renamed:
+                # PEFT would take the start out of the weights that all share, and load nothing under other names.
                 _write_plain(source := Path(scratch, str(i)), adapters[name])
             try:
                 if wrapped is None:
@@ -196,4 +196,12 @@ def _write_plain(folder: Path, adapter: Adapter) -> None:
         auto_mapping=adapter.auto_mapping,
     )
     config.use_dora, config.target_modules = bool(adapter.magnitudes), set(layers)
-    write_adapter(folder, layers, config, magnitudes=adapter.magnitudes, biases=adapter.biases, modules=adapter.modules)
+    write_adapter(
+        folder,
+        layers,
+        config,
+        embeddings=adapter.embeddings,
+        magnitudes=adapter.magnitudes,
+        biases=adapter.biases,
+        modules=adapter.modules,
+    )

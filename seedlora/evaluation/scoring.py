@@ -37,6 +37,7 @@ from seedlora.records.evaluation import (
 from seedlora.scores.intervals import adjust_over_tasks, wilson
 from seedlora.scores.results import Results, is_seed, results
 from seedlora.scores.tables import titled_table
+from seedlora.utils.places import expanded
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -66,7 +67,7 @@ def task_runs(
     for option, value in (("limit", limit), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    where = {task: Path(path).expanduser() for task, path in (paths or {}).items()}
+    where = {task: expanded(path) for task, path in (paths or {}).items()}
     if odd := [task for task in where if task not in names]:
         raise ValueError(f"task_path names '{odd[0]}', which is not asked for; asked for are {', '.join(names)}")
     return [

@@ -19,7 +19,7 @@ from seedlora.adapters.servers import add_zero_updates, base_shapes
 from seedlora.adapters.writing import universal_config, write_adapter
 from seedlora.merge.averages import Averages, average_biases_and_modules
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, weight_files_of
+from seedlora.merge.inputs import check_vocabulary, read_adapters, stack_updates, stored_dtype, weight_files_of
 from seedlora.merge.layers import layer_threads, merge_stacks
 from seedlora.merge.record import (
     common_files,
@@ -37,6 +37,7 @@ from seedlora.updates.algebra import gain
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
+from seedlora.utils.places import expanded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -57,7 +58,7 @@ def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Pat
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"the output {out} cannot be written: {above} is no folder that may be written to")
-    for folder in [*map(locate, sources), *([Path(base).expanduser()] if base else [])]:
+    for folder in [*map(locate, sources), *([expanded(base)] if base else [])]:
         if folder.is_dir() and folder.resolve().is_relative_to(target):
             holds = "is" if folder.resolve() == target else "holds"
             raise ValueError(f"the output {out} {holds} {folder}, which would be deleted; give another folder")
@@ -94,8 +95,8 @@ def merge_folders(
         out: the folder to write, whole or not at all; an older result is replaced, any other folder is refused.
         method: a name of :data:`seedlora.merge.registry.METHODS`, or any rule.
         options: the method's keyword options.
-        dtype: of the result; the rule then works on float32 copies. Default: that of the inputs, and float32 for PiSSA
-            and OLoRA, whose start is.
+        dtype: of the result; the rule then works on float32 copies. Default: that in which the inputs are stored, and
+            float32 for PiSSA and OLoRA, whose start is. It is rounded to once, at the end.
         base: the base model, for DoRA, PiSSA and OLoRA; if it is on this machine, also to know its layers and how many
             rows an adapted embedding has. Default: the one that the adapters name.
         on_layer: called with each layer's path when it is done; before that, when PiSSA's start of it was computed.
@@ -132,8 +133,10 @@ def merge_folders(
     with layer_threads() as each:
         fused = merge_stacks(stacks, bound, on_layer=on_layer, each=each)
         gains = _gains(stacks, fused, map if first.magnitudes else each) if len(adapters) > 1 else []
-    complete = add_zero_updates(fused, base_shapes(base_model, fan_in_fan_out=first.fan_in_fan_out))
-    result = _in_dtype(complete.layers, averages, dtype)
+    complete = add_zero_updates(
+        fused, base_shapes(base_model, task_type=first.task_type, fan_in_fan_out=first.fan_in_fan_out)
+    )
+    result = _in_dtype(complete.layers, averages, dtype or stored_dtype(adapters.values()), modules=dtype)
     record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
     if dtype is not None:
         record["dtype"] = str(dtype).removeprefix("torch.")
@@ -180,16 +183,26 @@ def _gains(
     return list(each(lambda path: float(gain(stacks[path], fused[path])), stacks))
 
 
-def _in_dtype(layers: dict[str, LoRAFactors], averages: Averages, dtype: torch.dtype | None) -> _Result:
-    """Return the tensors of the result in its dtype, with a bias for every layer if some have one."""
-    biases, modules = averages
+def _in_dtype(
+    layers: dict[str, LoRAFactors], averages: Averages, dtype: torch.dtype | None, *, modules: torch.dtype | None
+) -> _Result:
+    """Return the tensors of the result in its dtype, with a bias for every layer if some have one.
+
+    Args:
+        layers: the fused updates.
+        averages: of biases and full weights.
+        dtype: of factors and biases; None leaves them as they are.
+        modules: likewise of full weights.
+    """
+    biases, full = averages
     if dtype is not None:
         layers = {path: factors.to(dtype) for path, factors in layers.items()}
         biases = {path: bias.to(dtype) for path, bias in biases.items()}
-        modules = {key: tensor.to(dtype) for key, tensor in modules.items()}
+    if modules is not None:
+        full = {key: tensor.to(modules) for key, tensor in full.items()}
     if biases:  # a layer that was added for the servers' sake needs one like the others
         biases |= {path: torch.zeros(f.shape[0], dtype=f.dtype) for path, f in layers.items() if path not in biases}
-    return _Result(layers, biases, modules)
+    return _Result(layers, biases, full)
 
 
 def _config_of(first: Adapter, result: _Result) -> LoraConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +186,13 @@ def check_vocabulary(adapter: Adapter, base: str | Path) -> None:
                 "resized. Save the resized base model, name it as base_model_name_or_path in adapter_config.json, and "
                 "merge again"
             )
+
+
+def stored_dtype(adapters: Iterable[Adapter]) -> torch.dtype | None:
+    """Return the dtype in which adapters are stored, the finest of all; None if the factors are to stay as they are."""
+    each = [adapter.stored_dtype for adapter in adapters]
+    stored = [dtype for dtype in each if dtype is not None]
+    return reduce(torch.promote_types, stored) if stored and len(stored) == len(each) else None
 
 
 def read_adapters(

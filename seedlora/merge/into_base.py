@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seedlora.adapters.adapter import BASE_NAME, Adapter, AdapterError, is_model, locate
-from seedlora.adapters.reading import quantization_of
+from seedlora.adapters.adapter import BASE_NAME, Adapter, AdapterError, is_model, locate, quantization_of
+from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.merge.adapter_folders import check_output
 from seedlora.merge.averages import average_biases_and_modules
 from seedlora.merge.bound_rule import BoundRule, MergeRule
@@ -215,6 +215,8 @@ def _target_keys(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles
             # A tied head has no weight of its own, and none is lost if it was trained with the embedding as one.
             if any(torch.equal(tensor, other) for twin, other in adapter.modules.items() if twin != name):
                 continue
+            if adapter.task_type not in (None, "CAUSAL_LM"):
+                raise AdapterError(_lacks_head(name, adapter, weights)) from None
             raise
         if weights.shape(key) != tuple(tensor.shape):
             raise AdapterError(
@@ -223,6 +225,15 @@ def _target_keys(adapter: Adapter, keys: Mapping[str, str], weights: WeightFiles
             )
         modules[name] = key
     return _TargetKeys(biases, modules)
+
+
+def _lacks_head(name: str, adapter: Adapter, weights: WeightFiles) -> str:
+    """Say that a base model has no head for the task of an adapter, and what to do."""
+    task = str(adapter.task_type)
+    return (
+        f"the adapters are for {task} and hold its head, {name}, which the base model {weights.source} has not; leave "
+        f"--into_base out and load the result by {PEFT_AUTO_CLASSES[task]}, or give a base model with that head"
+    )
 
 
 def _check_tied(

@@ -17,7 +17,7 @@ from seedlora.adapters.adapter import PROMPT_NAME, AdapterError
 from seedlora.adapters.model_card import CARD_NAME, model_card
 from seedlora.merge.record import common_files
 from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
-from seedlora.model.weight_files import MODEL_FILES, WeightFiles
+from seedlora.model.weight_files import WeightFiles, companions
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.updates.dense import DenseUpdates, Updates
 from seedlora.utils.files import atomic_folder, write_files
@@ -48,9 +48,10 @@ def write_model(folder: Path, base: WeightFiles, change: WeightChange, *, dtype:
         save_file(tensors, folder / file.name, metadata=metadata)
         del tensors
         base.close(file)
-    for pattern in MODEL_FILES:
-        for extra in base.folder.glob(pattern):
-            shutil.copy(extra, folder / extra.name)
+    for extra in companions(base.folder):
+        target = folder / extra.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(extra, target)
     if base.quantization is not None:
         _edit_configuration(folder, extra_keys, lambda config: config.pop("quantization_config"))
     if dtype is not None:

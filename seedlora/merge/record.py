@@ -14,6 +14,7 @@ from seedlora.merge.layers import Fused
 from seedlora.model.tokenizer_files import read_tokenizer_files
 from seedlora.model.weight_files import shards
 from seedlora.records.fusion import AppliedRule, FusionRecord, GainRecord, UseRecord
+from seedlora.utils.places import expanded
 
 
 def record_kinds(record: FusionRecord, adapters: Mapping[str, Adapter]) -> None:
@@ -40,9 +41,9 @@ def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
 
 def recorded(source: str | Path, run: Path | None) -> str:
     """Name a folder or hub id in a record: as given, but a folder of a run as it is found from the run's folder."""
-    if run is None or not Path(source).expanduser().is_dir():
+    if run is None or not expanded(source).is_dir():
         return str(source)
-    folder = Path(source).expanduser().resolve()
+    folder = expanded(source).resolve()
     return str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
 
 

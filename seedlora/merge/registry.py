@@ -194,9 +194,14 @@ def _try_rule(bound: BoundRule) -> None:
     n = 2
     if (weights := bound.options.get("weights")) is not None:
         try:
-            n = torch.as_tensor(weights).numel()
+            numbers = torch.as_tensor(weights)
         except (RuntimeError, TypeError, ValueError):
-            raise ValueError(f"weights must be numbers, one per adapter, got {weights!r}") from None
+            numbers = torch.zeros(0, dtype=torch.bool)
+        if numbers.dtype == torch.bool:
+            raise ValueError(f"weights must be a list of numbers, one per adapter, got {weights!r}")
+        if not numbers.any():
+            raise ValueError(f"weights must not all be 0, which merges nothing, got {weights!r}")
+        n = numbers.numel()
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, 2, 5, generator=generator), torch.randn(n, 4, 2, generator=generator)
     options = {key: value for key, value in bound.options.items() if key != "generator"}

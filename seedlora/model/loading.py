@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
 from seedlora.records.cost import BaseIdentity
 from seedlora.utils.hub import hub
+from seedlora.utils.places import expanded
 from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
 from seedlora.utils.transformers_internals import attention_implementation, hub_commit
 
@@ -38,7 +39,7 @@ def resolve_base_model(base_model: str) -> str:
     """
     if base_model == EMBEDDED:
         return str(embedded_folder())
-    path = Path(base_model).expanduser()
+    path = expanded(base_model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"Base model '{base_model}' is a folder without a config.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,27 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seedlora.model.layer_names import LayerNames
 from seedlora.utils.hub import local_folder
 
-#: What a model folder holds besides weights; other files are left behind.
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+#: What a model folder holds besides weights, by ``from_pretrained`` and tokenizers; other files are left behind.
+MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "*.spm",
+    "additional_chat_templates/*.jinja",
+)
+#: Of these, what is not of the model: an adapter beside it would be loaded with it, and indices are of weights.
+_NOT_OF_THE_MODEL = ("adapter_config.json", "*.index.json")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Names of heads, which may be the embedding under another name.
+_HEADS = ("lm_head", "embed_out", "output")
+_TIED = " (a tied head has no weight of its own: untie it, or keep the adapter apart)"
+_LFS_POINTER = b"version https://git-lfs.github.com/"
 _INT8_SCALE = ".SCB"
 #: Ends the name of the tensor in which bitsandbytes describes a 4-bit weight.
 _NF4_STATE = ".quant_state.bitsandbytes__"
@@ -76,8 +94,8 @@ class WeightFiles:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(broken_weights(file, error)) from None
         return self._handles[file]
 
     def close(self, file: Path) -> None:
@@ -137,16 +155,25 @@ class WeightFiles:
             ValueError: if there is none, or more than one could be meant.
         """
         parts = f"{path}.{parameter}".split(".")
-        for start in range(max(1, len(parts) - 2)):
+        if (key := ".".join(parts)) in self.files:
+            return key
+        if (same := self._names.find(key)) is not None:
+            return same
+        for start in range(1, max(1, len(parts) - 2)):
             if (key := ".".join(parts[start:])) in self.files:
                 return key
         longer = [key for key in self.files if key.endswith(f".{path}.{parameter}")]
         if len(longer) == 1:
             return longer[0]
+        tied = self.ties_head and path.rpartition(".")[2] in _HEADS
         raise ValueError(
             f"the base model {self.source} has {'more than one' if longer else 'no'} {parameter} for the adapted layer "
-            f"{path} (a tied head has no weight of its own: untie it, or keep the adapter apart)"
+            f"{path}{_TIED if tied else ''}"
         )
+
+    @cached_property
+    def _names(self) -> LayerNames:
+        return LayerNames(self.files)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape that a tensor has in the model, from the file's header or a 4-bit weight's description."""
@@ -229,22 +256,58 @@ class WeightFiles:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, in the order of its index.
+    """Return the safetensors files of a model folder that ``from_pretrained`` loads, in the order of their names.
+
+    One file comes before an index, which an older save may have left.
 
     Raises:
         FileNotFoundError: if it has none.
-        ValueError: if its index is broken.
+        ValueError: if its index is broken, or a file of it is missing or lies elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index} has no weight_map from keys to files")
-        return [folder / name for name in sorted(set(names.values()))]
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
-    return [single]
+    if (single := folder / _SINGLE).is_file():
+        return [single]
+    index = folder / _INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds no {_SINGLE} and no {_INDEX}{_other_weights(folder)}")
+    names = _read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map from keys to files")
+    files = [folder / name for name in sorted(set(names.values()))]
+    if outside := [file for file in files if file.parent != folder or file.name in ("", "..")]:
+        raise ValueError(f"{index} names {outside[0]}, which is no file beside it")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"{folder} lacks {missing[0]}: {len(missing)} of the {len(files)} files that its index names are missing; "
+            "was the download cut short?"
+        )
+    return files
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return what a model folder holds besides weights: configurations, tokenizer, templates, code."""
+    found = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    own = {file for file in found if not any(fnmatch(file.name, pattern) for pattern in _NOT_OF_THE_MODEL)}
+    return sorted(own if (folder / _SINGLE).is_file() else own | (found & {folder / _INDEX}))
+
+
+def broken_weights(file: Path, error: Exception) -> str:
+    """Say why a file of weights cannot be read, and what to do: the pointer of a clone without Git LFS, for example."""
+    try:
+        with file.open("rb") as handle:
+            start = handle.read(len(_LFS_POINTER))
+    except OSError as cause:
+        return f"{file} cannot be read: {cause.strerror or cause}"
+    if start == _LFS_POINTER:
+        return f"{file} is a Git LFS pointer and no weights: run git lfs pull in its folder, or download it again"
+    return f"{file} is not a whole safetensors file, so download or save it again: {error}"
+
+
+def _other_weights(folder: Path) -> str:
+    """Say which other files of weights a folder has; the end of a sentence."""
+    found = sorted(
+        file.name for pattern in ("*.bin", "*.pth", "*.gguf", "*.safetensors") for file in folder.glob(pattern)
+    )
+    return f"; there is {found[0]}, which is not read here: save it by save_pretrained" if found else ""
 
 
 def _read_object(file: Path) -> dict[str, Any]:

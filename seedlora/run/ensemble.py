@@ -29,6 +29,7 @@ from seedlora.selection.settling import adapters_beside
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
+from seedlora.utils.places import expanded
 
 #: In the order in which they are trained.
 TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
@@ -57,7 +58,7 @@ class Ensemble:
         trains_controls = options.controls == ALL_CONTROLS and len(options.seeds) > 1
         #: What is trained, and what is still to do.
         self.folder = RunFolder(
-            options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
+            expanded(options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")),
             options.seeds,
             controls=TRAINED_CONTROLS if trains_controls else (),
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from seedlora.adapters.adapter import is_model
@@ -19,7 +18,7 @@ from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
-from seedlora.utils.progress import progress_bar
+from seedlora.utils.progress import plain_console, progress_bar
 
 
 def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
@@ -71,7 +70,7 @@ def _remove_fused(ensemble: Ensemble) -> None:
     if removed := ensemble.folder.forget_fused():
         made = otherwise.made if otherwise else "another run"
         text = f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}"
-        Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+        plain_console(stderr=True, soft_wrap=True).print(text, highlight=False)
 
 
 def _merge_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from seedlora.utils.places import expanded
+
 
 @contextmanager
 def hub(seconds: float = 10.0) -> Iterator[None]:
@@ -48,7 +50,7 @@ def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cach
     Raises:
         ValueError: if there is neither; the message says why.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):

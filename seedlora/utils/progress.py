@@ -1,9 +1,14 @@
-"""Progress bars."""
+"""Consoles and progress bars, for texts of whatever characters."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+
+def plain_console(*, stderr: bool = False, soft_wrap: bool = False, quiet: bool = False) -> Console:
+    """Return a console that prints texts as they are: brackets in a path are no markup, ``:x:`` is no picture."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, markup=False, emoji=False)
 
 
 def progress_bar(
@@ -20,9 +25,9 @@ def progress_bar(
         hidden: whether it is not shown at all, as by the processes beside the first one.
         speed_estimate_period: seconds over which the speed is measured for the time that is left.
     """
-    console = console or Console(stderr=True)
+    console = console or plain_console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *columns,
         console=console,

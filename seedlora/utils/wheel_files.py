@@ -7,7 +7,6 @@ and the file's sha256 is checked.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,12 @@ from importlib import metadata
 from pathlib import Path
 
 from seedlora.utils.files import atomic_file
+from seedlora.utils.places import user_cache
 
 
 def cache_folder() -> Path:
-    """Return ``$SEEDLORA_CACHE``, or ``seedlora`` in the user's cache folder."""
-    if chosen := os.environ.get("SEEDLORA_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora"
+    """Return ``$SEEDLORA_CACHE``, or ``seedlora`` in the user's cache folder; raises as :func:`user_cache`."""
+    return user_cache()
 
 
 @dataclass(frozen=True)

@@ -104,5 +104,5 @@ def test_another_base_is_refused(kind, adapters_of, tmp_path, capsys):
     words = ["merge", *map(str, adapters_of(kind).folders), "--out", str(tmp_path / "out"), "--base"]
     capsys.readouterr()  # bars of the models' saving
     assert "it is not the base model of this adapter" in one_sentence([*words, str(tmp_path / "other")], capsys)
-    assert "has no weight for the adapted layer" in one_sentence([*words, str(tmp_path / "gpt2")], capsys)
+    assert "is no layer of the base model" in one_sentence([*words, str(tmp_path / "gpt2")], capsys)
     assert not (tmp_path / "out").exists()

@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from seedlora.adapters.adapter import CONFIG_NAME, AdapterError, locate
+from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, locate
 from seedlora.adapters.reading import read_adapter
+from seedlora.merge.adapter_folders import merge_folders
 from seedlora.model.weight_files import WeightFiles
 from tests.helpers.adapter_folders import KEY, PLAIN_KINDS, merged_weights, save_adapter
 
@@ -91,9 +93,26 @@ def test_a_scaling_that_overflows_is_refused(broken):
         for key in tensors:
             tensors[key] = tensors[key].half()
 
-    folder = broken(config={"lora_alpha": 1e6}, tensors=half)
+    folder = broken(config={"lora_alpha": 2**21}, tensors=half)
     with pytest.raises(AdapterError, match=r"overflows torch.float16"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scaling_is_applied_before_any_rounding(use_rslora, tmp_path):
+    """Factors in bfloat16, whose scaling is no power of two, give an update in float32 as float64 would have it."""
+    save_adapter(
+        tmp_path / "a", dtype=torch.bfloat16, r=2, lora_alpha=6, use_rslora=use_rslora, target_modules=["q_proj"]
+    )
+    stored = load_file(tmp_path / "a" / WEIGHTS_NAME)
+    adapter = read_adapter(tmp_path / "a")
+    assert adapter.stored_dtype == torch.bfloat16
+    for path, factors in adapter.layers.items():
+        a, b = (stored[f"base_model.model.{path}.lora_{part}.weight"].double() for part in "AB")
+        wanted = b @ a * (6 / 2**0.5 if use_rslora else 3)
+        assert float((factors.dense()[0].double() - wanted).norm() / wanted.norm()) < 1e-6
+    merge_folders([tmp_path / "a"], tmp_path / "plain", method="soup")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "plain" / WEIGHTS_NAME).values()} == {torch.bfloat16}
 
 
 def test_pickles_and_missing_folders_are_refused(good, tmp_path):

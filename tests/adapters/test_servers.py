@@ -124,15 +124,48 @@ ALL = set(SERVERS)
         ({"target_modules": ".*_proj"}, ALL, "target_modules"),
         ({"rank_pattern": {"q_proj": 2}}, {"vLLM", "SGLang"}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, {"vLLM", "SGLang", "llama.cpp"}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa_niter_4"}, {"vLLM"}, "init_lora_weights 'pissa_niter_4'"),
-        ({"init_lora_weights": "olora"}, {"vLLM"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa"}, ALL, "init_lora_weights 'pissa': PiSSA changed the base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, ALL, "init_lora_weights 'pissa_niter_4': PiSSA"),
+        ({"init_lora_weights": "olora"}, ALL, "init_lora_weights 'olora': OLoRA"),
         ({"init_lora_weights": "gaussian"}, set(), ""),
+        ({"init_lora_weights": "eva"}, set(), ""),
+        ({"use_qalora": True}, ALL, "use_qalora"),
     ],
 )
 def test_what_stands_in_the_way(changes, servers, said, base, tmp_path):
     found = serving_problems(folder(tmp_path / "a", **changes), base=base)
     assert {server for server, reasons in found.items() if reasons} == servers
     assert all(reason.startswith(said) for reasons in found.values() for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq': LoftQ changed the base weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda': CorDA"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga': LoRA-GA"),
+        ({"use_hira": True}, "use_hira: what it changes is not known"),
+    ],
+)
+def test_what_peft_s_own_configuration_does_not_take_alone(changes, said, base, tmp_path):
+    path = folder(tmp_path / "a")
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    found = serving_problems(path, base=base)
+    assert all(reasons[0].startswith(said) for reasons in found.values())
+
+
+def test_an_adapter_of_a_quantised_base_is_served_by_none(base, tmp_path):
+    path = folder(tmp_path / "a")
+    (path / "base.json").write_text('{"quantization": "nf4"}')
+    assert all(reasons == ["it belongs on its base model in nf4 alone"] for reasons in serving_problems(path).values())
+
+
+def test_names_of_wrappers_stand_in_the_way_of_all(base, tmp_path):
+    path = folder(tmp_path / "a")
+    file = path / "adapter_model.safetensors"
+    save_file({key.replace("model.m.", "model._orig_mod.m."): t for key, t in load_file(file).items()}, file)
+    assert all("has a wrapper's name in it" in reasons[0] for reasons in serving_problems(path, base=base).values())
 
 
 def test_ranks_and_missing_modules(base, tmp_path):

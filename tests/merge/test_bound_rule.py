@@ -66,7 +66,9 @@ def test_attention_and_ffn_are_found_in_known_models(layers, paths):
         ("seedlora", {"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
         ("seedlora", {"weights": 3}, "weights must be 1 finite numbers"),
         ("seedlora", {"weights": "equal"}, "'seedlora'"),
-        ("soup", {"weights": {"a": 1}}, "'soup': weights must be numbers, one per adapter, got {'a': 1}"),
+        ("soup", {"weights": [0, 0, 0]}, "'soup': weights must not all be 0, which merges nothing"),
+        ("soup", {"weights": [True, False]}, "'soup': weights must be a list of numbers"),
+        ("soup", {"weights": {"a": 1}}, "'soup': weights must be a list of numbers, one per adapter, got {'a': 1}"),
         ("task_arithmetic", {"scale": float("nan")}, "'task_arithmetic': its result is not finite with scale=nan"),
         (
             "ties",

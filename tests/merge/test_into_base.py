@@ -11,7 +11,13 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from seedlora.adapters.adapter import AdapterError
 from seedlora.adapters.reading import read_adapter
@@ -77,7 +83,9 @@ def test_into_base_refuses_what_does_not_fit(plain_folders, plain_base, tmp_path
     with pytest.raises(ValueError, match="has no weight for the adapted layer"):
         merge_into_base(plain_folders, tmp_path / "q", tmp_path / "o")
     small_gpt2().save_pretrained(tmp_path / "g")
-    with pytest.raises(ValueError, match="has no weight"):
+    with pytest.raises(
+        AdapterError, match="14 of 14 layers. is no layer of the base model .*, which has no layer of that"
+    ):
         merge_into_base(plain_folders, tmp_path / "g", tmp_path / "o")
     with pytest.raises(ValueError, match="the output .* is .*, which would be deleted"):
         merge_into_base(plain_folders, plain_base, plain_base)
@@ -238,3 +246,17 @@ def test_a_tied_head_goes_into_the_base_as_the_embedding_it_is(families, tmp_pat
     torch.testing.assert_close(found.lm_head.weight, (weights[0][key] + weights[1][key]) / 2)
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert not torch.equal(found.lm_head.weight, expected.lm_head.weight)
+
+
+def test_the_head_of_a_classifier_is_named(adapters_of, tmp_path):
+    base = adapters_of("lora").base
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.save_pretrained(tmp_path / "with head")
+    get_peft_model(model, LoraConfig(**PLAIN, task_type="SEQ_CLS")).save_pretrained(tmp_path / "a")
+    said = (
+        "the adapters are for SEQ_CLS and hold its head, score.weight, .* load the result by AutoPeftModelForSequence"
+    )
+    with pytest.raises(AdapterError, match=said):
+        merge_into_base([tmp_path / "a"], base, tmp_path / "out", method="soup")
+    merge_into_base([tmp_path / "a"], tmp_path / "with head", tmp_path / "out", method="soup")
+    assert load_file(tmp_path / "out" / "model.safetensors")["score.weight"].shape == (3, 16)
