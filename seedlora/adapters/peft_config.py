@@ -12,6 +12,7 @@ from typing import Any
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, is_model
 from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
 from seedlora.model.peft_internals import pattern_key
+from seedlora.updates.diagnostics import natural_sort_key
 from seedlora.utils.patterns import check_pattern
 
 #: PEFT's task types, and its class that loads adapter and base model of each.
@@ -141,13 +142,25 @@ def _read_entries(folder: Path) -> dict[str, Any]:
                 f"{folder} is a whole model and no adapter; python -m seedlora merge merges such models by --into_base "
                 "MODEL, the one that they were trained from"
             ) from None
-        raise AdapterError(f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}") from None
+        raise AdapterError(
+            f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}{_others_below(folder)}"
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from None
     if not isinstance(entries, dict) or entries.get("peft_type") != "LORA":
         kind = entries.get("peft_type") if isinstance(entries, dict) else type(entries).__name__
         raise AdapterError(f"{file}: peft_type is {kind!r}, only 'LORA' can be read")
     return entries
+
+
+def _others_below(folder: Path) -> str:
+    """Name the adapters of a folder that holds checkpoints, the newest first; the end of a sentence."""
+    found = [file.parent for file in folder.glob(f"*/{CONFIG_NAME}")]
+    if not found:
+        return ""
+    newest_first = sorted(found, key=lambda path: natural_sort_key(path.name), reverse=True)
+    names = [str(path) for path in newest_first[:4]]
+    return f"; give one of those in it: {', '.join(names)}{', ...' if len(found) > 4 else ''}"
 
 
 def _check_types(file: Path, entries: Mapping[str, Any]) -> None:

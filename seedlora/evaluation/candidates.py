@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack
 
-from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, quantization_of
+from seedlora.adapters.adapter import PROMPT_NAME, adapter_sha256, locate, quantization_of
+from seedlora.adapters.reading import base_model_of
 from seedlora.evaluation.generate import Prompt
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization
@@ -122,10 +123,7 @@ def shared_base_model(adapters: Sequence[NamedAdapter], given: str | None) -> st
     names = {}
     for adapter in adapters:
         if adapter.folder is not None:
-            file = adapter.folder / CONFIG_NAME
-            if not file.is_file():
-                raise AdapterError(f"{adapter.folder} is no PEFT adapter folder: it has no {CONFIG_NAME}")
-            names[json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""] = adapter.name
+            names[base_model_of(adapter.folder)] = adapter.name
     if len(names) != 1:
         told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
         raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base_model")

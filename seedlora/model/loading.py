@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
+from seedlora.model.weight_files import MODEL_FILES
 from seedlora.records.cost import BaseIdentity
-from seedlora.utils.hub import hub
+from seedlora.utils.hub import hub, local_folder, parse_hub_name
 from seedlora.utils.places import expanded
 from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
 from seedlora.utils.transformers_internals import attention_implementation, hub_commit
@@ -39,7 +40,9 @@ def resolve_base_model(base_model: str) -> str:
     """
     if base_model == EMBEDDED:
         return str(embedded_folder())
-    path = expanded(base_model)
+    path, name = expanded(base_model), parse_hub_name(base_model)
+    if name is not None and (name.revision or name.subfolder) and not path.exists():
+        return str(local_folder(base_model, "model folder", ("*.safetensors", *MODEL_FILES)))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"Base model '{base_model}' is a folder without a config.json")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from seedlora.utils.places import expanded
 
@@ -38,8 +39,33 @@ def hub(seconds: float = 10.0) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
+class HubName(NamedTuple):
+    """Names a folder on the hub: ``owner/name@revision:sub/folder``, of which the last two may be left out."""
+
+    repository: str
+    revision: str | None
+    subfolder: str | None
+
+
+#: A repository, a branch, tag or commit of it, and a folder in it that does not lead out of it.
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*))?")
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Read the name of a folder on the hub; None if it is none.
+
+    Example:
+        >>> parse_hub_name("owner/name@v2:checkpoint-10")
+        HubName(repository='owner/name', revision='v2', subfolder='checkpoint-10')
+        >>> parse_hub_name("a/b/c"), parse_hub_name("owner/name:../other")
+        (None, None)
+    """
+    found = _HUB_NAME.fullmatch(text)
+    return None if found is None else HubName(found[1], found[2], found[3])
+
+
 def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cached: bool = False) -> Path:
-    """Return a folder as it is, or the snapshot of a hub repository named ``owner/name``.
+    """Return a folder as it is, or the snapshot of a folder on the hub: :class:`HubName`.
 
     Args:
         source: folder or hub id.
@@ -53,13 +79,23 @@ def local_folder(source: str | Path, kind: str, patterns: Sequence[str], *, cach
     path = expanded(source)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise ValueError(f"{source} is no folder; give a {kind} or a hub id (owner/name)")
+    name = None if path.exists() else parse_hub_name(str(source))
+    if name is None:
+        raise ValueError(
+            f"{source} is no folder; give a {kind} or a hub id (owner/name, owner/name@revision:subfolder)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
+        wanted = [f"{name.subfolder}/{pattern}" if name.subfolder else pattern for pattern in patterns]
         with nullcontext() if cached else hub():
-            return Path(snapshot_download(str(source), allow_patterns=list(patterns), local_files_only=cached))
+            snapshot = snapshot_download(
+                name.repository, revision=name.revision, allow_patterns=wanted, local_files_only=cached
+            )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{source} is no local folder and could not be read from the hub: {reason}") from None
+    folder = Path(snapshot, name.subfolder or "")
+    if not folder.is_dir():
+        raise ValueError(f"{name.repository} has no folder {name.subfolder} at {name.revision or 'its main branch'}")
+    return folder

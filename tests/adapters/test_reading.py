@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -142,3 +143,13 @@ def test_bases_that_are_broken_are_named(base_and_pissa, tmp_path):
             read_adapter(base_and_pissa / "a", base=WeightFiles(tmp_path / "base"))
         shutil.copy(base_and_pissa / "base" / name, tmp_path / "base" / name)
     read_adapter(base_and_pissa / "a", base=WeightFiles(tmp_path / "base"))
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    for step in (9, 10):
+        save_adapter(tmp_path / f"checkpoint-{step}", r=2, lora_alpha=2, target_modules=["q_proj"])
+    wanted = (
+        f"it has no adapter_config.json; give one of those in it: {tmp_path}/checkpoint-10, {tmp_path}/checkpoint-9"
+    )
+    with pytest.raises(AdapterError, match=re.escape(wanted)):
+        read_adapter(tmp_path)

@@ -44,3 +44,29 @@ def test_what_is_on_this_machine_is_still_read(nobody):
 def test_a_model_in_a_folder_asks_nobody(tiny_llama, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", None)
     assert load_config(tiny_llama).hidden_size == 32
+
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """A snapshot of owner/name at the branch v2, as the hub's library keeps it."""
+    commit, repository = "0123456789" * 4, tmp_path / "models--owner--name"
+    folder = repository / "snapshots" / commit
+    (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "checkpoint-10" / "adapter_config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return folder
+
+
+def test_a_revision_and_a_folder_of_a_repository(snapshot):
+    def found(name):
+        return local_folder(name, "PEFT adapter folder", ["*.json"], cached=True)
+
+    assert found("owner/name@v2") == snapshot
+    assert found("owner/name@v2:checkpoint-10") == snapshot / "checkpoint-10"
+    with pytest.raises(ValueError, match="owner/name has no folder checkpoint-20 at v2"):
+        found("owner/name@v2:checkpoint-20")
+    for odd in ("owner/name@v2:../other", "owner/name:/etc", "owner/name@", "owner/name:"):
+        with pytest.raises(ValueError, match="is no folder; give a PEFT adapter folder or a hub id"):
+            found(odd)
