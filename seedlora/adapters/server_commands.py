@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seedlora.adapters.servers import VLLM_RANKS, vllm_rank
+from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
 
 #: Stands in a command for a base model that no adapter names.
 _BASE_MODEL = "BASE_MODEL"
@@ -109,9 +110,11 @@ def shown(command: Sequence[str]) -> str:
 def next_commands(
     *, base_model: str, adapter: Path, rank: int, serve: bool = True, auto_class: str = "AutoPeftModelForCausalLM"
 ) -> str:
-    """Return the commands that load the adapter with PEFT, and that serve it if it can be served; for any shell."""
+    """Return the commands that talk to the adapter, load it with PEFT, and serve it if it can be; for any shell."""
     note = "" if base_model else f"# no base model is named: write it in the place of {_BASE_MODEL}\n"
-    load = f"""{note}# load it with PEFT
+    base = () if base_model else ("--base", _BASE_MODEL)
+    load = f"""{note}{_chat(adapter, *base)}
+# load it with PEFT
 python - <<'PY'
 {_load(base_model, adapter, auto_class)}
 PY"""
@@ -120,7 +123,12 @@ PY"""
     if vllm_rank(rank) is None:
         limit = f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}"
         return f"{load}\n{limit}: merge fewer or smaller adapters to serve it"
-    words = vllm_command(base_model or _BASE_MODEL, [ServedAdapter("fused", adapter, rank)])
+    template = adapter / CHAT_TEMPLATE_NAME
+    words = vllm_command(
+        base_model or _BASE_MODEL,
+        [ServedAdapter("fused", adapter, rank)],
+        chat_template=template if template.is_file() else None,
+    )
     before, after = words[: words.index("--lora-modules")], words[words.index("--lora-modules") :]
     return f"{load}\n# serve it with vLLM\n{shlex.join(before)} \\\n    {shlex.join(after)}"
 
@@ -137,8 +145,9 @@ def _load(base_model: str, adapter: Path, auto_class: str) -> str:
 
 
 def model_commands(folder: Path) -> str:
-    """Return the commands that load, serve and score a whole model; for any shell."""
-    return f"""# load it with transformers
+    """Return the commands that talk to, load, serve and score a whole model; for any shell."""
+    return f"""{_chat(folder)}
+# load it with transformers
 python - <<'PY'
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))})
@@ -147,6 +156,10 @@ PY
 {shlex.join(["vllm", "serve", str(folder)])}
 # score it by generation
 {shlex.join(["python", "-m", "seedlora", "evaluate", "--base_model", str(folder), "--task", "gsm8k"])}"""
+
+
+def _chat(folder: Path, *more: str) -> str:
+    return f"# talk to it\n{shlex.join(['python', '-m', 'seedlora', 'chat', str(folder), *more])}"
 
 
 def _module(adapter: ServedAdapter) -> str:

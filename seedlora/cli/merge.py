@@ -16,7 +16,7 @@ from rich.console import Console
 
 from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
-from seedlora.adapters.server_commands import next_commands
+from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.adapters.servers import serving_problems
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
@@ -149,7 +149,9 @@ def merge(arguments: Mapping[str, Any]) -> None:
     what = "1 adapter" if count == 1 else f"{count} adapters"
     console.print(f"{what} merged with {method} into {out}", soft_wrap=True)
     _print_inputs(console, method, record)
-    if not into_base:
+    if into_base:
+        print(model_commands(out))  # noqa: T201 - to be copied
+    else:
         _print_commands(console, out, record, served)
     _print_compression(console, method, record, into_base=into_base)
     if missing := record.get("incomplete_groups"):
@@ -229,8 +231,8 @@ def _print_compression(console: Console, method: str, record: FusionRecord, *, i
 
 
 def _parse_value(text: str) -> object:
-    """Read a word of the command line as JSON or as a number, such as ``.2``, if it is one; else as text."""
-    for read in (json.loads, float):
+    """Read a word of the command line as JSON, a number, such as ``.2``, or numbers with commas; else as text."""
+    for read in (json.loads, float, lambda words: [float(word) for word in words.split(",")]):
         try:
             return read(text)
         except (ValueError, RecursionError):

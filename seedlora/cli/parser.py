@@ -47,6 +47,9 @@ SHORT = {
 }
 #: What the short options mean that are given without a value.
 BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
+#: Options that take a list of names or numbers, which may be given as ``A,B`` too.
+LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
+_COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")
 #: The data module if none is named.
 DEFAULT_DATA = "seedlora.datamodules.ReasoningGym"
 #: What a run of train.py sets where Lightning's own default does not suit it.
@@ -248,8 +251,8 @@ def check_config(file: Path, instead: str = "") -> None:
 
 
 def expand_short_options(argv: Sequence[str]) -> list[str]:
-    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone is ``--ensemble.resume true``, and so on."""
-    long = []
+    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone ``--ensemble.resume true``; a list may be ``1,2``."""
+    long: list[str] = []
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in SHORT:
@@ -257,5 +260,9 @@ def expand_short_options(argv: Sequence[str]) -> list[str]:
             following = argv[i + 1] if i + 1 < len(argv) else "--"
             if name in BARE and not equals and following.startswith("-"):
                 argument += f"={BARE[name]}"
+        elif name in LISTS and _COMMA_LIST.fullmatch(value):
+            argument = f"{name}=[{value}]"
+        elif long and long[-1] in LISTS and _COMMA_LIST.fullmatch(argument):
+            argument = f"[{argument}]"
         long.append(argument)
     return long

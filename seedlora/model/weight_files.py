@@ -17,6 +17,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seedlora.model.embedded import EMBEDDED, embedded_folder
 from seedlora.model.layer_names import LayerNames
 from seedlora.utils.hub import local_folder
 
@@ -49,7 +50,7 @@ class WeightFiles:
     Weights that bitsandbytes stored in 4 or 8 bits are dequantised, a layer at a time.
 
     Args:
-        source: a folder with safetensors files, or a hub id.
+        source: ``embedded``, a folder with safetensors files, or a hub id.
         cached: of a hub id, download nothing: its snapshot is on this machine, or there is none.
     """
 
@@ -69,6 +70,8 @@ class WeightFiles:
         """
         if not str(self.source):
             raise ValueError("no base model is named")
+        if self.source == EMBEDDED:
+            return embedded_folder()
         return local_folder(self.source, "model folder", ("*.safetensors", *MODEL_FILES), cached=self.cached)
 
     @cached_property
