@@ -22,9 +22,13 @@ class CodeFeedback(TableDataModule):
         options: those of :class:`~seedlora.datamodules.table.TableDataModule`.
     """
 
+    hub = "m-a-p/CodeFeedback-Filtered-Instruction"
+    hub_of_chats = "m-a-p/Code-Feedback"
+
     def __init__(self, path: str | None = None, *, multi_turn: bool = False, **options: Any) -> None:
         self.multi_turn = multi_turn
-        self.hub = "m-a-p/Code-Feedback" if multi_turn else "m-a-p/CodeFeedback-Filtered-Instruction"
+        if multi_turn:
+            self.hub = self.hub_of_chats
         super().__init__(path, **options)
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:

@@ -20,14 +20,16 @@ GAIN_SEED: Final = "gain_seed"
 GAIN_SOUP: Final = "gain_soup"
 GREEDY: Final = "greedy_soup"
 LOGITS, LONG_SEED, WIDE_SEED = "logit_mean", "long_seed", "wide_seed"
-#: What each of them is.
+#: Those that are trained, in the order in which they are.
+TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
+#: What each control is, in the order of tables.
 MEANING = {
     LONG_SEED: "one seed, trained for the tokens of all",
     WIDE_SEED: "one seed, trained with the rank of all",
-    LOGITS: "the mean of the seeds' probabilities, no adapter",
     GAIN_SEED: "the best seed of the validation rows times the gain of the fused adapter",
     GAIN_SOUP: "soup times the factor that is best on the validation rows",
     GREEDY: "soup of the seeds that do not harm on the validation rows",
+    LOGITS: "the mean of the seeds' probabilities, no adapter",
 }
 NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
 #: The value of ``model.adapter`` that trains every weight instead of an adapter.

@@ -16,14 +16,6 @@ from seedlora.records.settings import SETTINGS
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-#: The data set on the hub of each data module that has one.
-DATASETS = {
-    "GSM8K": "openai/gsm8k",
-    "MetaMathQA": "meta-math/MetaMathQA",
-    "CodeFeedback": "m-a-p/CodeFeedback-Filtered-Instruction",
-    "Tulu": "allenai/tulu-v2-sft-mixture",
-}
-_MULTI_TURN = "m-a-p/Code-Feedback"
 #: What a base model's card says of its licence.
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -43,9 +35,11 @@ class RunFacts:
     @property
     def dataset(self) -> str | None:
         """Return the hub id of the data set that it was trained on, if it has one."""
-        if self.settings.get("data") == "CodeFeedback" and self.settings.get("data.multi_turn"):
-            return _MULTI_TURN
-        return DATASETS.get(str(self.settings.get("data")))
+        from seedlora import datamodules  # it brings Lightning, which would cost every --help seconds
+
+        module = getattr(datamodules, str(self.settings.get("data")), None)
+        field = "hub_of_chats" if self.settings.get("data.multi_turn") else "hub"
+        return getattr(module, field, None)
 
 
 def run_facts(folder: Path) -> RunFacts:

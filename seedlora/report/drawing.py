@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seedlora.merge.registry import METHODS
-from seedlora.names import BASE, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, LONG_SEED, SOUP, WIDE_SEED
+from seedlora.names import BASE, FUSED, LONG_SEED, MEANING, SOUP, TRAINED_CONTROLS, WIDE_SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,16 +27,26 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 #: Stand-ins, replaced by the page's own colours.
 INK, GRID = "#010203", "#040506"
 GREY, PALE = "#8a8a8a", "#b9b9b9"
-#: Colours and lines of the controls that are trained.
-CONTROL_COLOURS = {LONG_SEED: "#C0408A", WIDE_SEED: "#999933"}
-LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
+
+
+class ControlStyle(NamedTuple):
+    """Hold how a control that is trained is drawn, in matplotlib's words."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+#: Each of :data:`seedlora.names.TRAINED_CONTROLS`.
+CONTROL_STYLES = {LONG_SEED: ControlStyle("#C0408A", "--", "s"), WIDE_SEED: ControlStyle("#999933", ":", "^")}
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
-_OTHERS = tuple(dict.fromkeys((GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, *METHODS)))
+_OTHERS = tuple(dict.fromkeys(label for label in (*MEANING, *METHODS) if label not in TRAINED_CONTROLS))
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
     **{label: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, label in enumerate(_OTHERS)},
-    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"},
+    **{label: style.marker for label, style in CONTROL_STYLES.items()},
+    **{FUSED: "D", SOUP: "D"},
 }
 #: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
@@ -107,7 +117,7 @@ class Palette:
         return {
             **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
             **{label: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, label in enumerate(_OTHERS)},
-            **CONTROL_COLOURS,
+            **{label: style.colour for label, style in CONTROL_STYLES.items()},
             SOUP: GREY,
             BASE: PALE,
             FUSED: INK,
@@ -119,7 +129,9 @@ class Palette:
 
     def line(self, label: str) -> str:
         """Return the style of an adapter's lines."""
-        return LINES.get(label) or SEED_LINES[self._round(label) % len(SEED_LINES)]
+        if label in CONTROL_STYLES:
+            return CONTROL_STYLES[label].line
+        return SEED_LINES[self._round(label) % len(SEED_LINES)]
 
     def marker(self, label: str) -> str:
         """Return the marker of an adapter."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seedlora.names import FUSED, LONG_SEED, WIDE_SEED
+from seedlora.names import FUSED, TRAINED_CONTROLS
 from seedlora.records.report import TrainingCurves
 
 #: Points of a curve; longer ones are averaged over equal stretches.
@@ -24,9 +24,8 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> TrainingCur
         seeds: labels of all seeds, in their order.
         merged: the label that what was validated as the fused adapter has everywhere else.
     """
-    order = {seed.removeprefix("seed_"): i for i, seed in enumerate(seeds)}
-    # A pass has a file of its own, named by its seeds.
-    order |= {LONG_SEED: len(order), WIDE_SEED: len(order) + 1}
+    # A pass has a file of its own, named by its seeds, and so has a control.
+    order = {name.removeprefix("seed_"): i for i, name in enumerate([*seeds, *TRAINED_CONTROLS])}
     files = sorted(run.glob("metrics*.jsonl"), key=lambda file: order.get(f"{file.stem}-".split("-")[1], -1))
     train: dict[str, list[list[float]]] = {}
     validation: dict[str, list[list[float]]] = {}

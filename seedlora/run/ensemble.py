@@ -19,7 +19,7 @@ from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, WIDE_SEED, seed_name
+from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, TRAINED_CONTROLS, WIDE_SEED, seed_name
 from seedlora.records.fusion import AppliedRule
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
@@ -30,9 +30,6 @@ from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
 from seedlora.utils.places import expanded
-
-#: In the order in which they are trained.
-TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 
 
 class MergedOtherwise(NamedTuple):

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from seedlora.adapters.hub_card import DATASETS
+from seedlora.adapters.hub_card import RunFacts
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import merge_folders
 from tests.helpers.hub_stand_in import TOKEN, hub_stand_in
@@ -223,9 +223,16 @@ def test_what_the_hub_says_is_one_sentence(hub, run, capsys, monkeypatch):
     assert "no token of the hub is on this machine: hf auth login, or set HF_TOKEN" in refused(words, capsys)
 
 
-def test_the_data_sets_are_those_of_the_data_modules():
-    from seedlora import datamodules
-
-    modules = {name: getattr(datamodules, name) for name in DATASETS}
-    found = {name: module.hub or module(path=__file__).hub for name, module in modules.items()}
-    assert found == DATASETS
+@pytest.mark.parametrize(
+    ("settings", "dataset"),
+    [
+        ({"data": "Tulu"}, "allenai/tulu-v2-sft-mixture"),
+        ({"data": "CodeFeedback"}, "m-a-p/CodeFeedback-Filtered-Instruction"),
+        ({"data": "CodeFeedback", "data.multi_turn": True}, "m-a-p/Code-Feedback"),
+        ({"data": "ReasoningGym"}, None),
+        ({"data": "somebodys.own.Data"}, None),
+        ({}, None),
+    ],
+)
+def test_the_data_set_of_a_card_is_what_the_data_module_reads(settings, dataset):
+    assert RunFacts(settings, {}).dataset == dataset

@@ -72,7 +72,7 @@ def test_the_preview_shows_rows_splits_and_bad_rows(run):
     [
         ([], "rows.jsonl, line 11: column 'prompt' holds a int"),
         (["--data.pth", "x"], "unknown option --data.pth"),
-        (["--data", "Nope"], "unknown data module 'Nope'; choose one of CodeFeedback, Commonsense170k, GSM8K"),
+        (["--data", "Nope"], "unknown data module 'Nope'; choose one of CodeFeedback, "),
         (["--data.style", "fancy"], "error: Unknown prompt style 'fancy'"),
         (["--data.path", "nowhere.jsonl"], "error: data.path 'nowhere.jsonl' is no file or folder"),
     ],

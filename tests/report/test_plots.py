@@ -8,6 +8,7 @@ import re
 from matplotlib.figure import Figure
 
 from seedlora.merge.registry import METHODS
+from seedlora.names import TRAINED_CONTROLS
 from seedlora.report.drawing import WIDTH, Palette, draw_legend, own_style
 from seedlora.report.figures import figures
 from seedlora.report.page import write_report
@@ -58,11 +59,9 @@ def test_the_figures_of_a_comparison(compared):
     cost = {row["adapter"]: row["tokens"] for row in found["adapters"]}
     assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
     phases = {"starting", "training", "validation", "fusing"}
-    assert {label: set(took) for label, took in found["took"].items()} == {
-        "seeds": phases,
-        "long_seed": phases,
-        "wide_seed": phases,
-    }
+    assert {label: set(took) for label, took in found["took"].items()} == dict.fromkeys(
+        ("seeds", *TRAINED_CONTROLS), phases
+    )
     shares = {row["what"]: (row["all"], row["one"]) for row in found["shares"]}
     plan = json.loads((compared / "cost.json").read_text())["plan"]
     estimates = tuple(sum(plan[key].values()) / 2**30 for key in ("memory", "memory_alone"))
@@ -127,13 +126,13 @@ def test_long_names_of_runs_leave_room_for_their_intervals(recwarn):
 def test_sixteen_seeds_and_controls_can_be_told_apart():
     seeds = [f"seed_{i}" for i in range(16)]
     palette = Palette(seeds)
-    drawn_as_lines = [*seeds, "soup", "base", "fused", "long_seed", "wide_seed"]
+    drawn_as_lines = [*seeds, "soup", "base", "fused", *TRAINED_CONTROLS]
     assert len({(palette.colour(label), palette.line(label)) for label in drawn_as_lines}) == len(drawn_as_lines)
     # Whatever is compared, in a figure of dots: the fused adapter and soup are the text's colour and grey.
     others = {*METHODS, *CONTROLS} - {"soup"}
     assert len({(palette.colour(label), palette.marker(label)) for label in {*seeds, *others}}) == 16 + len(others)
     assert len({(palette.colour(label), palette.marker(label)) for label in seeds}) == 16
-    assert len({palette.colour(label) for label in ("seed_0", "long_seed", "wide_seed")}) == 3
+    assert len({palette.colour(label) for label in ("seed_0", *TRAINED_CONTROLS)}) == 1 + len(TRAINED_CONTROLS)
 
 
 def test_many_sub_domains_stand_below_each_other():

@@ -58,7 +58,7 @@ def test_a_wider_adapter_has_the_same_scaling(tiny_llama, adapter):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "lokr"}, "Unknown model.adapter 'lokr'; choose one of lora, rslora, dora, pissa, loftq"),
+        ({"adapter": "lokr"}, "Unknown model.adapter 'lokr'; choose one of lora, rslora, dora, pissa"),
         ({"quantization": "fp4"}, "Unknown model.quantization 'fp4'; choose one of none, nf4, int8"),
         ({"adapter": "loftq"}, "model.adapter loftq starts at what nf4 loses; set model.quantization nf4, got none"),
         ({"adapter": "loftq", "quantization": "int8"}, "set model.quantization nf4, got int8"),
