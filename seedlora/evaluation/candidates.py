@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack
 
-from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, AdapterError, adapter_sha256, locate, quantization_of
+from seedlora.adapters.adapter import PROMPT_NAME, adapter_sha256, locate, quantization_of
+from seedlora.adapters.reading import base_model_of
 from seedlora.evaluation.generate import Prompt
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization
@@ -115,18 +116,15 @@ def shared_base_model(adapters: Sequence[NamedAdapter], given: str | None) -> st
     """Return the base model that is given, or else the one that all adapters name.
 
     Raises:
-        ValueError: if they do not name one and the same; ``AdapterError`` for a folder without a configuration.
+        ValueError: if they do not name one and the same; ``AdapterError`` for a configuration that cannot be read.
     """
     if given is not None:
         return given
     names = {}
     for adapter in adapters:
         if adapter.folder is not None:
-            file = adapter.folder / CONFIG_NAME
-            if not file.is_file():
-                raise AdapterError(f"{adapter.folder} is no PEFT adapter folder: it has no {CONFIG_NAME}")
-            names[json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""] = adapter.name
-    if len(names) != 1:
+            names[base_model_of(adapter.folder)] = adapter.name
+    if len(names) != 1 or "" in names:
         told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
         raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base_model")
     return next(iter(names))
