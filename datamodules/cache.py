@@ -27,8 +27,13 @@ def cache_folder() -> Path:
     cache folder.
     """
     if chosen := os.environ.get("SEEDLORA_CACHE"):
-        return Path(chosen) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora" / "data"
+        return Path(chosen).expanduser() / "data"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora" / "data"
+    except (RuntimeError, KeyError):
+        raise OSError(
+            "no home folder is known, so there is no place for a cache: set SEEDLORA_CACHE to a folder"
+        ) from None
 
 
 def cached_rows(key: object, make: Callable[[], Iterable[Chunk]]) -> TokenRows:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], PreTrainedToken
     if options.json:
         print(json.dumps(asdict(facts), indent=2))  # noqa: T201 - what --json asks for
     else:
-        Console().print(render_preview(facts, eos=data.tokenizer.eos_token))
+        Console(markup=False, emoji=False).print(render_preview(facts, eos=data.tokenizer.eos_token))
     return 0
 
 

@@ -260,10 +260,9 @@ def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> d
                 told[server].append(sentence)
     if not set(known or ()) & set(layers):
         for server in _WANT_ALL_LAYERS:
-            told[server] = told[server] or [
-                f"{NOT_KNOWN}whether every layer is adapted: the base model '{base}' is not on this machine, or names "
-                "its layers otherwise"
-            ]
+            here = f"the base model '{base}' is not on this machine, or names its layers otherwise"
+            why = here if base else "no base model is named"
+            told[server] = told[server] or [f"{NOT_KNOWN}whether every layer is adapted: {why}"]
     return told
 
 

@@ -37,6 +37,7 @@ from seedlora.cli.parser import (
 )
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
+from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
 from seedlora.report.page import write_report
 from seedlora.run.budget import replica_share
@@ -173,6 +174,9 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
+    for rows in data.rows.values():
+        largest = int(rows.tokens.max()) if len(rows) else 0
+        check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
     cli.callback.check_validation(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     if cli.metrics is not None:

@@ -20,7 +20,14 @@ from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.evaluation.folder_generators import OneByOneGenerator, make_folder_generator
 from seedlora.evaluation.generate import Generator
 from seedlora.evaluation.samples import Candidate
-from seedlora.model.loading import fast_dtype, load_model, load_tokenizer, resolve_base_model
+from seedlora.model.loading import (
+    check_base,
+    fast_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_base_model,
+)
 from seedlora.model.quantization import quantize
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import BASE
@@ -114,6 +121,7 @@ def from_folders(
     base_model = shared_base_model(adapters, participants.base_model)
     model_dtype, quantization = DTYPES[dtype] or fast_dtype(), shared_quantization(adapters)
     with console.status("Loading the base model and the adapters ..."):
+        check_base(base_model, load_config(base_model))
         tokenizer, folder = load_tokenizer(base_model), resolve_base_model(base_model)
         candidates = make_candidates(
             adapters,

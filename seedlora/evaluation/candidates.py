@@ -116,7 +116,7 @@ def shared_base_model(adapters: Sequence[NamedAdapter], given: str | None) -> st
     """Return the base model that is given, or else the one that all adapters name.
 
     Raises:
-        ValueError: if they do not name one and the same; ``AdapterError`` for a folder without a configuration.
+        ValueError: if they do not name one and the same; ``AdapterError`` for a configuration that cannot be read.
     """
     if given is not None:
         return given
@@ -124,7 +124,7 @@ def shared_base_model(adapters: Sequence[NamedAdapter], given: str | None) -> st
     for adapter in adapters:
         if adapter.folder is not None:
             names[base_model_of(adapter.folder)] = adapter.name
-    if len(names) != 1:
+    if len(names) != 1 or "" in names:
         told = "; ".join(f"{name}: {base or 'none'}" for base, name in names.items())
         raise ValueError(f"the adapters do not name one base model ({told or 'none'}); give --base_model")
     return next(iter(names))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from seedlora.model.loading import eval_mode
+from seedlora.model.loading import check_token_ids, eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -217,6 +217,8 @@ class StackGenerator:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        check_token_ids(max(ids, default=0), rows, self.tokenizer.name_or_path)
         # Some tokenizers end every text; the answer would then follow the end.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 

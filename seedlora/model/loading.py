@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
-from seedlora.model.weight_files import MODEL_FILES
+from seedlora.model.weight_files import MODEL_FILES, WeightFiles
 from seedlora.records.cost import BaseIdentity
 from seedlora.utils.hub import hub, local_folder, parse_hub_name
 from seedlora.utils.places import expanded
@@ -40,6 +40,8 @@ def resolve_base_model(base_model: str) -> str:
     """
     if base_model == EMBEDDED:
         return str(embedded_folder())
+    if not base_model:
+        raise ValueError("no base model is named; give a folder with a config.json, or a hub id")
     path, name = expanded(base_model), parse_hub_name(base_model)
     if name is not None and (name.revision or name.subfolder) and not path.exists():
         return str(local_folder(base_model, "model folder", ("*.safetensors", *MODEL_FILES)))
@@ -47,7 +49,7 @@ def resolve_base_model(base_model: str) -> str:
         if not (path / "config.json").is_file():
             raise ValueError(f"Base model '{base_model}' is a folder without a config.json")
         return str(path)
-    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1 or not base_model:
+    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
         raise ValueError(
             f"Base model '{base_model}' does not exist; give '{EMBEDDED}', a folder with a config.json, or a hub id"
         )
@@ -60,8 +62,68 @@ def load_config(base_model: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    with _hub_errors(base_model):
-        return AutoConfig.from_pretrained(resolve_base_model(base_model))
+    with _naming_base(base_model):
+        return AutoConfig.from_pretrained(resolve_base_model(base_model), trust_remote_code=False)
+
+
+def check_causal(config: PretrainedConfig) -> None:
+    """Check that a model predicts the next token.
+
+    Raises:
+        ValueError: if its class is none of transformers' causal language models.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = ", ".join(config.architectures or [config.model_type])
+        raise ValueError(
+            f"Base model '{config.name_or_path}' is {kind}, which is no causal language model that transformers knows; "
+            "replicas are trained, and answers generated, by predicting the next token"
+        )
+
+
+def check_base(base_model: str, config: PretrainedConfig) -> None:
+    """Check what would make a base model fail to load, or load as another, before any work; weights are not read.
+
+    Raises:
+        ValueError: if it is no causal language model, is quantised by what is not undone here, has an adapter beside
+            it, or a file of its weights is missing or broken.
+    """
+    check_causal(config)
+    folder = Path(resolve_base_model(base_model))
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"Base model '{base_model}' has an adapter_config.json beside it, whose adapter from_pretrained would load "
+            "with it; move that file away, or merge the adapter: python -m seedlora merge ADAPTER --into_base MODEL"
+        )
+    entry = config.to_dict().get("quantization_config") or {}
+    method = str(entry.get("quant_method") or "an unknown method")
+    if entry and method != "bitsandbytes":
+        raise ValueError(
+            f"Base model '{base_model}' is quantised already, by {method}; give the model that it was made of "
+            "(training over few bits is --model.quantization nf4 or int8)"
+        )
+    if any(folder.glob("*.safetensors*")):
+        _ = WeightFiles(folder).files
+
+
+def check_token_ids(largest: int, vocabulary: int, base_model: str) -> None:
+    """Check that the embedding of a base model has a row for every token.
+
+    Args:
+        largest: of the token ids.
+        vocabulary: rows of the embedding.
+        base_model: for the message.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of base model '{base_model}' makes token {largest}, and the model's embedding has rows for "
+            f"tokens 0 to {vocabulary - 1} alone: tokens were added to the tokenizer and not to the model; resize its "
+            "embeddings (model.resize_token_embeddings) and save both, or take the tokenizer that belongs to it"
+        )
 
 
 def model_identity(base_model: str) -> BaseIdentity:
@@ -84,8 +146,8 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; raises as :func:`load_config`."""
     from transformers import AutoTokenizer
 
-    with _hub_errors(base_model):
-        return AutoTokenizer.from_pretrained(resolve_base_model(base_model))
+    with _naming_base(base_model):
+        return AutoTokenizer.from_pretrained(resolve_base_model(base_model), trust_remote_code=False)
 
 
 def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -102,8 +164,10 @@ def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
     for key, value in config.to_dict().items():
         if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or key.endswith("dropout_prob")):
             setattr(config, key, 0.0)
-    with _hub_errors(base_model), without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(resolve_base_model(base_model), config=config, dtype=dtype)
+    with _naming_base(base_model), without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_base_model(base_model), config=config, dtype=dtype, trust_remote_code=False
+        )
     model.config.use_cache = False
     # Families with an attention of their own (Gemma 2 caps its scores) keep it.
     if dtype == torch.bfloat16 and attention_implementation(model.config) == "sdpa":
@@ -142,16 +206,22 @@ def _choose_attention(decoder: PreTrainedModel, args: tuple[object, ...], kwargs
 
 
 @contextmanager
-def _hub_errors(base_model: str) -> Iterator[None]:
-    """Turn the hub's page of errors into one sentence, and ask a hub that does not answer only once."""
+def _naming_base(base_model: str) -> Iterator[None]:
+    """Turn what a library raises into one sentence that names the model, and ask a hub that does not answer once."""
     local = base_model == EMBEDDED or Path(resolve_base_model(base_model)).is_dir()
     try:
         with nullcontext() if local else hub():
             yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | PermissionError) or base_model == EMBEDDED:
+    except (FileNotFoundError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and (base_model == EMBEDDED or error.errno is not None):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has code of its own, which is not run here"
+        if local:
+            raise ValueError(f"Base model '{base_model}' cannot be loaded: {reason}") from error
         raise OSError(
             f"Base model '{base_model}' is no local folder and could not be read from the hub: {reason}"
         ) from None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from seedlora.model.loading import load_config
+from seedlora.model.loading import check_causal, load_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 #: As ``target_modules``: every linear layer but the head.
 ALL_LINEAR = "all-linear"
@@ -26,7 +26,9 @@ class Outline:
     The linear layers are those of the body, by path; the head is not among them. ``transposed`` says whether they store
     their weights as (K, D), as GPT-2 does (``Conv1D``). ``modules`` are those that hold parameters themselves, with
     their number; ``mixed`` are those of them that do not see the rows of a batch in order, the experts of a mixture for
-    example; ``tied`` are the embedding and the head, if they are one matrix; ``head`` is the head.
+    example; ``tied`` are the embedding and the head, if they are one matrix; ``head`` is the head; ``has_towers`` says
+    that the model has linear layers outside of its language model, in a vision tower for example: those see no text,
+    and are not among the linear layers; ``vocabulary`` is the number of rows of the embedding.
     """
 
     config: PretrainedConfig
@@ -37,6 +39,13 @@ class Outline:
     mixed: frozenset[str] = frozenset()
     tied: tuple[str, ...] = ()
     head: str = ""
+    has_towers: bool = False
+    vocabulary: int = 0
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """Return the configuration of the language model, which may be a part of a larger one."""
+        return self.config.get_text_config()
 
     def modules_trained_in_full(self, names: Sequence[str]) -> dict[str, int]:
         """Return the modules that ``modules_to_save`` trains in full, with the number of their parameters.
@@ -112,18 +121,24 @@ def outline(base_model: str) -> Outline:
     from transformers.pytorch_utils import Conv1D
 
     config = load_config(base_model)
+    check_causal(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linear, transposed, modules, mixed = {}, False, dict[str, int](), set()
+    of_language = _language_modules(model)
+    linear, transposed, has_towers, modules, mixed = {}, False, False, dict[str, int](), set()
     for name, layer in model.named_modules():
         if held := list(layer.parameters(recurse=False)):
             modules[name] = sum(p.numel() for p in held)
             by_rows = isinstance(layer, torch.nn.Linear | torch.nn.Embedding | Conv1D) or all(p.ndim == 1 for p in held)
             if not by_rows or next(layer.children(), None) is not None or ".experts." in f".{name}.":
                 mixed.add(name)
-        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+        if layer is model.get_output_embeddings() or not isinstance(layer, torch.nn.Linear | Conv1D):
+            continue
+        if name not in of_language:
+            has_towers = True
+        elif isinstance(layer, torch.nn.Linear):
             linear[name] = (layer.out_features, layer.in_features)
-        elif isinstance(layer, Conv1D):
+        else:
             linear[name] = (layer.nf, layer.nx)
             transposed = True
     paths = {layer: name for name, layer in model.named_modules()}
@@ -133,4 +148,24 @@ def outline(base_model: str) -> Outline:
         tied = (paths[embedding], head)
         modules[head] -= last.weight.numel()
     parameters = sum(p.numel() for p in model.parameters())
-    return Outline(config, parameters, linear, transposed, modules, frozenset(mixed), tied, head)
+    return Outline(
+        config,
+        parameters,
+        linear,
+        transposed,
+        modules,
+        frozenset(mixed),
+        tied,
+        head,
+        has_towers,
+        embedding.weight.shape[0],
+    )
+
+
+def _language_modules(model: PreTrainedModel) -> set[str]:
+    """Return the names of the modules of a model's decoder, which sees the text; all, if it says of none that it is."""
+    paths = {layer: name for name, layer in model.named_modules()}
+    decoder = model.get_decoder()
+    if decoder is None or not paths.get(decoder):
+        return set(paths.values())
+    return {name for name in paths.values() if name.startswith(f"{paths[decoder]}.")}

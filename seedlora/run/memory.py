@@ -170,7 +170,7 @@ def step_memory(
         device: that trains. Default: a GPU, if there is one.
     """
     model = options.outline
-    config, targets, trainable = model.config, options.targets, trainable_parameters(options)
+    config, targets, trainable = model.text_config, options.targets, trainable_parameters(options)
     per_weight = QUANTIZATIONS[options.quantization]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
     full, body = options.full_modules, sum(d * k for d, k in model.linear.values())
@@ -206,7 +206,7 @@ def attention_scores(options: ModelOptions, tokens: int, device: torch.device | 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.base_dtype != torch.bfloat16 or attention_kernel(device, tokens) != "eager":
         return 0
-    return int(options.outline.config.num_attention_heads) * tokens
+    return int(options.outline.text_config.num_attention_heads) * tokens
 
 
 def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackData) -> None:

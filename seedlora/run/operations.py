@@ -44,9 +44,9 @@ class Work:
 def work(options: ModelOptions) -> Work:
     """Count the weights that a token passes in training."""
     model = options.outline
-    head = model.config.vocab_size * model.config.hidden_size
+    head = model.text_config.vocab_size * model.text_config.hidden_size
     full = options.full_modules
-    sizes = {name: d * k for name, (d, k) in model.linear.items() if d != model.config.vocab_size}
+    sizes = {name: d * k for name, (d, k) in model.linear.items() if d != model.text_config.vocab_size}
     own = sum(size for name, size in sizes.items() if name in full)
     factors = trainable_parameters(options) - sum(full.values())
     return Work(sum(sizes.values()) - own, head, factors + own, model.head in full)

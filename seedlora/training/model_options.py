@@ -14,7 +14,7 @@ import torch
 from seedlora.adapters.model_card import base_note
 from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
-from seedlora.model.loading import fast_dtype, resolve_base_model
+from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules, pattern_key
 from seedlora.model.quantization import check_quantization
@@ -249,6 +249,8 @@ class ModelOptions:
             targets = no_target_modules()
         elif targets == ALL_LINEAR:
             targets = sorted({path.rpartition(".")[2] for path in self.targets})
+        if self.outline.has_towers and not self.is_full_finetuning:
+            targets = sorted(self.targets)  # by their ends PEFT would find layers of the towers too
         # rsLoRA divides by the root of the rank.
         alpha_factor = rank_factor**0.5 if self.adapter == "rslora" else rank_factor
         return LoraConfig(
@@ -291,6 +293,7 @@ class ModelOptions:
             ValueError: if it has not.
             OSError: if it cannot be read.
         """
+        check_base(self.base_model, load_config(self.base_model))
         targets = self.targets
         self._check_full_modules(targets)
         self._check_patterns_match(targets)
