@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, messages_column, text_column
+from seedlora.datamodules.row_forms import text_column, turns_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class CodeFeedback(TableDataModule):
@@ -22,6 +23,8 @@ class CodeFeedback(TableDataModule):
         options: those of :class:`~seedlora.datamodules.table.TableDataModule`.
     """
 
+    other_columns = frozenset({"id", "lang", "resource"})
+
     def __init__(self, path: str | None = None, *, multi_turn: bool = False, **options: Any) -> None:
         self.multi_turn = multi_turn
         self.hub = "m-a-p/Code-Feedback" if multi_turn else "m-a-p/CodeFeedback-Filtered-Instruction"
@@ -29,6 +32,4 @@ class CodeFeedback(TableDataModule):
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return query and answer, or the messages."""
-        return (
-            messages_column(row) if self.multi_turn else exchange(text_column(row, "query"), text_column(row, "answer"))
-        )
+        return turns_column(row) if self.multi_turn else exchange(text_column(row, "query"), text_column(row, "answer"))

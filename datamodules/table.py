@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from seedlora.datamodules.base import SPLITS, InstructionDataModule
-from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.rows import TokenRows
-from seedlora.datamodules.sources import Row, Source
+from seedlora.datamodules.sources import Source
 
 ON_BAD_ROW = ("error", "skip")
 #: Options that do not decide what the rows say.
 _OPTIONS_OUTSIDE_THE_ROWS = {
     *("path", "revision", "num_train", "val_fraction", "test_fraction", "split_seed", "on_bad_row"),
-    *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style"),
+    *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style", "strict"),
 }
 
 
@@ -37,6 +37,7 @@ class TableDataModule(InstructionDataModule):
         test_fraction: part set aside for the test.
         split_seed: of the splits.
         on_bad_row: ``error`` stops at a row that cannot be read, ``skip`` leaves it out and counts it.
+        strict: end the run where a row holds something that nobody reads, instead of saying so once with a count.
         batch_size: rows of one replica in one forward on one device.
         eval_batch_size: rows in one forward when scoring.
         max_length: tokens of a row; what happens to longer rows is ``on_long_row``.
@@ -72,6 +73,7 @@ class TableDataModule(InstructionDataModule):
         on_long_row: str = "cut",
         pack_tokens: int | None = None,
         style: str | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -90,7 +92,7 @@ class TableDataModule(InstructionDataModule):
             raise ValueError(f"data.num_train must be at least 1, got {num_train}")
         if on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"Unknown data.on_bad_row '{on_bad_row}'; choose one of {', '.join(ON_BAD_ROW)}")
-        self.on_bad_row, self.num_train = on_bad_row, num_train
+        self.on_bad_row, self.strict, self.num_train = on_bad_row, strict, num_train
         self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
         self.source = Source(Path(path).expanduser() if path else None, self.hub, self.subset, revision)
 
@@ -126,29 +128,3 @@ class TableDataModule(InstructionDataModule):
             train = train[: self.num_train]
         chosen = {"train": train, "val": val, "test": test}
         return {split: found.take(np.sort(chosen[split])) for split in SPLITS}
-
-
-def text_column(row: Mapping[str, Any], field: str) -> str:
-    """Return the text of a column that must hold text.
-
-    Raises:
-        ValueError: naming the columns found.
-    """
-    if not isinstance(value := row.get(field), str):
-        found = ", ".join(sorted(map(str, row))) or "none"
-        problem = (
-            f"column '{field}' holds a {type(value).__name__}, not text" if field in row else f"no column '{field}'"
-        )
-        raise ValueError(f"{problem}; its columns are {found}")
-    return value
-
-
-def messages_column(row: Mapping[str, Any], field: str = "messages") -> Sequence[Turn]:
-    """Return the turns of a column of ``{"role": ..., "content": ...}``; raises as :func:`text_column`."""
-    if not isinstance(turns := row.get(field), list):
-        found = ", ".join(sorted(map(str, row))) or "none"
-        raise ValueError(f"no list in column '{field}'; its columns are {found}")
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"turn {i + 1} in column '{field}' has no text as role and content")
-    return [Turn(turn["role"], turn["content"]) for turn in turns]

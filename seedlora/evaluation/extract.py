@@ -16,6 +16,7 @@ from typing import NamedTuple
 MARKER = "The answer is: "
 NO_MARKER, NO_ANSWER = "no 'The answer is: '", "nothing to read after the marker"
 NUMBER_CUT, ROUNDED = "number cut at its second separator", "rounded to a whole number"
+GOLD_DOLLAR, GOLD_ROUNDED = "$ dropped from the right answer", "right answer rounded to a whole number"
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _NEXT_TURN_WORDS = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
 #: What ends a generation for GSM8K and MATH: the model starts to ask itself the next question.
@@ -52,16 +53,24 @@ def gsm8k_answer(text: str) -> Extraction:
     return Extraction(round(float(value)), tuple(quirks))
 
 
-def gsm8k_gold(answer: str) -> int:
-    """Read the whole number after ``#### ``.
+def gsm8k_gold(answer: str) -> Extraction:
+    """Read the whole number after ``#### ``, as answers are read: a dollar sign is dropped, a fraction rounded.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or something else beside it.
+
+    Example:
+        >>> gsm8k_gold("2 + 0.5 = 2.5 #### $2.5")
+        Extraction(answer=2, quirks=('$ dropped from the right answer', 'right answer rounded to a whole number'))
     """
-    _, marker, number = answer.rpartition("#### ")
-    if not marker or not re.fullmatch(r"[+-]?[\d,]+", number.strip()):
-        raise ValueError("a GSM8K answer ends in '#### ' and a whole number")
-    return int(number.replace(",", ""))
+    _, marker, number = answer.rpartition("####")
+    found = re.fullmatch(r"([+-]?)(\$?)([+-]?)(\d[\d,]*(?:\.\d+)?|\.\d+)", number.strip()) if marker else None
+    if found is None or (found[1] and found[3]):
+        shown = f"'#### ' is followed by '{number.strip()[:40]}'" if marker else f"it ends '{answer[-40:]}'"
+        raise ValueError(f"a GSM8K answer ends in '#### ' and a whole number; {shown}")
+    value = Fraction(found[1] + found[3] + found[4].replace(",", ""))
+    quirks = [GOLD_DOLLAR] * bool(found[2]) + [GOLD_ROUNDED] * (value.denominator != 1)
+    return Extraction(round(value), tuple(quirks))
 
 
 def math_answer(text: str) -> Extraction:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from seedlora.datamodules.prompts import check_text
 from seedlora.evaluation.extract import (
     MATH_STOPS,
     first_label,
@@ -38,12 +39,14 @@ class Item(NamedTuple):
         request: what is asked, before a prompt style is put around it.
         gold: what :attr:`Task.judge` or :attr:`Task.program` compares with.
         group: the sub-domain it belongs to, where the data names one.
+        quirks: of reading the right answer; they take part in every judgement of the item.
     """
 
     id: str
     request: str
     gold: Any
     group: str = ""
+    quirks: tuple[str, ...] = ()
 
 
 class Judgement(NamedTuple):
@@ -98,7 +101,7 @@ def _field(row: Row, *names: str) -> str:
     """Return the first of these fields that is text; raise ``KeyError``, with their names, if none is."""
     for name in names:
         if isinstance(row.get(name), str):
-            return str(row[name])
+            return check_text(row[name], f"field '{name}'")
     raise KeyError(" or ".join(f"'{name}'" for name in names))
 
 
@@ -108,12 +111,13 @@ _STEP_BY_STEP = " Let's think step by step."
 
 
 def _gsm8k_item(number: int, row: Row) -> Item:
-    return Item(str(number), _field(row, "question", "query"), gsm8k_gold(_field(row, "answer", "response")))
+    gold, quirks = gsm8k_gold(_field(row, "answer", "response"))
+    return Item(str(number), _field(row, "question", "query"), gold, quirks=quirks)
 
 
 def _gsm8k_judge(text: str, item: Item) -> Judgement:
     answer, quirks = gsm8k_answer(text)
-    return Judgement(answer == item.gold, answer, quirks)
+    return Judgement(answer == item.gold, answer, (*quirks, *item.quirks))
 
 
 def _math_item(number: int, row: Row) -> Item:
