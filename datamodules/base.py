@@ -180,6 +180,22 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} found no training rows: " + (why or f"the source has {read} rows"))
         self.rows = splits
 
+    def check_positions(self, positions: int | None) -> None:
+        """Compare the rows with the positions of a base model, before it is trained.
+
+        Args:
+            positions: that it has; None where there is no limit.
+
+        Raises:
+            ValueError: if a row has more tokens.
+        """
+        longest = max((int(rows.lengths.max()) for rows in self.rows.values() if len(rows)), default=0)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"a row has {longest:,} tokens, the base model only {positions:,} positions; give data.max_length "
+                f"{positions} or less: longer rows are cut, or left out with data.on_long_row drop"
+            )
+
     def _tokenise(self, source: str, record: PromptRecord) -> Iterator[Chunk]:
         """Tokenise the rows of one source; called once, and never again while they are on the disk."""
         found = _Found(self.strict)

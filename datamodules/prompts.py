@@ -150,6 +150,22 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     }
 
 
+def asked_of_a_server(record: PromptRecord) -> str:
+    """Say how a server must be asked, so that it asks as training did.
+
+    Example:
+        >>> asked_of_a_server({"style": "tulu"})
+        'style tulu: send a server its text (completions endpoint), for the chat endpoint asks otherwise'
+    """
+    if not record:
+        return "worded by a data module of your own: ask as it does"
+    if record["style"] == CHAT:
+        return "the base model's own chat template: a server's chat endpoint asks in the same way"
+    return (
+        f"style {record['style']}: send a server its text (completions endpoint), for the chat endpoint asks otherwise"
+    )
+
+
 def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
     r"""Return the text after which the model answers.
 

@@ -83,7 +83,8 @@ def is_chat(row: Mapping[str, Any]) -> bool:
         >>> is_chat({"conversations": []}), is_chat({"prompt": "Hi", "completion": "Yo"})
         (True, False)
     """
-    return any(isinstance(row.get(column), list) for column in (*CHATS, "completion"))
+    columns = [row.get(column) for column in (*CHATS, "completion")]
+    return any(isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns) for turns in columns)
 
 
 def conversation_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None = None) -> list[Turn]:
@@ -102,15 +103,15 @@ def conversation_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None = N
     """
     if own_pair is None:
         for column in CHATS:
-            if column in row:
+            if _peek(row, column) not in (None, ""):
                 return _with_system(row, _with_prompt(row, turns_column(row, column)))
         if isinstance(_peek(row, "completion"), list) or isinstance(_peek(row, "prompt"), list):
             return _with_system(row, _prompt_and_completion(row))
     for request, response in [own_pair] if own_pair else PAIRS:
-        if own_pair or (request in row and response in row):
+        if own_pair or None not in (_peek(row, request), _peek(row, response)):
             return _with_system(row, [*_history(row), *_exchange(row, request, response)])
     for request, response in PAIRS:
-        if request in row and request != "question":
+        if request in row and request != "question" and (row[request] is not None or response not in row):
             for column in (request, response):  # the first that is missing is said
                 text_column(row, column)
     known = ", ".join(sorted({" and ".join(pair) for pair in PAIRS}))

@@ -297,6 +297,26 @@ def _tokens_and_mask(
     return row, said
 
 
+def token_chunk(number: int, ids: Tensor, said: Tensor, *, max_length: int, on_long_row: str) -> Chunk:
+    """Return a row that is tokenised already: its tokens, and which of them a model learns to say.
+
+    Args:
+        number: of the row in its source.
+        ids: shape (T,).
+        said: bool, shape (T,); the first token is not learned, since nothing before it predicts it.
+        max_length: tokens; what happens to a longer row is ``on_long_row``.
+        on_long_row: ``cut`` or ``drop``.
+    """
+    row, supervised = ids.numpy().astype(np.int32), said.numpy().astype(bool)
+    supervised[:1] = False
+    if len(row) > max_length and on_long_row == "drop":
+        return empty_chunk(Counts(read=1, long=1))
+    if not supervised[:max_length].any():
+        return empty_chunk(Counts(read=1, unsupervised=1))
+    counts = Counts(read=1, cut=int(len(row) > max_length))
+    return _make_chunk([row[:max_length]], [supervised[:max_length]], [number], counts)
+
+
 def empty_chunk(counts: Counts) -> Chunk:
     """Return a chunk without rows, which only counts."""
     return _make_chunk([], [], [], counts)

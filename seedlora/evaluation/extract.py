@@ -17,6 +17,9 @@ MARKER = "The answer is: "
 NO_MARKER, NO_ANSWER = "no 'The answer is: '", "nothing to read after the marker"
 NUMBER_CUT, ROUNDED = "number cut at its second separator", "rounded to a whole number"
 GOLD_DOLLAR, GOLD_ROUNDED = "$ dropped from the right answer", "right answer rounded to a whole number"
+MINUS_LOST = "minus sign not read"
+#: A minus that the expression does not take: before a currency, or one of Unicode's.
+_LOST_MINUS = re.compile("[-\u2212\u2013][ $\u20ac\u00a3]*$")
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _NEXT_TURN_WORDS = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
 #: What ends a generation for GSM8K and MATH: the model starts to ask itself the next question.
@@ -42,6 +45,8 @@ def gsm8k_answer(text: str) -> Extraction:
     if (match := _NUMBER.search(tail.strip())) is None:
         return Extraction(None, (NO_ANSWER,))
     quirks = [NUMBER_CUT] if re.match(r"[.,]\d", tail.strip()[match.end() :]) else []
+    if _LOST_MINUS.search(tail.strip()[: match.start()]):
+        quirks.append(MINUS_LOST)
     numerator, slash, denominator = match[0].replace(",", "").partition("/")
     # Over 300 digits it is no number but a loop; the original's float is infinite then.
     if (slash and not numerator.strip("+-")) or len(match[0]) > 300:

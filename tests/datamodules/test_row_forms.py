@@ -59,6 +59,8 @@ PLAIN = [
         "Be.\nHi\n[1<eos>]And?\n[2<eos>]",
     ),
     ({"prompt": "Hi", "prompt_id": "x", "messages": CHAT}, "Hi\n[FIRST<eos>]And?\n[SECOND<eos>]"),
+    # columns of a table that other rows fill
+    ({"messages": None, "prompt": None, "response": None, "query": "Hi", "answer": "Yo"}, "Hi\n[Yo<eos>]"),
     ({"prompt": "Hi", "messages": CHAT[1:2]}, "Hi\n[FIRST<eos>]"),
     ({"prompt": CHAT[:3], "completion": CHAT[3:]}, "Hi\nFIRST<eos>And?\n[SECOND<eos>]"),
     ({"prompt": CHAT[:1], "completion": "Yo"}, "Hi\n[Yo<eos>]"),
@@ -180,6 +182,8 @@ def test_reasoning_is_trained_on_where_the_template_writes_it(load, tokenizer):
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "exchange 1 in column 'history' is no pair"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "should hold JSON"),
         ({"messages": CHAT, "tools": "x"}, "column 'tools' should hold JSON, and does not"),
+        ({"messages": "Hi"}, "no list in column 'messages'"),
+        ({"messages": None, "prompt": None, "response": "b"}, "column 'prompt' holds nothing, not text"),
         ({"text": "only"}, "neither messages or conversations, nor a request and a response .* columns text"),
     ],
 )  # fmt: skip
