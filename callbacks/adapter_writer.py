@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
-from seedlora.datamodules.chat_templates import chat_template
+from seedlora.datamodules.style_templates import chat_template
 from seedlora.model.tokenizer_files import tokenizer_files
 from seedlora.names import seed_name
 from seedlora.records.training import CONTROL, TrainedRow

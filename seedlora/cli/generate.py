@@ -12,7 +12,7 @@ from rich.console import Console
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.speakers import Speakers, add_options, opening, set_up_speakers
 from seedlora.cli.terminal import counting_bar, print_json
-from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.conversations import Turn
 from seedlora.utils.places import expanded
 
 

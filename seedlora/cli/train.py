@@ -35,6 +35,9 @@ from seedlora.cli.parser import (
     options_of_finished_run,
     values_of,
 )
+from seedlora.cli.preview import positions_of
+from seedlora.datamodules.preview import packing_advice
+from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
 from seedlora.model.loading import check_token_ids
@@ -177,6 +180,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     for rows in data.rows.values():
         largest = int(rows.tokens.max()) if len(rows) else 0
         check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
+    data.check_positions(positions_of(module.options.outline.config))
     cli.callback.check_validation(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     if cli.metrics is not None:
@@ -192,6 +196,9 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
             file.write_text(cli.parser.dump(config), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
     console.print(plan.table())
+    console.print(f"prompt: {asked_of_a_server(data.prompt_record())}", highlight=False, markup=False)
+    if sentence := packing_advice(data, plan.padding):
+        console.print(sentence, highlight=False, markup=False)
     return plan
 
 

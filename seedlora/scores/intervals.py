@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
 from seedlora.records.report import PairedDifference
 from seedlora.records.results import DifferenceRecord, LossRecord, SampleLosses, ScoreRecord
@@ -256,3 +257,20 @@ def _resampled_rows(n: int, *, resamples: int = 10_000, seed: int = 0) -> np.nda
 def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> Ends:
     """Return the interval of a sum over rows, per token."""
     return percentiles((draws @ sums) / (draws @ tokens))
+
+
+def mean_score(values: np.ndarray) -> Score:
+    """Return the mean of measures from 0 to 1 with Student's 95 % interval, which one item leaves at 0 to 1.
+
+    Args:
+        values: shape (items,); at least one.
+
+    Example:
+        >>> mean_score(np.array([0.0, 0.5, 1.0, 0.5]))
+        Score(value=0.5, low=0.0, high=1.0, n=4)
+    """
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Score(mean, 0.0, 1.0, n)
+    half = float(student_t.ppf(_ENDS[1], n - 1)) * float(values.std(ddof=1)) / n**0.5
+    return Score(mean, max(0.0, mean - half), min(1.0, mean + half), n)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli import chat
 from seedlora.cli.main import main
-from seedlora.datamodules.prompts import Turn, prompt_record, render
+from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.prompts import prompt_record, render
 from tests.helpers.models import built
 
 TOKENS = 9
