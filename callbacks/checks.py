@@ -25,7 +25,7 @@ class Checks(pl.Callback):
 
     def __init__(self, ensemble: Ensemble) -> None:
         self._ensemble = ensemble
-        self._is_open = False
+        self._is_open = self._is_taken = False
 
     def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
         """Check everything, and take the first rank's folder.
@@ -38,6 +38,8 @@ class Checks(pl.Callback):
         ensemble, data = self._ensemble, trainer.datamodule
         ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
         if stage != "fit":
+            if ensemble.dirpath.is_dir():
+                self._take(trainer)
             return
         if not isinstance(data, StackData):
             raise ValueError(
@@ -49,9 +51,31 @@ class Checks(pl.Callback):
         self.check_validation(trainer, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
+            self._take(trainer, resume=ensemble.options.resume)
+            # It may have another name now.
+            ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
             self.open(trainer, module, data)
             if not ensemble.pending:
                 raise ValueError(f"{ensemble.dirpath}: all seeds are trained; Trainer.validate merges them again")
+        else:
+            self._take(trainer)
+
+    def teardown(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Give the folder up, unless whoever runs the Trainer has taken it."""
+        self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, module: SeedLoRAModule, exception: BaseException) -> None:
+        """Give the folder up, likewise."""
+        self._leave()
+
+    def _take(self, trainer: pl.Trainer, *, resume: bool = False) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._is_taken = self._ensemble.folder.take(resume=resume and not self._is_open) or self._is_taken
+
+    def _leave(self) -> None:
+        if self._is_taken:
+            self._ensemble.folder.leave()
+            self._is_taken = False
 
     def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
         """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""

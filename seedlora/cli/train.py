@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         write. The last two say so in one sentence on stderr; any other error is a fault of ours and shows its
         traceback.
     """
-    with _leaving_on_sigterm():
-        return _main(argv)
+    with _leaving_on_sigterm(), ExitStack() as at_exit:
+        return _main(argv, at_exit)
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str] | None, at_exit: ExitStack) -> int:
     started = time.monotonic()
     _hush()
     console = Console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
@@ -78,6 +78,7 @@ def _main(argv: Sequence[str] | None) -> int:
             does = "removes that" if cli.ensemble.rule is None else f"merges it by {otherwise.asked}"
             raise UsageError(f"{cli.ensemble.dirpath} was merged by {otherwise.made}; --resume instead of test {does}")
         asked = asked_tasks(cli, console)
+        at_exit.callback(cli.ensemble.folder.leave)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
@@ -166,11 +167,13 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.setup("fit")
     cli.callback.check_validation(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
-    if cli.metrics is not None:
-        cli.metrics.path = ensemble.metrics_path
     plan = run_plan(trainer, module.options, data, ensemble)
     if not planning:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            ensemble.folder.take(resume=ensemble.options.resume)
         cli.callback.open(trainer, module, data)
+    if cli.metrics is not None:
+        cli.metrics.path = ensemble.metrics_path
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()

@@ -57,9 +57,10 @@ class Ensemble:
         trains_controls = options.controls == ALL_CONTROLS and len(options.seeds) > 1
         #: What is trained, and what is still to do.
         self.folder = RunFolder(
-            options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
+            Path(options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).expanduser(),
             options.seeds,
             controls=TRAINED_CONTROLS if trains_controls else (),
+            is_new=options.dirpath is None,
         )
         #: Seeds trained at once; None is all of them, as long as the memory estimate has not decided.
         self.stack_size: int | None = options.stack_size if isinstance(options.stack_size, int) else None
