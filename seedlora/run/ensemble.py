@@ -17,7 +17,7 @@ from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
-from seedlora.merge.record import rule_record
+from seedlora.merge.record import applied_rule, rule_as_stored
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, WIDE_SEED, seed_name
 from seedlora.records.fusion import AppliedRule
@@ -136,9 +136,9 @@ class Ensemble:
         made: AppliedRule = {"method": "nothing", "options": {}, "use": {}}
         asked = made
         if (fusion := self.folder.fusion) is not None:
-            made = {"method": fusion["method"], "options": fusion["options"], "use": fusion.get("use", {})}
+            made = applied_rule(fusion)
         if (rule := self.compared.rule) is not None:
-            asked = json.loads(json.dumps(rule_record(rule), default=str))
+            asked = rule_as_stored(rule)
         return None if made == asked else MergedOtherwise(_rule_text(made), _rule_text(asked))
 
     def adapter_path(self, seed: int) -> Path:

@@ -20,6 +20,7 @@ from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import make_rule
 from seedlora.selection.comparison import Comparison
 from tests.helpers.models import make_data, make_module
+from tests.helpers.training import make_trainer
 
 SEEDS = [1, 2, 3]
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
@@ -171,6 +172,21 @@ def test_soup_as_the_method_is_not_an_older_soup(tiny_llama, tmp_path):
     scored = module.stack.loaded_sha256("soup")
     module.stack.load("of today", read_adapter(callback.fused_path).layers)
     assert scored == module.stack.loaded_sha256("of today")
+
+
+def test_validation_after_a_test_leaves_its_results_unless_it_merges_otherwise(tiny_llama, tmp_path, capsys):
+    callback, module, data = fit(tmp_path / "x", tiny_llama, seeds=[1, 2], merge="ties", budget="full")
+    results, card = (callback.dirpath / name for name in ("results.json", "fused/README.md"))
+    said = results.read_bytes(), card.read_bytes()
+    assert b"this adapter" in said[1]
+    make_trainer(callback).validate(module, datamodule=data, verbose=False)
+    assert (results.read_bytes(), card.read_bytes()) == said
+    assert capsys.readouterr().err == ""
+    other = SeedEnsembleCallback([1, 2], budget="full", merge="seedlora", dirpath=callback.dirpath)
+    make_trainer(other).validate(module, datamodule=data, verbose=False)
+    assert not results.exists()
+    removed = "removed results.json, said of an earlier merge; the test says it anew"
+    assert capsys.readouterr().err == f"{callback.dirpath}: {removed}\n"
 
 
 def test_a_control_that_is_missing_is_trained_alone(everything, tiny_llama, tmp_path):
