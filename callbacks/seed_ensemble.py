@@ -167,9 +167,9 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     # For whoever runs the Trainer
 
-    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
-        """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
-        self._checks.check_validation(trainer, data)
+    def check_fit(self, trainer: pl.Trainer, data: StackData) -> None:
+        """Raise ValueError for what :meth:`Checks.check_fit` finds; the data must be set up."""
+        self._checks.check_fit(trainer, data)
 
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
         """Make the run's folder ours before the fit does; raises ValueError as :meth:`Checks.open` does."""

@@ -14,6 +14,7 @@ from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.results import RESULTS, RunResults
 from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.records.training import TRAINED, TrainedRow, unfinished_text
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
 from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
@@ -53,6 +54,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
     """
     settings = (None if run is None else _read(SETTINGS, run)) or {}
     results = None if run is None else _read(RESULTS, run)
+    trained = (None if run is None else _read(TRAINED, run)) or {}
     inputs = [entry["name"] for entry in record["inputs"]]
     lines = [
         "---",
@@ -60,6 +62,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
         *_HEADS[rank is None],
         "---",
         *_title(record, rank),
+        *_unfinished(trained, inputs),
         *_notes(record, rank, settings),
         "",
         "| | |",
@@ -77,7 +80,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
     return "\n".join(lines)
 
 
-def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) -> str:
+def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False, unfinished: str | None = None) -> str:
     """Return the card of one seed's adapter, or of its whole model.
 
     Args:
@@ -85,11 +88,11 @@ def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) 
         adapter: what was trained, for people.
         note: as :func:`base_note` gives it.
         whole: whether it is a whole model.
+        unfinished: of how many of how many steps it is, if it is not of all.
     """
+    told = f"Trained as {adapter}" + (f", not to the end: {unfinished}." if unfinished else ".")
     lines = ["---", f"base_model: {base_model}", *_HEADS[whole], "---"]
-    return "\n".join(
-        [*lines, "# One seed of an ensemble", "", f"Trained as {adapter}.", *(["", note] if note else []), ""]
-    )
+    return "\n".join([*lines, "# One seed of an ensemble", "", told, *(["", note] if note else []), ""])
 
 
 def base_note(adapter: str, quantization: str) -> str:
@@ -174,6 +177,14 @@ def _title(record: FusionRecord, rank: int | None) -> list[str]:
         what,
         "`fusion.json` has the inputs' checksums.",
     ]
+
+
+def _unfinished(trained: Mapping[str, TrainedRow], inputs: Sequence[str]) -> list[str]:
+    """Say which inputs were not trained to the end, in a paragraph, if some were not."""
+    texts = {name: text for name in inputs if name in trained and (text := unfinished_text(trained[name]))}
+    if not texts:
+        return []
+    return ["", f"**Not trained to the end:** {'; '.join(f'{name}: {text}' for name, text in texts.items())}."]
 
 
 def _notes(record: FusionRecord, rank: int | None, settings: RunSettings) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from seedlora.adapters.adapter import CONFIG_NAME, AdapterError
@@ -104,6 +105,9 @@ def _main(argv: Sequence[str] | None, at_exit: ExitStack) -> int:
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
         _stopped(cli, one_line(str(error)) if told else "interrupted", diverged=isinstance(error, DivergedError))
         return 1
+    except MisconfigurationException as error:
+        _stopped(cli, f"Lightning refuses an option of the Trainer: {one_line(str(error))}")
+        return 1
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
         print(f"train.py: error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
@@ -165,7 +169,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
-    cli.callback.check_validation(trainer, data)
+    cli.callback.check_fit(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     plan = run_plan(trainer, module.options, data, ensemble)
     if not planning:
@@ -255,6 +259,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         console.print(f"Seed {seed} was left out: {reason}.")
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
+    elif not cli.trainer.limit_test_batches:
+        console.print("trainer.limit_test_batches 0 leaves no test rows, so nothing was scored.")
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         console.print()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from seedlora.adapters.adapter import is_model, is_trained
@@ -21,6 +20,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
 from seedlora.utils.progress import progress_bar
+from seedlora.utils.say import say
 
 
 def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
@@ -76,11 +76,7 @@ def _forget_said(ensemble: Ensemble, *, selection: bool) -> None:
     if removed := [name for name in names if (ensemble.dirpath / name).is_file()]:
         for name in removed:
             (ensemble.dirpath / name).unlink()
-        _say(f"{ensemble.dirpath}: removed {' and '.join(removed)}, said of an earlier merge; the test says it anew")
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+        say(f"{ensemble.dirpath}: removed {' and '.join(removed)}, said of an earlier merge; the test says it anew")
 
 
 def _remove_fused(ensemble: Ensemble) -> None:
@@ -88,7 +84,7 @@ def _remove_fused(ensemble: Ensemble) -> None:
     otherwise = ensemble.merged_otherwise
     if removed := ensemble.folder.forget_fused():
         made = otherwise.made if otherwise else "another run"
-        _say(f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}")
+        say(f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}")
 
 
 def _merge_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:
