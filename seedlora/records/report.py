@@ -30,7 +30,7 @@ class PairedDifference(TypedDict):
 
     Attributes:
         value: mean over the items of the first's outcome minus the other's.
-        low: lower end of its 95 % bootstrap interval over items.
+        low: lower end of its 95 % interval over items.
         high: upper end of that interval.
         n: number of items.
         p_value: p-value of the exact McNemar test; null where one side is the mean of several adapters.

@@ -71,7 +71,7 @@ def _comparison_sections(report: ComparisonReport) -> list[Section]:
     picture = run_differences("runs", report["runs"])
     drawings = Drawings({} if picture is None else {"runs": picture})
     line = (
-        "Scores are in percent, differences in points with bootstrap intervals of "
+        "Scores are in percent, differences in points with intervals of "
         f"{report['confidence_percent']} %, paired by item. The spread is the standard deviation of the seeds' scores, "
         "the cosine the mean over pairs of seeds. Two runs stand against each other where they were tested on the same "
         "items."
