@@ -13,9 +13,12 @@ from seedlora.names import BASE, FULL, SOUP
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.results import RESULTS, RunResults
+from seedlora.records.selection import SELECTION
 from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import TRAINED, TrainedRow, unfinished_text
+from seedlora.scores.advice import advise
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
+from seedlora.scores.results import stored_results
 from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
 
@@ -63,6 +66,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
         "---",
         *_title(record, rank),
         *_unfinished(trained, inputs),
+        *([] if results is None or run is None else _advised(results, run, record, inputs, name)),
         *_notes(record, rank, settings),
         "",
         "| | |",
@@ -185,6 +189,18 @@ def _unfinished(trained: Mapping[str, TrainedRow], inputs: Sequence[str]) -> lis
     if not texts:
         return []
     return ["", f"**Not trained to the end:** {'; '.join(f'{name}: {text}' for name, text in texts.items())}."]
+
+
+def _advised(
+    results: RunResults, run: Path, record: FusionRecord, inputs: Sequence[str], name: str | None
+) -> list[str]:
+    """Say whether training helped and which adapter of the run is advised, in a paragraph."""
+    found = stored_results(results, inputs)
+    if found is None or name is None:
+        return []
+    merged = name if name in found.items else SOUP
+    advised = advise(_read(SELECTION, run), found, inputs, method=record["method"], merged=merged)
+    return ["", " ".join(advised["headline"])]
 
 
 def _notes(record: FusionRecord, rank: int | None, settings: RunSettings) -> list[str]:

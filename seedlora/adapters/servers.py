@@ -272,7 +272,7 @@ PY"""
     if not serve:
         return load
     command = (
-        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules fused={adapter}"
+        f"vllm serve {base_model} --enable-lora --max-lora-rank {limit} \\\n    --lora-modules {adapter.name}={adapter}"
         if (limit := vllm_rank(rank)) is not None
         else f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}: merge fewer or smaller adapters to serve it"
     )

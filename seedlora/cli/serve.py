@@ -120,7 +120,7 @@ def _choose(source: str) -> _Choice:
     if not names:
         raise ValueError(f"{folder} has no adapter yet; go on with the run by --resume")
     report = REPORT_ADVICE.read(folder)
-    advised = None if report is None else report["advice"]["better"]
+    advised = None if report is None else report["advice"].get("folder", report["advice"]["better"])
     first, why = (advised, "which the run advises") if advised in names else (names[0], "")
     return _Choice({name: folder / name for name in dict.fromkeys((first, *names))}, why)
 

@@ -267,19 +267,31 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         assert ensemble.results is not None
         method = ensemble.method_name if ensemble.rule is not None else ""
         console.print(results_table(ensemble.results, method=method))
+    advice = ensemble.advice
+    for sentence in (*advice["headline"], *advice["sentences"]):
+        console.print(sentence, highlight=False, markup=False)
+    if ensemble.results is not None:
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.rule is not None and cli.model.options.is_full_finetuning:
-        console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
-    elif ensemble.rule is not None:
-        fused, full = ensemble.fused_path.resolve(), bool(cli.model.options.full_modules)
-        rank = json.loads((fused / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
-        commands = next_commands(base_model=cli.model.options.base_path, adapter=fused, rank=rank, serve=not full)
-        console.print("\n" + commands, highlight=False, markup=False)
-        if full:
-            why = "no server loads an adapter with full weights beside it; for a whole model, add --into_base"
-            console.print(f"# {why} to the command in {fused / CARD_NAME}", highlight=False, markup=False)
-        if note := cli.model.options.base_note:
-            console.print(note, highlight=False, markup=False)
+    _show_commands(cli, console)
+
+
+def _show_commands(cli: SeedLoRACLI, console: Console) -> None:
+    """Print the commands that load and serve the adapter that is advised."""
+    ensemble = cli.ensemble
+    if (name := ensemble.advice["folder"]) is None:
+        return
+    folder, full = (ensemble.dirpath / name).resolve(), bool(cli.model.options.full_modules)
+    if cli.model.options.is_full_finetuning:
+        console.print("\n" + model_commands(folder), highlight=False, markup=False)
+        return
+    rank = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
+    commands = next_commands(base_model=cli.model.options.base_path, adapter=folder, rank=rank, serve=not full)
+    console.print("\n" + commands, highlight=False, markup=False)
+    if full:
+        why = "no server loads an adapter with full weights beside it; for a whole model, add --into_base"
+        console.print(f"# {why} to the command in {ensemble.fused_path / CARD_NAME}", highlight=False, markup=False)
+    if note := cli.model.options.base_note:
+        console.print(note, highlight=False, markup=False)
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:
@@ -289,15 +301,11 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         return
     try:
         with console.status("Writing the report ..."):
-            found = write_report(run)
+            write_report(run)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
     else:
-        for sentence in found["advice"]["sentences"]:
-            console.print(sentence, highlight=False, markup=False)
-        if (better := found["advice"]["better"]) is not None:
-            console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 

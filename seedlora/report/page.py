@@ -38,7 +38,7 @@ def write_report(
     report = facts(run, layers=layers, on_layer=on_layer)
     colours = Palette(report["seeds"]).colours
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
-    _write_pages(Path(run), f"SeedLoRA run {report['run']}", report["verdict"], sections(report), on_page)
+    _write_pages(Path(run), report["title"], report["verdict"], sections(report), on_page)
     REPORT.write(Path(run), report)
     return report
 

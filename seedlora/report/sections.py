@@ -78,9 +78,7 @@ def paired_table(rows: Sequence[RunComparison]) -> Table:
 
 
 def _advice(report: Report) -> Section:
-    lines = list(report["advice"]["sentences"])
-    if (better := report["advice"]["better"]) is not None:
-        lines.append(f"The better adapter is in {better}, beside fused.")
+    lines = [*report["advice"].get("headline", ()), *report["advice"]["sentences"]]
     return Section("Which adapter to use", lines)
 
 

@@ -21,8 +21,10 @@ from seedlora.merge.record import applied_rule, rule_as_stored
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, WIDE_SEED, seed_name
 from seedlora.records.fusion import AppliedRule
+from seedlora.records.report import Advice
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
+from seedlora.scores.advice import advise
 from seedlora.scores.results import Results
 from seedlora.selection.comparison import Comparison, rule_of_seeds
 from seedlora.selection.settling import adapters_beside
@@ -144,6 +146,15 @@ class Ensemble:
     def adapter_path(self, seed: int) -> Path:
         """Return where the adapter of a seed is, once it is trained."""
         return self.folder.adapter(seed)
+
+    @property
+    def advice(self) -> Advice:
+        """Return which adapter to use, by the validation rows and the last test."""
+        merged = None
+        if self.rule is not None and is_trained(self.fused_path):
+            merged = SOUP if self.comparison.is_soup else FUSED
+        seeds = list(map(seed_name, self.trained))
+        return advise(self.folder.selection, self.results, seeds, method=self.method_name, merged=merged)
 
     # The next fit
 
