@@ -100,7 +100,7 @@ def test_much_padding_names_the_option_that_helps_with_what_it_leaves(run, tmp_p
 
 def test_the_prompt_that_a_server_must_use_is_said(run):
     _, printed = run(*SPLITS)
-    assert "style plain: send a server its text" in " ".join(printed.out.split())
+    assert "style plain: a server asks in it by the chat template" in " ".join(printed.out.split())
 
 
 def test_rows_longer_than_the_base_has_positions_are_refused(tokenizer, tmp_path, monkeypatch):
