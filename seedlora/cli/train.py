@@ -100,7 +100,9 @@ def _main(argv: Sequence[str], at_exit: ExitStack) -> int:
         if planning:
             _measure(cli, plan, console)
             return 0
-        if not finished:
+        if finished:
+            cli.trainer.loggers = []  # the run's own test is in its log
+        else:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
