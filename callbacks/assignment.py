@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seedlora.distributed.lightning_internals import share_limits
 from seedlora.run.budget import replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
@@ -17,6 +18,8 @@ from seedlora.training.replicas import FitSettings, StoppedError
 class Assignment(pl.Callback):
     """Give module and data module the replicas of a fit, and end it when these have had their share.
 
+    During the fit the Trainer's ``max_epochs`` and ``max_steps`` are that share, so that its progress bar counts to it.
+
     Args:
         ensemble: the run.
         state: of the fit, which begins here.
@@ -24,6 +27,8 @@ class Assignment(pl.Callback):
 
     def __init__(self, ensemble: Ensemble, state: FitState) -> None:
         self._ensemble, self._state = ensemble, state
+        #: The Trainer's own ``max_epochs`` and ``max_steps``, while a fit has others.
+        self._given: tuple[int | None, int] | None = None
 
     def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
         """Fix the replicas and their share of the trainer's epochs or steps.
@@ -45,6 +50,25 @@ class Assignment(pl.Callback):
             on_divergence=ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)
+        share, self._given = self._state.share, (trainer.max_epochs, trainer.max_steps)
+        share_limits(
+            trainer,
+            max_epochs=trainer.max_epochs if share.epochs is None else share.epochs,
+            max_steps=trainer.max_steps if share.steps is None else share.steps,
+        )
+
+    def teardown(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Give the Trainer its own limits back."""
+        self._give_back(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, module: SeedLoRAModule, exception: BaseException) -> None:
+        """Do the same where the fit ends in an error."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: pl.Trainer) -> None:
+        if self._given is not None:
+            share_limits(trainer, max_epochs=self._given[0], max_steps=self._given[1])
+            self._given = None
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Note that training began."""

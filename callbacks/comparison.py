@@ -58,7 +58,7 @@ class ComparisonOnTest(pl.Callback):
             outcome.train = score_loaded(trainer, module, sample)
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
         ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
             if is_trained(ensemble.fused_path):
                 refresh_card(ensemble.fused_path)

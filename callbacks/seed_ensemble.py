@@ -18,6 +18,7 @@ from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
 from seedlora.callbacks.final_merge import FinalMerge
 from seedlora.callbacks.live_merge import LiveMerge
+from seedlora.callbacks.python_run import RunEnd, RunStart
 from seedlora.callbacks.termination import Termination, TerminationEnd
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
@@ -37,7 +38,8 @@ class SeedEnsembleCallback(CallbackOfParts):
     Its life:
 
     - *setup*: the module gets one replica per seed and the data module their data orders; each replica's share of the
-      trainer's epochs or steps is fixed.
+      trainer's epochs or steps is fixed. Before the first fit the plan is printed, and ``config.yaml`` and
+      ``cost.json`` are written, by ``train.py`` itself where it runs the Trainer.
     - *every validation*: the seeds trained so far are merged as they are, and the module scores seeds and fused adapter
       side by side (``val/loss_seed_42``, ``val/loss_fused``). Nothing random is drawn and no weight is changed. Seeds
       whose updates have full rank (DoRA, whole models) are scored alone.
@@ -54,7 +56,7 @@ class SeedEnsembleCallback(CallbackOfParts):
       what else is compared, :data:`seedlora.training.scoring.ADAPTERS_PER_FORWARD` adapters at a time, whole models one
       by one. Nothing is chosen any more. All of them are also scored on the same few training rows, as many as there
       are test items and at most :data:`seedlora.selection.comparison.TRAIN_ROWS`: their training losses, beside the
-      test's scores.
+      test's scores. Then it is said which adapter to use, and the report is written.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -144,8 +146,9 @@ class SeedEnsembleCallback(CallbackOfParts):
         self._comparison = ComparisonOnTest(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
         # back, the adapters are written, the checkpoints removed, a SIGTERM is answered, and the seeds are merged.
-        self.parts = (
+        self.parts: tuple[pl.Callback, ...] = (
             self._checks,
+            RunStart(ensemble),
             Assignment(ensemble, state),
             self._early_stopping,
             AdapterWriter(ensemble, state),
@@ -154,6 +157,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             LiveMerge(ensemble, state),
             FinalMerge(ensemble, state),
             self._comparison,
+            RunEnd(ensemble),
             TerminationEnd(self._termination),
         )
 
@@ -174,6 +178,10 @@ class SeedEnsembleCallback(CallbackOfParts):
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Make the run's folder ours before the fit does; raises ValueError as :meth:`Checks.open` does."""
         self._checks.open(trainer, module, data)
+
+    def leave_plan_and_report(self) -> None:
+        """Leave to whoever runs the Trainer what is printed and written around its fits: plan, options, report."""
+        self.parts = tuple(part for part in self.parts if not isinstance(part, RunStart | RunEnd))
 
     @contextmanager
     def holding_tested(self, module: SeedLoRAModule) -> Iterator[None]:

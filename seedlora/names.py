@@ -34,6 +34,8 @@ MEANING = {
     LOGITS: "the mean of the seeds' probabilities, no adapter",
 }
 NO_CONTROLS, UNTRAINED, ALL_CONTROLS = "none", "untrained", "all"
+#: The key of a config.yaml that ``train.py`` cannot start from: it says why.
+FROM_PYTHON = "only_from_python"
 #: The value of ``model.adapter`` that trains every weight instead of an adapter.
 FULL = "full"
 

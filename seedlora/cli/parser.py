@@ -22,7 +22,7 @@ from seedlora.cli.errors import UsageError, one_line, plain_message
 from seedlora.datamodules import InstructionDataModule
 from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.tasks import TASKS
-from seedlora.names import ALL_CONTROLS, UNFINISHED_NAME
+from seedlora.names import ALL_CONTROLS, FROM_PYTHON, UNFINISHED_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
@@ -133,6 +133,7 @@ class SeedLoRACLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+        self.callback.leave_plan_and_report()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ensemble."""
@@ -245,6 +246,8 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")
+    if why := found.get(FROM_PYTHON):
+        raise UsageError(f"{file} records a run from Python, which train.py cannot start: {why}")
     data = found.get("data")
     kind = str(data.get("class_path")) if isinstance(data, dict) else ""
     if kind.startswith("datamodules."):

@@ -45,11 +45,11 @@ from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
 from seedlora.report.page import write_report
 from seedlora.run.budget import replica_share
+from seedlora.run.conclusion import conclusion
 from seedlora.run.cost import PeakMemory, timed, write_cost
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.merging import merge_run
 from seedlora.run.plan import RunPlan, run_plan
-from seedlora.scores.tables import results_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 from seedlora.utils.progress import plain_console
@@ -285,15 +285,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         console.print("trainer.limit_test_batches 0 leaves no test rows, so nothing was scored.")
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-        console.print()
-        assert ensemble.results is not None
-        method = ensemble.method_name if ensemble.rule is not None else ""
-        console.print(results_table(ensemble.results, method=method))
-    advice = ensemble.advice
-    for sentence in (*advice["headline"], *advice["sentences"]):
-        console.print(sentence, highlight=False, markup=False)
-    if ensemble.results is not None:
-        console.print(verdict(ensemble.results), highlight=False)
+    for each in conclusion(ensemble):
+        console.print(each, highlight=False)
     _show_commands(cli, console)
 
 

@@ -50,6 +50,20 @@ def validates_after_batch(trainer: pl.Trainer) -> bool:
     return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
+def share_limits(trainer: pl.Trainer, *, max_epochs: int | None, max_steps: int) -> None:
+    """Set how long a fit goes on: the Trainer's own arguments can only be read.
+
+    They are ``fit_loop.max_epochs`` and ``fit_loop.epoch_loop.max_steps``, from which progress bars show the total.
+    """
+    trainer.fit_loop.max_epochs = max_epochs
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
+
+
+def shows_test(trainer: pl.Trainer) -> bool:
+    """Return whether ``Trainer.test`` was called to print what it finds, which its loop keeps as ``verbose``."""
+    return bool(trainer.test_loop.verbose)
+
+
 def started_processes(strategy: Strategy) -> Sequence[subprocess.Popen[bytes]]:
     """Return the processes that a strategy's launcher started on this machine: those of the other local ranks.
 

@@ -315,7 +315,7 @@ class Reproduction(TypedDict):
     """Tell what it takes to make the run again.
 
     Attributes:
-        command: command that starts the run; null if train.py did not.
+        command: command that starts the run; null if `train.py` cannot.
         versions: versions of Python and of the libraries.
         options: options of the merge method.
         sha256: checksum of each adapter's weights.

@@ -200,7 +200,7 @@ def _reproduction(stored: StoredRun, sha256: dict[str, str]) -> Reproduction:
             **{key: value for key, value in use.items() if value != COMMON_DEFAULTS.get(key)},
         }
     return {
-        "command": command if stored.options.known else None,
+        "command": command if stored.options.known and stored.options.only_from_python is None else None,
         "versions": {} if stored.cost is None else stored.cost["versions"],
         "options": options,
         "sha256": sha256,

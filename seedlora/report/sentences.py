@@ -85,7 +85,9 @@ def missing(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurves) ->
             "known."
         )
     if not run.options.known:
-        sentences.append("There is no config.yaml: the run was not started by train.py.")
+        sentences.append("There is no config.yaml: the run was started before it was written.")
+    if (why := run.options.only_from_python) is not None:
+        sentences.append(f"The run was started from Python, and train.py cannot start the same one: {why}.")
     return sentences
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.names import FUSED, NO_CONTROLS, SOUP, seed_name
+from seedlora.names import FROM_PYTHON, FUSED, NO_CONTROLS, SOUP, seed_name
 from seedlora.records.cost import COST, CostRecord
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.results import RESULTS, RunResults
@@ -26,6 +26,7 @@ class GivenOptions:
 
     Args:
         known: whether there is such a file; without it, all below is as it is by default.
+        only_from_python: why ``train.py`` cannot start the run from that file, if it cannot.
         seeds: the seeds of the ensemble.
         merge: the merge method.
         merge_options: its options.
@@ -35,6 +36,7 @@ class GivenOptions:
     """
 
     known: bool
+    only_from_python: str | None
     seeds: Sequence[int]
     merge: str | None
     merge_options: Mapping[str, object] | None
@@ -135,6 +137,7 @@ def _read_options(folder: Path) -> GivenOptions:
     ensemble = config.get("ensemble", {})
     return GivenOptions(
         known=bool(config),
+        only_from_python=config.get(FROM_PYTHON),
         seeds=ensemble.get("seeds", ()),
         merge=ensemble.get("merge"),
         merge_options=ensemble.get("merge_options"),

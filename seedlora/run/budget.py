@@ -101,6 +101,19 @@ def replica_share(options: EnsembleOptions, trainer: pl.Trainer, *, control: str
     )
 
 
+def shared_limits(options: EnsembleOptions, trainer: pl.Trainer) -> str | None:
+    """Say in a sentence what becomes of a Trainer's limits, where each replica gets a part of them."""
+    n, share = len(options.seeds), replica_share(options, trainer)
+    limits = {"max_epochs": (trainer.max_epochs, share.epochs), "max_steps": (trainer.max_steps, share.steps)}
+    shared = {name: (given, each) for name, (given, each) in limits.items() if each is not None and each != given}
+    if not shared:
+        return None
+    given = " and ".join(f"{name}={limit}" for name, (limit, _) in shared.items())
+    units = {"max_epochs": "epoch", "max_steps": "step"}
+    each = ", at most ".join(f"{part:,} {units[name]}{'' if part == 1 else 's'}" for name, (_, part) in shared.items())
+    return f"The {n} seeds share {given}: each trains {each}. budget='full' gives each of them all of it."
+
+
 def replica_steps(share: ReplicaBudget, trainer: pl.Trainer, data: StackDataModule) -> int:
     """Return the optimizer steps of each replica under this trainer with this data module.
 

@@ -46,6 +46,17 @@ class TestLightning:
     def test_validates_after_batch_never_without_validation_rows(self):
         assert not lightning_internals.validates_after_batch(trainer(limit_val_batches=0))
 
+    def test_share_limits(self):
+        chosen = trainer(max_epochs=6, max_steps=9)
+        lightning_internals.share_limits(chosen, max_epochs=2, max_steps=3)
+        assert (chosen.max_epochs, chosen.max_steps) == (2, 3)
+
+    def test_shows_test(self):
+        chosen = trainer(fast_dev_run=True)
+        for verbose in (True, False):
+            chosen.test(BoringModel(), verbose=verbose)
+            assert lightning_internals.shows_test(chosen) is verbose
+
     def test_started_processes(self):
         from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 

@@ -1,0 +1,111 @@
+"""What stands around a fit and a test where a user's own code runs the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.loggers import Logger
+
+from seedlora.callbacks.callback_of_parts import CallbackOfParts
+from seedlora.callbacks.json_lines import JSONLinesLogger
+from seedlora.distributed.lightning_internals import shows_test
+from seedlora.report.page import write_report
+from seedlora.run.budget import shared_limits
+from seedlora.run.conclusion import conclusion
+from seedlora.run.cost import write_cost
+from seedlora.run.ensemble import Ensemble
+from seedlora.run.plan import run_plan
+from seedlora.run.python_config import python_config
+from seedlora.run.stack_data import PlannedData
+from seedlora.training.module import SeedLoRAModule
+from seedlora.utils.files import write_text
+from seedlora.utils.progress import plain_console
+from seedlora.utils.say import say
+
+
+class RunStart(pl.Callback):
+    """Print the plan before the first fit of a run from Python, and write down its options and its metrics.
+
+    ``train.py`` does the same around its own fits, and leaves this out.
+
+    Args:
+        ensemble: the run.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+        self._is_told = False
+        self._metrics: JSONLinesLogger | None = None
+
+    def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Say what is going to be done, once; write ``config.yaml`` and ``cost.json``."""
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        ensemble, data = self._ensemble, trainer.datamodule
+        own = [*_own_callbacks(trainer), *trainer.loggers]
+        self._metrics = _metrics_logger(trainer, ensemble)
+        if self._is_told or not trainer.is_global_zero:
+            return
+        self._is_told, console = True, plain_console()
+        write_text(ensemble.dirpath / "config.yaml", python_config(trainer, module, data, ensemble, besides=own))
+        if isinstance(data, PlannedData):
+            plan = run_plan(trainer, module.options, data, ensemble)
+            write_cost(ensemble.dirpath, plan, getattr(data, "libraries", ()))
+            console.print(plan.table())
+        if sentence := shared_limits(ensemble.options, trainer):
+            console.print(sentence, highlight=False, soft_wrap=True)
+
+    def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Drop the metrics of steps that are going to be repeated."""
+        if self._metrics is not None:
+            self._metrics.rewind(trainer.global_step)
+
+
+class RunEnd(pl.Callback):
+    """Say, after a test from Python, which adapter to use, and write the report; ``train.py`` leaves this out too.
+
+    Args:
+        ensemble: the run.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+
+    def on_test_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Say what ``Trainer.test`` was asked to print; a fault in the report does not cost the test, whose scores
+        are written by now.
+        """
+        run = self._ensemble.dirpath
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        told = conclusion(self._ensemble)
+        try:
+            write_report(run)
+        except Exception as error:
+            say(f"no report: {type(error).__name__}: {error}; the run is whole; try: python -m seedlora report {run}")
+        else:
+            told.append(f"report: {run / 'report.html'}")
+        if shows_test(trainer):
+            console = plain_console(soft_wrap=True)
+            for each in told:
+                console.print(each, highlight=False)
+
+
+def _own_callbacks(trainer: pl.Trainer) -> Sequence[pl.Callback]:
+    """Return the callbacks of a Trainer beside the ensemble and what only shows."""
+    shown = (CallbackOfParts, ProgressBar, ModelSummary)
+    return [callback for callback in trainer.callbacks if not isinstance(callback, shown)]
+
+
+def _metrics_logger(trainer: pl.Trainer, ensemble: Ensemble) -> JSONLinesLogger:
+    """Return the logger that writes the metrics of this fit into the run's folder, beside the Trainer's own."""
+    loggers: list[Logger] = trainer.loggers
+    for logger in loggers:
+        if isinstance(logger, JSONLinesLogger):
+            logger.path = ensemble.metrics_path
+            return logger
+    metrics = JSONLinesLogger(ensemble.metrics_path)
+    trainer.loggers = [*loggers, metrics]
+    return metrics
