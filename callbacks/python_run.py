@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 
 from seedlora.callbacks.callback_of_parts import CallbackOfParts
 from seedlora.callbacks.json_lines import JSONLinesLogger
+from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.distributed.lightning_internals import shows_test
 from seedlora.report.page import write_report
 from seedlora.run.budget import shared_limits
@@ -18,7 +19,7 @@ from seedlora.run.cost import write_cost
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.plan import run_plan
 from seedlora.run.python_config import python_config
-from seedlora.run.stack_data import PlannedData
+from seedlora.run.stack_data import HasPrompt, PlannedData
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.files import write_text
 from seedlora.utils.progress import plain_console
@@ -54,6 +55,9 @@ class RunStart(pl.Callback):
             plan = run_plan(trainer, module.options, data, ensemble)
             write_cost(ensemble.dirpath, plan, getattr(data, "libraries", ()))
             console.print(plan.table())
+        if isinstance(data, HasPrompt):
+            asked = asked_of_a_server(data.prompt_record())
+            console.print(f"prompt: {asked}", highlight=False, soft_wrap=True)
         if sentence := shared_limits(ensemble.options, trainer):
             console.print(sentence, highlight=False, soft_wrap=True)
 

@@ -18,6 +18,7 @@ from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
 from seedlora.callbacks.final_merge import FinalMerge
 from seedlora.callbacks.live_merge import LiveMerge
+from seedlora.callbacks.predictions import Predictions
 from seedlora.callbacks.python_run import RunEnd, RunStart
 from seedlora.callbacks.termination import Termination, TerminationEnd
 from seedlora.merge.bound_rule import MergeRule
@@ -57,6 +58,8 @@ class SeedEnsembleCallback(CallbackOfParts):
       by one. Nothing is chosen any more. All of them are also scored on the same few training rows, as many as there
       are test items and at most :data:`seedlora.selection.comparison.TRAIN_ROWS`: their training losses, beside the
       test's scores. Then it is said which adapter to use, and the report is written.
+    - *predict*: the adapter that is advised, or ``predictions.adapter``, answers the test rows greedily; the answers
+      are returned and kept in ``predictions.jsonl``.
 
     The folder is the state of the ensemble: a seed is finished when its adapter is there. With ``stack_size`` one fit
     trains the next ``stack_size`` unfinished seeds; while :attr:`pending` is not empty, call ``fit`` again with a new
@@ -144,6 +147,8 @@ class SeedEnsembleCallback(CallbackOfParts):
         self._early_stopping = SeedEarlyStopping(ensemble, state)
         self._termination = Termination(state)
         self._comparison = ComparisonOnTest(ensemble)
+        #: Who answers in ``Trainer.predict``, and how long: its attributes ``adapter`` and ``max_new_tokens``.
+        self.predictions = Predictions(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
         # back, the adapters are written, the checkpoints removed, a SIGTERM is answered, and the seeds are merged.
         self.parts: tuple[pl.Callback, ...] = (
@@ -158,6 +163,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             FinalMerge(ensemble, state),
             self._comparison,
             RunEnd(ensemble),
+            self.predictions,
             TerminationEnd(self._termination),
         )
 

@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader
 from seedlora.datamodules.cache import cached_rows
 from seedlora.datamodules.chat_templates import chat_record
 from seedlora.datamodules.conversations import Composed, NothingToLearnError, Turn, check_turns
-from seedlora.datamodules.prompts import CHAT, PromptRecord, check_style, compose, prompt_record
+from seedlora.datamodules.prompts import CHAT, PromptRecord, check_style, compose, prompt_record, trains_on_prompts
 from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.row_forms import Columns
 from seedlora.datamodules.rows import (
     ON_LONG_ROW,
     PADDING,
+    AskedRow,
+    AskedRows,
     Chunk,
     Counts,
     EvalRows,
@@ -266,6 +268,20 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return a loader of the test rows of this rank, sorted by length."""
         return self._eval_loader(self.rows["test"])
+
+    def predict_dataloader(self) -> DataLoader[AskedRow]:
+        """Return a loader of the test rows as lists of :class:`~seedlora.datamodules.rows.AskedRow`, in their order.
+
+        Raises:
+            ValueError: where prompts are trained on too: nobody can tell from the tokens where the answer begins.
+        """
+        record = self.prompt_record()
+        if record and trains_on_prompts(record):
+            raise ValueError(
+                f"the style {record['style']} trains on prompts too, so where the answers of these rows begin is not "
+                "known; ask the adapter by python -m seedlora generate --file"
+            )
+        return DataLoader(AskedRows(self.rows["test"]), batch_size=self.eval_batch_size, collate_fn=_unchanged)
 
     def train_sample(self, n: int) -> DataLoader[Batch]:
         """Return a loader of at most ``n`` training rows, always the same ones, laid out as the validation rows are."""

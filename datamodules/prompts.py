@@ -166,6 +166,11 @@ def asked_of_a_server(record: PromptRecord) -> str:
     )
 
 
+def trains_on_prompts(record: PromptRecord) -> bool:
+    """Return whether the whole text of a row is trained on, and not the answers alone."""
+    return bool(record["templates"].get("supervised") == "all")
+
+
 def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
     r"""Return the text after which the model answers.
 
@@ -216,7 +221,7 @@ def compose(record: PromptRecord, turns: Sequence[Turn], tools: Sequence[Mapping
         unwritten.append(f"tools, which style {record['style']} does not write")
     parts = _pieces(record, turns)[:-1]  # the last end token is the tokenizer's
     text = "".join(part for _, part in parts)
-    if record["templates"]["supervised"] == "all":
+    if trains_on_prompts(record):
         return Composed(text, [(0, len(text))], tuple(unwritten))
     spans: list[tuple[int, int]] = []
     end = 0

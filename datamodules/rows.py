@@ -97,6 +97,14 @@ class Counts:
         return "; ".join(part for part in parts_said if part)
 
 
+class AskedRow(NamedTuple):
+    """A row as somebody is asked it: what stands before its last answer, and that answer, as token ids."""
+
+    item: int
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
 class PackedRows(NamedTuple):
     """Rows packed into the rows of a batch, all of shape (groups, T); labels are -100 where nothing is scored."""
 
@@ -139,6 +147,19 @@ class TokenRows:
         """Return the token ids of one row, and which of them are supervised."""
         part = slice(int(self.starts[row]), int(self.starts[row] + self.lengths[row]))
         return self.tokens[part], self.supervised[part]
+
+    def asked(self, row: int) -> AskedRow:
+        """Return a row divided before its last answer.
+
+        Raises:
+            ValueError: if there is nothing before the answer.
+        """
+        ids, supervised = self.row(row)
+        (at,) = np.nonzero(supervised)
+        begin = int(at[np.nonzero(np.diff(at, prepend=at[0] - 2) > 1)[0][-1]])
+        if begin == 0:
+            raise ValueError(f"row {row} has nothing before what is trained on, so nobody can be asked it")
+        return AskedRow(row, ids[:begin], ids[begin : int(at[-1]) + 1])
 
     def sha256(self) -> str:
         """Return the sha256 of token ids and supervised places: the same for the same rows in the same order."""
@@ -331,6 +352,23 @@ def _make_chunk(tokens: list[np.ndarray], supervised: list[np.ndarray], numbers:
         np.array(numbers, dtype=np.int64),
         counts,
     )
+
+
+class AskedRows(Dataset[AskedRow]):
+    """Rows to be answered, one by one.
+
+    Args:
+        rows: of a split.
+    """
+
+    def __init__(self, rows: TokenRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> AskedRow:
+        return self._rows.asked(row)
 
 
 class ReplicaRows(Dataset[dict[str, object]]):

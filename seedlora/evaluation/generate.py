@@ -24,10 +24,17 @@ STOPPED, LENGTH = "stop", "length"
 
 
 class Prompt(NamedTuple):
-    """A text to go on from, and whether the tokenizer puts its own tokens (a bos, for example) around it."""
+    """A text to go on from.
+
+    Attributes:
+        text: for people, and for whoever makes tokens of it.
+        add_special_tokens: whether the tokenizer puts its own tokens (a bos, for example) around it.
+        ids: its tokens, where they are known already.
+    """
 
     text: str
     add_special_tokens: bool = True
+    ids: tuple[int, ...] | None = None
 
 
 class Generation(NamedTuple):
@@ -221,6 +228,8 @@ class StackGenerator:
         self._route([self._adapters[name] for name in names])
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if prompt.ids is not None:
+            return list(prompt.ids)
         ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
         rows = self.model.get_input_embeddings().weight.shape[0]
         check_token_ids(max(ids, default=0), rows, self.tokenizer.name_or_path)

@@ -230,7 +230,7 @@ class Ensemble:
 
     def read_seeds(self) -> dict[str, Adapter]:
         """Read the adapters of the trained seeds."""
-        return {seed_name(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
+        return {seed_name(seed): self.read(self.adapter_path(seed)) for seed in self.trained}
 
     def merge_live(self, stacks: Stacks[LoRAFactors], names: Sequence[str], *, stack: Sequence[str]) -> Fused:
         """Merge seeds in training, as they are, with the finished ones, in the order of the seeds.
@@ -242,7 +242,7 @@ class Ensemble:
         """
         finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in stack]
         if finished:
-            stacks = join_stacks(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
+            stacks = join_stacks(stack_adapters({name: self.read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *names]
         seeds = [seed for seed in self.seeds if seed_name(seed) in there]
         rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
@@ -257,7 +257,7 @@ class Ensemble:
         Args:
             device: where that is done.
         """
-        read = {label: self._read(folder) for label, folder in self.folders.items()}
+        read = {label: self.read(folder) for label, folder in self.folders.items()}
         seeds = {label: read[label] for label in map(seed_name, self.trained)}
         if len(seeds) > 1 and SOUP not in read and (self.rule is not None or self.comparison.compare):
             fused = merge_stacks(stack_updates(seeds, self._base, device=device), soup)
@@ -276,11 +276,12 @@ class Ensemble:
             return {}
         fused = None
         if self.rule is not None:
-            fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
+            fused = {path: factors.to(device) for path, factors in self.read(self.fused_path).layers.items()}
         stacks = stack_updates(adapters, self._base, device=device)
         return adapters_beside(self.compared, stacks, list(adapters), fused, self.folder.selection)
 
-    def _read(self, folder: Path) -> Adapter:
+    def read(self, folder: Path) -> Adapter:
+        """Read an adapter of the run from its folder."""
         return read_adapter(folder, base=self._base)
 
     @property

@@ -16,13 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seedlora.adapters.stack import AdapterStack
+from seedlora.datamodules.rows import AskedRow
 from seedlora.distributed.clipping import clip_gradients
 from seedlora.distributed.lightning_internals import attached_trainer
 from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
 from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
+from seedlora.training.answering import Answer, Answerer
 from seedlora.training.building import StackedModel, load_base, stack_replicas
+from seedlora.training.checkpoint import REPLICAS, check_is_file, replicas_record, stored_settings
 from seedlora.training.losses import TokenLosses
 from seedlora.training.micro_batch import ForwardSize, MicroBatchLosses, TrainingBatch, micro_batch_losses, no_loss
 from seedlora.training.model_options import PROJECTIONS, ModelOptions
@@ -142,6 +145,8 @@ class SeedLoRAModule(pl.LightningModule):
         self.scored = ScoredLabels()
         #: What the last test found.
         self.exact_matches = ExactMatches()
+        #: What answers in Trainer.predict; likewise.
+        self.answerer: Answerer | None = None
         #: The size of the last forward in training.
         self.last_forward = ForwardSize(0, 0.0)
         self._tokenizer: Any = None
@@ -195,7 +200,8 @@ class SeedLoRAModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Split the model over the ranks where the strategy leaves that to the module."""
-        shard_model(self.model, self.trainer)
+        if (trainer := attached_trainer(self)) is not None:
+            shard_model(self.model, trainer)
 
     def on_fit_start(self) -> None:
         """Switch to training: models load in eval mode, which would silently switch off dropout and recomputation."""
@@ -304,6 +310,18 @@ class SeedLoRAModule(pl.LightningModule):
         self.exact_matches.add(batch["items"], scores.correct)
         self._log_scores(scores, loss="test/loss", match="test/score")
 
+    def predict_step(self, batch: Sequence[AskedRow], batch_idx: int) -> list[Answer]:
+        """Answer rows by the adapter that the ensemble's callback chose.
+
+        Raises:
+            ValueError: without it.
+        """
+        if self.answerer is None:
+            raise ValueError(
+                "Trainer.predict asks an adapter of a run: give the Trainer the run's SeedEnsembleCallback"
+            )
+        return self.answerer(batch)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """Make AdamW over all replicas, and one schedule for them."""
         optimizer = make_optimizer(self.stack, self.replicas, self.options)
@@ -335,13 +353,30 @@ class SeedLoRAModule(pl.LightningModule):
         names = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         checkpoint["trained"] = sorted(names)
+        checkpoint[REPLICAS] = replicas_record(self.fit_settings)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> SeedLoRAModule:
+        """Return the module with the base model and the replicas of a checkpoint, as Lightning does.
+
+        Raises:
+            ValueError: for a folder, or a checkpoint that does not say whose weights it holds.
+        """
+        check_is_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has every weight in training: the lenient loading would not say.
 
+        Where no Trainer has set the module up, it gets the base model and the checkpoint's replicas first.
+
         Raises:
             ValueError: naming a missing or foreign weight.
         """
+        if self._built is None:
+            self.prepare_fit(stored_settings(checkpoint))
+            self.setup()
+            self.scored = ScoredLabels({replica.name: replica.name for replica in self.replicas})
         names = self._trained_names()
         if odd := sorted(names ^ set(checkpoint.get("state_dict", checkpoint.get("trained", ())))):
             where = "the model" if odd[0] in names else "the checkpoint"
