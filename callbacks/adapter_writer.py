@@ -21,6 +21,7 @@ from seedlora.run.trainer_options import ended_by
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError
 from seedlora.training.writing import write_replica
+from seedlora.utils.options import name_option
 from seedlora.utils.say import say
 
 
@@ -47,7 +48,9 @@ class AdapterWriter(pl.Callback):
         files = self._files(trainer.datamodule, module)
         module.check_weights()
         if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.replicas.diverged):
-            raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
+            raise DivergedError(
+                f"the training loss of every seed is not finite; lower {name_option('model.learning_rate')}"
+            )
         trained = self._trained_on(trainer, module)
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if writes:

@@ -14,6 +14,7 @@ from seedlora.run.memory import choose_stack_size
 from seedlora.run.stack_data import StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.module import SeedLoRAModule
+from seedlora.utils.options import name_option
 
 
 class Checks(pl.Callback):
@@ -94,10 +95,13 @@ class Checks(pl.Callback):
         watches = self._ensemble.options.watches_validation
         if watches and not holds_whole_adapters(trainer):
             raise ValueError(
-                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
-                "parts; use ddp, or ensemble.keep last without patience"
+                f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} write to the "
+                "adapters, which DeepSpeed "
+                f"and fsdp2 keep in parts; use ddp, or {name_option('ensemble.keep', 'last')} without patience"
             )
-        needed = "ensemble.keep best and ensemble.patience need" if watches else None
+        needed = (
+            f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} need" if watches else None
+        )
         if (reason := self._ensemble.comparison.validated_for) is not None:
             needed = f"{reason} chooses on"
         if not needed or trainer.fast_dev_run:
@@ -122,7 +126,8 @@ class Checks(pl.Callback):
         if saved is not None and saved.is_dir() != saves_checkpoint_folders(trainer):
             how = "without DeepSpeed" if saved.is_file() else "under DeepSpeed"
             raise ValueError(
-                f"{saved} was saved {how}; resume by the --trainer.strategy with which the run was started"
+                f"{saved} was saved {how}; resume by the {name_option('trainer.strategy')} with which the run was "
+                "started"
             )
         self._is_open = True
 
@@ -133,8 +138,10 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     adapter = options.adapter
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
-            f"{reason} chooses among merges of the seeds' factors, and what model.adapter {adapter} adds to the "
-            "weights is not their factors; name a method with its options, and compare others by ensemble.compare"
+            f"{reason} chooses among merges of the seeds' factors, and what {name_option('model.adapter', adapter)} "
+            "adds to the "
+            "weights is not their factors; name a method with its options, and compare others by "
+            f"{name_option('ensemble.compare')}"
         )
     if options.is_full_finetuning:
         for rule in filter(None, (ensemble.rule, *comparison.compare.values())):
@@ -143,11 +150,13 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
         return
     if ensemble.trains_controls:
         raise ValueError(
-            f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
-            "at other factors, over another base; use untrained"
+            f"{name_option('ensemble.controls', ALL_CONTROLS)} trains an adapter of another rank, for which {adapter} "
+            "would "
+            "start at other factors, over another base; use untrained"
         )
     if ensemble.options.vary == "init" and not options.lora_dropout:
         raise ValueError(
-            f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
-            "dropout they end at the same; use ensemble.vary order, or both"
+            f"{name_option('ensemble.vary', 'init')}: with {name_option('model.adapter', adapter)} all seeds start at "
+            "the same "
+            f"weights, and without dropout they end at the same; use {name_option('ensemble.vary', 'order')}, or both"
         )

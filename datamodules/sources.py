@@ -120,7 +120,7 @@ class Source:
             if hub.constants.HF_HUB_OFFLINE and not offline:
                 reason = f"{hub.constants.ENDPOINT} does not answer"
             raise OSError(
-                f"{self.hub} could not be read from the hub ({reason}); download it and give --data.path FILE_OR_FOLDER"
+                f"{self.hub} could not be read from the hub ({reason}); download it and give data.path FILE_OR_FOLDER"
             ) from None
         finally:
             hub.constants.HF_HUB_OFFLINE = offline

@@ -58,7 +58,8 @@ def all_commands() -> argparse.ArgumentParser:
 
 def _add_options_of_training(parser: argparse.ArgumentParser, *, preview: bool) -> None:
     """Add the options of ``train``, or those of them that ``preview`` has, by their names alone."""
-    from seedlora.cli.parser import SHORT, SeedLoRACLI
+    from seedlora.cli.option_words import SHORT
+    from seedlora.cli.parser import SeedLoRACLI
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a Trainer says which devices there are
     names = [*SHORT, *option_names(SeedLoRACLI([]).parser)]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from seedlora import __version__
 from seedlora.cli.errors import one_line
+from seedlora.cli.option_words import command_words
+from seedlora.utils.options import naming_options
 from seedlora.utils.places import expanded, without_home
 
 
@@ -29,7 +31,8 @@ def run_guarded(run: Callable[[], int], command: Sequence[str]) -> int:
     """
     write_any_text()
     try:
-        return run()
+        with naming_options(command_words):
+            return run()
     except BrokenPipeError:  # the output goes to a command such as head, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -19,10 +19,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from seedlora.cli.argparse_internals import option_groups, option_names
 from seedlora.cli.errors import UsageError, one_line, plain_message
+from seedlora.cli.option_words import BARE, SHORT
 from seedlora.datamodules import InstructionDataModule
 from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.tasks import TASKS
-from seedlora.names import ALL_CONTROLS, FROM_PYTHON, UNFINISHED_NAME
+from seedlora.names import FROM_PYTHON, UNFINISHED_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
@@ -40,15 +41,6 @@ Train LoRA replicas of one task with different seeds as one stack, and merge the
   python train.py --evaluate gsm8k --evaluate.limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """
-SHORT = {
-    "--merge": "--ensemble.merge",
-    "--compare": "--ensemble.compare",
-    "--controls": "--ensemble.controls",
-    "--resume": "--ensemble.resume",
-    "--evaluate": "--evaluate.task",
-}
-#: What the short options mean that are given without a value.
-BARE = {"--resume": "true", "--controls": ALL_CONTROLS}
 #: Options that take a list of names or numbers, which may be given as ``A,B`` too.
 LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
 _COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")

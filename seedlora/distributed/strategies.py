@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import (
 
 from seedlora.distributed.deepspeed_internals import skip_shared_memory_extension
 from seedlora.distributed.lightning_internals import registered_options, set_up_without_gpu, share_data_alone
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -97,13 +98,15 @@ def choose_strategy(strategy: str | Strategy, *, accelerator: str) -> str | Stra
         return copy.deepcopy(strategy)
     if strategy.startswith(_FORKED):
         raise ValueError(
-            f"trainer.strategy {strategy} starts its processes out of this one, which then has no results; use ddp"
+            f"{name_option('trainer.strategy', strategy)} starts its processes out of this one, which then has no "
+            "results; use ddp"
         )
     if strategy == "fsdp2":
         return FSDP2Strategy()
     if strategy.startswith("fsdp"):
         raise ValueError(
-            f"trainer.strategy {strategy} flattens frozen and trained weights together; use fsdp2 or deepspeed_stage_3"
+            f"{name_option('trainer.strategy', strategy)} flattens frozen and trained weights together; use fsdp2 or "
+            "deepspeed_stage_3"
         )
     cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if cpu and strategy.startswith("deepspeed") and strategy in StrategyRegistry.available_strategies():
@@ -131,16 +134,17 @@ def prepare_strategy(
     if isinstance(strategy, FSDPStrategy) or (
         isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
     ):
-        raise ValueError(f"trainer.strategy {type(strategy).__name__} cannot train a stack; use FSDP2Strategy (fsdp2)")
+        raise ValueError(f"{type(strategy).__name__} cannot train a stack; use FSDP2Strategy (fsdp2)")
     if "true" in str(trainer.precision) and trainer.precision != "32-true":
         raise ValueError(
-            f"trainer.precision {trainer.precision} would keep the adapters in it too; "
-            "leave it at 32-true and set --model.dtype for the base model"
+            f"{name_option('trainer.precision', trainer.precision)} would keep the adapters in it too; "
+            f"leave it at 32-true and set {name_option('model.dtype')} for the base model"
         )
     if not holds_whole_adapters(trainer) and trainer.precision != "32-true":
         raise ValueError(
-            f"trainer.precision {trainer.precision} under {type(strategy).__name__} would round the adapters to it; "
-            "leave it at 32-true and set --model.dtype for the base model"
+            f"{name_option('trainer.precision', trainer.precision)} under {type(strategy).__name__} would round the "
+            "adapters "
+            f"to it; leave it at 32-true and set {name_option('model.dtype')} for the base model"
         )
     chosen = {"quantization": quantization if quantization != "none" else None, "compile": backend}
     asked = [f"{option} {value}" for option, value in chosen.items() if value is not None]
@@ -153,12 +157,17 @@ def prepare_strategy(
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise ValueError("trainer.gradient_clip_algorithm value does not exist under DeepSpeed; choose norm, or ddp")
+        raise ValueError(
+            f"{name_option('trainer.gradient_clip_algorithm', 'value')} does not exist under DeepSpeed; choose norm, "
+            "or ddp"
+        )
     config = strategy.config
     assert isinstance(config, dict)
     for section in ("optimizer", "scheduler", "fp16", "bf16"):
         if section in config:
-            raise ValueError(f"the DeepSpeed configuration must not have a section '{section}': --model options set it")
+            raise ValueError(
+                f"the DeepSpeed configuration must not have a section '{section}': the module's options set it"
+            )
     # Each replica is clipped on its own norm, by the module.
     config["gradient_clipping"] = 0.0
     # For DeepSpeed's own throughput figures, which are not shown; Lightning would look for a batch sampler.
@@ -233,6 +242,7 @@ def check_batches(trainer: pl.Trainer, batches: int) -> None:
     accumulate = trainer.accumulate_grad_batches
     if isinstance(trainer.strategy, DeepSpeedStrategy) and batches % accumulate:
         raise ValueError(
-            f"trainer.limit_train_batches leaves {batches} micro-batches per epoch, which accumulate_grad_batches "
+            f"{name_option('trainer.limit_train_batches')} leaves {batches} micro-batches per epoch, which "
+            "accumulate_grad_batches "
             f"{accumulate} does not divide; DeepSpeed needs a multiple of it"
         )

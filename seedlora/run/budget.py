@@ -9,6 +9,7 @@ from seedlora.distributed.strategies import check_batches
 from seedlora.names import LONG_SEED
 from seedlora.run.ensemble_options import BUDGETS, EnsembleOptions, check_choice
 from seedlora.run.stack_data import Loader, StackDataModule
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -66,17 +67,20 @@ def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: in
         "max_steps": None if max_steps == -1 else max_steps,
     }
     if all(limit is None for limit in limits.values()):
-        raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+        raise ValueError(
+            f"the run has no end: set {name_option('trainer.max_epochs')} or {name_option('trainer.max_steps')}"
+        )
     for name, limit in limits.items():
         if limit == 0:
-            raise ValueError(f"trainer.{name} 0 leaves nothing to train; give at least 1")
+            raise ValueError(f"{name_option(f'trainer.{name}', 0)} leaves nothing to train; give at least 1")
     if budget == "equal":
         for name, limit in limits.items():
             if limit is not None and limit % n:
                 raise ValueError(
-                    f"ensemble.budget equal shares trainer.{name} {limit} among {n} seeds, which does not divide "
-                    f"evenly; set --trainer.{name} to a multiple of {n}, or --ensemble.budget full to give each seed "
-                    f"all {limit}"
+                    f"{name_option('ensemble.budget', 'equal')} shares {name_option(f'trainer.{name}', limit)} among "
+                    f"{n} seeds, "
+                    f"which does not divide evenly; set {name_option(f'trainer.{name}')} to a multiple of {n}, or "
+                    f"{name_option('ensemble.budget', 'full')} to give each seed all {limit}"
                 )
         limits = {name: None if limit is None else limit // n for name, limit in limits.items()}
     return ReplicaBudget(limits["max_epochs"], limits["max_steps"])

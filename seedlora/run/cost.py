@@ -17,6 +17,7 @@ import torch
 from seedlora.model.loading import model_identity
 from seedlora.records.cost import COST, CostRecord, PlanRecord
 from seedlora.run.plan import RunPlan
+from seedlora.utils.options import name_option
 
 #: Whose versions a run writes down.
 LIBRARIES = ("seedlora", "torch", "lightning", "transformers", "tokenizers", "peft", "numpy")
@@ -48,7 +49,8 @@ def write_cost(run: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
     try:
         before = COST.read(run)
     except ValueError as error:
-        raise ValueError(f"{error}; without it --resume does not know what the run has cost so far") from None
+        resume = name_option("ensemble.resume", True)
+        raise ValueError(f"{error}; without it {resume} does not know what the run has cost so far") from None
     cost: CostRecord = {
         "plan": cast("PlanRecord", asdict(plan)),
         "versions": {"python": python_version(), **versions},

@@ -21,6 +21,7 @@ from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import CONTROL, EXCLUDED, TRAINED, ControlRecord, TrainedRow
 from seedlora.run.ownership import leave_folder, take_folder
 from seedlora.utils.files import remove_folder, saving, sync
+from seedlora.utils.options import name_option
 
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
@@ -81,7 +82,7 @@ class RunFolder:
         if resume and not (self.path / SETTINGS.name).is_file() and not (self.path / OWNER.name).is_file():
             raise ValueError(
                 f"{self.path} holds no run to go on with: it has no {SETTINGS.name}; is the name right? Without "
-                "--resume a new run begins there"
+                f"{name_option('ensemble.resume', True)} a new run begins there"
             )
         if self._is_new:
             self._make_new()
@@ -191,7 +192,9 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(
-                f"{self.path} already holds a run; go on with it by --resume, or choose another --ensemble.dirpath"
+                f"{self.path} already holds a run; go on with it by {name_option('ensemble.resume', True)}, or choose "
+                "another "
+                f"{name_option('ensemble.dirpath')}"
             )
         # How many processes train does not matter once all is trained.
         free = FREE if self.pending or self.pending_controls else {*FREE, "processes"}
@@ -199,7 +202,8 @@ class RunFolder:
             if before.get(key) != settings.get(key):
                 raise ValueError(
                     f"{self.path} was started with {key} = {before.get(key)!r}, now it is "
-                    f"{settings.get(key)!r}; resume with the same settings, or choose another --ensemble.dirpath"
+                    f"{settings.get(key)!r}; resume with the same settings, or choose another "
+                    f"{name_option('ensemble.dirpath')}"
                 )
         # What a killed process was writing: a whole model, perhaps.
         for rest in self.path.glob(".*.tmp"):
@@ -247,7 +251,7 @@ class RunFolder:
             return file.read(self.path / folder)
         except ValueError as error:
             gone, does = ("that folder", "makes it anew") if folder else ("it", WITHOUT[file.name])
-            raise ValueError(f"{error}; without {gone} --resume {does}") from None
+            raise ValueError(f"{error}; without {gone} {name_option('ensemble.resume', True)} {does}") from None
 
     # Checkpoints
 
@@ -267,7 +271,11 @@ class RunFolder:
                 self._whole.add(path)
                 return path
         if saved:
-            raise ValueError(f"{saved[0]} is damaged, and no older one is there; without it --resume starts at step 0")
+            raise ValueError(
+                f"{saved[0]} is damaged, and no older one is there; without it {name_option('ensemble.resume', True)} "
+                "starts at "
+                "step 0"
+            )
         return None
 
     def saved(self, names: Sequence[str]) -> list[Path]:

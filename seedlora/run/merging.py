@@ -19,6 +19,7 @@ from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
+from seedlora.utils.options import name_option
 from seedlora.utils.progress import progress_bar
 from seedlora.utils.say import say
 
@@ -84,7 +85,8 @@ def _remove_fused(ensemble: Ensemble) -> None:
     otherwise = ensemble.merged_otherwise
     if removed := ensemble.folder.forget_fused():
         made = otherwise.made if otherwise else "another run"
-        say(f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}")
+        asked = name_option("ensemble.merge", NO_MERGE)
+        say(f"{asked} merges nothing: removed {' and '.join(removed)}, which were made by {made}")
 
 
 def _merge_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from seedlora.distributed.lightning_internals import is_barebones, uses_distributed_sampler
 from seedlora.run.budget import ReplicaBudget, limited_batches, steps_per_epoch
 from seedlora.run.stack_data import StackDataModule
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -83,21 +84,26 @@ def _no_batches(fit: Fit) -> str | None:
         return None
     if not there:
         return "there are no training batches: the data has fewer rows than one batch of every seed takes"
-    return f"trainer.limit_train_batches {limit} leaves none of the {there} training batches of an epoch"
+    return (
+        f"{name_option('trainer.limit_train_batches', limit)} leaves none of the {there} training batches of an epoch"
+    )
 
 
 def _no_val_batches(fit: Fit) -> str | None:
     limit, there = fit.trainer.limit_val_batches, len(fit.data.val_dataloader())
     if not limit or not there or fit.val_batches:
         return None
-    return f"trainer.limit_val_batches {limit} leaves none of the {there} validation batches; 0 switches validation off"
+    return (
+        f"{name_option('trainer.limit_val_batches', limit)} leaves none of the {there} validation batches; 0 switches "
+        "validation off"
+    )
 
 
 def _min_epochs(fit: Fit) -> str | None:
     least, share = fit.trainer.min_epochs, fit.share.epochs
     if least is None or share is None or least <= share:
         return None
-    return f"trainer.min_epochs {least} is more than a seed is trained, which is {share}; leave it out"
+    return f"{name_option('trainer.min_epochs', least)} is more than a seed is trained, which is {share}; leave it out"
 
 
 def _min_steps(fit: Fit) -> str | None:
@@ -107,7 +113,10 @@ def _min_steps(fit: Fit) -> str | None:
     )
     if least is None or least <= total:
         return None
-    return f"trainer.min_steps {least} is more than a seed is trained, which is {total:,} steps; leave it out"
+    return (
+        f"{name_option('trainer.min_steps', least)} is more than a seed is trained, which is {total:,} steps; leave "
+        "it out"
+    )
 
 
 def _val_check_interval(fit: Fit) -> str | None:
@@ -116,30 +125,34 @@ def _val_check_interval(fit: Fit) -> str | None:
     if not within_epoch or every <= fit.batches or not fit.val_batches:
         return None
     return (
-        f"trainer.val_check_interval {every} is more than the {fit.batches} batches of an epoch; take a number up to "
-        "that, a part of an epoch such as 0.5, or trainer.check_val_every_n_epoch null to count batches over all epochs"
+        f"{name_option('trainer.val_check_interval', every)} is more than the {fit.batches} batches of an epoch; take "
+        "a number up to "
+        f"that, a part of an epoch such as 0.5, or {name_option('trainer.check_val_every_n_epoch', None)} to count "
+        "batches "
+        "over all epochs"
     )
 
 
 def _distributed_sampler(fit: Fit) -> str | None:
     if fit.trainer.world_size == 1 or not uses_distributed_sampler(fit.trainer):
         return None
-    return "the data module deals rows to ranks itself: set trainer.use_distributed_sampler to false"
+    sampler = name_option("trainer.use_distributed_sampler", False)
+    return f"the data module deals rows to ranks itself: set {sampler}"
 
 
 def _overfit_batches(fit: Fit) -> str | None:
     if not fit.trainer.overfit_batches:
         return None
     return (
-        "trainer.overfit_batches would replace the order in which rows are dealt to the seeds; use "
-        "trainer.limit_train_batches for a few batches of each epoch, or fewer rows of data"
+        f"{name_option('trainer.overfit_batches')} would replace the order in which rows are dealt to the seeds; use "
+        f"{name_option('trainer.limit_train_batches')} for a few batches of each epoch, or fewer rows of data"
     )
 
 
 def _barebones(fit: Fit) -> str | None:
     if not is_barebones(fit.trainer):
         return None
-    return "trainer.barebones logs nothing, so no validation could be read; leave it out"
+    return f"{name_option('trainer.barebones', True)} logs nothing, so no validation could be read; leave it out"
 
 
 def _monitors(fit: Fit) -> str | None:

@@ -15,6 +15,7 @@ from seedlora.names import ALL_CONTROLS, GREEDY, NO_CONTROLS, SOUP, UNTRAINED, n
 from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
+from seedlora.utils.options import name_option
 
 #: Values of ``ensemble.merge`` beside the methods: method or gain are chosen on validation rows, or nothing is merged.
 AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
@@ -61,7 +62,9 @@ class Comparison:
             raise ValueError(f"Merge method '{AUTO}' chooses the options too; it takes none, got {self.options}")
         if merge == "seedlora_gain" and "p" not in self.options:
             raise ValueError(
-                "ensemble.merge seedlora_gain needs its p, for example --ensemble.merge_options '{p: 0.5}'; to choose "
+                f"{name_option('ensemble.merge', merge)} needs its p, for example "
+                f"{name_option('ensemble.merge_options', {'p': 0.5})}; "
+                "to choose "
                 f"it on validation rows, take {AUTO_GAIN}"
             )
         self.chooses = merge in (AUTO, AUTO_GAIN) or (merge == GREEDY and "score" not in self.options)
@@ -79,8 +82,8 @@ class Comparison:
         #: The methods to compare by name; ``None`` is the greedy soup, whose members the validation rows say.
         self.compare = self._bind(compare, compare_options or {})
         if self.rule is None and (self.has_controls or GREEDY in self.compare):
-            asked = "ensemble.controls" if self.has_controls else "ensemble.compare greedy_soup"
-            raise ValueError(f"{asked} is tuned where seeds are merged, and ensemble.merge '{NO_MERGE}' merges nothing")
+            asked, nothing = self.validated_for, name_option("ensemble.merge", NO_MERGE)
+            raise ValueError(f"{asked} is tuned where seeds are merged, and {nothing} merges nothing")
 
     def _bind(self, names: Sequence[str], options: Mapping[str, Mapping[str, object]]) -> dict[str, BoundRule | None]:
         """Make rules of the methods to compare, but not of soup, which is compared anyway."""
@@ -118,14 +121,18 @@ class Comparison:
     def validated_for(self) -> str | None:
         """Return the option that needs validation rows, if one does."""
         if self.chooses:
-            return f"--merge {self.merge}"
+            return name_option("ensemble.merge", self.merge)
         if self.has_controls:
-            return "ensemble.controls"
-        return "ensemble.compare greedy_soup" if GREEDY in self.compare else None
+            return name_option("ensemble.controls", self.controls)
+        return name_option("ensemble.compare", GREEDY) if GREEDY in self.compare else None
 
     def nothing_for(self, n: int) -> str | None:
         """Say in a sentence what was asked for and does nothing with so many seeds."""
-        options = {f"--merge {self.merge}": self.chooses, "--compare": self.compare, "--controls": self.has_controls}
+        options = {
+            name_option("ensemble.merge", self.merge): self.chooses,
+            name_option("ensemble.compare"): self.compare,
+            name_option("ensemble.controls"): self.has_controls,
+        }
         return nothing_for_one_seed(options) if n == 1 else None
 
     def lacks(self, selection: Selection | None) -> str | None:

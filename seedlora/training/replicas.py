@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from seedlora.utils.options import name_option
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -99,7 +101,8 @@ class ReplicaStates:
         """
         if self._on_divergence == "stop":
             raise DivergedError(
-                f"{', '.join(names)}: {why}; lower model.learning_rate, or go on without it by on_divergence exclude"
+                f"{', '.join(names)}: {why}; lower {name_option('model.learning_rate')}, or go on without it by "
+                f"{name_option('ensemble.on_divergence', 'exclude')}"
             )
         self.diverged |= dict.fromkeys(names, why)
 
