@@ -140,7 +140,7 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
         raise ValueError(
             f"{reason} chooses among merges of the seeds' factors, and what {name_option('model.adapter', adapter)} "
             "adds to the "
-            "weights is not their factors; name a method with its options, and compare others by "
+            "weights is not their factors; name a method with its options, and others in "
             f"{name_option('ensemble.compare')}"
         )
     if options.is_full_finetuning:

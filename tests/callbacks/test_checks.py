@@ -11,7 +11,7 @@ from tests.helpers.training import SILENT, make_trainer
 
 
 def test_the_same_start_and_the_same_order_make_no_ensemble(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ensemble.vary init.*pissa.*start at the same weights"):
+    with pytest.raises(ValueError, match="vary=.init.*pissa.*start at the same weights"):
         callback = SeedEnsembleCallback(SEEDS, dirpath=tmp_path, vary="init", budget="full")
         trainer = pl.Trainer(max_epochs=1, callbacks=[callback], logger=False, enable_checkpointing=False)
         trainer.fit(make_module(tiny_llama, adapter="pissa"), datamodule=make_data())
@@ -22,12 +22,12 @@ def test_the_same_start_and_the_same_order_make_no_ensemble(tiny_llama, tmp_path
     [
         (
             {"merge": "auto"},
-            "--merge auto chooses among merges of the seeds' factors, and what model.adapter full adds",
+            "merge=.auto. chooses among merges of the seeds' factors, and what adapter=.full. adds",
         ),
-        ({"controls": "untrained"}, "ensemble.controls chooses among"),
+        ({"controls": "untrained"}, "controls=.untrained. chooses among"),
         ({"merge": "tsv_m"}, "'tsv_m' works on the factors of adapters.*choose one of seedlora, .*soup"),
         ({"compare": "knots_ties"}, "'knots_ties' works on the factors"),
-        ({"vary": "init"}, "with model.adapter full all seeds start at the same weights"),
+        ({"vary": "init"}, "with adapter=.full. all seeds start at the same weights"),
     ],
 )
 def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_path, options, message):
@@ -39,7 +39,7 @@ def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_p
 
 def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback(dirpath=tmp_path / "run", controls="all")
-    with pytest.raises(ValueError, match="controls all trains an adapter of another rank.*pissa.*use untrained"):
+    with pytest.raises(ValueError, match="controls=.all. trains an adapter of another rank.*pissa.*use untrained"):
         callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
     assert not (tmp_path / "run").exists()
 

@@ -60,7 +60,7 @@ from tests.helpers.paths import ROOT
         (["--resume"], "--resume found no unfinished run under runs"),
         (["--compare", "soup,tie"], "Unknown merge method 'tie'; choose one of core_ties"),
         (["--controls", "some"], "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
-        (["--controls", "--data.num_val", "0"], "ensemble.controls chooses on validation rows, and there are none"),
+        (["--controls", "--data.num_val", "0"], "--controls chooses on validation rows, and there are none"),
         (["--merge", "auto", "--trainer.limit_val_batches", "0"], "--merge auto chooses on validation rows, and there"),
     ],
 )

@@ -53,11 +53,11 @@ def test_a_run_that_diverged_is_not_told_to_repeat_itself(tiny_llama, capsys):
         "another --ensemble.dirpath; python -m seedlora report here shows how far it came"
     )
     error = capsys.readouterr().err.strip()
-    assert "seed_202: training loss not finite in step 2; lower model.learning_rate, or go on without it" in error
+    assert "seed_202: training loss not finite in step 2; lower --model.learning_rate, or go on without it" in error
     assert error.endswith(advice)
     assert train(tiny_llama, *same, "--resume", "--ensemble.on_divergence", "exclude") == 1
     shown = capsys.readouterr()
-    assert "stopped: the training loss of every seed is not finite; lower model.learning_rate; " + advice in shown.err
+    assert "stopped: the training loss of every seed is not finite; lower --model.learning_rate; " + advice in shown.err
     assert "validation loss \n" not in shown.out
 
 

@@ -32,9 +32,9 @@ def test_the_words_of_the_command_line():
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        ("ddp_spawn", {}, "ddp_spawn starts its processes out of this one.*use ddp"),
-        ("fsdp", {}, "fsdp flattens frozen and trained.*use fsdp2"),
-        ("deepspeed_stage_2", {"precision": "bf16-mixed"}, "bf16-mixed under CPUDeepSpeedStrategy.*--model.dtype"),
+        ("ddp_spawn", {}, "ddp_spawn. starts its processes out of this one.*use ddp"),
+        ("fsdp", {}, "fsdp. flattens frozen and trained.*use fsdp2"),
+        ("deepspeed_stage_2", {"precision": "bf16-mixed"}, "bf16-mixed. under CPUDeepSpeedStrategy.*set dtype"),
         ("deepspeed_stage_2", {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "value.*choose norm"),
     ],
 )

@@ -132,7 +132,7 @@ def test_the_run_is_merged_into_its_folder(tmp_path, capsys):
     }
     none = ensemble(tmp_path, merge="none", compare="ties")
     assert merge_run(none) is None
-    said = "--merge none merges nothing: removed fused, which were made by soup"
+    said = "merge='none' merges nothing: removed fused, which were made by soup"
     assert said in capsys.readouterr().err
     # soup is made anew where others are compared
     assert list(none.read_tested(torch.device("cpu"))) == ["seed_3", "seed_1", "seed_2", "soup"]
@@ -144,7 +144,7 @@ def test_a_rule_that_is_to_be_chosen_merges_nothing_before(tmp_path):
     run = ensemble(tmp_path, merge="auto")
     train(run, "seed_3", "seed_1", "seed_2")
     assert (run.method_name, run.rule.name) == ("auto", "soup")
-    with pytest.raises(ValueError, match="--merge auto chooses on validation rows: call Trainer.validate"):
+    with pytest.raises(ValueError, match="merge=.auto. chooses on validation rows: call Trainer.validate"):
         merge_run(run)
     selection: Selection = {
         "by": "loss",

@@ -130,12 +130,12 @@ def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tmp_path, file, da
 @pytest.mark.parametrize(
     ("name", "without"),
     [
-        ("run.json", "it --resume takes the options that are given for those that it was started with"),
-        ("excluded.json", "it --resume trains what was left out again"),
-        ("trained.json", "it --resume does not know how long finished adapters were trained"),
-        ("selection.json", "it --resume chooses again"),
-        ("long_seed/control.json", "that folder --resume makes it anew"),
-        ("fused/fusion.json", "that folder --resume makes it anew"),
+        ("run.json", "it resume=True takes the options that are given for those that it was started with"),
+        ("excluded.json", "it resume=True trains what was left out again"),
+        ("trained.json", "it resume=True does not know how long finished adapters were trained"),
+        ("selection.json", "it resume=True chooses again"),
+        ("long_seed/control.json", "that folder resume=True makes it anew"),
+        ("fused/fusion.json", "that folder resume=True makes it anew"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, without, content):
@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path):
     folder = RunFolder(tmp_path, [1])
     folder.open(SETTINGS, resume=False)
     assert folder.settings == SETTINGS
-    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
+    with pytest.raises(ValueError, match="already holds a run; go on with it by resume=True, or choose another d"):
         folder.open(SETTINGS, resume=False)
     folder.open({**SETTINGS, "model.gradient_checkpointing": True}, resume=True)
     with pytest.raises(ValueError, match=r"was started with model\.r = 8, now it is 4"):

@@ -35,29 +35,29 @@ def test_the_page_has_the_table():
 
 #: One epoch of each seed has six batches, of two rows of 24 for each; there are eight validation rows in two batches.
 REFUSALS = {
-    "max_epochs 0": ({"max_epochs": 0}, "trainer.max_epochs 0 leaves nothing to train; give at least 1"),
-    "max_steps 0": ({"max_steps": 0}, "trainer.max_steps 0 leaves nothing to train; give at least 1"),
-    "no batches": ({"limit_train_batches": 0}, "trainer.limit_train_batches 0 leaves none of the 12 training batches"),
+    "max_epochs 0": ({"max_epochs": 0}, "max_epochs=0 leaves nothing to train; give at least 1"),
+    "max_steps 0": ({"max_steps": 0}, "max_steps=0 leaves nothing to train; give at least 1"),
+    "no batches": ({"limit_train_batches": 0}, "limit_train_batches=0 leaves none of the 12 training batches"),
     "part of a batch": (
         {"limit_train_batches": 0.05},
-        "trainer.limit_train_batches 0.05 leaves none of the 12 training",
+        "limit_train_batches=0.05 leaves none of the 12 training",
     ),
     "part of a validation": (
         {"limit_val_batches": 0.1},
-        "trainer.limit_val_batches 0.1 leaves none of the 2 validation",
+        "limit_val_batches=0.1 leaves none of the 2 validation",
     ),
-    "min_epochs": ({"min_epochs": 3}, "trainer.min_epochs 3 is more than a seed is trained, which is 1; leave it out"),
+    "min_epochs": ({"min_epochs": 3}, "min_epochs=3 is more than a seed is trained, which is 1; leave it out"),
     "min_steps": (
         {"min_steps": 13},
-        "trainer.min_steps 13 is more than a seed is trained, which is 12 steps; leave it",
+        "min_steps=13 is more than a seed is trained, which is 12 steps; leave it",
     ),
     "overfit_batches": (
         {"overfit_batches": 2},
-        "trainer.overfit_batches would replace the order in which rows are dealt",
+        "overfit_batches would replace the order in which rows are dealt",
     ),
     "val_check_interval": (
         {"val_check_interval": 1000},
-        "trainer.val_check_interval 1000 is more than the 12 batches of an epoch; take a number up to that",
+        "val_check_interval=1000 is more than the 12 batches of an epoch; take a number up to that",
     ),
     "monitor": (
         {"callbacks": EarlyStopping("val/loss_nothing")},

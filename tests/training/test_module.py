@@ -134,7 +134,7 @@ def test_half_precision_trainers_are_refused(tiny_llama):
     trainer = pl.Trainer(precision="bf16-true", logger=False, enable_checkpointing=False, accelerator="cpu")
     module = make_module(tiny_llama)
     module._trainer = trainer
-    with pytest.raises(ValueError, match="bf16-true.*--model.dtype"):
+    with pytest.raises(ValueError, match="bf16-true.*set dtype for"):
         module.setup("fit")
 
 

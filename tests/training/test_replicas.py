@@ -24,6 +24,6 @@ def test_a_stopped_replica_and_one_that_diverged_are_idle():
 
 def test_a_replica_that_diverges_ends_the_run_unless_it_is_excluded():
     states = ReplicaStates(FitSettings(replicas(1, 2)))
-    with pytest.raises(DivergedError, match="^seed_2: why; lower model.learning_rate, or go on without it by on_diver"):
+    with pytest.raises(DivergedError, match="^seed_2: why; lower learning_rate, or go on without it by on_diver"):
         states.exclude(["seed_2"], "why")
     assert not states.idle
