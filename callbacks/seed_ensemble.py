@@ -21,6 +21,7 @@ from seedlora.callbacks.live_merge import LiveMerge
 from seedlora.callbacks.predictions import Predictions
 from seedlora.callbacks.python_run import RunEnd, RunStart
 from seedlora.callbacks.termination import Termination, TerminationEnd
+from seedlora.callbacks.tested_rows import TestedRows
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
 from seedlora.run.ensemble import Ensemble
@@ -162,6 +163,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             LiveMerge(ensemble, state),
             FinalMerge(ensemble, state),
             self._comparison,
+            TestedRows(ensemble),
             RunEnd(ensemble),
             self.predictions,
             TerminationEnd(self._termination),

@@ -9,6 +9,8 @@ from typing import Final
 UNFINISHED_NAME = "unfinished"
 #: What ``Trainer.predict`` writes.
 PREDICTIONS_NAME = "predictions.jsonl"
+#: What each adapter takes for the answer of each test row.
+SAMPLES_NAME = "samples.jsonl"
 #: The JSON files of a run's folder, whose content :mod:`seedlora.records` has the types of.
 SETTINGS_NAME, COST_NAME, RESULTS_NAME, SELECTION_NAME = "run.json", "cost.json", "results.json", "selection.json"
 TRAINED_NAME, EXCLUDED_NAME, REPORT_NAME = "trained.json", "excluded.json", "report.json"

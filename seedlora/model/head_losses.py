@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
@@ -38,7 +38,7 @@ def is_frozen_matrix(head: nn.Module) -> bool:
 
 def head_losses(
     hidden: Float[Tensor, "S H"], head: nn.Linear, targets: Int[Tensor, " S"], *, greedy: bool
-) -> tuple[Float[Tensor, " S"], Bool[Tensor, " S"] | None]:
+) -> tuple[Float[Tensor, " S"], Int[Tensor, " S"] | None]:
     r"""Return the negative log-likelihood of the targets, :math:`-\log \mathrm{softmax}(W h + b)_y`, in float32.
 
     The head is frozen, so its backward is known in the forward: a position's gradient is
@@ -52,13 +52,13 @@ def head_losses(
         hidden: what the head sees.
         head: as :func:`is_frozen_matrix` wants it.
         targets: token ids.
-        greedy: whether to tell if the target is the most likely token.
+        greedy: whether to tell which token is the most likely.
 
     Returns:
-        The losses, and if ``greedy`` whether each target is the first among the most likely.
+        The losses, and if ``greedy`` the first among the most likely tokens at each position.
     """
-    losses, right = _HeadLosses.apply(hidden, head.weight, head.bias, targets, greedy)
-    return losses, right if greedy else None
+    losses, likely = _HeadLosses.apply(hidden, head.weight, head.bias, targets, greedy)
+    return losses, likely if greedy else None
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -68,13 +68,13 @@ class _HeadLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        right = targets.new_empty(len(targets) if greedy else 0, dtype=torch.bool)
+        likely = targets.new_empty(len(targets) if greedy else 0)
         step = chunk_rows(len(weight))
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             logits, y = linear(hidden[part], weight, bias), targets[part, None]
             if greedy:
-                right[part] = logits.argmax(-1) == targets[part]
+                likely[part] = logits.argmax(-1)
             log_p = log_softmax(logits, -1, dtype=torch.float32)
             del logits
             losses[part] = -log_p.gather(1, y)[:, 0]
@@ -83,8 +83,8 @@ class _HeadLosses(torch.autograd.Function):
                 p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
                 torch.mm(p.to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(right)
-        return losses, right
+        ctx.mark_non_differentiable(likely)
+        return losses, likely
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.names import FUSED, RESULTS_NAME, SELECTION_NAME, SOUP, seed_name
+from seedlora.names import FUSED, RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP, seed_name
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.owner import OWNER, OwnerRecord
@@ -235,7 +235,7 @@ class RunFolder:
     def forget_fused(self) -> list[str]:
         """Remove what these seeds were merged to before, and what was said of it; return the names of the folders."""
         found = [name for name in (FUSED, SOUP) if (self.path / name / FUSION.name).is_file()]
-        for name in (SELECTION_NAME, RESULTS_NAME):
+        for name in (SELECTION_NAME, RESULTS_NAME, SAMPLES_NAME):
             (self.path / name).unlink(missing_ok=True)
         for name in found:
             remove_folder(self.path / name)

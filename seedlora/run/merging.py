@@ -15,7 +15,7 @@ from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.record import tells_of
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
+from seedlora.names import RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
@@ -73,7 +73,7 @@ def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
 
 def _forget_said(ensemble: Ensemble, *, selection: bool) -> None:
     """Remove what a test said of an earlier merge, and what validation said of an earlier choice; say so."""
-    names = (RESULTS_NAME, *([SELECTION_NAME] if selection else []))
+    names = (RESULTS_NAME, SAMPLES_NAME, *([SELECTION_NAME] if selection else []))
     if removed := [name for name in names if (ensemble.dirpath / name).is_file()]:
         for name in removed:
             (ensemble.dirpath / name).unlink()

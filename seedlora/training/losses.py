@@ -36,14 +36,15 @@ class NextTokens(NamedTuple):
     keep: Bool[Tensor, "M T"]
     at: Int[Tensor, " S"]
 
-    def scatter(self, losses: Float[Tensor, " S"], right: Bool[Tensor, " S"] | None) -> TokenScores:
-        """Put losses and outcomes at the positions that predict, 0 and True elsewhere."""
-        all_right = torch.ones_like(self.keep)
-        return TokenScores(
-            losses.new_zeros(self.keep.numel()).index_put((self.at,), losses).view(self.keep.shape),
-            all_right if right is None else all_right.flatten().index_put((self.at,), right).view(self.keep.shape),
-            self.keep,
-        )
+    def scatter(self, losses: Float[Tensor, " S"], likely: Int[Tensor, " S"] | None) -> TokenScores:
+        """Put losses and tokens at the positions that predict, 0, True and -1 elsewhere."""
+        right = torch.ones_like(self.keep)
+        tokens = torch.full_like(self.keep, -1, dtype=torch.long)
+        if likely is not None:
+            right = right.flatten().index_put((self.at,), likely == self.targets).view(self.keep.shape)
+            tokens = tokens.flatten().index_put((self.at,), likely).view(self.keep.shape)
+        losses = losses.new_zeros(self.keep.numel()).index_put((self.at,), losses).view(self.keep.shape)
+        return TokenScores(losses, right, self.keep, tokens)
 
 
 def next_tokens(labels: Int[Tensor, "M T"]) -> NextTokens:
@@ -66,18 +67,20 @@ class TokenScores(NamedTuple):
         losses: negative log-likelihood of the label, 0 where there is none.
         right: whether the label is the most likely token; True where there is none, or nobody asked.
         keep: whether there is a label.
+        likely: the most likely token; -1 where there is no label, or nobody asked.
     """
 
     losses: Float[Tensor, "M T"]
     right: Bool[Tensor, "M T"]
     keep: Bool[Tensor, "M T"]
+    likely: Int[Tensor, "M T"]
 
 
 class KeptScores(NamedTuple):
-    """Holds what :class:`TokenScores` holds, of the scored tokens alone; ``right`` is None if nobody asked."""
+    """Holds what :class:`TokenScores` holds, of the scored tokens alone; ``likely`` is None if nobody asked."""
 
     losses: Float[Tensor, " S"]
-    right: Bool[Tensor, " S"] | None
+    likely: Int[Tensor, " S"] | None
 
 
 class TokenLosses:
@@ -108,7 +111,7 @@ class TokenLosses:
             input_ids: as :meth:`logits` takes them.
             labels: token ids; :data:`IGNORED` where nothing is scored.
             position_ids: likewise.
-            greedy: whether to tell if the label is the most likely token.
+            greedy: whether to tell which token is the most likely.
         """
         tokens = next_tokens(labels)
         return tokens.scatter(*self._kept_scores(input_ids, tokens, position_ids, greedy=greedy))
@@ -179,4 +182,4 @@ class TokenLosses:
                 return KeptScores(*head_losses(caught[0], head, targets, greedy=greedy))
         logits = self.logits(input_ids, keep, position_ids)
         losses = cross_entropy(logits.float(), targets, reduction="none")
-        return KeptScores(losses, logits.argmax(-1) == targets if greedy else None)
+        return KeptScores(losses, logits.argmax(-1) if greedy else None)

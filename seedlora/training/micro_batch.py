@@ -100,7 +100,7 @@ def micro_batch_losses(
     def rows_of(tensor: Tensor) -> Tensor:
         return (tensor if len(active) == len(tensor) else tensor[positions]).flatten(0, 1)
 
-    losses, _, keep = token_losses(
+    losses, _, keep, _ = token_losses(
         rows_of(batch["input_ids"]),
         rows_of(batch["labels"]),
         rows_of(batch["position_ids"]) if "position_ids" in batch else None,

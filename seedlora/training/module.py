@@ -304,11 +304,16 @@ class SeedLoRAModule(pl.LightningModule):
         """Forget an earlier test."""
         self.exact_matches.reset()
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Collect, per item, which labels answer it exactly; log the share of such items, and the loss per token."""
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Collect, per item, which labels answer it exactly; log the share of such items, and the loss per token.
+
+        Returns:
+            What the batch says, for callbacks: :class:`seedlora.training.scoring.BatchScores` by name.
+        """
         scores = self.scorer.score(batch, self.scored)
         self.exact_matches.add(batch["items"], scores.correct)
         self._log_scores(scores, loss="test/loss", match="test/score")
+        return scores._asdict()
 
     def predict_step(self, batch: Sequence[AskedRow], batch_idx: int) -> list[Answer]:
         """Answer rows by the adapter that the ensemble's callback chose.

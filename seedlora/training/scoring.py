@@ -57,11 +57,13 @@ class BatchScores(NamedTuple):
             only if each token of the response, the end token included, is the most likely one after the true tokens
             before it.
         tokens: supervised ones.
+        likely: at each position the most likely next token after the true ones; -1 where none is scored.
     """
 
     losses: Float[Tensor, "N b"]
     correct: Bool[Tensor, "N b"]
     tokens: Int[Tensor, "N b"]
+    likely: Int[Tensor, "N b T"]
 
 
 def real_items(items: Tensor) -> Int[Tensor, " I"]:
@@ -122,7 +124,7 @@ class Scorer:
             mixed_SV = logp_SV if mixed_SV is None else torch.logaddexp(mixed_SV, logp_SV)
         assert mixed_SV is not None
         losses = math.log(len(names)) - mixed_SV.gather(1, tokens.targets[:, None])[:, 0]
-        return _by_row(tokens.scatter(losses, mixed_SV.argmax(-1) == tokens.targets), 1)
+        return _by_row(tokens.scatter(losses, mixed_SV.argmax(-1)), 1)
 
     @torch.no_grad()
     def score_rows(
@@ -173,7 +175,7 @@ class Scorer:
         with eval_mode(self.model):
             for given in batches:
                 batch = {key: value.to(self.device) for key, value in given.items()}
-                losses, correct, tokens = self.score(batch, scored)
+                losses, correct, tokens, _ = self.score(batch, scored)
                 columns.append(torch.cat([batch["items"][None], tokens[:1], losses, correct]).T)
                 on_batch()
         table = self.gather(torch.cat(columns))
@@ -186,8 +188,9 @@ class Scorer:
 
 def _by_row(scores: TokenScores, n: int) -> BatchScores:
     """Sum up the scores of each row; the rows are those of ``n`` labels, one block after the other."""
-    losses, right, keep = scores
-    return BatchScores(losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1))
+    losses, right, keep, likely = scores
+    likely = likely.view(n, -1, likely.shape[1])
+    return BatchScores(losses.sum(1).view(n, -1), right.all(1).view(n, -1), keep.sum(1).view(n, -1), likely)
 
 
 class MatchedRows(NamedTuple):

@@ -83,7 +83,7 @@ def test_validation_scores_are_those_of_the_written_adapters(everything):
         module.stack.load("it", layers)
         module.stack.route(["it"])
         with torch.no_grad():
-            losses, _, keep = module.token_losses(ids, labels)
+            losses, _, keep, _ = module.token_losses(ids, labels)
         assert row["loss"] == pytest.approx((losses.sum() / keep.sum()).item(), rel=1e-5)
     best = min(found["candidates"], key=lambda row: row["loss"])
     assert found["chosen"]["name"] == best["name"]
@@ -203,7 +203,7 @@ def test_validation_after_a_test_leaves_its_results_unless_it_merges_otherwise(t
     other = SeedEnsembleCallback([1, 2], budget="full", merge="seedlora", dirpath=callback.dirpath)
     make_trainer(other).validate(module, datamodule=data, verbose=False)
     assert not results.exists()
-    removed = "removed results.json, said of an earlier merge; the test says it anew"
+    removed = "removed results.json and samples.jsonl, said of an earlier merge; the test says it anew"
     assert capsys.readouterr().err == f"{callback.dirpath}: {removed}\n"
 
 

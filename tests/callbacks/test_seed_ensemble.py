@@ -74,7 +74,7 @@ def test_the_validation_loss_of_the_fused_adapter_is_that_of_the_written_one(tin
     module.stack.route(["written"])
     ids, labels = data.rows["val"].padded(range(8))
     with torch.no_grad():
-        losses, _, keep = module.token_losses(ids, labels)
+        losses, _, keep, _ = module.token_losses(ids, labels)
     assert shown == pytest.approx((losses.sum() / keep.sum()).item(), rel=SAME)
 
 
@@ -88,7 +88,7 @@ def test_training_lowers_the_loss_and_teaches_the_end_token(tiny_llama, tmp_path
     for name in (None, "seed_1"):
         module.stack.route([name])
         with torch.no_grad():
-            losses, right, keep = module.token_losses(ids, labels)
+            losses, right, keep, _ = module.token_losses(ids, labels)
         ends = (labels.roll(-1, 1) == 0) & keep
         loss[name], stops[name] = (losses.sum() / keep.sum()).item(), right[ends].float().mean().item()
     # the frozen random head cannot be confident: its logits are small

@@ -62,7 +62,7 @@ def losses_of_a_step(module, data, **options):
         batch = ReplicaRows(data.rows["train"])[micro]
         module.stack.route([replica.name for replica in module.replicas])
         rows = [batch[key].flatten(0, 1) for key in ("input_ids", "labels", "position_ids") if key in batch]
-        losses, _, _ = module.token_losses(*rows)
+        losses, *_ = module.token_losses(*rows)
         total += losses.view(len(SEEDS), -1).sum(1).detach() / batch["num_items"]
     return total
 

@@ -34,7 +34,7 @@ def step(module, ids, names=NAMES, positions=None):
     """Losses and gradients of a step."""
     module.zero_grad()
     module.stack.route(names)
-    losses, _, _ = module.token_losses(ids, ids, positions)
+    losses, *_ = module.token_losses(ids, ids, positions)
     losses.sum().backward()
     return [losses.detach(), *(p.grad for name in names for p in module.stack.parameters(name))]
 

@@ -24,11 +24,11 @@ def test_losses_and_gradients_are_those_of_all_logits(rows, bias, monkeypatch):
     head = nn.Linear(H, V, bias=bias).requires_grad_(False)
     hidden, targets, share = torch.randn(S, H), torch.randint(V, (S,)), torch.rand(S)
     mine, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    losses, right = head_losses(mine, head, targets, greedy=True)
+    losses, likely = head_losses(mine, head, targets, greedy=True)
     logits = head(theirs)
     wanted = cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(losses, wanted, rtol=SAME, atol=SAME)
-    assert torch.equal(right, logits.argmax(-1) == targets)
+    assert torch.equal(likely, logits.argmax(-1))
     (losses * share).sum().backward()
     (wanted * share).sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=SAME, atol=SAME)
@@ -38,9 +38,9 @@ def test_without_a_gradient_none_is_computed(monkeypatch):
     monkeypatch.setattr(torch, "mm", None)
     head = nn.Linear(H, V).requires_grad_(False)
     with torch.no_grad():
-        losses, right = head_losses(torch.randn(S, H), head, torch.randint(V, (S,)), greedy=False)
+        losses, likely = head_losses(torch.randn(S, H), head, torch.randint(V, (S,)), greedy=False)
     assert losses.shape == (S,)
-    assert right is None
+    assert likely is None
 
 
 def test_bfloat16_is_as_close_as_autograd():
@@ -109,7 +109,7 @@ def test_the_module_sees_what_follows_the_head(family, request):
     parameters = module.stack.parameters(replica.name)
     gradients = torch.autograd.grad(wanted, parameters)
     for _ in range(2):  # the first forward finds out, the second knows
-        losses, _, keep = module.token_losses(ids, ids)
+        losses, _, keep, _ = module.token_losses(ids, ids)
         assert module.token_losses.head_is_last is (family == "tiny_llama")
         loss = losses.sum() / keep.sum()
         torch.testing.assert_close(loss, wanted, rtol=SAME, atol=0)

@@ -27,7 +27,7 @@ def test_a_head_of_its_own_scores_blocks_with_different_numbers_of_labels(tiny_l
     for row, masked in enumerate((1, 6, 3, 7, 0, 5)):
         labels[row, :masked] = -100
     module.stack.route(["seed_11", None, "seed_42"])
-    losses, right, keep = module.token_losses(ROWS, labels)
+    losses, right, keep, _ = module.token_losses(ROWS, labels)
     assert keep.view(3, -1).sum(1).tolist() == [7, 4, 8]
     for block, name in ((0, "seed_11"), (2, "seed_42")):
         save_replica(module, name, tmp_path / name)

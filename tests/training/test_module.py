@@ -104,7 +104,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_step(tiny_llama)
     micro = next(iter(loader.sampler))
     batch = loader.dataset[micro]
     module.stack.route([r.name for r in module.replicas])
-    losses, _, _ = module.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
+    losses, *_ = module.token_losses(batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1))
     ours = losses.view(3, -1).sum(1) / batch["num_items"]
     for i, (replica, rows) in enumerate(zip(module.replicas, micro.rows, strict=True)):
         module.stack.route([replica.name])

@@ -24,7 +24,7 @@ def test_exact_match_is_what_greedy_generation_gives(tiny_llama):
     optimizer = torch.optim.AdamW(module.stack.parameters("seed_42"), lr=2e-2)
     matches = 0
     for _ in range(400):
-        losses, right, _ = module.token_losses(ids, labels)
+        losses, right, *_ = module.token_losses(ids, labels)
         matches = int(right.all(1).sum())
         if 0 < matches < 16:
             break
@@ -57,7 +57,7 @@ def test_a_mixture_is_the_mean_of_the_probabilities(tiny_llama):
     adapters = {f"seed_{i}": f"seed_{i}" for i in (1, 2)} | {"again": "seed_1"}
     scored = ScoredLabels(adapters, {"mean": ("seed_1", "seed_2")})
     with torch.no_grad():
-        losses, right, tokens = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
+        losses, right, tokens, _ = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
         p = 0
         for name in ("seed_1", "seed_2"):
             module.stack.route([name])
