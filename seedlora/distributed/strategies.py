@@ -151,7 +151,7 @@ def prepare_strategy(
     for option in [*asked, *([] if full is None else [full])]:
         if splits_base(trainer):
             raise ValueError(
-                f"model.{option} and {type(strategy).__name__}, which splits the base model over the "
+                f"{name_option(f'model.{option}')} and {type(strategy).__name__}, which splits the base model over the "
                 "processes, do not go together; use ddp or deepspeed_stage_2"
             )
     if not isinstance(strategy, DeepSpeedStrategy):

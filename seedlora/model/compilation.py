@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from seedlora.utils.options import name_option
 from seedlora.utils.torch_internals import mark_rows_static, raise_recompile_limit, tensors_within
 
 #: Graphs of one class of layers: 16 replicas that stop one by one.
@@ -23,7 +24,7 @@ def check_backend(name: str) -> None:
     """
     if name not in (known := torch.compiler.list_backends(exclude_tags=())):
         shown = [backend for backend in known if not backend.endswith("_TESTING_ONLY")]
-        raise ValueError(f"Unknown model.compile '{name}'; choose one of {', '.join(shown)}")
+        raise ValueError(f"Unknown {name_option('model.compile')} '{name}'; choose one of {', '.join(shown)}")
 
 
 def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seedlora.model.peft_internals import dequantize_weight
+from seedlora.utils.options import name_option
 from seedlora.utils.transformers_internals import mark_quantized
 
 if TYPE_CHECKING:
@@ -35,9 +36,13 @@ def check_quantization(kind: str) -> None:
         ValueError: for an unknown kind, or if bitsandbytes is not installed.
     """
     if kind not in QUANTIZATIONS:
-        raise ValueError(f"Unknown model.quantization '{kind}'; choose one of {', '.join(QUANTIZATIONS)}")
+        raise ValueError(
+            f"Unknown {name_option('model.quantization')} '{kind}'; choose one of {', '.join(QUANTIZATIONS)}"
+        )
     if kind != "none" and find_spec("bitsandbytes") is None:
-        raise ValueError(f"model.quantization {kind} needs bitsandbytes: pip install 'seedlora[quantization]'")
+        raise ValueError(
+            f"{name_option('model.quantization')} {kind} needs bitsandbytes: pip install 'seedlora[quantization]'"
+        )
 
 
 def quantize(model: PreTrainedModel, kind: str) -> None:

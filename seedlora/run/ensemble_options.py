@@ -11,6 +11,7 @@ from typing import Any
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
 from seedlora.selection.comparison import Comparison
+from seedlora.utils.options import name_option
 
 BUDGETS = ("equal", "full")
 VARY = ("both", "init", "order")
@@ -23,7 +24,7 @@ AUTO = "auto"
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the value of an option is an allowed one."""
     if value not in allowed:
-        raise ValueError(f"Unknown ensemble.{option} '{value}'; choose one of {', '.join(allowed)}")
+        raise ValueError(f"Unknown {name_option(f'ensemble.{option}')} '{value}'; choose one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ class EnsembleOptions:
         check_choice("vary", self.vary, VARY)
         size = self.stack_size
         if not (size in (None, AUTO) or (isinstance(size, int) and size >= 1)):
-            raise ValueError(f"ensemble.stack_size must be at least 1, or '{AUTO}', got {size!r}")
+            raise ValueError(f"{name_option('ensemble.stack_size')} must be at least 1, or '{AUTO}', got {size!r}")
         check_choice("keep", self.keep, KEEP)
         check_choice("on_divergence", self.on_divergence, ON_DIVERGENCE)
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"ensemble.patience must be at least 1 validation, got {self.patience}")
+            raise ValueError(f"{name_option('ensemble.patience')} must be at least 1 validation, got {self.patience}")
         if self.checkpoint_every_n_steps < 1:
             raise ValueError(
-                f"ensemble.checkpoint_every_n_steps must be at least 1, got {self.checkpoint_every_n_steps}"
+                f"{name_option('ensemble.checkpoint_every_n_steps')} must be at least 1, got "
+                f"{self.checkpoint_every_n_steps}"
             )
         check_choice("budget", self.budget, BUDGETS)
         # The rules are bound here, so that a wrong name or option is known before training and not after it.
@@ -92,11 +94,13 @@ class EnsembleOptions:
 
     def _check_seeds(self) -> None:
         if not self.seeds:
-            raise ValueError("ensemble.seeds is empty; give at least one seed, for example [11, 42, 202]")
+            raise ValueError(
+                f"{name_option('ensemble.seeds')} is empty; give at least one seed, for example [11, 42, 202]"
+            )
         if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**63]:
-            raise ValueError(f"ensemble.seeds must be from 0 to 2**63 - 1, got {wrong[0]}")
+            raise ValueError(f"{name_option('ensemble.seeds')} must be from 0 to 2**63 - 1, got {wrong[0]}")
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
-            raise ValueError(f"ensemble.seeds must differ, but {repeated[0]} is given more than once")
+            raise ValueError(f"{name_option('ensemble.seeds')} must differ, but {repeated[0]} is given more than once")
 
     def _check_weights(self) -> None:
         """Raise ValueError unless a rule's option ``weights`` has one number per seed."""
@@ -105,5 +109,6 @@ class EnsembleOptions:
             weights = None if rule is None else rule.options.get("weights")
             if weights is not None and len(weights) != len(self.seeds):
                 raise ValueError(
-                    f"ensemble.{option} weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
+                    f"{name_option(f'ensemble.{option}')} weights must be {len(self.seeds)} numbers, one per seed, "
+                    f"got {weights}"
                 )

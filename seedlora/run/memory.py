@@ -17,6 +17,7 @@ from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
 from seedlora.run.stack_data import PlannedData, StackDataModule
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -228,7 +229,8 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOpt
     if ensemble.options.stack_size == AUTO:
         if not isinstance(data, PlannedData):
             raise ValueError(
-                f"ensemble.stack_size {AUTO} needs a data module with `rows`, `counts` and `batch_size`, got "
+                f"{name_option('ensemble.stack_size')} {AUTO} needs a data module with `rows`, `counts` and "
+                "`batch_size`, got "
                 f"{type(data).__name__}; give a number"
             )
         memory = memory_of(trainer, options, data)

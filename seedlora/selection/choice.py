@@ -15,6 +15,7 @@ from seedlora.merge.registry import METHODS, make_rule
 from seedlora.records.selection import RuleRecord
 from seedlora.scores.row_scores import RowScores
 from seedlora.updates.stacks import Layers
+from seedlora.utils.options import name_option
 
 #: Below any score: what a loss that is no number counts as.
 _WORST = -1e30
@@ -68,7 +69,7 @@ def choose(scores: Mapping[str, RowScores], *, by: str = "loss") -> str:
 def check_select_by(by: str) -> None:
     """Raise ValueError unless it is one of :data:`SELECT_BY`."""
     if by not in SELECT_BY:
-        raise ValueError(f"Unknown ensemble.select_by '{by}'; choose one of {', '.join(SELECT_BY)}")
+        raise ValueError(f"Unknown {name_option('ensemble.select_by')} '{by}'; choose one of {', '.join(SELECT_BY)}")
 
 
 def greedy_soup(stacks: Layers, score: Score, *, by: str = "loss") -> BoundRule:

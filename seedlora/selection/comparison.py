@@ -57,7 +57,9 @@ class Comparison:
         self.controls = controls
         check_select_by(select_by)
         if controls not in CONTROLS:
-            raise ValueError(f"Unknown ensemble.controls '{controls}'; choose one of {', '.join(CONTROLS)}")
+            raise ValueError(
+                f"Unknown {name_option('ensemble.controls')} '{controls}'; choose one of {', '.join(CONTROLS)}"
+            )
         if merge == AUTO and self.options:
             raise ValueError(f"Merge method '{AUTO}' chooses the options too; it takes none, got {self.options}")
         if merge == "seedlora_gain" and "p" not in self.options:
@@ -88,9 +90,12 @@ class Comparison:
     def _bind(self, names: Sequence[str], options: Mapping[str, Mapping[str, object]]) -> dict[str, BoundRule | None]:
         """Make rules of the methods to compare, but not of soup, which is compared anyway."""
         if unknown := sorted(set(options) - set(names)):
-            raise ValueError(f"ensemble.compare_options names {unknown[0]}, which ensemble.compare does not")
+            raise ValueError(
+                f"{name_option('ensemble.compare_options')} names {unknown[0]}, which "
+                f"{name_option('ensemble.compare')} does not"
+            )
         if repeated := sorted({name for name in names if list(names).count(name) > 1}):
-            raise ValueError(f"ensemble.compare names {repeated[0]} more than once")
+            raise ValueError(f"{name_option('ensemble.compare')} names {repeated[0]} more than once")
         bound: dict[str, BoundRule | None] = {}
         for name in names:
             given = dict(options.get(name, {}))

@@ -19,6 +19,7 @@ from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules, pattern_key
 from seedlora.model.quantization import check_quantization
 from seedlora.names import FULL
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -87,32 +88,54 @@ class ModelOptions:
             self._check_compile(self.compile)
 
     def _check_ranges(self) -> None:
-        require(self.r >= 1, f"model.r must be at least 1, got {self.r}")
-        require(self.lora_alpha > 0, f"model.lora_alpha must be positive, got {self.lora_alpha}")
-        require(0 <= self.lora_dropout < 1, f"model.lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        require(self.learning_rate > 0, f"model.learning_rate must be positive, got {self.learning_rate}")
-        require(self.lora_plus_ratio > 0, f"model.lora_plus_ratio must be positive, got {self.lora_plus_ratio}")
-        require(0 <= self.warmup_ratio <= 1, f"model.warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
-        require(len(self.target_modules) > 0, "model.target_modules is empty: there would be nothing to train")
+        require(self.r >= 1, f"{name_option('model.r')} must be at least 1, got {self.r}")
+        require(self.lora_alpha > 0, f"{name_option('model.lora_alpha')} must be positive, got {self.lora_alpha}")
+        require(
+            0 <= self.lora_dropout < 1,
+            f"{name_option('model.lora_dropout')} must be in [0, 1), got {self.lora_dropout}",
+        )
+        require(
+            self.learning_rate > 0, f"{name_option('model.learning_rate')} must be positive, got {self.learning_rate}"
+        )
+        require(
+            self.lora_plus_ratio > 0,
+            f"{name_option('model.lora_plus_ratio')} must be positive, got {self.lora_plus_ratio}",
+        )
+        require(
+            0 <= self.warmup_ratio <= 1,
+            f"{name_option('model.warmup_ratio')} must be in [0, 1], got {self.warmup_ratio}",
+        )
+        require(
+            len(self.target_modules) > 0,
+            f"{name_option('model.target_modules')} is empty: there would be nothing to train",
+        )
 
     def _check_choices(self) -> None:
-        require(self.adapter != "none", f"model.adapter none is called {FULL} now: every weight is trained")
+        require(
+            self.adapter != "none",
+            f"{name_option('model.adapter', 'none')} is called {FULL} now: every weight is trained",
+        )
         for name, value, allowed in (
             ("adapter", self.adapter, ADAPTERS),
             ("lr_scheduler", self.lr_scheduler, SCHEDULES),
             ("dtype", self.dtype, DTYPES),
         ):
-            require(value in allowed, f"Unknown model.{name} '{value}'; choose one of {', '.join(allowed)}")
+            require(
+                value in allowed,
+                f"Unknown {name_option(f'model.{name}')} '{value}'; choose one of {', '.join(allowed)}",
+            )
         check_quantization(self.quantization)
 
     def _check_adapter_on_quantized_base(self) -> None:
         require(
             self.adapter != "loftq" or self.quantization == "nf4",
-            f"model.adapter loftq starts at what nf4 loses; set model.quantization nf4, got {self.quantization}",
+            f"{name_option('model.adapter', 'loftq')} starts at what nf4 loses; set "
+            f"{name_option('model.quantization', 'nf4')}, got {self.quantization}",
         )
         require(
             self.adapter != "pissa" or self.quantization != "int8",
-            "model.adapter pissa goes with model.quantization none or nf4, got int8",
+            f"{name_option('model.adapter', 'pissa')} goes with {name_option('model.quantization')} none or nf4, got "
+            "int8",
         )
 
     def _check_no_adapter_options(self) -> None:
@@ -129,18 +152,23 @@ class ModelOptions:
             "target_modules": [*self.target_modules] == [*PROJECTIONS],
         }
         odd = next((f"{name} {getattr(self, name)}" for name, is_default in at_default.items() if not is_default), None)
-        require(odd is None, f"model.adapter {FULL} trains every weight in full, to which model.{odd} does not apply")
+        require(
+            odd is None,
+            f"{name_option('model.adapter', FULL)} trains every weight in full, to which "
+            f"{name_option(f'model.{odd}')} does not apply",
+        )
 
     def _check_patterns_are_positive(self) -> None:
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             low = {key: value for key, value in pattern.items() if value < 1}
-            require(not low, f"model.{name} must be at least 1 everywhere, got {low}")
+            require(not low, f"{name_option(f'model.{name}')} must be at least 1 everywhere, got {low}")
 
     def _check_compile(self, backend: str) -> None:
         check_backend(backend)
         require(
             self.lora_dropout == 0,
-            f"model.compile {backend} does not go with model.lora_dropout {self.lora_dropout}, whose random streams "
+            f"{name_option('model.compile')} {backend} does not go with {name_option('model.lora_dropout')} "
+            f"{self.lora_dropout}, whose random streams "
             "would break each graph into pieces; leave out one of them",
         )
 
@@ -197,7 +225,7 @@ class ModelOptions:
         """Return the modules trained in full, with the number of their parameters; raises as :attr:`targets`."""
         model = self.outline
         if self.is_full_finetuning:
-            model.check_row_order(model.modules, f"model.adapter {FULL}")
+            model.check_row_order(model.modules, name_option("model.adapter", FULL))
             return model.modules
         return model.modules_trained_in_full(self.modules_to_save)
 
@@ -304,12 +332,14 @@ class ModelOptions:
         full = self.full_modules
         if both := [path for path in full if path in targets]:
             raise ValueError(
-                f"model.modules_to_save: {both[0]} is among model.target_modules too; a layer has an adapter or is "
+                f"{name_option('model.modules_to_save')}: {both[0]} is among {name_option('model.target_modules')} "
+                "too; a layer has an adapter or is "
                 "trained in full"
             )
         if self.quantization != "none" and (few := set(full) & set(self.outline.linear)):
             raise ValueError(
-                f"model.modules_to_save: {min(few)} would be quantised, and weights in {self.quantization} take "
+                f"{name_option('model.modules_to_save')}: {min(few)} would be quantised, and weights in "
+                f"{self.quantization} take "
                 "no gradient; embeddings, heads and norms are not quantised"
             )
 
@@ -317,10 +347,15 @@ class ModelOptions:
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             used = {pattern_key(pattern, path) for path in targets}
             if unused := [key for key in pattern if key not in used]:
-                raise ValueError(f"model.{name}: '{unused[0]}' matches no adapted layer, e.g. {next(iter(targets))}")
+                raise ValueError(
+                    f"{name_option(f'model.{name}')}: '{unused[0]}' matches no adapted layer, e.g. "
+                    f"{next(iter(targets))}"
+                )
 
     def _check_start_ranks(self, targets: Mapping[str, tuple[int, int]]) -> None:
         for path, shape in targets.items():
             rank = self.rank(path)
             if rank > min(shape):
-                raise ValueError(f"model.r {rank}: {self.adapter} takes at most {min(shape)} directions of {path}")
+                raise ValueError(
+                    f"{name_option('model.r')} {rank}: {self.adapter} takes at most {min(shape)} directions of {path}"
+                )

@@ -28,7 +28,7 @@ def python_argument(name: str, value: object = UNSET) -> str:
         >>> python_argument("ensemble.budget", "full"), python_argument("ensemble.dirpath")
         ("budget='full'", 'dirpath')
     """
-    argument = name.rpartition(".")[2]
+    argument = name.partition(".")[2]
     return argument if value is UNSET else f"{argument}={value!r}"
 
 

@@ -51,7 +51,7 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
     data.setup("fit")
     with pytest.raises(ValueError, match="needs a LightningDataModule with an attribute `seeds`"):
         make_trainer(callback).fit(make_module(tiny_llama), train_dataloaders=data.train_dataloader())
-    with pytest.raises(ValueError, match="ensemble.seeds must be from 0 to"):
+    with pytest.raises(ValueError, match="seeds must be from 0 to"):
         SeedEnsembleCallback([1, -1])
     with pytest.raises(ValueError, match="the run has no end"):
         make_trainer(callback, max_epochs=-1).fit(make_module(tiny_llama), datamodule=make_data())

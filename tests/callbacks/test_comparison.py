@@ -274,10 +274,10 @@ def test_selection_never_sees_a_test_item(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"merge": "auto"}, "--merge auto chooses on"),
-        ({"merge": "auto_gain"}, "--merge auto_gain chooses on"),
-        ({"controls": "untrained"}, "ensemble.controls chooses on"),
-        ({"compare": ["greedy_soup"]}, "ensemble.compare greedy_soup chooses on"),
+        ({"merge": "auto"}, "merge=.auto. chooses on"),
+        ({"merge": "auto_gain"}, "merge=.auto_gain. chooses on"),
+        ({"controls": "untrained"}, "controls=.untrained. chooses on"),
+        ({"compare": ["greedy_soup"]}, "compare=.greedy_soup. chooses on"),
     ],
 )
 def test_without_validation_rows_nothing_is_trained(tiny_llama, tmp_path, options, reason):

@@ -71,7 +71,7 @@ def test_weights_broken_before_any_loss_sees_them_end_the_run(tiny_llama, tmp_pa
     )
     run = make_trainer(callback, max_epochs=1, **run_options)
     run.callbacks.append(Break("seed_2", step))
-    message = f"seed_2: weights not finite after step {step}; lower model.learning_rate, or go on without it by on_div"
+    message = f"seed_2: weights not finite after step {step}; lower learning_rate, or go on without it by on_div"
     with pytest.raises(StoppedError, match=message):
         run.fit(make_module(tiny_llama), datamodule=make_data())
     assert callback.ensemble.ckpt_step == step // 5 * 5

@@ -89,5 +89,5 @@ def test_weights_in_full_are_not_split_over_processes():
 def test_layers_in_parts_are_not_compiled(name):
     strategy = choose_strategy(name, accelerator="cpu")
     trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="model.compile inductor and .*Strategy, which splits.*use ddp"):
+    with pytest.raises(ValueError, match="compile inductor and .*Strategy, which splits.*use ddp"):
         prepare_strategy(trainer, backend="inductor")

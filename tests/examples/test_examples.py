@@ -44,5 +44,7 @@ def test_a_script_that_starts_a_second_process(tiny_llama, tmp_path):
     assert said.count("report: ") == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["items"]["fused"]) == 10
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["item"] for sample in samples] == [*range(10)]
     assert not (tmp_path / "run" / "owner.json").exists()
     assert (tmp_path / "run" / "config.yaml").read_text().count("strategy: ddp") == 1

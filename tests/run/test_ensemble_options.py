@@ -22,20 +22,20 @@ def test_the_callback_has_the_options_and_their_defaults():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": ()}, r"ensemble.seeds is empty; give at least one seed, for example \[11, 42, 202\]"),
-        ({"seeds": (1, -1)}, r"ensemble.seeds must be from 0 to 2\*\*63 - 1, got -1"),
-        ({"seeds": (7, 42, 7)}, "ensemble.seeds must differ, but 7 is given more than once"),
-        ({"vary": "none"}, "Unknown ensemble.vary 'none'; choose one of both, init, order"),
-        ({"stack_size": 0}, "ensemble.stack_size must be at least 1, or 'auto', got 0"),
-        ({"keep": "first"}, "Unknown ensemble.keep 'first'; choose one of last, best"),
-        ({"on_divergence": "pray"}, "Unknown ensemble.on_divergence 'pray'; choose one of stop, exclude"),
-        ({"patience": 0}, "ensemble.patience must be at least 1 validation, got 0"),
-        ({"checkpoint_every_n_steps": 0}, "ensemble.checkpoint_every_n_steps must be at least 1, got 0"),
-        ({"budget": "half"}, "Unknown ensemble.budget 'half'; choose one of equal, full"),
+        ({"seeds": ()}, r"seeds is empty; give at least one seed, for example \[11, 42, 202\]"),
+        ({"seeds": (1, -1)}, r"seeds must be from 0 to 2\*\*63 - 1, got -1"),
+        ({"seeds": (7, 42, 7)}, "seeds must differ, but 7 is given more than once"),
+        ({"vary": "none"}, "Unknown vary 'none'; choose one of both, init, order"),
+        ({"stack_size": 0}, "stack_size must be at least 1, or 'auto', got 0"),
+        ({"keep": "first"}, "Unknown keep 'first'; choose one of last, best"),
+        ({"on_divergence": "pray"}, "Unknown on_divergence 'pray'; choose one of stop, exclude"),
+        ({"patience": 0}, "patience must be at least 1 validation, got 0"),
+        ({"checkpoint_every_n_steps": 0}, "checkpoint_every_n_steps must be at least 1, got 0"),
+        ({"budget": "half"}, "Unknown budget 'half'; choose one of equal, full"),
         ({"merge": "tie"}, "Unknown merge method 'tie'; choose one of"),
         ({"compare": "ties, tie"}, "Unknown merge method 'tie'; choose one of"),
-        ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
-        ({"merge": "soup", "merge_options": {"weights": [1, 2]}}, r"ensemble.merge_options weights must be 3 numbers"),
+        ({"controls": "some"}, "Unknown controls 'some'; choose one of none, untrained, all"),
+        ({"merge": "soup", "merge_options": {"weights": [1, 2]}}, r"merge_options weights must be 3 numbers"),
     ],
 )
 def test_wrong_options_are_known_when_they_are_made(options, message):
@@ -55,10 +55,10 @@ def test_weights_are_one_per_seed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": "first"}, "Unknown ensemble.keep 'first'; choose one of last, best"),
-        ({"on_divergence": "pray"}, "Unknown ensemble.on_divergence 'pray'; choose one of stop, exclude"),
-        ({"patience": 0}, "ensemble.patience must be at least 1 validation, got 0"),
-        ({"stack_size": "most"}, "ensemble.stack_size must be at least 1, or 'auto', got 'most'"),
+        ({"keep": "first"}, "Unknown keep 'first'; choose one of last, best"),
+        ({"on_divergence": "pray"}, "Unknown on_divergence 'pray'; choose one of stop, exclude"),
+        ({"patience": 0}, "patience must be at least 1 validation, got 0"),
+        ({"stack_size": "most"}, "stack_size must be at least 1, or 'auto', got 'most'"),
     ],
 )
 def test_the_callback_refuses_wrong_options(options, message):

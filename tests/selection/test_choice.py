@@ -22,7 +22,7 @@ def test_the_best_score_is_chosen_and_the_first_of_equals():
     }
     assert choose(scores) == "b"  # the first of equals
     assert choose(scores, by="match") == "c"  # as many as a, at a lower loss
-    with pytest.raises(ValueError, match="Unknown ensemble.select_by 'lose'; choose one of loss, match"):
+    with pytest.raises(ValueError, match="Unknown select_by 'lose'; choose one of loss, match"):
         choose(scores, by="lose")
     with pytest.raises(ValueError, match="none of d has a finite validation loss"):
         choose({"d": scores["d"]})

@@ -16,12 +16,12 @@ from seedlora.selection.comparison import Comparison
         ({"merge": "seedlora_gain"}, "seedlora_gain. needs its p, .* to choose it on validation rows, take auto_gain"),
         ({"compare": ["ties", "tie"]}, "Unknown merge method 'tie'"),
         ({"compare": ["ties"], "compare_options": {"ties": {"density": 2}}}, "Merge method 'ties': density"),
-        ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which ensemble.compare does not"),
+        ({"compare": ["ties"], "compare_options": {"soup": {}}}, "names soup, which compare does not"),
         ({"compare": ["ties", "ties"]}, "names ties more than once"),
         ({"merge": "none", "controls": "all"}, "controls=.all. is tuned where seeds are merged"),
         ({"merge": "none", "compare": ["greedy_soup"]}, "compare=.greedy_soup. is tuned where seeds are merged"),
-        ({"controls": "some"}, "Unknown ensemble.controls 'some'; choose one of none, untrained, all"),
-        ({"select_by": "lose"}, "Unknown ensemble.select_by 'lose'"),
+        ({"controls": "some"}, "Unknown controls 'some'; choose one of none, untrained, all"),
+        ({"select_by": "lose"}, "Unknown select_by 'lose'"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_training(options, message):

@@ -58,15 +58,15 @@ def test_a_wider_adapter_has_the_same_scaling(tiny_llama, adapter):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "lokr"}, "Unknown model.adapter 'lokr'; choose one of lora, rslora, dora, pissa"),
-        ({"quantization": "fp4"}, "Unknown model.quantization 'fp4'; choose one of none, nf4, int8"),
-        ({"adapter": "loftq"}, "model.adapter loftq starts at what nf4 loses; set model.quantization nf4, got none"),
-        ({"adapter": "loftq", "quantization": "int8"}, "set model.quantization nf4, got int8"),
-        ({"adapter": "pissa", "quantization": "int8"}, "pissa goes with model.quantization none or nf4, got int8"),
-        ({"rank_pattern": {"q_proj": 0}}, "model.rank_pattern must be at least 1 everywhere, got {'q_proj': 0}"),
+        ({"adapter": "lokr"}, "Unknown adapter 'lokr'; choose one of lora, rslora, dora, pissa"),
+        ({"quantization": "fp4"}, "Unknown quantization 'fp4'; choose one of none, nf4, int8"),
+        ({"adapter": "loftq"}, "adapter=.loftq. starts at what nf4 loses; set quantization=.nf4., got none"),
+        ({"adapter": "loftq", "quantization": "int8"}, "set quantization=.nf4., got int8"),
+        ({"adapter": "pissa", "quantization": "int8"}, "pissa. goes with quantization none or nf4, got int8"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must be at least 1 everywhere, got {'q_proj': 0}"),
         (
             {"target_modules": ["query"]},
-            "model.target_modules query: base model .* has no such linear layer; it has down",
+            "target_modules query: base model .* has no such linear layer; it has down",
         ),
         (
             {"target_modules": "q_proj"},
@@ -74,8 +74,8 @@ def test_a_wider_adapter_has_the_same_scaling(tiny_llama, adapter):
         ),
         ({"target_modules": "(q"}, r"'\(q' is no regular expression"),
         ({"target_modules": ["lm_head"]}, "lm_head: base model .* has no such linear layer"),
-        ({"rank_pattern": {"query": 2}}, "model.rank_pattern: 'query' matches no adapted layer, e.g. model.layers.0"),
-        ({"adapter": "pissa", "r": 64}, "model.r 64: pissa takes at most 32 directions of model.layers.0"),
+        ({"rank_pattern": {"query": 2}}, "rank_pattern: 'query' matches no adapted layer, e.g. model.layers.0"),
+        ({"adapter": "pissa", "r": 64}, "r 64: pissa takes at most 32 directions of model.layers.0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_loads(tiny_llama, options, message):
@@ -85,9 +85,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_loads(tiny_llama, opt
 
 def test_a_missing_bitsandbytes_is_said_at_once(tiny_llama, monkeypatch):
     monkeypatch.setattr("seedlora.model.quantization.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match="model.quantization nf4 needs bitsandbytes: pip install 'seedlora.quantization.'"
-    ):
+    with pytest.raises(ValueError, match="quantization nf4 needs bitsandbytes: pip install 'seedlora.quantization.'"):
         make_module(tiny_llama, quantization="nf4")
 
 
@@ -96,10 +94,10 @@ def test_a_missing_bitsandbytes_is_said_at_once(tiny_llama, monkeypatch):
     [
         (
             {"modules_to_save": ["head"]},
-            "model.modules_to_save head: base model .* has no such module that holds weights",
+            "modules_to_save head: base model .* has no such module that holds weights",
         ),
         ({"modules_to_save": ["mlp"]}, "mlp: base model .* holds weights itself; it has embed_tokens, q_proj"),
-        ({"modules_to_save": ["o_proj"]}, "layers.0.self_attn.o_proj is among model.target_modules too"),
+        ({"modules_to_save": ["o_proj"]}, "layers.0.self_attn.o_proj is among target_modules too"),
         (
             {"modules_to_save": ["o_proj"], "target_modules": ["q_proj"], "quantization": "nf4"},
             "layers.0.self_attn.o_proj would be quantised, and weights in nf4 take no gradient",
@@ -123,14 +121,14 @@ def test_experts_do_not_see_their_rows_in_order(tiny_llama, tmp_path):
     [
         (
             {"quantization": "nf4"},
-            "model.adapter full trains every weight in full, to which model.quantization nf4 does",
+            "adapter=.full. trains every weight in full, to which quantization nf4 does",
         ),
-        ({"lora_plus_ratio": 4.0}, "model.lora_plus_ratio 4.0 does not apply"),
-        ({"modules_to_save": ["norm"]}, "model.modules_to_save .'norm'. does not apply"),
-        ({"lora_dropout": 0.1}, "model.lora_dropout 0.1 does not apply"),
-        ({"r": 16}, "model.r 16 does not apply"),
-        ({"lora_alpha": 32}, "model.lora_alpha 32 does not apply"),
-        ({"target_modules": "all-linear"}, "model.target_modules all-linear does not apply"),
+        ({"lora_plus_ratio": 4.0}, "lora_plus_ratio 4.0 does not apply"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save .'norm'. does not apply"),
+        ({"lora_dropout": 0.1}, "lora_dropout 0.1 does not apply"),
+        ({"r": 16}, "r 16 does not apply"),
+        ({"lora_alpha": 32}, "lora_alpha 32 does not apply"),
+        ({"target_modules": "all-linear"}, "target_modules all-linear does not apply"),
     ],
 )
 def test_options_of_adapters_are_refused_where_there_is_none(tiny_llama, options, message):
@@ -141,10 +139,10 @@ def test_options_of_adapters_are_refused_where_there_is_none(tiny_llama, options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile": "inducter"}, "Unknown model.compile 'inducter'; choose one of .*aot_eager.*, inductor"),
+        ({"compile": "inducter"}, "Unknown compile 'inducter'; choose one of .*aot_eager.*, inductor"),
         (
             {"compile": "inductor", "lora_dropout": 0.1},
-            "model.compile inductor .* model.lora_dropout 0.1",
+            "compile inductor .* lora_dropout 0.1",
         ),
     ],
 )
