@@ -35,7 +35,17 @@ def test_the_main_job_end_to_end(tiny_llama, capsys):
         "vllm serve",
     ):
         assert text in shown
-    written = {"seed_11", "seed_42", "seed_202", "fused", "config.yaml", "metrics.jsonl", "results.json", "run.json"}
+    written = {
+        "seed_11",
+        "seed_42",
+        "seed_202",
+        "fused",
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "samples.jsonl",
+        "run.json",
+    }
     written |= {"soup", "selection.json", "cost.json", "report.html", "report.md", "report.json", "trained.json"}
     assert {path.name for path in folder.iterdir()} - {"checkpoints"} == written
     results = json.loads((folder / "results.json").read_text())
