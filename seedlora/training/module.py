@@ -26,7 +26,7 @@ from seedlora.training.building import StackedModel, load_base, stack_replicas
 from seedlora.training.losses import TokenLosses
 from seedlora.training.micro_batch import ForwardSize, MicroBatchLosses, TrainingBatch, micro_batch_losses, no_loss
 from seedlora.training.model_options import PROJECTIONS, ModelOptions
-from seedlora.training.optimizer import make_optimizer, make_schedule
+from seedlora.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from seedlora.training.replicas import FitSettings, ReplicaStates
 from seedlora.training.scoring import ExactMatches, ScoredLabels, Scorer
 
@@ -186,8 +186,8 @@ class SeedLoRAModule(pl.LightningModule):
             return
         base = None if built is None else built.without_adapters(options)
         if base is None:
-            base = load_base(options, settings.rank_factor)
-        self._built = stack_replicas(base, settings.replicas, options, settings.rank_factor)
+            base = load_base(options)
+        self._built = stack_replicas(base, settings.replicas, options)
         self.model, self.stack = self._built.model, self._built.stack
         self.token_losses = TokenLosses(self.model, self.stack, module=self)
         # An earlier fit may have left some idle.
@@ -300,10 +300,11 @@ class SeedLoRAModule(pl.LightningModule):
         self.exact_matches.add(batch["items"], self.scorer.score(batch, self.scored).correct)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Make AdamW over all replicas, and one schedule for them."""
-        optimizer = make_optimizer(self.stack, self.replicas, self.options)
+        """Make AdamW over all replicas, and the schedules of their learning rates."""
+        groups = parameter_groups(self.stack, self.replicas, self.options)
+        optimizer = make_optimizer(groups)
         total = self.fit_settings.total_steps or int(self.trainer.estimated_stepping_batches)
-        schedule = make_schedule(optimizer, self.options, total=total)
+        schedule = make_schedule(optimizer, groups, total=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
