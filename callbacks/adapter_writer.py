@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
-from seedlora.names import seed_name
 from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import steps_per_epoch
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import CountsTokens, HasPrompt
+from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError
 from seedlora.training.writing import write_replica
@@ -41,37 +41,34 @@ class AdapterWriter(pl.Callback):
         ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
         files = self._files(trainer.datamodule, module)
         module.check_weights()
-        if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.replicas.diverged):
+        if not ensemble.trained and set(ensemble.pending) <= set(module.replicas.diverged):
             raise DivergedError("the training loss of every seed is not finite; lower model.learning_rate")
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if writes:
             folder.add_trained(self._trained_on(trainer, module))
-        for name in (replica.name for replica in module.replicas):
+        for replica in module.replicas:
+            name, options = replica.name, module.options.of_replica(replica.options)
             if name not in module.replicas.diverged:
-                write_replica(
-                    ensemble.dirpath / name,
-                    name,
-                    module.stack,
-                    module.options,
-                    rank_factor=module.fit_settings.rank_factor,
-                    files=files,
-                    writer=writes,
-                )
+                files[CARD_NAME] = self._card(options)
+                write_replica(ensemble.dirpath / name, name, module.stack, options, files=files, writer=writes)
         if writes and module.replicas.diverged:
             folder.leave_out(module.replicas.diverged)
 
     def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str]:
-        """Return the text files that go with each adapter, by name."""
+        """Return the text files that are the same for each adapter, by name."""
         files, options = {}, module.options
         if isinstance(data, HasPrompt):
             files[PROMPT_NAME] = json.dumps(data.prompt_record(), indent=2) + "\n"
         if base := base_record(options.adapter, options.quantization):
             files[BASE_NAME] = json.dumps(base) + "\n"
-        about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
-        files[CARD_NAME] = seed_card(**about, whole=options.is_full_finetuning)
         if self._state.control is not None:
             files[CONTROL.name] = CONTROL.text(self._ensemble.folder.control_record)
         return files
+
+    def _card(self, options: ModelOptions) -> str:
+        """Return the model card of an adapter with these options."""
+        about = {"base_model": options.base_path, "adapter": options.display_text, "note": options.base_note}
+        return seed_card(**about, whole=options.is_full_finetuning)
 
     def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, TrainedRow]:
         """Return how long each adapter was trained, on how many tokens if that is known, and which step is kept."""

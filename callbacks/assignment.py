@@ -40,7 +40,6 @@ class Assignment(pl.Callback):
         settings = FitSettings(
             replicas,
             total_steps=replica_steps(self._state.share, trainer, data),
-            rank_factor=ensemble.next_rank_factor,
             on_divergence=ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)

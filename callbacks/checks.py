@@ -13,6 +13,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.stack_data import StackData
+from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
 
 
@@ -95,6 +96,7 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
     options, comparison = module.options, ensemble.comparison
     adapter = options.adapter
+    _check_sweep(ensemble, options)
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
             f"{reason} chooses among merges of the seeds' factors, and what model.adapter {adapter} adds to the "
@@ -103,15 +105,35 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     if options.is_full_finetuning:
         for rule in filter(None, (ensemble.rule, *comparison.compare.values())):
             check_dense(rule)
-    if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.seeds) == 1:
+    if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.replicas) == 1:
         return
     if ensemble.trains_controls:
         raise ValueError(
             f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
             "at other factors, over another base; use untrained"
         )
-    if ensemble.options.vary == "init" and not options.lora_dropout:
+    if ensemble.options.vary == "init" and not options.lora_dropout and len(ensemble.options.seeds) > 1:
         raise ValueError(
             f"ensemble.vary init: with model.adapter {adapter} all seeds start at the same weights, and without "
             "dropout they end at the same; use ensemble.vary order, or both"
         )
+
+
+def _check_sweep(ensemble: Ensemble, options: ModelOptions) -> None:
+    """Raise ValueError if a replica cannot have the options that are swept for it, or they would do nothing."""
+    swept = ensemble.options.sweep or {}
+    if "warmup_ratio" in swept and options.warmup_steps is not None:
+        raise ValueError(
+            f"ensemble.sweep warmup_ratio does nothing with model.warmup_steps {options.warmup_steps}, which overrides "
+            "it; leave out one of them"
+        )
+    if options.starts_at_weights and (ranks := [option for option in ("r", "lora_alpha") if option in swept]):
+        raise ValueError(
+            f"ensemble.sweep {ranks[0]}: with model.adapter {options.adapter} all replicas start at the same factors "
+            "of the weights, which are of one r and one lora_alpha; sweep another option, or train lora"
+        )
+    for replica in ensemble.replicas:
+        try:
+            options.of_replica(replica.options)
+        except ValueError as error:
+            raise ValueError(f"ensemble.sweep, for {replica.name}: {error}") from None

@@ -90,6 +90,12 @@ class SeedEnsembleCallback(CallbackOfParts):
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
+        sweep: values to try of ``learning_rate``, ``r``, ``lora_alpha``, ``lora_plus_ratio``, ``weight_decay``,
+            ``lr_scheduler`` and ``warmup_ratio``, a list for each option: all of them are replicas of one stack, which
+            has one entry per seed and set of values, named ``seed_11_lr0p001_r16``. They are merged like seeds, and the
+            greedy soup of them is scored beside.
+        sweep_mode: ``cross`` gives each seed all sets of values, ``zip`` gives each seed one value of each option, in
+            their order.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -114,6 +120,8 @@ class SeedEnsembleCallback(CallbackOfParts):
         on_divergence: str = "stop",
         checkpoint_every_n_steps: int = 25,
         resume: bool = False,
+        sweep: Mapping[str, Sequence[float | str]] | None = None,
+        sweep_mode: str = "cross",
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -133,6 +141,8 @@ class SeedEnsembleCallback(CallbackOfParts):
                 on_divergence=on_divergence,
                 checkpoint_every_n_steps=checkpoint_every_n_steps,
                 resume=resume,
+                sweep=sweep,
+                sweep_mode=sweep_mode,
             )
         )
         #: What the parts share about the fit at hand.
@@ -193,11 +203,6 @@ class SeedEnsembleCallback(CallbackOfParts):
     # The ensemble's own, under the names that a user's code has for them
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Return the seeds, one replica each."""
-        return self.ensemble.seeds
-
-    @property
     def dirpath(self) -> Path:
         """Return the folder of the run."""
         return self.ensemble.dirpath
@@ -208,13 +213,13 @@ class SeedEnsembleCallback(CallbackOfParts):
         return self.ensemble.fused_path
 
     @property
-    def trained(self) -> tuple[int, ...]:
-        """Return the seeds whose adapters, or whole models, are there."""
+    def trained(self) -> tuple[str, ...]:
+        """Return the replicas, by name, whose adapters, or whole models, are there."""
         return self.ensemble.trained
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """Return the seeds that are still to be trained."""
+    def pending(self) -> tuple[str, ...]:
+        """Return the replicas, by name, that are still to be trained."""
         return self.ensemble.pending
 
     @property
@@ -232,6 +237,6 @@ class SeedEnsembleCallback(CallbackOfParts):
         """Return the scores of the last test."""
         return self.ensemble.results
 
-    def adapter_path(self, seed: int) -> Path:
-        """Return where the adapter of a seed is, once it is trained."""
-        return self.ensemble.adapter_path(seed)
+    def adapter_path(self, replica: int | str) -> Path:
+        """Return where the adapter of a seed, or of a replica by its name, is, once it is trained."""
+        return self.ensemble.adapter_path(replica)

@@ -71,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> int:
             check_config(Path(file))
         cli = SeedLoRACLI(words)
         if finished and (pending := cli.ensemble.pending):
-            raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
+            raise UsageError(f"{cli.ensemble.dirpath} is not finished: {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection)):
             raise UsageError(f"{cli.ensemble.dirpath} was merged without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.merged_otherwise) is not None:
@@ -200,8 +200,9 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     seconds = cli.throughput.seconds * accumulate
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
     what = "training the seeds" if ensemble.trains_controls else "training"
+    n = len(plan.replicas)
     console.print(
-        f"Measured: {seconds:.3g} s a step of {min(len(plan.seeds), ensemble.stack_size or len(plan.seeds))} seeds, so "
+        f"Measured: {seconds:.3g} s a step of {min(n, ensemble.stack_size or n)} {plan.one}s, so "
         f"about {total} (h:mm:ss) of {what}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
         f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
         highlight=False,
@@ -248,8 +249,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     ensemble = cli.ensemble
     if cli.trainer.fast_dev_run:
         return
-    for seed, reason in ensemble.excluded.items():
-        console.print(f"Seed {seed} was left out: {reason}.")
+    for name, reason in ensemble.excluded.items():
+        console.print(f"{name} was left out: {reason}.")
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seedlora.names import BASE, FUSED, LONG_SEED, SOUP, WIDE_SEED
-from seedlora.records.cost import MemoryRecord, PlanRecord
+from seedlora.records.cost import MemoryRecord, PlanRecord, replica_count
 from seedlora.records.report import AdapterRow, Share, TestSet, TrainingCurves
 from seedlora.report.stored import StoredRun
 
@@ -18,7 +18,7 @@ def ensemble_shares(run: StoredRun) -> list[Share]:
     if run.cost is None:
         return []
     plan, took, peak = run.cost["plan"], run.cost["took"], run.cost["peak_bytes"] / 2**30
-    n, seeds = len(plan["seeds"]), took.get("seeds", {})
+    n, seeds = replica_count(plan), took.get("seeds", {})
     alone = seeds if n == 1 else took.get(LONG_SEED, {})
     rows: list[Share] = [
         *_token_shares(run, plan),
@@ -49,7 +49,7 @@ def ensemble_shares(run: StoredRun) -> list[Share]:
 
 def _token_shares(run: StoredRun, plan: PlanRecord) -> list[Share]:
     """Return the tokens that were seen, for one seed their mean; until all seeds are trained, those of the plan."""
-    n = len(plan["seeds"])
+    n = replica_count(plan)
     seen = [run.trained_on[seed] for seed in run.seeds if seed in run.trained_on]
     tokens = [row["tokens"] for row in seen if "tokens" in row]
     scored = [row["scored"] for row in seen if "scored" in row]
@@ -109,5 +109,5 @@ def _tokens_seen(run: StoredRun) -> dict[str, int]:
     if run.cost is None or run.settings.get("ensemble.patience"):
         return seen
     plan, n = run.cost["plan"], len(run.trained)
-    times = {**dict.fromkeys(run.trained, 1), LONG_SEED: len(plan["seeds"]), WIDE_SEED: 1, FUSED: n, SOUP: n}
+    times = {**dict.fromkeys(run.trained, 1), LONG_SEED: replica_count(plan), WIDE_SEED: 1, FUSED: n, SOUP: n}
     return {label: plan["tokens"] * share for label, share in times.items() if share} | seen

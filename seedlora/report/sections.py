@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from seedlora.names import GAIN_SEED, GAIN_SOUP, GREEDY
-from seedlora.records.cost import BaseIdentity, PlanRecord
+from seedlora.records.cost import BaseIdentity, PlanRecord, replica_count
 from seedlora.records.report import ModuleRow, Report, RunComparison, RunRow, Share, WeightRecord
 from seedlora.records.results import SampleLosses
 from seedlora.records.selection import CandidateRecord, Controls, LossDifference, Selection, SubsetRecord
@@ -266,7 +266,7 @@ def _amounts(plan: PlanRecord | None, sample: SampleLosses | None) -> list[list[
             ["budget", plan["budget"]],
             ["steps of each seed", count_text(plan["steps"])],
             ["rows in a step of each seed", count_text(plan["batch"])],
-            ["seeds", str(len(plan["seeds"]))],
+            ["seeds" if replica_count(plan) == len(plan["seeds"]) else "replicas", str(replica_count(plan))],
             ["passes", str(plan["passes"])],
             ["parameters of the frozen base", count_text(plan["base_parameters"])],
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from seedlora.names import ALL_CONTROLS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
+from seedlora.records.cost import replica_count
 from seedlora.records.report import AdapterComparison, TestSet, TrainingCurves
 from seedlora.records.selection import Selection
 from seedlora.report.stored import StoredRun
@@ -76,7 +77,7 @@ def missing(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurves) ->
         )
     if run.cost is None:
         sentences.append("The plan and the versions of the libraries are not stored.")
-    elif len(run.cost["plan"]["seeds"]) > 1 and not run.cost["took"].get(LONG_SEED):
+    elif replica_count(run.cost["plan"]) > 1 and not run.cost["took"].get(LONG_SEED):
         sentences.append(
             "No seed was trained alone, so what one takes is known in tokens and estimated in memory; the time is not "
             "known."

@@ -92,7 +92,7 @@ def replica_share(options: EnsembleOptions, trainer: pl.Trainer, *, control: str
     """
     return replica_budget(
         "full" if trainer.fast_dev_run or control == LONG_SEED else options.budget,
-        n=len(options.seeds),
+        n=len(options.replicas),
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
     )

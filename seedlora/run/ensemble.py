@@ -54,22 +54,24 @@ class Ensemble:
         self.options = options
         #: The merge rule and what it is compared with.
         self.comparison = options.comparison
-        trains_controls = options.controls == ALL_CONTROLS and len(options.seeds) > 1
+        #: All that are trained, in their order.
+        self.replicas = options.replicas
+        trains_controls = options.controls == ALL_CONTROLS and len(self.replicas) > 1
         #: What is trained, and what is still to do.
         self.folder = RunFolder(
             options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
-            options.seeds,
+            self.names,
             controls=TRAINED_CONTROLS if trains_controls else (),
         )
-        #: Seeds trained at once; None is all of them, as long as the memory estimate has not decided.
+        #: Replicas trained at once; None is all of them, as long as the memory estimate has not decided.
         self.stack_size: int | None = options.stack_size if isinstance(options.stack_size, int) else None
         #: What the last test said.
         self.results: Results | None = None
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Return the seeds, one replica each."""
-        return self.options.seeds
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the replicas."""
+        return tuple(replica.name for replica in self.replicas)
 
     @property
     def rule(self) -> BoundRule | None:
@@ -96,30 +98,30 @@ class Ensemble:
         return self.dirpath / FUSED
 
     @property
-    def trained(self) -> tuple[int, ...]:
-        """Return the seeds whose adapters, or whole models, are there."""
+    def trained(self) -> tuple[str, ...]:
+        """Return the replicas whose adapters, or whole models, are there."""
         return self.folder.trained
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """Return the seeds that are still to be trained."""
+    def pending(self) -> tuple[str, ...]:
+        """Return the replicas that are still to be trained."""
         return self.folder.pending
 
     @property
     def pending_controls(self) -> tuple[str, ...]:
-        """Return the controls that are still to be trained, once the seeds are."""
+        """Return the controls that are still to be trained, once the replicas are."""
         return self.folder.pending_controls
 
     @property
-    def excluded(self) -> dict[int, str]:
-        """Return the seeds that were left out, and why."""
+    def excluded(self) -> dict[str, str]:
+        """Return the replicas that were left out, and why."""
         reasons = self.folder.left_out
-        return {seed: reasons[label] for seed in self.seeds if (label := seed_name(seed)) in reasons}
+        return {name: reasons[name] for name in self.names if name in reasons}
 
     @property
     def folders(self) -> dict[str, Path]:
         """Return the adapters that a test reads and that are there, by label: plain soup is what ``fused`` holds."""
-        found = {seed_name(seed): self.adapter_path(seed) for seed in self.trained}
+        found = {name: self.adapter_path(name) for name in self.trained}
         found |= {name: self.dirpath / name for name in self.folder.trained_controls}
         if self.rule is not None and len(self.trained) > 1:
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
@@ -140,9 +142,9 @@ class Ensemble:
             asked = json.loads(json.dumps(rule_record(rule), default=str))
         return None if made == asked else MergedOtherwise(_rule_text(made), _rule_text(asked))
 
-    def adapter_path(self, seed: int) -> Path:
-        """Return where the adapter of a seed is, once it is trained."""
-        return self.folder.adapter(seed)
+    def adapter_path(self, replica: int | str) -> Path:
+        """Return where the adapter of a seed, or of a replica by its name, is, once it is trained."""
+        return self.dirpath / (replica if isinstance(replica, str) else seed_name(replica))
 
     # The next fit
 
@@ -159,19 +161,24 @@ class Ensemble:
     @property
     def next_names(self) -> tuple[str, ...]:
         """Return the adapters that the next fit trains: seeds, then one control after the other."""
-        return tuple(map(seed_name, self.folder.next_stack(self.stack_size))) or self.pending_controls[:1]
+        return self.folder.next_stack(self.stack_size) or self.pending_controls[:1]
 
     @property
     def next_replicas(self) -> tuple[Replica, ...]:
-        """Return the replicas that the next fit trains; a control starts and sees its rows as the first seed does."""
+        """Return the replicas that the next fit trains."""
         if (control := self.next_control) is not None:
-            return (replace(self.replica(self.trained[0]), name=control),)
-        return tuple(map(self.replica, self.folder.next_stack(self.stack_size)))
+            return (self._control_replica(control),)
+        return tuple(self.replicas[self.names.index(name)] for name in self.next_names)
 
-    @property
-    def next_rank_factor(self) -> int:
-        """Return the rank of the next replicas in units of a seed's."""
-        return len(self.trained) if self.next_control == WIDE_SEED else 1
+    def _control_replica(self, control: str) -> Replica:
+        """Return a control: it starts, learns and sees its rows as the first replica does, of a sweep as the best."""
+        like, selection = self.trained[0], self.folder.selection
+        if self.options.sweep and selection is not None and selection["best_seed"] in self.trained:
+            like = selection["best_seed"]
+        replica = self.replicas[self.names.index(like)]
+        if control == WIDE_SEED:
+            replica = replace(replica, options=replace(replica.options, rank_factor=len(self.trained)))
+        return replace(replica, name=control)
 
     @property
     def metrics_path(self) -> Path:
@@ -188,19 +195,10 @@ class Ensemble:
         """Return the optimizer steps that are in :attr:`ckpt_path`; 0 without a checkpoint."""
         return step_of(self.ckpt_path) if self.ckpt_path else 0
 
-    def replica(self, seed: int) -> Replica:
-        """Return the replica of a seed: what its seed decides, as the option ``vary`` says."""
-        first, vary = self.seeds[0], self.options.vary
-        return Replica(
-            seed_name(seed),
-            init_seed=first if vary == "order" else seed,
-            order_seed=first if vary == "init" else seed,
-        )
-
     def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
         """Return what the Trainer of the next control needs besides the run's own options.
 
-        With the equal budget the run's limits are what all seeds had together; with the full one they are a seed's.
+        With the equal budget the run's limits are what all replicas had together; with the full one they are one's.
 
         Args:
             max_epochs: of the run; ``None`` is no limit.
@@ -209,35 +207,35 @@ class Ensemble:
         if self.next_control != LONG_SEED or self.options.budget == "equal":
             return {}
         limits = {"max_epochs": max_epochs, "max_steps": max_steps}
-        return {name: len(self.seeds) * limit for name, limit in limits.items() if limit not in (None, -1)}
+        return {name: len(self.replicas) * limit for name, limit in limits.items() if limit not in (None, -1)}
 
     # What was trained
 
     @property
     def compared(self) -> Comparison:
-        """Return the merge rule and what it is compared with, among the seeds that are trained."""
-        return self.comparison.of_seeds([self.seeds.index(seed) for seed in self.trained])
+        """Return the merge rule and what it is compared with, among the replicas that are trained."""
+        return self.comparison.of_seeds([self.names.index(name) for name in self.trained])
 
     def read_seeds(self) -> dict[str, Adapter]:
-        """Read the adapters of the trained seeds."""
-        return {seed_name(seed): self._read(self.adapter_path(seed)) for seed in self.trained}
+        """Read the adapters of the trained replicas."""
+        return {name: self._read(self.adapter_path(name)) for name in self.trained}
 
     def merge_live(self, stacks: Stacks[LoRAFactors], names: Sequence[str], *, stack: Sequence[str]) -> Fused:
-        """Merge seeds in training, as they are, with the finished ones, in the order of the seeds.
+        """Merge replicas in training, as they are, with the finished ones, in the order of all.
 
         Args:
             stacks: the adapters in training of every layer by path.
             names: whose they are.
             stack: all replicas of the fit: where one was written before the run was killed, it trains again.
         """
-        finished = [seed_name(seed) for seed in self.trained if seed_name(seed) not in stack]
+        finished = [name for name in self.trained if name not in stack]
         if finished:
             stacks = join_stacks(stack_adapters({name: self._read(self.dirpath / name) for name in finished}), stacks)
         there = [*finished, *names]
-        seeds = [seed for seed in self.seeds if seed_name(seed) in there]
-        rule = rule_of_seeds(self.rule, [self.seeds.index(seed) for seed in seeds])
+        merged = [name for name in self.names if name in there]
+        rule = rule_of_seeds(self.rule, [self.names.index(name) for name in merged])
         assert rule is not None
-        return merge_stacks(select_adapters(stacks, [there.index(seed_name(seed)) for seed in seeds]), rule)
+        return merge_stacks(select_adapters(stacks, [there.index(name) for name in merged]), rule)
 
     def read_tested(self, device: torch.device) -> dict[str, Adapter]:
         """Read the adapters that a test scores, back from their folders, so that what is scored is what was written.
@@ -248,7 +246,7 @@ class Ensemble:
             device: where that is done.
         """
         read = {label: self._read(folder) for label, folder in self.folders.items()}
-        seeds = {label: read[label] for label in map(seed_name, self.trained)}
+        seeds = {label: read[label] for label in self.trained}
         if len(seeds) > 1 and SOUP not in read and (self.rule is not None or self.comparison.compare):
             fused = merge_stacks(stack_updates(seeds, self._base, device=device), soup)
             modules = {key: each[0] for key, each in fused.modules.items()}
@@ -262,7 +260,7 @@ class Ensemble:
             device: where that is done.
         """
         adapters = self.read_seeds()
-        if len(adapters) < 2 or not (self.comparison.compare or self.comparison.has_controls):
+        if len(adapters) < 2 or not (self.comparison.compare or self.comparison.compares_greedy):
             return {}
         fused = None
         if self.rule is not None:
@@ -276,7 +274,7 @@ class Ensemble:
     @property
     def _base(self) -> WeightFiles:
         """Return the base weights that DoRA's updates need; opened when they are read."""
-        return weight_files_of([self.adapter_path(seed) for seed in self.trained])
+        return weight_files_of([self.adapter_path(name) for name in self.trained])
 
 
 def _rule_text(record: AppliedRule) -> str:

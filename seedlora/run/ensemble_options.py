@@ -10,7 +10,9 @@ from typing import Any
 
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
+from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import Comparison
+from seedlora.training.replicas import Replica
 
 BUDGETS = ("equal", "full")
 VARY = ("both", "init", "order")
@@ -53,10 +55,13 @@ class EnsembleOptions:
     on_divergence: str = "stop"
     checkpoint_every_n_steps: int = 25
     resume: bool = False
+    sweep: Sweep | None = None
+    sweep_mode: str = "cross"
 
     def __post_init__(self) -> None:
         self._check_seeds()
         check_choice("vary", self.vary, VARY)
+        check_choice("sweep_mode", self.sweep_mode, SWEEP_MODES)
         size = self.stack_size
         if not (size in (None, AUTO) or (isinstance(size, int) and size >= 1)):
             raise ValueError(f"ensemble.stack_size must be at least 1, or '{AUTO}', got {size!r}")
@@ -69,8 +74,13 @@ class EnsembleOptions:
                 f"ensemble.checkpoint_every_n_steps must be at least 1, got {self.checkpoint_every_n_steps}"
             )
         check_choice("budget", self.budget, BUDGETS)
-        # The rules are bound here, so that a wrong name or option is known before training and not after it.
-        self._check_weights()
+        # Rules and replicas are made here, so that a wrong name or option is known before training and not after it.
+        self._check_weights(len(self.replicas))
+
+    @cached_property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Return what is trained: one replica per seed, or several where options are swept."""
+        return planned_replicas(self.seeds, vary=self.vary, sweep=self.sweep, mode=self.sweep_mode)
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -83,6 +93,7 @@ class EnsembleOptions:
             compare_options=self.compare_options,
             controls=self.controls,
             select_by=self.select_by,
+            finds_greedy=bool(self.sweep),
         )
 
     @property
@@ -98,12 +109,11 @@ class EnsembleOptions:
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f"ensemble.seeds must differ, but {repeated[0]} is given more than once")
 
-    def _check_weights(self) -> None:
-        """Raise ValueError unless a rule's option ``weights`` has one number per seed."""
+    def _check_weights(self, n: int) -> None:
+        """Raise ValueError unless a rule's option ``weights`` has one number per replica."""
         compared = [("compare_options", rule) for rule in self.comparison.compare.values()]
         for option, rule in [("merge_options", self.comparison.rule), *compared]:
             weights = None if rule is None else rule.options.get("weights")
-            if weights is not None and len(weights) != len(self.seeds):
-                raise ValueError(
-                    f"ensemble.{option} weights must be {len(self.seeds)} numbers, one per seed, got {weights}"
-                )
+            if weights is not None and len(weights) != n:
+                one = "replica" if self.sweep else "seed"
+                raise ValueError(f"ensemble.{option} weights must be {n} numbers, one per {one}, got {weights}")

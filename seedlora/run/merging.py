@@ -53,7 +53,7 @@ def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
         (folder.path / SELECTION_NAME).unlink(missing_ok=True)
     # Nor what a test said of an earlier merge.
     (folder.path / RESULTS_NAME).unlink(missing_ok=True)
-    seeds = [ensemble.adapter_path(seed) for seed in ensemble.trained]
+    seeds = [ensemble.adapter_path(name) for name in ensemble.trained]
     write: Callable[..., Path] = merge_folders
     if is_model(seeds[0]):
         settings = folder.settings or {}

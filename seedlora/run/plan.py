@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from seedlora.run.stack_data import PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
+    from seedlora.training.replicas import SweptOptions
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RunPlan:
 
     Args:
         seeds: of the replicas.
+        replicas: by name the options that a replica has of its own; one per seed unless options are swept.
         passes: how many stacks they are trained in, one after the other.
         budget: ``equal`` or ``full``.
         replica: how long each replica trains.
@@ -34,7 +36,7 @@ class RunPlan:
         tokens: that each replica sees in training.
         supervised: of these, scored.
         padding: part of the tokens of a forward that is padding.
-        trainable: parameters of one replica.
+        trainable: parameters of one replica, their mean where the replicas differ.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
         memory_alone: estimate for one seed alone.
@@ -51,6 +53,7 @@ class RunPlan:
     """
 
     seeds: Sequence[int]
+    replicas: Mapping[str, SweptOptions]
     passes: int
     budget: str
     replica: ReplicaBudget
@@ -75,10 +78,27 @@ class RunPlan:
     left_out: Sequence[str] = ()
     note: str | None = None
 
+    @property
+    def one(self) -> str:
+        """Return what is trained, for people."""
+        return "seed" if len(self.replicas) == len(self.seeds) else "replica"
+
+    @property
+    def _swept(self) -> str:
+        """Say which options are swept, and how many replicas that makes; empty if none is."""
+        values: dict[str, dict[object, None]] = {}
+        for own in self.replicas.values():
+            for option, value in own.items():
+                values.setdefault(option, {})[value] = None
+        if not values:
+            return ""
+        text = "; ".join(f"{option} {', '.join(map(str, each))}" for option, each in values.items())
+        return f": {len(self.replicas)} replicas, {text}"
+
     def table(self) -> Table:
         """Return the plan as a table for the terminal."""
         table = Table(title="The run", title_justify="left", show_header=False)
-        n = len(self.seeds)
+        n = len(self.replicas)
         epochs = (
             "" if self.replica.epochs is None else f"{_counted(self.replica.epochs, 'epoch')} of {self.rows:,} rows, "
         )
@@ -88,14 +108,14 @@ class RunPlan:
         rows = {
             "base model": f"{self.model}, {self.base_parameters / 1e6:,.1f} M parameters, {self.dtype}, frozen",
             "data": self.data,
-            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}",
-            "budget": f"{self.budget}: each seed {epochs}{self.steps:,} steps of {self.batch} rows",
+            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}" + self._swept,
+            "budget": f"{self.budget}: each {self.one} {epochs}{self.steps:,} steps of {self.batch} rows",
             "tokens": (
-                f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
+                f"{self.tokens:,} per {self.one} ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
             "adapter": self.adapter,
-            "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
+            "trainable": f"{self.trainable:,} parameters per {self.one}, {n * self.trainable:,} in all",
             "memory": (
                 f"about {gib(memory.total)}{each}: base {gib(memory.base)}, adapters {gib(memory.adapters)}, "
                 f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}; "
@@ -121,7 +141,8 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         data: a data module that is set up.
         ensemble: its seeds, budget, stack size and method.
     """
-    n = len(ensemble.seeds)
+    replicas = ensemble.replicas
+    n = len(replicas)
     share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
     steps = replica_steps(share, trainer, data)
@@ -129,9 +150,11 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
     seen = steps * sampler.rows_per_step
     model = options.outline
     stack = min(n, ensemble.stack_size or n)
-    memory = memory_of(trainer, options, data)
+    memory = memory_of(trainer, options, data, replicas)
+    sizes = [trainable_parameters(options.of_replica(replica.options)) for replica in replicas]
     return RunPlan(
-        seeds=ensemble.seeds,
+        seeds=ensemble.options.seeds,
+        replicas={replica.name: replica.options.swept for replica in replicas},
         passes=math.ceil(n / stack),
         budget=ensemble.options.budget,
         replica=share,
@@ -141,7 +164,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
-        trainable=trainable_parameters(options),
+        trainable=round(sum(sizes) / n),
         base_parameters=model.parameters,
         memory=memory(stack),
         memory_alone=memory(1),
@@ -152,7 +175,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         adapter=options.display_text,
         compile=options.compile,
         controls=(
-            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * options.r} for {steps:,}; "
+            f"trained after the seeds: one seed for {n * steps:,} steps, one of {n} times the rank for {steps:,}; "
             f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
             if ensemble.trains_controls
             else None

@@ -42,9 +42,12 @@ def planned_replicas(
         rows = zip(*values.values(), strict=True) if values else [()] * len(seeds)
         chosen = [(seed, dict(zip(values, row, strict=True))) for seed, row in zip(seeds, rows, strict=True)]
     else:
+        for option, given in values.items():
+            if repeated := sorted({value for value in given if given.count(value) > 1}, key=str):
+                raise ValueError(f"ensemble.sweep {option} has {repeated[0]} more than once")
         sets = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
         chosen = [(seed, options) for options in sets for seed in seeds]
-    first = seeds[0]
+    first = seeds[0] if seeds else 0
     return tuple(
         Replica(
             replica_name(seed, {option: options[option] for option in SWEPT if option in options}),
@@ -57,7 +60,7 @@ def planned_replicas(
 
 
 def checked_sweep(sweep: Sweep) -> dict[str, list[float | int | str]]:
-    """Return the values of each swept option in the option's own type, each at most once.
+    """Return the values of each swept option in the option's own type.
 
     Raises:
         ValueError: naming the option and what may be swept.
@@ -68,9 +71,7 @@ def checked_sweep(sweep: Sweep) -> dict[str, list[float | int | str]]:
             raise ValueError(f"ensemble.sweep {option} cannot be swept; choose from {', '.join(SWEPT)}")
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(f"ensemble.sweep {option} must be a list of values, got {given!r}")
-        values = [_checked_value(option, value) for value in given]
-        # Two seeds may share a value where each is given its own.
-        found[option] = values
+        found[option] = [_checked_value(option, value) for value in given]
     return found
 
 

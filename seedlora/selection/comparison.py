@@ -37,6 +37,7 @@ class Comparison:
             best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` trains two more
             adapters, see :class:`seedlora.callbacks.seed_ensemble.SeedEnsembleCallback`.
         select_by: what is best on validation rows: the lowest ``loss``, or most exact matches (``match``).
+        finds_greedy: find the greedy soup and compare it, where there are validation rows and something is merged.
 
     Raises:
         ValueError: for an unknown method, option or control.
@@ -51,9 +52,10 @@ class Comparison:
         compare_options: Mapping[str, Mapping[str, object]] | None = None,
         controls: str = NO_CONTROLS,
         select_by: str = "loss",
+        finds_greedy: bool = False,
     ) -> None:
         self.merge, self.options, self.select_by = merge, dict(options or {}), select_by
-        self.controls = controls
+        self.controls, self._finds_greedy = controls, finds_greedy
         check_select_by(select_by)
         if controls not in CONTROLS:
             raise ValueError(f"Unknown ensemble.controls '{controls}'; choose one of {', '.join(CONTROLS)}")
@@ -143,7 +145,12 @@ class Comparison:
     @property
     def wants_greedy(self) -> bool:
         """Return whether the members of the greedy soup have to be found."""
-        return self.merge in (AUTO, GREEDY) or GREEDY in self.compare or self.has_controls
+        return self.merge in (AUTO, GREEDY) or self.compares_greedy
+
+    @property
+    def compares_greedy(self) -> bool:
+        """Return whether the greedy soup is scored beside the others, once its members are known."""
+        return self.has_controls or GREEDY in self.compare or self._finds_greedy
 
 
 def rule_of_seeds(rule: BoundRule | None, kept: Sequence[int]) -> BoundRule | None:

@@ -118,13 +118,14 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
         controls[GAIN_SEED] = {"seed": best_seed}
     if greedy is not None:
         controls[GREEDY] = {"members": list(greedy.options["members"])}
+    if greedy is not None and comparison.compares_greedy:
+        last[GREEDY] = partial(merge_stacks, stacks, greedy)
     if comparison.has_controls and greedy is not None:
         tuned = _tune_soup(stacks, n, score, by)
         assert tuned.best is not None
         controls[GAIN_SOUP] = {**_name_rule(tuned.best, tuned.rules[tuned.best]), "candidates": tuned.records()}
         scores[GAIN_SOUP] = tuned.scores[tuned.best]
         last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
-        last[GREEDY] = partial(merge_stacks, stacks, greedy)
     scores |= lazily(last)
     scores[FUSED] = scores.pop(FUSED)  # last, for whoever reads the table
     rows = scores[seeds[0]]
@@ -184,7 +185,7 @@ def adapters_beside(
     if comparison.has_controls and GAIN_SOUP in tuned:
         control = tuned[GAIN_SOUP]
         made[GAIN_SOUP] = partial(merge_stacks, stacks, make_rule(control["method"], control["options"]))
-    if GREEDY in tuned and (comparison.has_controls or GREEDY in comparison.compare):
+    if GREEDY in tuned and comparison.compares_greedy:
         made[GREEDY] = partial(merge_stacks, stacks, soup_of(tuned[GREEDY]["members"]))
     for name, rule in comparison.compare.items():
         if rule is not None:

@@ -61,8 +61,8 @@ def parameter_groups(
     alike: dict[tuple[object, ...], list[tuple[Replica, ModelOptions]]] = {}
     for replica in replicas:
         own = options.of_replica(replica.options)
-        rates = (own.learning_rate, own.lora_plus_ratio, own.weight_decay)
-        alike.setdefault((*rates, own.lr_scheduler, own.warmup_ratio), []).append((replica, own))
+        learns = (own.learning_rate, own.lora_plus_ratio, own.weight_decay, own.lr_scheduler, own.warmup_ratio)
+        alike.setdefault(learns, []).append((replica, own))
 
     groups = []
     for members in alike.values():

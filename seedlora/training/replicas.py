@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypedDict, cast
 
 from seedlora.names import SWEPT
+
+
+class SweptOptions(TypedDict, total=False):
+    """Holds options of the module that a replica has of its own, by their names: those of :class:`ReplicaOptions`."""
+
+    learning_rate: float
+    r: int
+    lora_alpha: float
+    lora_plus_ratio: float
+    weight_decay: float
+    lr_scheduler: str
+    warmup_ratio: float
 
 
 @dataclass(frozen=True)
@@ -39,9 +52,10 @@ class ReplicaOptions:
     rank_factor: int = 1
 
     @property
-    def swept(self) -> dict[str, float | str]:
+    def swept(self) -> SweptOptions:
         """Return the options of the module that are the replica's own."""
-        return {name: value for name in SWEPT if (value := getattr(self, name)) is not None}
+        own = {name: value for name in SWEPT if (value := getattr(self, name)) is not None}
+        return cast("SweptOptions", own)
 
 
 @dataclass(frozen=True)
