@@ -35,13 +35,15 @@ from seedlora.cli.parser import (
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
 from seedlora.names import UNFINISHED_NAME
+from seedlora.records.sweep import SweepRecord
 from seedlora.report.page import write_report
+from seedlora.report.sweep import sweep_table
 from seedlora.run.budget import replica_share
 from seedlora.run.cost import PeakMemory, timed, write_cost
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.merging import merge_run
 from seedlora.run.plan import RunPlan, run_plan
-from seedlora.scores.tables import results_table, verdict
+from seedlora.scores.tables import results_table, titled_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 
@@ -286,11 +288,25 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         reason = one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: python -m seedlora report {run}", file=sys.stderr)  # noqa: T201
     else:
+        if (sweep := found["sweep"]) is not None:
+            _print_sweep(sweep, console)
         for sentence in found["advice"]["sentences"]:
             console.print(sentence, highlight=False, markup=False)
         if (better := found["advice"]["better"]) is not None:
             console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_sweep(sweep: SweepRecord, console: Console) -> None:
+    """Print the validation losses over the swept options."""
+    shown, table = sweep_table(sweep), titled_table("Validation loss of the sweep, nats per token")
+    for header in shown.header:
+        table.add_column(header, justify="left" if header == shown.header[0] else "right")
+    for row in shown.rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in sweep["sentences"]:
+        console.print(sentence, highlight=False, markup=False)
 
 
 def _hush() -> None:

@@ -10,6 +10,7 @@ from seedlora.records.json_file import JSONFile
 from seedlora.records.results import LossRecord, SampleLosses, ScoreRecord
 from seedlora.records.selection import Selection
 from seedlora.records.settings import RunSettings
+from seedlora.records.sweep import SweepRecord
 from seedlora.records.training import TrainedRow
 
 
@@ -371,6 +372,7 @@ class Report(TypedDict):
         training: losses over the training, in nats per token.
         train_sample: losses of all that was tested on the same training rows.
         selection: what the validation rows said.
+        sweep: validation losses over the swept options; null if nothing is swept.
         advice: which adapter to use.
         weights: what the adapters look like; null for whole models and unreadable folders.
         cost: the plan of the run.
@@ -395,6 +397,7 @@ class Report(TypedDict):
     training: TrainingCurves
     train_sample: SampleLosses | None
     selection: Selection | None
+    sweep: SweepRecord | None
     advice: Advice
     weights: WeightRecord | None
     cost: PlanRecord | None

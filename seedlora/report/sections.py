@@ -24,6 +24,7 @@ from seedlora.report.parts import (
     points_text,
 )
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
+from seedlora.report.sweep import sweep_section
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
@@ -32,6 +33,7 @@ def sections(report: Report) -> list[Section]:
     drawings = Drawings(figures(report))
     return [
         _advice(report),
+        sweep_section(report["sweep"], drawings),
         *sections_of_tests(report, drawings),
         *([] if report["selection"] is None else _selection(report["selection"], report["trained"], drawings)),
         cost_and_score(report, drawings),
