@@ -157,13 +157,13 @@ def _check_plain(adapter: Adapter) -> None:
     more += ["factors of an embedding"] if adapter.embeddings else []
     if more:
         raise AdapterError(
-            f"the adapter holds {more[0]}, which llama.cpp does not load beside a base model; add --into-base, which "
+            f"the adapter holds {more[0]}, which llama.cpp does not load beside a base model; add --into_base, which "
             "writes the whole model"
         )
     if adapter.quantization != "none":
         raise AdapterError(
             f"the adapter belongs on its base model in {adapter.quantization} alone, as its {BASE_NAME} says, and "
-            "llama.cpp quantises otherwise; merge it with --into-base a folder of that base"
+            "llama.cpp quantises otherwise; merge it with --into_base a folder of that base"
         )
 
 
@@ -174,7 +174,7 @@ def _tensor_name(path: str, names: TensorNameMap, model: GGUFModel) -> str:
         raise AdapterError(f"llama.cpp's {model.architecture} of {model.layers} layers has no adapter for '{path}'")
     if name == "output" and model.tied:
         raise AdapterError(
-            f"'{path}' is tied to the input embedding, so llama.cpp has no such weight; add --into-base, which writes "
+            f"'{path}' is tied to the input embedding, so llama.cpp has no such weight; add --into_base, which writes "
             "the whole model"
         )
     return name

@@ -139,7 +139,7 @@ def merge_command(record: FusionRecord) -> str:
     options = {**_options(record), **_given(record)}
     for key, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
-        words += [f"--{key.replace('_', '-')}", text]
+        words += [f"--{key}", text]
     return shlex.join([*words, "--out", "fused"])
 
 

@@ -236,6 +236,9 @@ def public_files(folder: Path, names: list[str], privacy: Privacy, base: PublicB
             texts[name] = (folder / name).read_text(encoding="utf-8")
             if name in _RECORDS:
                 privacy.learn(json.loads(texts[name]))
+            elif name == "tokenizer_config.json":  # its other texts are tokens
+                entries = json.loads(texts[name]).items()
+                privacy.learn({key: value for key, value in entries if key.endswith(("_path", "_file"))})
         except ValueError as error:
             raise UploadError(f"{folder / name} cannot be read: {error}") from None
     config = json.loads(texts[CONFIG_NAME])

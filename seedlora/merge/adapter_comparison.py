@@ -57,6 +57,17 @@ def compare(
 
     Raises:
         ValueError: for an unknown method; ``AdapterError`` for adapters that cannot be read or do not belong together.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> from seedlora import LoRAFactors, write_adapter
+        >>> for seed in (1, 2):
+        ...     factors = LoRAFactors(A=torch.eye(2, 8).unsqueeze(0), B=torch.ones(1, 6, 2) / seed)
+        ...     config = LoraConfig(r=2, lora_alpha=2, target_modules=["up_proj"])
+        ...     write_adapter(f"seed_{seed}", {"model.layers.0.mlp.up_proj": factors}, config)
+        >>> compare(["seed_1", "seed_2"], method="soup").cosines[0][1]  # one is half of the other
+        1.0
     """
     rule = None if method is None else make_rule(method)
     weights = weight_files_of(sources, base)

@@ -196,7 +196,7 @@ def test_outputs_are_matched_on_the_prompts_alone(setting):
     module = setting.module(CELL)
     data = setting.data("chain_sum", module)
     stacks = study.stack_of(study.train(CELL, setting, module, data))
-    soup = study.fuse(stacks, study.make_rule("soup"))
+    soup = study.merge_stacks(stacks, study.make_rule("soup"))
     ids, labels = data.rows["val"].padded(range(4))
     _, outputs = study.prompt_logits(module, {"soup": soup}, ids, labels, stacks)
     gains = study.output_gains(outputs)

@@ -12,7 +12,7 @@ from seedlora.callbacks import JSONLinesLogger, SeedEnsembleCallback
 from seedlora.training.replicas import StoppedError
 from tests.helpers.interventions import Fail
 from tests.helpers.models import make_data, make_module
-from tests.helpers.stopping import Validations, fit_scripted
+from tests.helpers.stopping import Validations
 from tests.helpers.training import make_trainer
 
 
@@ -60,12 +60,12 @@ def test_the_last_step_of_an_epoch_is_saved_too(tiny_llama, tmp_path):
         run.fit(make_module(tiny_llama, lora_dropout=0.1), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
 
     validations, wanted = Validations(), Validations()
-    fit_scripted("whole", wanted)
+    fit("whole", wanted)
     with pytest.raises(RuntimeError, match="killed"):
-        fit_scripted("x", validations, Fail())
+        fit("x", validations, Fail())
     (checkpoint,) = tmp_path.glob("x/checkpoints/*/*")
     assert checkpoint.name == "step=12.ckpt"
-    fit_scripted("x", validations, ckpt_path=checkpoint, resume=True)
+    fit("x", validations, ckpt_path=checkpoint, resume=True)
     for name in ("seed_1", "seed_2", "fused"):
         file = "adapter_model.safetensors"
         assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()

