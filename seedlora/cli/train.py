@@ -290,7 +290,8 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
     else:
         if (sweep := found["sweep"]) is not None:
             _print_sweep(sweep, console)
-        for sentence in found["advice"]["sentences"]:
+        compared = found["train_or_fuse"]
+        for sentence in [*found["advice"]["sentences"], *(() if compared is None else compared["sentences"])]:
             console.print(sentence, highlight=False, markup=False)
         if (better := found["advice"]["better"]) is not None:
             console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from seedlora.records.results import LossRecord, SampleLosses, ScoreRecord
 from seedlora.records.selection import Selection
 from seedlora.records.settings import RunSettings
 from seedlora.records.sweep import SweepRecord
+from seedlora.records.train_or_fuse import TrainOrFuseRecord
 from seedlora.records.training import TrainedRow
 
 
@@ -373,6 +374,7 @@ class Report(TypedDict):
         train_sample: losses of all that was tested on the same training rows.
         selection: what the validation rows said.
         sweep: validation losses over the swept options; null if nothing is swept.
+        train_or_fuse: whether one seed that is trained longer beats soup; null where that is no question.
         advice: which adapter to use.
         weights: what the adapters look like; null for whole models and unreadable folders.
         cost: the plan of the run.
@@ -398,6 +400,7 @@ class Report(TypedDict):
     train_sample: SampleLosses | None
     selection: Selection | None
     sweep: SweepRecord | None
+    train_or_fuse: TrainOrFuseRecord | None
     advice: Advice
     weights: WeightRecord | None
     cost: PlanRecord | None

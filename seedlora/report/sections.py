@@ -34,6 +34,10 @@ def sections(report: Report) -> list[Section]:
     return [
         _advice(report),
         sweep_section(report["sweep"], drawings),
+        Section(
+            "Train longer, or fuse?",
+            items=[] if report["train_or_fuse"] is None else report["train_or_fuse"]["sentences"],
+        ),
         *sections_of_tests(report, drawings),
         *([] if report["selection"] is None else _selection(report["selection"], report["trained"], drawings)),
         cost_and_score(report, drawings),

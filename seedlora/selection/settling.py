@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
@@ -150,10 +152,19 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
                 for label in (best_seed, *([SOUP] if n > 1 else []))
                 if is_finite(scores[FUSED]) and is_finite(scores[label])
             },
+            "soup_gain": loss_difference(_mean_scores([scores[seed] for seed in seeds]), scores[SOUP])
+            if n > 1 and all(is_finite(scores[label]) for label in (*seeds, SOUP))
+            else None,
             "controls": controls,
             "subsets": _score_subsets(stacks, seeds, rule, scores, score) if comparison.has_controls and n > 1 else [],
         },
     )
+
+
+def _mean_scores(rows: Sequence[RowScores]) -> RowScores:
+    """Return the mean losses of several adapters, right where all of them are."""
+    correct = torch.stack([row.correct for row in rows]).all(0)
+    return RowScores(torch.stack([row.losses for row in rows]).double().mean(0), correct, rows[0].tokens)
 
 
 def adapters_beside(

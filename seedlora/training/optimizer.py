@@ -108,7 +108,10 @@ def rate_schedule(options: ModelOptions, *, total: int) -> Callable[[int], float
         options: which schedule, and its warm-up.
         total: optimizer steps of the run.
     """
-    warmup = options.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(options.warmup_ratio * total)
+    warmup = warmup_of(total, ratio=options.warmup_ratio, steps=options.warmup_steps)
     return partial(learning_rate_factor, schedule=options.lr_scheduler, warmup=warmup, total=total)
+
+
+def warmup_of(total: int, *, ratio: float, steps: int | None) -> int:
+    """Return the steps in which the rate grows: those given, or a part of the run's."""
+    return math.ceil(ratio * total) if steps is None else steps
