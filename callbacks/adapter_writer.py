@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
+from seedlora.callbacks.exponential_mean import ExponentialMeans
+from seedlora.names import ema_name
 from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import steps_per_epoch
 from seedlora.run.ensemble import Ensemble
@@ -25,10 +28,11 @@ class AdapterWriter(pl.Callback):
     Args:
         ensemble: the run.
         state: of the fit.
+        means: the exponential means of the replicas' weights.
     """
 
-    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
-        self._ensemble, self._state = ensemble, state
+    def __init__(self, ensemble: Ensemble, state: FitState, means: ExponentialMeans) -> None:
+        self._ensemble, self._state, self._means = ensemble, state, means
 
     def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Write the adapters of this stack.
@@ -50,7 +54,14 @@ class AdapterWriter(pl.Callback):
             name, options = replica.name, module.options.of_replica(replica.options)
             if name not in module.replicas.diverged:
                 files[CARD_NAME] = self._card(options)
-                write_replica(ensemble.dirpath / name, name, module.stack, options, files=files, writer=writes)
+                write = partial(
+                    write_replica, name=name, stack=module.stack, options=options, files=files, writer=writes
+                )
+                # Before the replica, which is finished when its own folder is there.
+                with self._means.in_place(module, name) as has_mean:
+                    if has_mean:
+                        write(ensemble.dirpath / ema_name(name))
+                write(ensemble.dirpath / name)
         if writes and module.replicas.diverged:
             folder.leave_out(module.replicas.diverged)
 
@@ -80,7 +91,7 @@ class AdapterWriter(pl.Callback):
             best = self._state.best.get(replica.name)
             stopped = None if best is None else best.stopped
             steps = trainer.global_step if stopped is None else stopped
-            kept_step = best.step if best is not None and self._ensemble.options.keep == "best" else None
+            kept_step = best.step if best is not None and self._ensemble.options.keeps_best else None
             row: TrainedRow = {"steps": steps, "stopped": stopped is not None, "kept_step": kept_step}
             if isinstance(loader.sampler, CountsTokens):
                 per_epoch = steps_per_epoch(trainer, loader)

@@ -37,9 +37,11 @@ class Assignment(pl.Callback):
         self._state.begin(control, replica_share(ensemble.options, trainer, control=control))
         replicas = ensemble.next_replicas
         data.seeds = tuple(replica.order_seed for replica in replicas)
+        steps = replica_steps(self._state.share, trainer, data)
         settings = FitSettings(
             replicas,
-            total_steps=replica_steps(self._state.share, trainer, data),
+            total_steps=steps,
+            shared_steps=ensemble.options.shared_steps(steps) if control is None else 0,
             on_divergence=ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)

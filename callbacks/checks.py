@@ -10,6 +10,7 @@ from seedlora.merge.whole_models import check_dense
 from seedlora.names import ALL_CONTROLS
 from seedlora.run.budget import limited_batches, replica_share
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.stack_data import StackData
@@ -50,19 +51,20 @@ class Checks(pl.Callback):
         self.check_validation(trainer, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
+            ensemble.check_stack()
             self.open(trainer, module, data)
             if not ensemble.pending:
                 raise ValueError(f"{ensemble.dirpath}: all seeds are trained; Trainer.validate merges them again")
 
     def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
         """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
-        watches = self._ensemble.options.watches_validation
-        if watches and not holds_whole_adapters(trainer):
+        options = self._ensemble.options
+        if (reason := options.whole_adapters) is not None and not holds_whole_adapters(trainer):
             raise ValueError(
-                "ensemble.keep best and ensemble.patience write to the adapters, which DeepSpeed and fsdp2 keep in "
-                "parts; use ddp, or ensemble.keep last without patience"
+                f"{reason}: that reads and writes the adapters in training, which DeepSpeed and fsdp2 keep in parts; "
+                "use ddp, or leave it out"
             )
-        needed = "ensemble.keep best and ensemble.patience need" if watches else None
+        needed = "ensemble.keep best and ensemble.patience need" if options.watches_validation else None
         if (reason := self._ensemble.comparison.validated_for) is not None:
             needed = f"{reason} chooses on"
         if not needed or trainer.fast_dev_run:
@@ -97,6 +99,13 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     options, comparison = module.options, ensemble.comparison
     adapter = options.adapter
     _check_sweep(ensemble, options)
+    if options.is_full_finetuning and ensemble.options.ema is not None:
+        raise ValueError(f"ensemble.ema writes an adapter, and model.adapter {adapter} has none; leave it out")
+    if options.adds_dense and ensemble.options.keep == BEST_FUSED:
+        raise ValueError(
+            f"ensemble.keep {BEST_FUSED}: the fused adapter is not validated in training with model.adapter {adapter}, "
+            "whose updates have full rank; use ensemble.keep best"
+        )
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
             f"{reason} chooses among merges of the seeds' factors, and what model.adapter {adapter} adds to the "

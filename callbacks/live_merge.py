@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from seedlora.names import FUSED, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.training.live_updates import load_updates, read_updates
@@ -46,10 +45,8 @@ class LiveMerge(pl.Callback):
 
     @property
     def _label(self) -> str | None:
-        """Return the label of what is merged: until a rule is chosen, soup stands for it under its own name."""
-        if self._ensemble.rule is None or self._state.control is not None:
-            return None
-        return SOUP if self._ensemble.comparison.chooses else FUSED
+        """Return the label of what is merged; None while a control is trained."""
+        return self._ensemble.live_label if self._state.control is None else None
 
     def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
         """Return the labels of what is validated, and the adapters that they stand for."""

@@ -11,18 +11,20 @@ import lightning.pytorch as pl
 
 from seedlora.callbacks.adapter_writer import AdapterWriter
 from seedlora.callbacks.assignment import Assignment
+from seedlora.callbacks.branch import Branch
 from seedlora.callbacks.callback_of_parts import CallbackOfParts
 from seedlora.callbacks.checkpoints import Checkpoints
 from seedlora.callbacks.checks import Checks
 from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
+from seedlora.callbacks.exponential_mean import ExponentialMeans
 from seedlora.callbacks.final_merge import FinalMerge
 from seedlora.callbacks.live_merge import LiveMerge
 from seedlora.callbacks.termination import Termination, TerminationEnd
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
 from seedlora.run.ensemble import Ensemble
-from seedlora.run.ensemble_options import EnsembleOptions
+from seedlora.run.ensemble_options import INDEPENDENT, EnsembleOptions
 from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import StackData
 from seedlora.scores.results import Results
@@ -81,8 +83,10 @@ class SeedEnsembleCallback(CallbackOfParts):
             the first seed's weights and drop out what it does).
         stack_size: seeds trained at once; default all, or one where every weight is trained. ``auto`` takes as many as
             the memory estimate allows in 80 % of the machine's memory.
-        keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
-            loss was ``best``. A seed keeps what it would alone, whenever the others stop.
+        keep: the weights of each seed that are kept: those of its ``last`` step, of the validation at which its own
+            loss was ``best``, or, for all of them, of the one at which the loss of the fused adapter was lowest
+            (``best_fused``, which trains all seeds at once). With ``best`` a seed keeps what it would alone, whenever
+            the others stop.
         patience: validations without a new best loss after which a seed is stopped; default never.
         on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the
             run, its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no
@@ -96,6 +100,12 @@ class SeedEnsembleCallback(CallbackOfParts):
             greedy soup of them is scored beside.
         sweep_mode: ``cross`` gives each seed all sets of values, ``zip`` gives each seed one value of each option, in
             their order.
+        scheme: how the replicas share the budget. ``independent``: each is trained for itself. ``branch``: they start
+            at the first seed's weights and are one at first, which sees the rows of all in each step; then each goes
+            on with its own. It trains all seeds at once.
+        trunk: the part of the steps in which the replicas are one, with ``branch``; default half.
+        ema: decay of an exponential mean of each replica's weights, 0.99 for example, which is written beside it as an
+            ordinary adapter (``seed_11_ema``) and scored beside it, as is the soup of them; default none.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -122,6 +132,9 @@ class SeedEnsembleCallback(CallbackOfParts):
         resume: bool = False,
         sweep: Mapping[str, Sequence[float | str]] | None = None,
         sweep_mode: str = "cross",
+        scheme: str = INDEPENDENT,
+        trunk: float | None = None,
+        ema: float | None = None,
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -143,6 +156,9 @@ class SeedEnsembleCallback(CallbackOfParts):
                 resume=resume,
                 sweep=sweep,
                 sweep_mode=sweep_mode,
+                scheme=scheme,
+                trunk=trunk,
+                ema=ema,
             )
         )
         #: What the parts share about the fit at hand.
@@ -150,6 +166,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         ensemble, state = self.ensemble, self.fit_state
         self._checks = Checks(ensemble)
         self._early_stopping = SeedEarlyStopping(ensemble, state)
+        self._means = ExponentialMeans(ensemble)
         self._termination = Termination(state)
         self._comparison = ComparisonOnTest(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
@@ -157,8 +174,10 @@ class SeedEnsembleCallback(CallbackOfParts):
         self.parts = (
             self._checks,
             Assignment(ensemble, state),
+            Branch(),
+            self._means,
             self._early_stopping,
-            AdapterWriter(ensemble, state),
+            AdapterWriter(ensemble, state, self._means),
             Checkpoints(ensemble, state),
             self._termination,
             LiveMerge(ensemble, state),
@@ -168,12 +187,13 @@ class SeedEnsembleCallback(CallbackOfParts):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: the seeds' validations, and who is stopped."""
-        return self._early_stopping.state_dict()
+        """Return what a checkpoint needs: the seeds' validations, who is stopped, and the means of the weights."""
+        return {**self._early_stopping.state_dict(), **self._means.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations where they were."""
+        """Take up the validations and the means where they were."""
         self._early_stopping.load_state_dict(state_dict)
+        self._means.load_state_dict(state_dict)
 
     # For whoever runs the Trainer
 

@@ -168,6 +168,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.setup("fit")
     cli.callback.check_validation(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
+    ensemble.check_stack()
     if cli.metrics is not None:
         cli.metrics.path = ensemble.metrics_path
     plan = run_plan(trainer, module.options, data, ensemble)

@@ -62,6 +62,7 @@ class PlanRecord(TypedDict):
         adapter: what is trained, in words.
         compile: backend that compiles the layers; null is none.
         controls: the controls that are trained too, in words; null is none.
+        scheme: how the replicas share the budget, in words; null where each is trained for itself.
         processes: number of processes that train.
         left_out: a sentence for each source of rows that are not all used as they are.
         note: what was asked for and does nothing, in words; null is nothing.
@@ -89,6 +90,7 @@ class PlanRecord(TypedDict):
     adapter: str
     compile: str | None
     controls: str | None
+    scheme: NotRequired[str | None]
     processes: int
     left_out: NotRequired[list[str]]
     note: str | None

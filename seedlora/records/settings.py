@@ -14,8 +14,11 @@ RunSettings = TypedDict(
     "RunSettings",
     {
         "data": str,
+        "ensemble.ema": float | None,
         "ensemble.keep": str,
         "ensemble.patience": int | None,
+        "ensemble.scheme": str,
+        "ensemble.trunk": float | None,
         "ensemble.vary": str,
         "epochs per seed": int | None,
         "first seed": int | None,
@@ -23,6 +26,7 @@ RunSettings = TypedDict(
         "model.base_model": str,
         "model.quantization": str,
         "processes": int,
+        "replicas of the scheme": list[str] | None,
         "sha256 of the train rows": str,
         "sha256 of the val rows": str,
         "steps per seed": int | None,
@@ -36,8 +40,12 @@ RunSettings = TypedDict(
 #: What each key says, for ``docs/run_folder.md``.
 KEY_MEANINGS: dict[str, str] = {
     "data": "name of the data module's class.",
-    "ensemble.keep": "which weights of a seed are kept: those of the `last` step, or of its `best` validation.",
+    "ensemble.ema": "decay of the exponential mean of each replica's weights; null takes none.",
+    "ensemble.keep": "which weights of a seed are kept: of the `last` step, of its `best` validation, or of the fused "
+    "adapter's (`best_fused`).",
     "ensemble.patience": "validations without a better loss after which a seed is stopped; null never stops one.",
+    "ensemble.scheme": "how the replicas share the budget: `independent` or `branch`.",
+    "ensemble.trunk": "part of the steps in which all replicas are one, with scheme `branch`; null is half, or none.",
     "ensemble.vary": "what a seed decides: `both`, `init` or `order`.",
     "epochs per seed": "largest number of epochs that each seed trains; null is no limit.",
     "first seed": "the seed whose data order or start all share; null where `ensemble.vary` is `both`.",
@@ -45,6 +53,7 @@ KEY_MEANINGS: dict[str, str] = {
     "model.base_model": "folder or hub id of the base model.",
     "model.quantization": "how the frozen base model is quantised, or `none`.",
     "processes": "number of processes that train.",
+    "replicas of the scheme": "names of all replicas, where each depends on the others; null elsewhere.",
     "sha256 of the train rows": "checksum of the tokens of all training rows in their order.",
     "sha256 of the val rows": "checksum of the tokens of all validation rows in their order.",
     "steps per seed": "largest number of optimizer steps that each seed trains; null is no limit.",

@@ -15,7 +15,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.registry import METHODS
-from seedlora.names import BASE, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, LONG_SEED, SOUP, WIDE_SEED
+from seedlora.names import (
+    BASE,
+    EMA_SOUP,
+    FUSED,
+    GAIN_SEED,
+    GAIN_SOUP,
+    GREEDY,
+    LOGITS,
+    LONG_SEED,
+    SOUP,
+    WIDE_SEED,
+    ema_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +43,7 @@ GREY, PALE = "#8a8a8a", "#b9b9b9"
 CONTROL_COLOURS = {LONG_SEED: "#C0408A", WIDE_SEED: "#999933"}
 LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
-_OTHERS = tuple(dict.fromkeys((GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, *METHODS)))
+_OTHERS = tuple(dict.fromkeys((GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, *METHODS, EMA_SOUP)))
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
@@ -40,6 +52,8 @@ MARKERS = {
 }
 #: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
+#: Line and marker of a seed's exponential mean.
+MEAN_LINE, MEAN_MARKER = "--", "s"
 #: Inches; small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
 #: Inches that a letter of a legend takes, and what stands before and after a label.
@@ -106,6 +120,8 @@ class Palette:
         """Return colours by label: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
         return {
             **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
+            # An exponential mean has its seed's colour, and a marker and a line of its own.
+            **{ema_name(seed): COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
             **{label: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, label in enumerate(_OTHERS)},
             **CONTROL_COLOURS,
             SOUP: GREY,
@@ -119,15 +135,19 @@ class Palette:
 
     def line(self, label: str) -> str:
         """Return the style of an adapter's lines."""
+        if label in map(ema_name, self.seeds):
+            return MEAN_LINE
         return LINES.get(label) or SEED_LINES[self._round(label) % len(SEED_LINES)]
 
     def marker(self, label: str) -> str:
         """Return the marker of an adapter."""
+        if label in map(ema_name, self.seeds):
+            return MEAN_MARKER
         return MARKERS.get(label) or SEED_MARKERS[self._round(label) % len(SEED_MARKERS)]
 
     def _round(self, label: str) -> int:
         """Return how often the colours were used up before this seed; 0 for what is no seed."""
-        return list(self.seeds).index(label) // len(COLOURS) if self.colours.get(label) in COLOURS else 0
+        return list(self.seeds).index(label) // len(COLOURS) if label in self.seeds else 0
 
 
 def draw_svg(name: str, draw: Callable[[Axes], None], *, height: float = HEIGHT) -> str:

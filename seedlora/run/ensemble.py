@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, WIDE_SEED, seed_name
+from seedlora.names import ALL_CONTROLS, EMA_SOUP, FUSED, LONG_SEED, SOUP, WIDE_SEED, ema_name, seed_name
 from seedlora.records.fusion import AppliedRule
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
@@ -79,6 +80,13 @@ class Ensemble:
         return self.comparison.rule
 
     @property
+    def live_label(self) -> str | None:
+        """Return the label of what is merged in training: soup, as long as a rule is still to be chosen."""
+        if self.rule is None:
+            return None
+        return SOUP if self.comparison.chooses else FUSED
+
+    @property
     def method_name(self) -> str:
         """Return the merge method, for people, and what was chosen."""
         selection, name = self.folder.selection, self.comparison.method_name
@@ -123,6 +131,7 @@ class Ensemble:
         """Return the adapters that a test reads and that are there, by label: plain soup is what ``fused`` holds."""
         found = {name: self.adapter_path(name) for name in self.trained}
         found |= {name: self.dirpath / name for name in self.folder.trained_controls}
+        found |= {mean: self.dirpath / mean for mean in map(ema_name, found)}
         if self.rule is not None and len(self.trained) > 1:
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
         if self.rule is not None and not self.comparison.is_soup:
@@ -209,6 +218,14 @@ class Ensemble:
         limits = {"max_epochs": max_epochs, "max_steps": max_steps}
         return {name: len(self.replicas) * limit for name, limit in limits.items() if limit not in (None, -1)}
 
+    def check_stack(self) -> None:
+        """Raise ValueError if all replicas must be trained at once and are not."""
+        if (reason := self.options.one_stack) is not None and (self.stack_size or len(self.names)) < len(self.names):
+            raise ValueError(
+                f"{reason} trains all {len(self.names)} replicas at once, and ensemble.stack_size is "
+                f"{self.stack_size}; leave it out"
+            )
+
     # What was trained
 
     @property
@@ -260,13 +277,32 @@ class Ensemble:
             device: where that is done.
         """
         adapters = self.read_seeds()
-        if len(adapters) < 2 or not (self.comparison.compare or self.comparison.compares_greedy):
+        if len(adapters) < 2:
             return {}
+        made = {label: make for label, make in self.means(device).items() if label == EMA_SOUP}
+        if not (self.comparison.compare or self.comparison.compares_greedy):
+            return made
         fused = None
         if self.rule is not None:
             fused = {path: factors.to(device) for path, factors in self._read(self.fused_path).layers.items()}
         stacks = stack_updates(adapters, self._base, device=device)
-        return adapters_beside(self.compared, stacks, list(adapters), fused, self.folder.selection)
+        return made | adapters_beside(self.compared, stacks, list(adapters), fused, self.folder.selection)
+
+    def means(self, device: torch.device) -> dict[str, Callable[[], Layers]]:
+        """Return the exponential means of the replicas, and the soup of several, by label; made when they are called.
+
+        Args:
+            device: where that is done.
+        """
+        folders = [self.dirpath / ema_name(name) for name in self.trained]
+        read = {folder.name: self._read(folder) for folder in folders if is_trained(folder)}
+        made: dict[str, Callable[[], Layers]] = {
+            label: partial(stack_updates, {label: adapter}, self._base, device=device)
+            for label, adapter in read.items()
+        }
+        if 1 < len(read) == len(folders):
+            made[EMA_SOUP] = lambda: merge_stacks(stack_updates(read, self._base, device=device), soup)
+        return made
 
     def _read(self, folder: Path) -> Adapter:
         return read_adapter(folder, base=self._base)

@@ -11,12 +11,17 @@ from typing import Any
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
-from seedlora.selection.comparison import Comparison
+from seedlora.selection.comparison import NO_MERGE, Comparison
 from seedlora.training.replicas import Replica
 
 BUDGETS = ("equal", "full")
 VARY = ("both", "init", "order")
-KEEP = ("last", "best")
+BEST_FUSED = "best_fused"
+KEEP = ("last", "best", BEST_FUSED)
+INDEPENDENT, BRANCH = "independent", "branch"
+SCHEMES = (INDEPENDENT, BRANCH)
+#: Of the steps, where none is named.
+TRUNK = 0.5
 ON_DIVERGENCE = ("stop", "exclude")
 #: The stack size that the memory estimate decides.
 AUTO = "auto"
@@ -57,6 +62,9 @@ class EnsembleOptions:
     resume: bool = False
     sweep: Sweep | None = None
     sweep_mode: str = "cross"
+    scheme: str = INDEPENDENT
+    trunk: float | None = None
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         self._check_seeds()
@@ -74,13 +82,20 @@ class EnsembleOptions:
                 f"ensemble.checkpoint_every_n_steps must be at least 1, got {self.checkpoint_every_n_steps}"
             )
         check_choice("budget", self.budget, BUDGETS)
+        check_choice("scheme", self.scheme, SCHEMES)
+        self._check_scheme()
         # Rules and replicas are made here, so that a wrong name or option is known before training and not after it.
         self._check_weights(len(self.replicas))
 
     @cached_property
     def replicas(self) -> tuple[Replica, ...]:
         """Return what is trained: one replica per seed, or several where options are swept."""
-        return planned_replicas(self.seeds, vary=self.vary, sweep=self.sweep, mode=self.sweep_mode)
+        vary = self.vary if self.scheme == INDEPENDENT else "order"
+        return planned_replicas(self.seeds, vary=vary, sweep=self.sweep, mode=self.sweep_mode)
+
+    def shared_steps(self, steps: int) -> int:
+        """Return in how many of so many optimizer steps, the first ones, all replicas are one."""
+        return 0 if self.scheme != BRANCH else round((TRUNK if self.trunk is None else self.trunk) * steps)
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -97,9 +112,57 @@ class EnsembleOptions:
         )
 
     @property
+    def keeps_best(self) -> bool:
+        """Return whether the weights of a validation are kept, of each seed's own or of the fused adapter's best."""
+        return self.keep in ("best", BEST_FUSED)
+
+    @property
     def watches_validation(self) -> bool:
-        """Return whether each seed's own validation loss decides what is kept of it, or when it is stopped."""
-        return self.keep == "best" or self.patience is not None
+        """Return whether validation losses decide what is kept of the seeds, or when one is stopped."""
+        return self.keeps_best or self.patience is not None
+
+    @property
+    def one_stack(self) -> str | None:
+        """Return the option for which all replicas must be trained at once, for messages, if there is one."""
+        if self.scheme != INDEPENDENT:
+            return f"ensemble.scheme {self.scheme}"
+        return f"ensemble.keep {BEST_FUSED}" if self.keep == BEST_FUSED else None
+
+    @property
+    def whole_adapters(self) -> str | None:
+        """Return the options that read or write the adapters in training, for messages, if there are some."""
+        asked = {
+            f"keep {self.keep}": self.keeps_best,
+            "patience": self.patience is not None,
+            f"scheme {self.scheme}": self.scheme != INDEPENDENT,
+            "ema": self.ema is not None,
+        }
+        return " and ".join(f"ensemble.{option}" for option, given in asked.items() if given) or None
+
+    def _check_scheme(self) -> None:
+        """Raise ValueError for what does not go with the scheme, and for numbers out of range."""
+        if self.trunk is not None and self.scheme != BRANCH:
+            raise ValueError(f"ensemble.trunk is of scheme {BRANCH}, and ensemble.scheme is {self.scheme}")
+        if self.trunk is not None and not 0 <= self.trunk <= 1:
+            raise ValueError(f"ensemble.trunk is a part of the steps, from 0 to 1, got {self.trunk}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ensemble.ema must be between 0 and 1, 0.99 for example, got {self.ema}")
+        if self.keep == BEST_FUSED and self.merge == NO_MERGE:
+            raise ValueError(
+                f"ensemble.keep {BEST_FUSED} watches the fused adapter, and with --merge none there is none"
+            )
+        if self.scheme == INDEPENDENT:
+            return
+        if self.vary == "init":
+            raise ValueError(
+                f"ensemble.scheme {self.scheme} starts all replicas at the same weights, so their orders must differ: "
+                "ensemble.vary init does not go with it; take order, or both"
+            )
+        if self.sweep:
+            raise ValueError(
+                f"ensemble.scheme {self.scheme} is of replicas that differ in their seeds alone; leave out "
+                "ensemble.sweep"
+            )
 
     def _check_seeds(self) -> None:
         if not self.seeds:

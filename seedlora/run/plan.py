@@ -12,6 +12,7 @@ from rich.table import Table
 
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import BRANCH, EnsembleOptions
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import PlannedData
 
@@ -47,6 +48,7 @@ class RunPlan:
         adapter: what is trained, for people.
         compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
+        scheme: how the replicas share the budget, for people; None if each is trained for itself.
         processes: that train, each with the memory estimated.
         left_out: what became of rows that are not used as they are, a sentence for each source that has some.
         note: what was asked for and does nothing.
@@ -74,6 +76,7 @@ class RunPlan:
     adapter: str
     compile: str | None
     controls: str | None
+    scheme: str | None = None
     processes: int = 1
     left_out: Sequence[str] = ()
     note: str | None = None
@@ -123,6 +126,7 @@ class RunPlan:
             ),
             "merge": self.merge,
             "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
+            "scheme": self.scheme,
             "controls": self.controls,
             "note": self.note,
         }
@@ -180,10 +184,25 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
             if ensemble.trains_controls
             else None
         ),
+        scheme=_scheme(ensemble.options, n, steps, sampler.rows_per_step),
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
     )
+
+
+def _scheme(options: EnsembleOptions, n: int, steps: int, batch: int) -> str | None:
+    """Say how the replicas share the budget."""
+    parts = []
+    if options.scheme == BRANCH:
+        shared = options.shared_steps(steps)
+        parts.append(
+            f"{BRANCH}: for {shared:,} of {steps:,} steps all replicas are one with {n * batch} rows a step, then each "
+            "goes on with its own"
+        )
+    if options.ema is not None:
+        parts.append(f"an exponential mean of each replica's weights, decay {options.ema:g}, is written beside it")
+    return "; ".join(parts) or None
 
 
 def _rows(data: PlannedData) -> str:

@@ -94,7 +94,14 @@ def adapters_to_score(comparison: Comparison, paths: Sequence[str], n: int) -> i
     return n + 2 + len(candidates(comparison, paths, n)) + greedy + tuned
 
 
-def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: Score) -> Settled:
+def settle(
+    comparison: Comparison,
+    stacks: Layers,
+    seeds: Sequence[str],
+    score: Score,
+    *,
+    others: Mapping[str, Callable[[], Layers]] | None = None,
+) -> Settled:
     """Choose the rule if it is to be chosen, tune the controls, and compare the outcome with soup and seeds.
 
     Args:
@@ -102,6 +109,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
         stacks: the seeds' adapters of every layer by path.
         seeds: their labels.
         score: of adapters on validation rows.
+        others: adapters that are scored too, by label, and take no part in the choice; made when they are called.
     """
     n, by, lazily = len(seeds), comparison.select_by, partial(score_lazily, score=score, at_once=ALONE)
     scores = lazily({seed: partial(select_adapters, stacks, [i]) for i, seed in enumerate(seeds)})
@@ -111,7 +119,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
     rule = comparison.rule if choice.best is None else choice.rules[choice.best]
     assert rule is not None
     fused = merge_stacks(stacks, rule)
-    last: dict[str, Callable[[], Layers]] = {FUSED: lambda: fused}
+    last: dict[str, Callable[[], Layers]] = {**(others or {}), FUSED: lambda: fused}
     if n > 1:
         last[SOUP] = partial(merge_stacks, stacks, make_rule("soup"))
     controls: Controls = {}

@@ -233,10 +233,17 @@ class SeedLoRAModule(pl.LightningModule):
             )
             if not (broken := losses.broken(self.stack)):
                 self._show(losses)
-                return self._total(losses.sums / batch["num_items"][self.replicas.active_positions])
+                tokens = batch["num_items"][self.replicas.active_positions]
+                # The losses of replicas that are one have one mean, over the tokens of all.
+                return self._total(losses.sums / (tokens.sum() if self.are_one else tokens))
             self.replicas.exclude(broken, f"training loss not finite in step {self.trainer.global_step + 1}")
         self.trainer.should_stop = True
         return self._no_loss_of_idle()
+
+    @property
+    def are_one(self) -> bool:
+        """Tell whether all replicas are one in this optimizer step, which sees the rows of all."""
+        return self.trainer.global_step < self.fit_settings.shared_steps
 
     def _show(self, losses: MicroBatchLosses) -> None:
         """Log the mean loss of each replica over the micro-batch on all ranks."""
