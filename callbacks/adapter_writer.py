@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
 from seedlora.callbacks.exponential_mean import ExponentialMeans
-from seedlora.names import ema_name
+from seedlora.names import LONG_SEED_BEST, ema_name
 from seedlora.records.training import CONTROL, TrainedRow
 from seedlora.run.budget import steps_per_epoch
 from seedlora.run.ensemble import Ensemble
@@ -19,6 +19,7 @@ from seedlora.run.stack_data import CountsTokens, HasPrompt
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError
+from seedlora.training.stack_operations import holding
 from seedlora.training.writing import write_replica
 
 
@@ -50,7 +51,7 @@ class AdapterWriter(pl.Callback):
         # Before the folders, and who is left out after them: until then the stack is not finished.
         if writes:
             folder.add_trained(self._trained_on(trainer, module))
-        for replica in module.replicas:
+        for replica in (replica for replica in module.replicas if not replica.helps):
             name, options = replica.name, module.options.of_replica(replica.options)
             if name not in module.replicas.diverged:
                 files[CARD_NAME] = self._card(options)
@@ -61,9 +62,14 @@ class AdapterWriter(pl.Callback):
                 with self._means.in_place(module, name) as has_mean:
                     if has_mean:
                         write(ensemble.dirpath / ema_name(name))
+                if ensemble.writes_best_beside(self._state.control) and name in self._state.best:
+                    with holding(module.stack.parameters(name), self._state.best[name].weights):
+                        write(ensemble.dirpath / LONG_SEED_BEST)
                 write(ensemble.dirpath / name)
-        if writes and module.replicas.diverged:
-            folder.leave_out(module.replicas.diverged)
+        helpers = {replica.name for replica in module.replicas if replica.helps}
+        left_out = {name: why for name, why in module.replicas.diverged.items() if name not in helpers}
+        if writes and left_out:
+            folder.leave_out(left_out)
 
     def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str]:
         """Return the text files that are the same for each adapter, by name."""
@@ -86,7 +92,7 @@ class AdapterWriter(pl.Callback):
         loader = trainer.datamodule.train_dataloader()
         found = {}
         for replica in module.replicas:
-            if replica.name in module.replicas.diverged:
+            if replica.helps or replica.name in module.replicas.diverged:
                 continue
             best = self._state.best.get(replica.name)
             stopped = None if best is None else best.stopped
@@ -95,6 +101,13 @@ class AdapterWriter(pl.Callback):
             row: TrainedRow = {"steps": steps, "stopped": stopped is not None, "kept_step": kept_step}
             if isinstance(loader.sampler, CountsTokens):
                 per_epoch = steps_per_epoch(trainer, loader)
-                row["tokens"], row["scored"] = loader.sampler.seen(replica.order_seed, steps, steps_per_epoch=per_epoch)
+                # Those of its helpers were its own.
+                seeds = [other.order_seed for other in module.replicas if other == replica or other.helps]
+                seen = [loader.sampler.seen(seed, steps, steps_per_epoch=per_epoch) for seed in seeds]
+                row["tokens"], row["scored"] = map(sum, zip(*seen, strict=True))
+            if best is not None and kept_step is not None:
+                row["validation_loss"] = best.loss
+            elif (loss := trainer.callback_metrics.get(f"val/loss_{replica.name}")) is not None:
+                row["validation_loss"] = float(loss)
             found[replica.name] = row
         return found

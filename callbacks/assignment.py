@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seedlora.names import WIDE_BATCHES
 from seedlora.run.budget import replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
@@ -41,8 +42,9 @@ class Assignment(pl.Callback):
         settings = FitSettings(
             replicas,
             total_steps=steps,
-            shared_steps=ensemble.options.shared_steps(steps) if control is None else 0,
-            on_divergence=ensemble.options.on_divergence,
+            shared_steps=ensemble.options.shared_steps(steps, control),
+            # A rate that is too high for a wide batch is left out, and the others are tried.
+            on_divergence="exclude" if control in WIDE_BATCHES else ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)
 

@@ -116,7 +116,7 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
             check_dense(rule)
     if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.replicas) == 1:
         return
-    if ensemble.trains_controls:
+    if ensemble.trains_controls and ensemble.options.controls == ALL_CONTROLS:
         raise ValueError(
             f"ensemble.controls {ALL_CONTROLS} trains an adapter of another rank, for which {adapter} would start "
             "at other factors, over another base; use untrained"

@@ -53,7 +53,7 @@ class ExponentialMeans(pl.Callback):
         if self._decay is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        for replica in module.replicas.active:
+        for replica in (replica for replica in module.replicas.active if not replica.helps):
             weights = [parameter.detach() for parameter in module.stack.parameters(replica.name)]
             mean = self._means.get(replica.name) or [weight.clone() for weight in weights]
             # Those of a checkpoint are on the CPU.

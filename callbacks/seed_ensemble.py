@@ -75,6 +75,9 @@ class SeedEnsembleCallback(CallbackOfParts):
             times the factor that is best on validation rows, the greedy soup, and the mean of the seeds' probabilities
             (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and once
             more with the rank of all of them for as many as one had: ``n + 1`` times the tokens of a seed.
+            ``equal_tokens`` trains what costs as many tokens as all seeds: the first seed for so many, also at its best
+            validation, and one seed with the rows of all in each step, at 1, sqrt(n) and n times the learning rate,
+            of which validation chooses: four times the tokens of all seeds.
         select_by: what is best on validation rows: the lowest ``loss``, or the most exact matches (``match``).
         dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
         budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble

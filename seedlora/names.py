@@ -24,6 +24,9 @@ LOGITS, LONG_SEED, WIDE_SEED = "logit_mean", "long_seed", "wide_seed"
 WIDE_BATCH, OUTER_SEED = "wide_batch", "outer_seed"
 #: Of the training of ``long_seed``: the weights of its best validation, and their exponential mean.
 LONG_SEED_BEST, LONG_SEED_EMA = "long_seed_best", "long_seed_ema"
+#: Of the wide batch, one training for each learning rate that is tried: it is multiplied by the number of seeds to this
+#: power. The one with the lowest validation loss is ``wide_batch``.
+WIDE_BATCHES: Final = {f"{WIDE_BATCH}_x1": 0.0, f"{WIDE_BATCH}_xroot": 0.5, f"{WIDE_BATCH}_xn": 1.0}
 #: The soup of the exponential means of all replicas.
 EMA_SOUP: Final = "ema_soup"
 #: What each of them is.

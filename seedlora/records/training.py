@@ -17,6 +17,7 @@ class TrainedRow(TypedDict):
         kept_step: the step whose weights were kept; null where those of the last step are.
         tokens: tokens that it saw; not there where the data module does not count them.
         scored: of these tokens, the ones that the loss was taken of.
+        validation_loss: validation loss of the weights that were kept, or the last one before them.
     """
 
     steps: int
@@ -24,6 +25,7 @@ class TrainedRow(TypedDict):
     kept_step: int | None
     tokens: NotRequired[int]
     scored: NotRequired[int]
+    validation_loss: NotRequired[float]
 
 
 class ControlRecord(TypedDict):

@@ -24,7 +24,11 @@ from seedlora.names import (
     GREEDY,
     LOGITS,
     LONG_SEED,
+    LONG_SEED_BEST,
+    LONG_SEED_EMA,
     SOUP,
+    WIDE_BATCH,
+    WIDE_BATCHES,
     WIDE_SEED,
     ema_name,
 )
@@ -40,15 +44,22 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 INK, GRID = "#010203", "#040506"
 GREY, PALE = "#8a8a8a", "#b9b9b9"
 #: Colours and lines of the controls that are trained.
-CONTROL_COLOURS = {LONG_SEED: "#C0408A", WIDE_SEED: "#999933"}
-LINES = {LONG_SEED: "--", WIDE_SEED: ":"}
+CONTROL_COLOURS = {
+    **{LONG_SEED: "#C0408A", LONG_SEED_BEST: "#C0408A", LONG_SEED_EMA: "#C0408A", WIDE_SEED: "#999933"},
+    **dict.fromkeys((WIDE_BATCH, *WIDE_BATCHES), "#6A7FA8"),
+}
+LINES = {
+    **{LONG_SEED: "--", LONG_SEED_BEST: "-.", LONG_SEED_EMA: ":", WIDE_SEED: ":"},
+    **{WIDE_BATCH: "-", **dict(zip(WIDE_BATCHES, (":", "--", "-."), strict=True))},
+}
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
 _OTHERS = tuple(dict.fromkeys((GAIN_SEED, GAIN_SOUP, GREEDY, LOGITS, *METHODS, EMA_SOUP)))
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
     **{label: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, label in enumerate(_OTHERS)},
-    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^"},
+    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^", LONG_SEED_BEST: "*", LONG_SEED_EMA: "P"},
+    **{WIDE_BATCH: "^", **dict(zip(WIDE_BATCHES, "v<>", strict=True))},
 }
 #: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from seedlora.names import ALL_CONTROLS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
+from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
 from seedlora.records.cost import replica_count
 from seedlora.records.report import AdapterComparison, TestSet, TrainingCurves
 from seedlora.records.selection import Selection
@@ -101,8 +101,12 @@ def further_comparisons(run: StoredRun) -> list[str]:
     sentences = []
     if not given.compare:
         sentences.append("Other methods on the same items: --compare ties,knots_ties.")
-    if given.controls != ALL_CONTROLS:
+    if given.controls not in (ALL_CONTROLS, EQUAL_TOKENS):
         sentences.append("One seed for the tokens of all, and one with the rank of all: --controls.")
+    if given.controls != EQUAL_TOKENS:
+        sentences.append(
+            "One seed with the rows of all in each step, at the best of three rates: --controls equal_tokens."
+        )
     if given.controls == NO_CONTROLS:
         sentences.append(
             "Tuned gains, the greedy soup, every subset of the seeds: --controls untrained, with validation rows."

@@ -20,8 +20,20 @@ from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.record import rule_record
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import ALL_CONTROLS, EMA_SOUP, FUSED, LONG_SEED, SOUP, WIDE_SEED, ema_name, seed_name
+from seedlora.names import (
+    EMA_SOUP,
+    EQUAL_TOKENS,
+    FUSED,
+    LONG_SEED,
+    LONG_SEED_BEST,
+    SOUP,
+    WIDE_BATCH,
+    WIDE_BATCHES,
+    ema_name,
+    seed_name,
+)
 from seedlora.records.fusion import AppliedRule
+from seedlora.run.controls import TRAINED, best_of, control_replicas
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
 from seedlora.scores.results import Results
@@ -30,9 +42,6 @@ from seedlora.selection.settling import adapters_beside
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
-
-#: In the order in which they are trained.
-TRAINED_CONTROLS = (LONG_SEED, WIDE_SEED)
 
 
 class MergedOtherwise(NamedTuple):
@@ -57,12 +66,11 @@ class Ensemble:
         self.comparison = options.comparison
         #: All that are trained, in their order.
         self.replicas = options.replicas
-        trains_controls = options.controls == ALL_CONTROLS and len(self.replicas) > 1
         #: What is trained, and what is still to do.
         self.folder = RunFolder(
             options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
             self.names,
-            controls=TRAINED_CONTROLS if trains_controls else (),
+            controls=TRAINED.get(options.controls, ()) if len(self.replicas) > 1 else (),
         )
         #: Replicas trained at once; None is all of them, as long as the memory estimate has not decided.
         self.stack_size: int | None = options.stack_size if isinstance(options.stack_size, int) else None
@@ -130,13 +138,23 @@ class Ensemble:
     def folders(self) -> dict[str, Path]:
         """Return the adapters that a test reads and that are there, by label: plain soup is what ``fused`` holds."""
         found = {name: self.adapter_path(name) for name in self.trained}
-        found |= {name: self.dirpath / name for name in self.folder.trained_controls}
-        found |= {mean: self.dirpath / mean for mean in map(ema_name, found)}
+        found |= self._control_folders()
+        found |= {ema_name(label): folder.with_name(ema_name(folder.name)) for label, folder in found.items()}
         if self.rule is not None and len(self.trained) > 1:
             found[SOUP] = self.fused_path if self.comparison.is_soup else self.dirpath / SOUP
         if self.rule is not None and not self.comparison.is_soup:
             found[FUSED] = self.fused_path
         return {label: folder for label, folder in found.items() if is_trained(folder)}
+
+    def _control_folders(self) -> dict[str, Path]:
+        """Return the trained controls by label; of the wide batches the one that is best on the validation rows."""
+        trained = self.folder.trained_controls
+        found = {name: self.dirpath / name for name in trained if name not in WIDE_BATCHES}
+        if LONG_SEED in found:
+            found[LONG_SEED_BEST] = self.dirpath / LONG_SEED_BEST
+        if (best := best_of([name for name in trained if name in WIDE_BATCHES], self.folder.trained_on)) is not None:
+            found[WIDE_BATCH] = self.dirpath / best
+        return found
 
     @property
     def merged_otherwise(self) -> MergedOtherwise | None:
@@ -169,30 +187,29 @@ class Ensemble:
 
     @property
     def next_names(self) -> tuple[str, ...]:
-        """Return the adapters that the next fit trains: seeds, then one control after the other."""
-        return self.folder.next_stack(self.stack_size) or self.pending_controls[:1]
+        """Return the names of what the next fit trains: replicas, then one control after the other."""
+        return tuple(replica.name for replica in self.next_replicas)
 
     @property
     def next_replicas(self) -> tuple[Replica, ...]:
         """Return the replicas that the next fit trains."""
         if (control := self.next_control) is not None:
-            return (self._control_replica(control),)
-        return tuple(self.replicas[self.names.index(name)] for name in self.next_names)
+            like = self.replicas[self.names.index(self._typical)]
+            return control_replicas(control, like, seeds=self.options.seeds, trained=len(self.trained))
+        return tuple(self.replicas[self.names.index(name)] for name in self.folder.next_stack(self.stack_size))
 
-    def _control_replica(self, control: str) -> Replica:
-        """Return a control: it starts, learns and sees its rows as the first replica does, of a sweep as the best."""
-        like, selection = self.trained[0], self.folder.selection
+    @property
+    def _typical(self) -> str:
+        """Return the replica that controls are like: the first one, of a sweep the best on the validation rows."""
+        selection = self.folder.selection
         if self.options.sweep and selection is not None and selection["best_seed"] in self.trained:
-            like = selection["best_seed"]
-        replica = self.replicas[self.names.index(like)]
-        if control == WIDE_SEED:
-            replica = replace(replica, options=replace(replica.options, rank_factor=len(self.trained)))
-        return replace(replica, name=control)
+            return selection["best_seed"]
+        return self.trained[0]
 
     @property
     def metrics_path(self) -> Path:
         """Return where the metrics of the next fit belong."""
-        return self.folder.metrics(self.next_names)
+        return self.folder.metrics((self.next_control,) if self.next_control else self.next_names)
 
     @property
     def ckpt_path(self) -> Path | None:
@@ -203,6 +220,10 @@ class Ensemble:
     def ckpt_step(self) -> int:
         """Return the optimizer steps that are in :attr:`ckpt_path`; 0 without a checkpoint."""
         return step_of(self.ckpt_path) if self.ckpt_path else 0
+
+    def writes_best_beside(self, control: str | None) -> bool:
+        """Return whether the weights of a control's best validation are written beside its last ones."""
+        return control == LONG_SEED and self.options.controls == EQUAL_TOKENS and not self.options.keeps_best
 
     def control_limits(self, *, max_epochs: int | None, max_steps: int) -> dict[str, int]:
         """Return what the Trainer of the next control needs besides the run's own options.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.names import NO_CONTROLS
+from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, WIDE_BATCHES
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import NO_MERGE, Comparison
 from seedlora.training.replicas import Replica
@@ -93,8 +93,15 @@ class EnsembleOptions:
         vary = self.vary if self.scheme == INDEPENDENT else "order"
         return planned_replicas(self.seeds, vary=vary, sweep=self.sweep, mode=self.sweep_mode)
 
-    def shared_steps(self, steps: int) -> int:
-        """Return in how many of so many optimizer steps, the first ones, all replicas are one."""
+    def shared_steps(self, steps: int, control: str | None = None) -> int:
+        """Return in how many of so many optimizer steps, the first ones, all replicas of a fit are one.
+
+        Args:
+            steps: of the fit.
+            control: the control that it trains; default: replicas.
+        """
+        if control is not None:
+            return steps if control in WIDE_BATCHES else 0
         return 0 if self.scheme != BRANCH else round((TRUNK if self.trunk is None else self.trunk) * steps)
 
     @cached_property
@@ -126,6 +133,8 @@ class EnsembleOptions:
         """Return the option for which all replicas must be trained at once, for messages, if there is one."""
         if self.scheme != INDEPENDENT:
             return f"ensemble.scheme {self.scheme}"
+        if self.controls == EQUAL_TOKENS:
+            return f"ensemble.controls {EQUAL_TOKENS}"
         return f"ensemble.keep {BEST_FUSED}" if self.keep == BEST_FUSED else None
 
     @property
@@ -136,6 +145,7 @@ class EnsembleOptions:
             "patience": self.patience is not None,
             f"scheme {self.scheme}": self.scheme != INDEPENDENT,
             "ema": self.ema is not None,
+            f"controls {self.controls}": self.controls == EQUAL_TOKENS,
         }
         return " and ".join(f"ensemble.{option}" for option, given in asked.items() if given) or None
 
@@ -150,6 +160,11 @@ class EnsembleOptions:
         if self.keep == BEST_FUSED and self.merge == NO_MERGE:
             raise ValueError(
                 f"ensemble.keep {BEST_FUSED} watches the fused adapter, and with --merge none there is none"
+            )
+        if self.controls == EQUAL_TOKENS and self.sweep:
+            raise ValueError(
+                f"ensemble.controls {EQUAL_TOKENS} has the rows of all seeds, and with ensemble.sweep several replicas "
+                "have the same ones; leave out one of them"
             )
         if self.scheme == INDEPENDENT:
             return

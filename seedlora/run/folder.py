@@ -175,9 +175,14 @@ class RunFolder:
         """Write down adapters that are left out, and why."""
         EXCLUDED.write(self.path, {**self.left_out, **reasons})
 
+    @property
+    def trained_on(self) -> dict[str, TrainedRow]:
+        """Return how long each adapter was trained."""
+        return self._read(TRAINED) or {}
+
     def add_trained(self, rows: Mapping[str, TrainedRow]) -> None:
         """Write down how adapters were trained."""
-        TRAINED.write(self.path, {**(self._read(TRAINED) or {}), **rows})
+        TRAINED.write(self.path, {**self.trained_on, **rows})
 
     def forget_fused(self) -> list[str]:
         """Remove what these seeds were merged to before, and what was said of it; return the names of the folders."""

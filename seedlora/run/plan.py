@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from rich.table import Table
 
+from seedlora.names import EQUAL_TOKENS, WIDE_BATCHES
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, EnsembleOptions
@@ -178,17 +179,25 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         dtype=options.base_precision,
         adapter=options.display_text,
         compile=options.compile,
-        controls=(
-            f"trained after the seeds: one seed for {n * steps:,} steps, one of {n} times the rank for {steps:,}; "
-            f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
-            if ensemble.trains_controls
-            else None
-        ),
+        controls=_controls(ensemble, steps, sampler.rows_per_step, int(seen * rows.lengths.mean())),
         scheme=_scheme(ensemble.options, n, steps, sampler.rows_per_step),
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
     )
+
+
+def _controls(ensemble: Ensemble, steps: int, batch: int, tokens: int) -> str | None:
+    """Say which controls are trained, and for how many tokens more."""
+    if not ensemble.trains_controls:
+        return None
+    n = len(ensemble.replicas)
+    long = f"trained after the seeds: one seed for {n * steps:,} steps"
+    if ensemble.options.controls == EQUAL_TOKENS:
+        factors = ", ".join(f"{n**power:.3g}" for power in WIDE_BATCHES.values())
+        wide = f"one with {n * batch} rows a step for {steps:,}, at {factors} times the learning rate"
+        return f"{long}, {wide}; {(1 + len(WIDE_BATCHES)) * n * tokens:,} tokens more"
+    return f"{long}, one of {n} times the rank for {steps:,}; {(n + 1) * tokens:,} tokens more"
 
 
 def _scheme(options: EnsembleOptions, n: int, steps: int, batch: int) -> str | None:

@@ -249,7 +249,8 @@ class SeedLoRAModule(pl.LightningModule):
         """Log the mean loss of each replica over the micro-batch on all ranks."""
         sums, tokens = losses.shown
         means = zip(losses.replicas, sums / tokens, strict=True)
-        self.log_dict({f"train/loss_{replica.name}": mean for replica, mean in means}, prog_bar=True)
+        shown = {f"train/loss_{replica.name}": mean for replica, mean in means if not replica.helps}
+        self.log_dict(shown, prog_bar=True)
         self.last_forward = ForwardSize(losses.size, tokens.sum().item() / self.trainer.world_size)
 
     def _total(self, losses: Float[Tensor, " n"]) -> Tensor:

@@ -67,12 +67,14 @@ class Replica:
         init_seed: of the initial weights and of the dropout.
         order_seed: of the order of the data.
         options: what it has other than the module's.
+        helps: whether it is there for another one of the same fit alone, and is neither validated nor written.
     """
 
     name: str
     init_seed: int
     order_seed: int
     options: ReplicaOptions = ReplicaOptions()
+    helps: bool = False
 
 
 class StoppedError(RuntimeError):
