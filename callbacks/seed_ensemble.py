@@ -20,6 +20,7 @@ from seedlora.callbacks.early_stopping import SeedEarlyStopping
 from seedlora.callbacks.exponential_mean import ExponentialMeans
 from seedlora.callbacks.final_merge import FinalMerge
 from seedlora.callbacks.live_merge import LiveMerge
+from seedlora.callbacks.local_averaging import LocalAveraging
 from seedlora.callbacks.termination import Termination, TerminationEnd
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
@@ -105,10 +106,15 @@ class SeedEnsembleCallback(CallbackOfParts):
             their order.
         scheme: how the replicas share the budget. ``independent``: each is trained for itself. ``branch``: they start
             at the first seed's weights and are one at first, which sees the rows of all in each step; then each goes
-            on with its own. It trains all seeds at once.
+            on with its own. ``local``: they start at the first seed's weights, and get the mean of their weights from
+            time to time. The last two train all seeds at once.
         trunk: the part of the steps in which the replicas are one, with ``branch``; default half.
         ema: decay of an exponential mean of each replica's weights, 0.99 for example, which is written beside it as an
             ordinary adapter (``seed_11_ema``) and scored beside it, as is the soup of them; default none.
+        average_every: optimizer steps between two averages, with ``local``; default 20.
+        average_growth: with it a round takes ``(average_growth / learning rate)**2`` steps where that is more.
+        outer_learning_rate: with it the mean of the replicas is a step of SGD with Nesterov's momentum 0.9, as in
+            DiLoCo, which takes 0.7; default: the mean itself.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -138,6 +144,9 @@ class SeedEnsembleCallback(CallbackOfParts):
         scheme: str = INDEPENDENT,
         trunk: float | None = None,
         ema: float | None = None,
+        average_every: int | None = None,
+        average_growth: float | None = None,
+        outer_learning_rate: float | None = None,
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -162,6 +171,9 @@ class SeedEnsembleCallback(CallbackOfParts):
                 scheme=scheme,
                 trunk=trunk,
                 ema=ema,
+                average_every=average_every,
+                average_growth=average_growth,
+                outer_learning_rate=outer_learning_rate,
             )
         )
         #: What the parts share about the fit at hand.
@@ -169,7 +181,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         ensemble, state = self.ensemble, self.fit_state
         self._checks = Checks(ensemble)
         self._early_stopping = SeedEarlyStopping(ensemble, state)
-        self._means = ExponentialMeans(ensemble)
+        self._means, self._averaging = ExponentialMeans(ensemble), LocalAveraging(ensemble, state)
         self._termination = Termination(state)
         self._comparison = ComparisonOnTest(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
@@ -178,6 +190,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             self._checks,
             Assignment(ensemble, state),
             Branch(),
+            self._averaging,
             self._means,
             self._early_stopping,
             AdapterWriter(ensemble, state, self._means),
@@ -191,12 +204,14 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: the seeds' validations, who is stopped, and the means of the weights."""
-        return {**self._early_stopping.state_dict(), **self._means.state_dict()}
+        parts = (self._early_stopping, self._means, self._averaging)
+        return {key: value for part in parts for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the validations and the means where they were."""
         self._early_stopping.load_state_dict(state_dict)
         self._means.load_state_dict(state_dict)
+        self._averaging.load_state_dict(state_dict)
 
     # For whoever runs the Trainer
 

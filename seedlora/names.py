@@ -22,6 +22,8 @@ GAIN_SOUP: Final = "gain_soup"
 GREEDY: Final = "greedy_soup"
 LOGITS, LONG_SEED, WIDE_SEED = "logit_mean", "long_seed", "wide_seed"
 WIDE_BATCH, OUTER_SEED = "wide_batch", "outer_seed"
+#: Trained for the tokens of all replicas, one after the other.
+LONG: Final = (LONG_SEED, OUTER_SEED)
 #: Of the training of ``long_seed``: the weights of its best validation, and their exponential mean.
 LONG_SEED_BEST, LONG_SEED_EMA = "long_seed_best", "long_seed_ema"
 #: Of the wide batch, one training for each learning rate that is tried: it is multiplied by the number of seeds to this

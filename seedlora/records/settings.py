@@ -14,8 +14,11 @@ RunSettings = TypedDict(
     "RunSettings",
     {
         "data": str,
+        "ensemble.average_every": int | None,
+        "ensemble.average_growth": float | None,
         "ensemble.ema": float | None,
         "ensemble.keep": str,
+        "ensemble.outer_learning_rate": float | None,
         "ensemble.patience": int | None,
         "ensemble.scheme": str,
         "ensemble.trunk": float | None,
@@ -40,11 +43,14 @@ RunSettings = TypedDict(
 #: What each key says, for ``docs/run_folder.md``.
 KEY_MEANINGS: dict[str, str] = {
     "data": "name of the data module's class.",
+    "ensemble.average_every": "steps between two averages of the replicas, with scheme `local`; null is 20, or none.",
+    "ensemble.average_growth": "alpha of the rule by which these steps grow; null keeps them equal.",
     "ensemble.ema": "decay of the exponential mean of each replica's weights; null takes none.",
     "ensemble.keep": "which weights of a seed are kept: of the `last` step, of its `best` validation, or of the fused "
     "adapter's (`best_fused`).",
+    "ensemble.outer_learning_rate": "learning rate of the outer step, with scheme `local`; null takes the mean itself.",
     "ensemble.patience": "validations without a better loss after which a seed is stopped; null never stops one.",
-    "ensemble.scheme": "how the replicas share the budget: `independent` or `branch`.",
+    "ensemble.scheme": "how the replicas share the budget: `independent`, `branch` or `local`.",
     "ensemble.trunk": "part of the steps in which all replicas are one, with scheme `branch`; null is half, or none.",
     "ensemble.vary": "what a seed decides: `both`, `init` or `order`.",
     "epochs per seed": "largest number of epochs that each seed trains; null is no limit.",

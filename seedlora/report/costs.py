@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seedlora.names import BASE, FUSED, LONG_SEED, SOUP, WIDE_BATCH, WIDE_SEED
+from seedlora.names import BASE, FUSED, LONG, LONG_SEED, SOUP, WIDE_BATCH, WIDE_SEED
 from seedlora.records.cost import MemoryRecord, PlanRecord, replica_count
 from seedlora.records.report import AdapterRow, Share, TestSet, TrainingCurves
 from seedlora.report.stored import StoredRun
@@ -77,7 +77,7 @@ def adapter_rows(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurve
     seen = _tokens_seen(run)
     sample = {} if run.results is None or "train_sample" not in run.results else run.results["train_sample"]["losses"]
     scores = {row["adapter"]: row for test in tests[:1] for row in test["scores"]}
-    labels = dict.fromkeys([*run.trained, LONG_SEED, WIDE_SEED, WIDE_BATCH, FUSED, SOUP, *sample])
+    labels = dict.fromkeys([*run.trained, *LONG, WIDE_SEED, WIDE_BATCH, FUSED, SOUP, *sample])
     rows: list[AdapterRow] = []
     for label in labels:
         curve, score = curves["train"].get(label, []), scores.get(label)
@@ -111,7 +111,7 @@ def _tokens_seen(run: StoredRun) -> dict[str, int]:
     plan, n = run.cost["plan"], len(run.trained)
     times = {
         **dict.fromkeys(run.trained, 1),
-        **dict.fromkeys((LONG_SEED, WIDE_BATCH), replica_count(plan)),
+        **dict.fromkeys((*LONG, WIDE_BATCH), replica_count(plan)),
         WIDE_SEED: 1,
         FUSED: n,
         SOUP: n,

@@ -26,6 +26,7 @@ from seedlora.names import (
     LONG_SEED,
     LONG_SEED_BEST,
     LONG_SEED_EMA,
+    OUTER_SEED,
     SOUP,
     WIDE_BATCH,
     WIDE_BATCHES,
@@ -47,6 +48,7 @@ GREY, PALE = "#8a8a8a", "#b9b9b9"
 CONTROL_COLOURS = {
     **{LONG_SEED: "#C0408A", LONG_SEED_BEST: "#C0408A", LONG_SEED_EMA: "#C0408A", WIDE_SEED: "#999933"},
     **dict.fromkeys((WIDE_BATCH, *WIDE_BATCHES), "#6A7FA8"),
+    OUTER_SEED: "#B0703C",
 }
 LINES = {
     **{LONG_SEED: "--", LONG_SEED_BEST: "-.", LONG_SEED_EMA: ":", WIDE_SEED: ":"},
@@ -58,7 +60,7 @@ OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
     **{label: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, label in enumerate(_OTHERS)},
-    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^", LONG_SEED_BEST: "*", LONG_SEED_EMA: "P"},
+    **{FUSED: "D", SOUP: "D", LONG_SEED: "s", WIDE_SEED: "^", LONG_SEED_BEST: "*", LONG_SEED_EMA: "P", OUTER_SEED: "X"},
     **{WIDE_BATCH: "^", **dict(zip(WIDE_BATCHES, "v<>", strict=True))},
 }
 #: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seedlora.names import FUSED, LONG_SEED, WIDE_BATCHES, WIDE_SEED
+from seedlora.names import FUSED, LONG, WIDE_BATCHES, WIDE_SEED
 from seedlora.records.report import TrainingCurves
 
 #: Points of a curve; longer ones are averaged over equal stretches.
@@ -26,7 +26,7 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> TrainingCur
     """
     order = {seed.removeprefix("seed_"): i for i, seed in enumerate(seeds)}
     # A pass has a file of its own, named by its seeds.
-    order |= {control: len(order) + i for i, control in enumerate((LONG_SEED, WIDE_SEED, *WIDE_BATCHES))}
+    order |= {control: len(order) + i for i, control in enumerate((*LONG, WIDE_SEED, *WIDE_BATCHES))}
     files = sorted(run.glob("metrics*.jsonl"), key=lambda file: order.get(f"{file.stem}-".split("-")[1], -1))
     train: dict[str, list[list[float]]] = {}
     validation: dict[str, list[list[float]]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, LONG_SEED, WIDE_BATCHES, WIDE_SEED
+from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, LONG_SEED, OUTER_SEED, WIDE_BATCHES, WIDE_SEED
 from seedlora.records.training import TrainedRow
 from seedlora.training.replicas import Replica
 
@@ -14,6 +14,16 @@ TRAINED: Mapping[str, Sequence[str]] = {
     ALL_CONTROLS: (LONG_SEED, WIDE_SEED),
     EQUAL_TOKENS: (LONG_SEED, *WIDE_BATCHES),
 }
+
+
+def trained_controls(controls: str, *, outer: bool) -> tuple[str, ...]:
+    """Return the controls that are trained.
+
+    Args:
+        controls: what is asked for.
+        outer: whether the replicas take outer steps, so that one seed with them is a control.
+    """
+    return (*TRAINED.get(controls, ()), *([OUTER_SEED] if outer and controls == EQUAL_TOKENS else []))
 
 
 def control_replicas(control: str, like: Replica, *, seeds: Sequence[int], trained: int) -> tuple[Replica, ...]:

@@ -24,6 +24,7 @@ from seedlora.names import (
     EMA_SOUP,
     EQUAL_TOKENS,
     FUSED,
+    LONG,
     LONG_SEED,
     LONG_SEED_BEST,
     SOUP,
@@ -33,7 +34,7 @@ from seedlora.names import (
     seed_name,
 )
 from seedlora.records.fusion import AppliedRule
-from seedlora.run.controls import TRAINED, best_of, control_replicas
+from seedlora.run.controls import best_of, control_replicas, trained_controls
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
 from seedlora.scores.results import Results
@@ -70,7 +71,9 @@ class Ensemble:
         self.folder = RunFolder(
             options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
             self.names,
-            controls=TRAINED.get(options.controls, ()) if len(self.replicas) > 1 else (),
+            controls=trained_controls(options.controls, outer=options.outer_learning_rate is not None)
+            if len(self.replicas) > 1
+            else (),
         )
         #: Replicas trained at once; None is all of them, as long as the memory estimate has not decided.
         self.stack_size: int | None = options.stack_size if isinstance(options.stack_size, int) else None
@@ -234,7 +237,7 @@ class Ensemble:
             max_epochs: of the run; ``None`` is no limit.
             max_steps: of the run; -1 is no limit.
         """
-        if self.next_control != LONG_SEED or self.options.budget == "equal":
+        if self.next_control not in LONG or self.options.budget == "equal":
             return {}
         limits = {"max_epochs": max_epochs, "max_steps": max_steps}
         return {name: len(self.replicas) * limit for name, limit in limits.items() if limit not in (None, -1)}

@@ -6,22 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, WIDE_BATCHES
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import NO_MERGE, Comparison
+from seedlora.training.averaging import averaging_steps
+from seedlora.training.optimizer import rate_schedule
 from seedlora.training.replicas import Replica
+
+if TYPE_CHECKING:
+    from seedlora.training.model_options import ModelOptions
 
 BUDGETS = ("equal", "full")
 VARY = ("both", "init", "order")
 BEST_FUSED = "best_fused"
 KEEP = ("last", "best", BEST_FUSED)
-INDEPENDENT, BRANCH = "independent", "branch"
-SCHEMES = (INDEPENDENT, BRANCH)
-#: Of the steps, where none is named.
-TRUNK = 0.5
+INDEPENDENT, BRANCH, LOCAL = "independent", "branch", "local"
+SCHEMES = (INDEPENDENT, BRANCH, LOCAL)
+#: The trunk's part of the steps, and the steps between two averages, where none is named.
+TRUNK, AVERAGE_EVERY = 0.5, 20
 ON_DIVERGENCE = ("stop", "exclude")
 #: The stack size that the memory estimate decides.
 AUTO = "auto"
@@ -65,6 +70,9 @@ class EnsembleOptions:
     scheme: str = INDEPENDENT
     trunk: float | None = None
     ema: float | None = None
+    average_every: int | None = None
+    average_growth: float | None = None
+    outer_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         self._check_seeds()
@@ -128,6 +136,18 @@ class EnsembleOptions:
         """Return whether validation losses decide what is kept of the seeds, or when one is stopped."""
         return self.keeps_best or self.patience is not None
 
+    def averaging_steps(self, total: int, options: ModelOptions) -> tuple[int, ...]:
+        """Return the optimizer steps after which replicas are averaged, with scheme ``local`` or an outer step.
+
+        Args:
+            total: steps of the fit.
+            options: of the model, which say the learning rate.
+        """
+        factor, every = rate_schedule(options, total=total), self.average_every or AVERAGE_EVERY
+        return averaging_steps(
+            total, every, growth=self.average_growth, rate=lambda step: options.learning_rate * factor(step)
+        )
+
     @property
     def one_stack(self) -> str | None:
         """Return the option for which all replicas must be trained at once, for messages, if there is one."""
@@ -153,6 +173,12 @@ class EnsembleOptions:
         """Raise ValueError for what does not go with the scheme, and for numbers out of range."""
         if self.trunk is not None and self.scheme != BRANCH:
             raise ValueError(f"ensemble.trunk is of scheme {BRANCH}, and ensemble.scheme is {self.scheme}")
+        own = {name: getattr(self, name) for name in ("average_every", "average_growth", "outer_learning_rate")}
+        for name, value in own.items():
+            if value is not None and self.scheme != LOCAL:
+                raise ValueError(f"ensemble.{name} is of scheme {LOCAL}, and ensemble.scheme is {self.scheme}")
+            if value is not None and value <= 0:
+                raise ValueError(f"ensemble.{name} must be positive, got {value}")
         if self.trunk is not None and not 0 <= self.trunk <= 1:
             raise ValueError(f"ensemble.trunk is a part of the steps, from 0 to 1, got {self.trunk}")
         if self.ema is not None and not 0 < self.ema < 1:

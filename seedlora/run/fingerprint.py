@@ -37,6 +37,9 @@ def run_settings(
         "ensemble.patience": options.patience,
         "ensemble.scheme": options.scheme,
         "ensemble.trunk": options.trunk,
+        "ensemble.average_every": options.average_every,
+        "ensemble.average_growth": options.average_growth,
+        "ensemble.outer_learning_rate": options.outer_learning_rate,
         "ensemble.ema": options.ema,
         # What a replica of a scheme learns depends on the others.
         "replicas of the scheme": [r.name for r in options.replicas] if options.scheme != INDEPENDENT else None,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from rich.table import Table
 
-from seedlora.names import EQUAL_TOKENS, WIDE_BATCHES
+from seedlora.names import EQUAL_TOKENS, OUTER_SEED, WIDE_BATCHES
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
-from seedlora.run.ensemble_options import BRANCH, EnsembleOptions
+from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import PlannedData
 
@@ -180,7 +180,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         adapter=options.display_text,
         compile=options.compile,
         controls=_controls(ensemble, steps, sampler.rows_per_step, int(seen * rows.lengths.mean())),
-        scheme=_scheme(ensemble.options, n, steps, sampler.rows_per_step),
+        scheme=_scheme(ensemble.options, options, n=n, steps=steps, batch=sampler.rows_per_step),
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
@@ -196,11 +196,13 @@ def _controls(ensemble: Ensemble, steps: int, batch: int, tokens: int) -> str | 
     if ensemble.options.controls == EQUAL_TOKENS:
         factors = ", ".join(f"{n**power:.3g}" for power in WIDE_BATCHES.values())
         wide = f"one with {n * batch} rows a step for {steps:,}, at {factors} times the learning rate"
-        return f"{long}, {wide}; {(1 + len(WIDE_BATCHES)) * n * tokens:,} tokens more"
+        outer = OUTER_SEED in ensemble.folder.controls
+        also = f", one for {n * steps:,} with the outer step" if outer else ""
+        return f"{long}, {wide}{also}; {(1 + len(WIDE_BATCHES) + outer) * n * tokens:,} tokens more"
     return f"{long}, one of {n} times the rank for {steps:,}; {(n + 1) * tokens:,} tokens more"
 
 
-def _scheme(options: EnsembleOptions, n: int, steps: int, batch: int) -> str | None:
+def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int, batch: int) -> str | None:
     """Say how the replicas share the budget."""
     parts = []
     if options.scheme == BRANCH:
@@ -209,6 +211,13 @@ def _scheme(options: EnsembleOptions, n: int, steps: int, batch: int) -> str | N
             f"{BRANCH}: for {shared:,} of {steps:,} steps all replicas are one with {n * batch} rows a step, then each "
             "goes on with its own"
         )
+    if options.scheme == LOCAL:
+        means = options.averaging_steps(steps, model)
+        first = f", the first after step {means[0]:,}" if means else ", which end before the first"
+        outer = (
+            "" if options.outer_learning_rate is None else f", with an outer step of {options.outer_learning_rate:g}"
+        )
+        parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
     if options.ema is not None:
         parts.append(f"an exponential mean of each replica's weights, decay {options.ema:g}, is written beside it")
     return "; ".join(parts) or None

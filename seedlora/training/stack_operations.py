@@ -60,8 +60,8 @@ def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
 
 
 @torch.no_grad()
-def put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Put values into parameters."""
+def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put values into parameters, or other tensors."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 

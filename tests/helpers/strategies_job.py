@@ -68,7 +68,10 @@ IN_FLOAT32 = {"bf16": 1e-2, "compiled": 1e-5, "full": 1e-5}
 #: Options that the seeds differ in.
 SWEPT = {"learning_rate": [1e-3, 4e-3, 2e-3], "r": [2, 6, 4], "lora_plus_ratio": [1, 4, 1]}
 #: What replicas do together.
-SCHEMES = {"branch": {"scheme": "branch", "ema": 0.9}}
+SCHEMES = {
+    "branch": {"scheme": "branch", "ema": 0.9},
+    "local": {"scheme": "local", "average_every": 1, "outer_learning_rate": 0.7},
+}
 #: With steps so long that the validation loss soon rises.
 WATCHED = {"learning_rate": 0.02}
 
