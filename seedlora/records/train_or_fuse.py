@@ -16,6 +16,7 @@ class TrainOrFuseRecord(TypedDict):
         slope: what a seed's validation loss falls by per e-fold of the steps, s; null where that cannot be told.
         gain: validation loss of the mean seed minus that of soup, g; null where that was not measured.
         margin: g - s ln n, in nats per token; null without both.
+        loss_ratio: training loss of the seeds at the end over their validation loss; null where one is not known.
         long_seed: validation loss of the one seed that was trained for the tokens of all minus that of soup; null where
             it was not trained.
         sentences: what is known, and what to do next.
@@ -26,5 +27,6 @@ class TrainOrFuseRecord(TypedDict):
     slope: LossRecord | None
     gain: LossRecord | None
     margin: LossRecord | None
+    loss_ratio: float | None
     long_seed: float | None
     sentences: list[str]

@@ -8,6 +8,7 @@ from seedlora.names import BASE, FUSED, LONG, LONG_SEED, SOUP, WIDE_BATCH, WIDE_
 from seedlora.records.cost import MemoryRecord, PlanRecord, replica_count
 from seedlora.records.report import AdapterRow, Share, TestSet, TrainingCurves
 from seedlora.report.stored import StoredRun
+from seedlora.report.training_curves import end_of
 
 
 def ensemble_shares(run: StoredRun) -> list[Share]:
@@ -83,12 +84,11 @@ def adapter_rows(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurve
         curve, score = curves["train"].get(label, []), scores.get(label)
         if label == BASE or (score is None and not curve):
             continue
-        last = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
         rows.append(
             {
                 "adapter": label,
                 "tokens": seen.get(label),
-                "train_loss": sum(last) / len(last) if last else None,
+                "train_loss": end_of(curve) if curve else None,
                 "sample_loss": sample.get(label),
                 "value": None if score is None else score["value"],
                 "low": None if score is None else score["low"],

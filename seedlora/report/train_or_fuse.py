@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -13,6 +13,7 @@ from seedlora.records.report import TrainingCurves
 from seedlora.records.results import LossRecord
 from seedlora.records.train_or_fuse import TrainOrFuseRecord
 from seedlora.report.stored import StoredRun
+from seedlora.report.training_curves import end_of
 from seedlora.scores.train_or_fuse import (
     FUSE,
     TRAIN_LONGER,
@@ -36,7 +37,8 @@ def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseR
     plan = None if run.cost is None else run.cost["plan"]
     if plan is None or not run.trained or run.pending or any(plan.get("replicas", {}).values()):
         return None
-    found = train_or_fuse(_slope(run, curves, plan), _gain(run), len(run.trained))
+    ratio = _loss_ratio(run.trained, curves)
+    found = train_or_fuse(_slope(run, curves, plan), _gain(run), len(run.trained), loss_ratio=ratio)
     long, selection = curves["ends"].get(LONG_SEED), run.selection
     loss = None
     if long is not None and selection is not None and SOUP in selection["scores"]:
@@ -47,6 +49,7 @@ def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseR
         "slope": _record(found.slope),
         "gain": _record(found.gain),
         "margin": _record(found.margin),
+        "loss_ratio": ratio,
         "long_seed": loss,
         "sentences": _sentences(found, len(run.trained), plan["steps"], loss),
     }
@@ -62,6 +65,14 @@ def _slope(run: StoredRun, curves: TrainingCurves, plan: PlanRecord) -> Estimate
         return None
     steps = sorted(set.intersection(*map(set, ended)))
     return fall_per_efold(steps, [[curve[step] for step in steps] for curve in ended], rate)
+
+
+def _loss_ratio(seeds: Sequence[str], curves: TrainingCurves) -> float | None:
+    """Return the training loss of the seeds over their validation loss, at the end; None where one is not known."""
+    if not all(curves["train"].get(seed) and seed in curves["ends"] for seed in seeds):
+        return None
+    trained = sum(end_of(curves["train"][seed]) for seed in seeds)
+    return trained / sum(curves["ends"][seed]["last"] for seed in seeds)
 
 
 def _rate(run: StoredRun, total: int) -> Callable[[int], float] | None:
@@ -110,6 +121,8 @@ def _verdict(found: TrainOrFuse, n: int, steps: int) -> str:
         return f"Fuse: soup of the {n} seeds is expected to beat {longer}. {numbers}."
     if found.verdict == TRAIN_LONGER:
         return f"Train longer: {longer} is expected to beat soup of the {n}. {numbers}."
+    if found.reason:
+        return f"That cannot be said. {numbers}; but {found.reason}."
     return f"That cannot be said. {numbers}: the difference may have either sign."
 
 

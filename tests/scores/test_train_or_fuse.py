@@ -114,6 +114,17 @@ def test_the_verdict_follows_the_margin():
     assert margins == sorted(margins, reverse=True)
 
 
+def test_nobody_is_told_to_train_longer_on_rows_that_are_learnt_by_heart():
+    falls, flat, gain = Estimate(0.2, 0.19, 0.21), Estimate(0.0, -0.01, 0.01), Estimate(0.1, 0.08, 0.12)
+    found = train_or_fuse(falls, gain, 3, loss_ratio=0.5)
+    assert (found.verdict, found.margin) == (UNKNOWN, margin_of(gain, falls, 3))
+    assert "the training loss of the seeds was 0.50 of their validation loss" in found.reason
+    assert "more rows, or fewer epochs" in next_step(found)
+    assert train_or_fuse(falls, gain, 3, loss_ratio=0.9).verdict == TRAIN_LONGER
+    # that fusing is better can be said: the fall is no less than it will be
+    assert train_or_fuse(flat, gain, 3, loss_ratio=0.5).verdict == FUSE
+
+
 @pytest.mark.parametrize(
     ("slope", "gain", "n", "reason"),
     [
