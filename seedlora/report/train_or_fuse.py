@@ -24,7 +24,7 @@ from seedlora.scores.train_or_fuse import (
     train_or_fuse,
 )
 from seedlora.scores.wording import LOSS
-from seedlora.training.optimizer import learning_rate_factor, warmup_of
+from seedlora.training.schedule import learning_rate_factor, warmup_of
 
 
 def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseRecord | None:

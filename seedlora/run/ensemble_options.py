@@ -13,8 +13,8 @@ from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, WIDE_BATCHES
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import NO_MERGE, Comparison
 from seedlora.training.averaging import averaging_steps
-from seedlora.training.optimizer import rate_schedule
 from seedlora.training.replicas import Replica
+from seedlora.training.schedule import rate_schedule
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions

@@ -243,7 +243,8 @@ class SeedLoRAModule(pl.LightningModule):
     @property
     def are_one(self) -> bool:
         """Tell whether all replicas are one in this optimizer step, which sees the rows of all."""
-        return self.trainer.global_step < self.fit_settings.shared_steps
+        shared = self.fit_settings.shared_steps
+        return shared > 0 and self.trainer.global_step < shared
 
     def _show(self, losses: MicroBatchLosses) -> None:
         """Log the mean loss of each replica over the micro-batch on all ranks."""

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.training.model_options import PROJECTIONS
-from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.schedule import learning_rate_factor
 from seedlora.updates.factors import LoRAFactors
 from tests.helpers.interventions import StopAfter
 from tests.helpers.models import make_data, make_module

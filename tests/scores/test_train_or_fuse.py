@@ -18,7 +18,7 @@ from seedlora.scores.train_or_fuse import (
     next_step,
     train_or_fuse,
 )
-from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.schedule import learning_rate_factor
 
 T, STEPS = 200, range(20, 201, 20)
 RATES = {
