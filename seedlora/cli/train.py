@@ -43,13 +43,15 @@ from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
 from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
+from seedlora.records.sweep import SweepRecord
 from seedlora.report.page import write_report
+from seedlora.report.sweep import sweep_table
 from seedlora.run.budget import replica_share
 from seedlora.run.cost import PeakMemory, timed, write_cost
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.merging import merge_run
 from seedlora.run.plan import RunPlan, run_plan
-from seedlora.scores.tables import results_table, verdict
+from seedlora.scores.tables import results_table, titled_table, verdict
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 from seedlora.utils.progress import plain_console
@@ -80,7 +82,7 @@ def _main(argv: Sequence[str], at_exit: ExitStack) -> int:
             check_config(Path(file))
         cli = SeedLoRACLI(words)
         if finished and (pending := cli.ensemble.pending):
-            raise UsageError(f"{cli.ensemble.dirpath} is not finished: seed {pending[0]} is not trained; use --resume")
+            raise UsageError(f"{cli.ensemble.dirpath} is not finished: {pending[0]} is not trained; use --resume")
         if finished and (lacking := cli.ensemble.comparison.lacks(cli.ensemble.folder.selection)):
             raise UsageError(f"{cli.ensemble.dirpath} was merged without {lacking}; --resume instead of test adds it")
         if finished and (otherwise := cli.ensemble.merged_otherwise) is not None:
@@ -190,6 +192,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.check_positions(positions_of(module.options.outline.config))
     cli.callback.check_fit(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
+    ensemble.check_stack()
     plan = run_plan(trainer, module.options, data, ensemble)
     if not planning:
         if trainer.is_global_zero and not trainer.fast_dev_run:
@@ -229,8 +232,9 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     seconds = cli.throughput.seconds * accumulate
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
     what = "training the seeds" if ensemble.trains_controls else "training"
+    n = len(plan.replicas)
     console.print(
-        f"Measured: {seconds:.3g} s a step of {min(len(plan.seeds), ensemble.stack_size or len(plan.seeds))} seeds, so "
+        f"Measured: {seconds:.3g} s a step of {min(n, ensemble.stack_size or n)} {plan.one}s, so "
         f"about {total} (h:mm:ss) of {what}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
         f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
         highlight=False,
@@ -277,8 +281,8 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     ensemble = cli.ensemble
     if cli.trainer.fast_dev_run:
         return
-    for seed, reason in ensemble.excluded.items():
-        console.print(f"Seed {seed} was left out: {reason}.")
+    for name, reason in ensemble.excluded.items():
+        console.print(f"{name} was left out: {reason}.")
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
     elif not cli.trainer.limit_test_batches:
@@ -323,12 +327,29 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         return
     try:
         with console.status("Writing the report ..."):
-            write_report(run)
+            found = write_report(run)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: {_report_command(run)}", file=sys.stderr)  # noqa: T201
     else:
+        if (sweep := found["sweep"]) is not None:
+            _print_sweep(sweep, console)
+        if (compared := found["train_or_fuse"]) is not None:
+            for sentence in compared["sentences"]:
+                console.print(sentence, highlight=False, markup=False)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_sweep(sweep: SweepRecord, console: Console) -> None:
+    """Print the validation losses over the swept options."""
+    shown, table = sweep_table(sweep), titled_table("Validation loss of the sweep, nats per token")
+    for header in shown.header:
+        table.add_column(header, justify="left" if header == shown.header[0] else "right")
+    for row in shown.rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in sweep["sentences"]:
+        console.print(sentence, highlight=False, markup=False)
 
 
 def _hush() -> None:

@@ -53,7 +53,7 @@ def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
         raise ValueError(f"{ensemble.comparison.validated_for} chooses on validation rows: call Trainer.validate")
     chosen = rule or ensemble.compared.rule
     assert chosen is not None
-    seeds = [ensemble.adapter_path(seed) for seed in ensemble.trained]
+    seeds = [ensemble.adapter_path(name) for name in ensemble.trained]
     has_soup = not (ensemble.comparison.is_soup or len(seeds) == 1)
     there = is_trained(ensemble.fused_path) and is_trained(folder.path / SOUP) == has_soup
     if there and (fusion := folder.fusion) is not None and tells_of(fusion, chosen, seeds, folder.path):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.registry import METHODS, make_rule
-from seedlora.names import ALL_CONTROLS, GREEDY, NO_CONTROLS, SOUP, UNTRAINED, nothing_for_one_seed
+from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, GREEDY, NO_CONTROLS, SOUP, UNTRAINED, nothing_for_one_seed
 from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
@@ -20,7 +20,7 @@ from seedlora.selection.choice import check_select_by
 AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 #: Training rows at most on which all that was tested is scored.
 TRAIN_ROWS = 128
-CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS)
+CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS, EQUAL_TOKENS)
 
 
 class Comparison:
@@ -34,9 +34,10 @@ class Comparison:
         compare: further methods, scored on the same test items.
         compare_options: keyword options of these, by method.
         controls: ``untrained`` adds one seed times the gain of the fused adapter, the soup times the factor that is
-            best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` trains two more
-            adapters, see :class:`seedlora.callbacks.seed_ensemble.SeedEnsembleCallback`.
+            best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` and
+            ``equal_tokens`` train more adapters, see :class:`seedlora.callbacks.seed_ensemble.SeedEnsembleCallback`.
         select_by: what is best on validation rows: the lowest ``loss``, or most exact matches (``match``).
+        finds_greedy: find the greedy soup and compare it, where there are validation rows and something is merged.
 
     Raises:
         ValueError: for an unknown method, option or control.
@@ -51,9 +52,10 @@ class Comparison:
         compare_options: Mapping[str, Mapping[str, object]] | None = None,
         controls: str = NO_CONTROLS,
         select_by: str = "loss",
+        finds_greedy: bool = False,
     ) -> None:
         self.merge, self.options, self.select_by = merge, dict(options or {}), select_by
-        self.controls = controls
+        self.controls, self._finds_greedy = controls, finds_greedy
         check_select_by(select_by)
         if controls not in CONTROLS:
             raise ValueError(f"Unknown ensemble.controls '{controls}'; choose one of {', '.join(CONTROLS)}")
@@ -143,7 +145,12 @@ class Comparison:
     @property
     def wants_greedy(self) -> bool:
         """Return whether the members of the greedy soup have to be found."""
-        return self.merge in (AUTO, GREEDY) or GREEDY in self.compare or self.has_controls
+        return self.merge in (AUTO, GREEDY) or self.compares_greedy
+
+    @property
+    def compares_greedy(self) -> bool:
+        """Return whether the greedy soup is scored beside the others, once its members are known."""
+        return self.has_controls or GREEDY in self.compare or self._finds_greedy
 
 
 def rule_of_seeds(rule: BoundRule | None, kept: Sequence[int]) -> BoundRule | None:
