@@ -16,9 +16,10 @@ def test_the_share_of_a_replica():
     assert [share.has_all_epochs(epochs) for epochs in (1, 2)] == [False, True]
     assert not ReplicaBudget().has_all_steps(10**9)
     assert not ReplicaBudget().has_all_epochs(10**9)
-    for limits in ({"max_epochs": 4, "max_steps": -1}, {"max_epochs": 0, "max_steps": -1}):
-        with pytest.raises(ValueError, match="among 3 seeds, which does not divide evenly"):
-            replica_budget("equal", n=3, **limits)
+    with pytest.raises(ValueError, match="among 3 seeds, which does not divide evenly"):
+        replica_budget("equal", n=3, max_epochs=4, max_steps=-1)
+    with pytest.raises(ValueError, match="max_epochs 0 leaves nothing to train"):
+        replica_budget("equal", n=3, max_epochs=0, max_steps=-1)
     with pytest.raises(ValueError, match="the run has no end"):
         replica_budget("full", n=3, max_epochs=None, max_steps=-1)
 
