@@ -28,6 +28,7 @@ def test_the_verdict_is_the_comparison_with_its_interval(stored):
     assert [sentence.rpartition(": ")[2] for sentence in found["more"]] == [
         "--compare ties,knots_ties.",
         "--controls.",
+        "--controls equal_tokens.",
         "--controls untrained, with validation rows.",
     ]
     assert found["reproduce"]["versions"].keys() >= {"python", "torch", "reasoning-gym"}
