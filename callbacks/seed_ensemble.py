@@ -251,6 +251,11 @@ class SeedEnsembleCallback(CallbackOfParts):
         return self.ensemble.fused_path
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds; a sweep trains several replicas of each."""
+        return self.ensemble.options.seeds
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """Return the replicas, by name, whose adapters, or whole models, are there."""
         return self.ensemble.trained
