@@ -76,9 +76,8 @@ class SeedEnsembleCallback(CallbackOfParts):
             times the factor that is best on validation rows, the greedy soup, and the mean of the seeds' probabilities
             (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and once
             more with the rank of all of them for as many as one had: ``n + 1`` times the tokens of a seed.
-            ``equal_tokens`` trains what costs as many tokens as all seeds: the first seed for so many, also at its best
-            validation, and one seed with the rows of all in each step, at 1, sqrt(n) and n times the learning rate,
-            of which validation chooses: four times the tokens of all seeds.
+            ``equal_tokens`` trains what costs as many as all seeds: the first seed for so many, also at its best
+            validation, and one seed with the rows of all in each step, at three rates: four times these tokens.
         select_by: what is best on validation rows: the lowest ``loss``, or the most exact matches (``match``).
         dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
         budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble
@@ -99,22 +98,17 @@ class SeedEnsembleCallback(CallbackOfParts):
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
         sweep: values to try of ``learning_rate``, ``r``, ``lora_alpha``, ``lora_plus_ratio``, ``weight_decay``,
-            ``lr_scheduler`` and ``warmup_ratio``, a list for each option: all of them are replicas of one stack, which
-            has one entry per seed and set of values, named ``seed_11_lr0p001_r16``. They are merged like seeds, and the
-            greedy soup of them is scored beside.
+            ``lr_scheduler`` and ``warmup_ratio``, a list for each: a replica of the stack per seed and set of values.
         sweep_mode: ``cross`` gives each seed all sets of values, ``zip`` gives each seed one value of each option, in
             their order.
-        scheme: how the replicas share the budget. ``independent``: each is trained for itself. ``branch``: they start
-            at the first seed's weights and are one at first, which sees the rows of all in each step; then each goes
-            on with its own. ``local``: they start at the first seed's weights, and get the mean of their weights from
-            time to time. The last two train all seeds at once.
-        trunk: the part of the steps in which the replicas are one, with ``branch``; default half.
-        ema: decay of an exponential mean of each replica's weights, 0.99 for example, which is written beside it as an
-            ordinary adapter (``seed_11_ema``) and scored beside it, as is the soup of them; default none.
+        scheme: ``independent``; ``branch``: all start as one replica, which sees the rows of all in each step;
+            ``local``: they start alike, and get the mean of their weights from time to time.
+        trunk: part of the steps in which all are one, with ``branch``; default half.
+        ema: decay of an exponential mean of each replica's weights, 0.99 for example, which is an adapter beside it
+            (``seed_11_ema``); default none.
         average_every: optimizer steps between two averages, with ``local``; default 20.
-        average_growth: with it a round takes ``(average_growth / learning rate)**2`` steps where that is more.
-        outer_learning_rate: with it the mean of the replicas is a step of SGD with Nesterov's momentum 0.9, as in
-            DiLoCo, which takes 0.7; default: the mean itself.
+        average_growth: with it ``(average_growth / learning rate)**2`` steps, where that is more.
+        outer_learning_rate: of SGD with Nesterov's momentum 0.9, which takes the mean for a step; 0.7 in DiLoCo.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
