@@ -28,14 +28,18 @@ from seedlora.training.schedule import learning_rate_factor, warmup_of
 
 
 def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseRecord | None:
-    """Compare soup with a seed that is trained longer; None before the end, and where more than the seed differs.
+    """Compare soup with a seed that is trained longer; None before the end, and where replicas are no single seeds.
+
+    Those of a sweep differ in more, and those of a scheme learn from each other.
 
     Args:
         run: what is stored.
         curves: of the run.
     """
     plan = None if run.cost is None else run.cost["plan"]
-    if plan is None or not run.trained or run.pending or any(plan.get("replicas", {}).values()):
+    if plan is None or not run.trained or run.pending:
+        return None
+    if any(plan.get("replicas", {}).values()) or plan.get("scheme") is not None:
         return None
     ratio = _loss_ratio(run.trained, curves)
     found = train_or_fuse(_slope(run, curves, plan), _gain(run), len(run.trained), loss_ratio=ratio)

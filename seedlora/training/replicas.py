@@ -106,9 +106,9 @@ class FitSettings:
 class ReplicaStates:
     """Holds the replicas of a fit, in their order, and knows which of them train.
 
-    A replica is active until it is stopped, because it no longer improves, is dropped, because others are better, or
-    diverges. An idle one has its rows left out of the forward and keeps its weights. One that was stopped counts at the
-    end of the fit, one that was dropped or diverged does not.
+    A replica is active until it is stopped, because it no longer improves, or diverges. An idle one has its rows left
+    out of the forward and keeps its weights. One that was stopped counts at the end of the fit, one that diverged does
+    not.
 
     Args:
         settings: the replicas, and what is done when one diverges.
@@ -119,8 +119,6 @@ class ReplicaStates:
         self._stopped: set[str] = set()
         #: By name, what was found in which optimizer step.
         self.diverged: dict[str, str] = {}
-        #: By name, why the others are better.
-        self.dropped: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas)
@@ -131,12 +129,7 @@ class ReplicaStates:
     @property
     def idle(self) -> frozenset[str]:
         """Return the names of the replicas that train no more."""
-        return frozenset(self._stopped | self.left_out.keys())
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Return the names of the replicas that do not count at the end of the fit, and why."""
-        return {**self.diverged, **self.dropped}
+        return frozenset(self._stopped | self.diverged.keys())
 
     @property
     def active(self) -> tuple[Replica, ...]:
@@ -153,10 +146,6 @@ class ReplicaStates:
     def stop(self, name: str) -> None:
         """Make a replica idle that no longer improves."""
         self._stopped.add(name)
-
-    def drop(self, reasons: Mapping[str, str]) -> None:
-        """Make replicas idle that others are better than."""
-        self.dropped |= reasons
 
     def exclude(self, names: Iterable[str], why: str) -> None:
         """Make replicas idle that diverged.

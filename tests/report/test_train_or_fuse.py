@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -46,3 +47,10 @@ def test_what_cannot_be_said_is_said_so(stored, run):
     assert found["sentences"][0].endswith("too few validations tell how fast the seeds still improve.")
     (run / "selection.json").unlink()
     assert "what soup gains was not measured" in write_report(run)["train_or_fuse"]["sentences"][0]
+
+
+def test_replicas_that_learn_from_each_other_are_not_asked(run):
+    plan = json.loads((run / "cost.json").read_text())
+    plan["plan"]["scheme"] = "a trunk of 2 steps, then branches"
+    (run / "cost.json").write_text(json.dumps(plan))
+    assert write_report(run)["train_or_fuse"] is None
