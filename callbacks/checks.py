@@ -48,7 +48,7 @@ class Checks(pl.Callback):
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
-        self.check_fit(trainer, data)
+        self.check_fit(trainer, module, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
             ensemble.check_stack()
@@ -78,14 +78,16 @@ class Checks(pl.Callback):
             self._ensemble.folder.leave()
             self._is_taken = False
 
-    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
-        """Raise ValueError if an option of the trainer cannot be, or if validation decides and cannot.
+    def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
+        """Raise ValueError if an option of trainer or module cannot be, or if validation decides and cannot.
 
         Args:
             trainer: whose options are checked.
+            module: whose kind of adapter may not do what was asked of the ensemble.
             data: that is set up.
         """
         ensemble = self._ensemble
+        check_adapter(ensemble, module)
         share = replica_share(ensemble.options, trainer, control=ensemble.next_control)
         merged = [] if ensemble.rule is None else [SOUP if ensemble.comparison.chooses else FUSED]
         if not trainer.fast_dev_run:
@@ -113,9 +115,8 @@ class Checks(pl.Callback):
 
         Raises:
             ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently, or what
-                it has saved cannot be read; or if this kind of adapter cannot do what was asked.
+                it has saved cannot be read.
         """
-        check_adapter(self._ensemble, module)
         if self._is_open or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         options, folder = self._ensemble.options, self._ensemble.folder

@@ -209,9 +209,9 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     # For whoever runs the Trainer
 
-    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
+    def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Raise ValueError for what :meth:`Checks.check_fit` finds; the data must be set up."""
-        self._checks.check_fit(trainer, data)
+        self._checks.check_fit(trainer, module, data)
 
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Make the run's folder ours before the fit does; raises ValueError as :meth:`Checks.open` does."""
