@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from seedlora.merge.registry import METHODS
+from seedlora.merge.method_table import METHOD_TABLE
 from seedlora.names import BASE, FUSED, LONG_SEED, MEANING, SOUP, TRAINED_CONTROLS, WIDE_SEED
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ControlStyle(NamedTuple):
 #: Each of :data:`seedlora.names.TRAINED_CONTROLS`.
 CONTROL_STYLES = {LONG_SEED: ControlStyle("#C0408A", "--", "s"), WIDE_SEED: ControlStyle("#999933", ":", "^")}
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
-_OTHERS = tuple(dict.fromkeys(label for label in (*MEANING, *METHODS) if label not in TRAINED_CONTROLS))
+_OTHERS = tuple(dict.fromkeys(label for label in (*MEANING, *METHOD_TABLE) if label not in TRAINED_CONTROLS))
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {

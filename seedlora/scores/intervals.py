@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from seedlora.records.report import PairedDifference
 from seedlora.records.results import DifferenceRecord, LossRecord, SampleLosses, ScoreRecord
@@ -92,6 +91,8 @@ def wilson(correct: np.ndarray) -> Score:
         >>> wilson(np.array([True] * 37 + [False] * 63))
         Score(value=0.37, low=0.28182360534324535, high=0.4677947041905709, n=100)
     """
+    from scipy.stats import binomtest  # half a second, which only who computes statistics pays
+
     k, n = int(correct.sum()), len(correct)
     interval = binomtest(k, n).proportion_ci(method="wilson")
     return Score(k / n, float(interval.low), float(interval.high), n)
@@ -149,6 +150,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
         >>> mcnemar(a, np.array([False] * 5 + [True] * 31))
         0.21875
     """
+    from scipy.stats import binomtest
+
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
