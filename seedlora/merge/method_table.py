@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from seedlora.names import AUTO, AUTO_GAIN, NO_MERGE
 from seedlora.utils.spelling import closest
 
 #: In the place of a default: the option must be given.
@@ -196,3 +197,14 @@ def check_method(name: str) -> None:
         meant = closest(name, METHOD_TABLE)
         hint = f"; did you mean '{meant}'?" if meant else ""
         raise ValueError(f"Unknown merge method '{name}'; choose one of {', '.join(sorted(METHOD_TABLE))}{hint}")
+
+
+def check_ensemble_merge(name: str) -> None:
+    """Raise ValueError for a value of ``ensemble.merge`` that is neither a method nor says to choose one, or none."""
+    if name in (AUTO, AUTO_GAIN, NO_MERGE):
+        return
+    try:
+        check_method(name)
+    except ValueError as error:
+        others = f"'{NO_MERGE}' merges nothing, '{AUTO}' and '{AUTO_GAIN}' choose"
+        raise ValueError(f"{error} ({others})") from None
