@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
 from seedlora.cli.errors import UsageError, plain_message
 from seedlora.cli.train_help import help_text, unknown_option
-from seedlora.datamodules import InstructionDataModule
+from seedlora.datamodules import InstructionDataModule, all_data_modules
 from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.tasks import TASKS
 from seedlora.names import UNFINISHED_NAME
@@ -64,6 +64,7 @@ class SeedLoRACLI(LightningCLI):
     """LightningCLI with the ensemble as its own group of options."""
 
     def __init__(self, args: Sequence[str]) -> None:
+        all_data_modules()  # --data takes those that are imported, and help and errors name them
         self.throughput = Throughput()
         super().__init__(
             SeedLoRAModule,

@@ -23,8 +23,7 @@ def test_the_file_of_options_is_what_the_parser_shows():
     again = "python -m tests.helpers.train_options writes seedlora/cli/train_options.json again"
     assert without_classes(train_options()) == without_classes(recorded_options()), again
     (shown,) = re.findall(r"known subclasses: ([^)]*)\)", text_of(train_options()))
-    kinds = [kind for kind in vars(datamodules).values() if isinstance(kind, type)]
-    modules = [k for k in kinds if issubclass(k, datamodules.InstructionDataModule) and not inspect.isabstract(k)]
+    modules = [kind for kind in datamodules.all_data_modules() if not inspect.isabstract(kind)]
     assert sorted(shown.split(", ")) == sorted(f"seedlora.datamodules.{kind.__name__}" for kind in modules)
 
 
