@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from seedlora.run.budget import replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
+from seedlora.run.trainer_options import ended_by
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.replicas import FitSettings
+from seedlora.training.replicas import FitSettings, StoppedError
 
 
 class Assignment(pl.Callback):
@@ -44,6 +45,19 @@ class Assignment(pl.Callback):
             on_divergence=ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)
+
+    def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """Note that training began."""
+        self._state.began = True
+
+    def on_fit_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
+        """End the run if this fit has trained nothing: the next one would not either.
+
+        Raises:
+            StoppedError: naming what kept it from training.
+        """
+        if not self._state.began:
+            raise StoppedError(f"nothing was trained: {ended_by(trainer)} ended the fit before its first step")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: SeedLoRAModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from seedlora.distributed.lightning_internals import uses_distributed_sampler
 from seedlora.distributed.strategies import holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.whole_models import check_dense
-from seedlora.names import ALL_CONTROLS
+from seedlora.names import ALL_CONTROLS, FUSED, SOUP
 from seedlora.run.budget import limited_batches, replica_share
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
-from seedlora.run.stack_data import StackData
+from seedlora.run.stack_data import StackDataModule
+from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.module import SeedLoRAModule
 
 
@@ -25,7 +25,7 @@ class Checks(pl.Callback):
 
     def __init__(self, ensemble: Ensemble) -> None:
         self._ensemble = ensemble
-        self._is_open = False
+        self._is_open = self._is_taken = False
 
     def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
         """Check everything, and take the first rank's folder.
@@ -38,23 +38,59 @@ class Checks(pl.Callback):
         ensemble, data = self._ensemble, trainer.datamodule
         ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
         if stage != "fit":
+            if ensemble.dirpath.is_dir():
+                self._take(trainer)
             return
-        if not isinstance(data, StackData):
+        if not isinstance(data, StackDataModule):
             raise ValueError(
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
-        if trainer.world_size > 1 and uses_distributed_sampler(trainer):
-            raise ValueError("the data module deals rows to ranks itself: set Trainer(use_distributed_sampler=False)")
-        self.check_validation(trainer, data)
+        self.check_fit(trainer, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
+            self._take(trainer, resume=ensemble.options.resume)
+            # It may have another name now.
+            ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
             self.open(trainer, module, data)
             if not ensemble.pending:
                 raise ValueError(f"{ensemble.dirpath}: all seeds are trained; Trainer.validate merges them again")
+        else:
+            self._take(trainer)
 
-    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
-        """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
+    def teardown(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
+        """Give the folder up, unless whoever runs the Trainer has taken it."""
+        self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, module: SeedLoRAModule, exception: BaseException) -> None:
+        """Give the folder up, likewise."""
+        self._leave()
+
+    def _take(self, trainer: pl.Trainer, *, resume: bool = False) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._is_taken = self._ensemble.folder.take(resume=resume and not self._is_open) or self._is_taken
+
+    def _leave(self) -> None:
+        if self._is_taken:
+            self._ensemble.folder.leave()
+            self._is_taken = False
+
+    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
+        """Raise ValueError if an option of the trainer cannot be, or if validation decides and cannot.
+
+        Args:
+            trainer: whose options are checked.
+            data: that is set up.
+        """
+        ensemble = self._ensemble
+        share = replica_share(ensemble.options, trainer, control=ensemble.next_control)
+        merged = [] if ensemble.rule is None else [SOUP if ensemble.comparison.chooses else FUSED]
+        if not trainer.fast_dev_run:
+            check_trainer(Fit(trainer, data, share, (*ensemble.next_names, *merged)))
+        self._check_validation(trainer, data)
+
+    def _check_validation(self, trainer: pl.Trainer, data: StackDataModule) -> None:
+        """Raise ValueError if validation decides and cannot: no rows, adapters in parts."""
         watches = self._ensemble.options.watches_validation
         if watches and not holds_whole_adapters(trainer):
             raise ValueError(
@@ -69,7 +105,7 @@ class Checks(pl.Callback):
         if not limited_batches(len(data.val_dataloader()), trainer.limit_val_batches):
             raise ValueError(f"{needed} validation rows, and there are none")
 
-    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Make the folder ours, or check that it is: the same settings, and ``resume`` asked for.
 
         Raises:

@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seedlora.adapters.adapter import is_trained
 from seedlora.adapters.model_card import refresh_card
 from seedlora.callbacks.scored_batches import load_adapters, score_loaded, scorer, tested_batches, train_sample
 from seedlora.merge.registry import make_rule
-from seedlora.names import BASE, FUSED, LOGITS, SOUP, seed_name
+from seedlora.names import BASE, LOGITS, SOUP, seed_name
 from seedlora.records.results import RESULTS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.outcome import Outcome
@@ -59,7 +60,7 @@ class ComparisonOnTest(pl.Callback):
         ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
         if trainer.is_global_zero:
             RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
-            if FUSED in ensemble.results.scores:
+            if is_trained(ensemble.fused_path):
                 refresh_card(ensemble.fused_path)
 
     def _score_beside(self, trainer: pl.Trainer, module: SeedLoRAModule, more: Sequence[Any]) -> dict[str, RowScores]:

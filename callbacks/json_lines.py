@@ -34,9 +34,14 @@ class JSONLinesLogger(Logger):
         return self.path.parent.name
 
     @property
+    def save_dir(self) -> str:
+        """Return the folder of the runs."""
+        return str(self.path.parent.parent)
+
+    @property
     def version(self) -> str:
-        """Return nothing: there is one file per run."""
-        return ""
+        """Return the folder in a run's that Lightning's own callbacks write to, beside ours."""
+        return "lightning"
 
     @property
     def log_dir(self) -> str:

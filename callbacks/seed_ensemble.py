@@ -24,7 +24,7 @@ from seedlora.names import NO_CONTROLS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.fit_state import FitState
-from seedlora.run.stack_data import StackData
+from seedlora.run.stack_data import StackDataModule
 from seedlora.scores.results import Results
 from seedlora.training.live_updates import load_updates
 from seedlora.training.module import SeedLoRAModule
@@ -167,11 +167,11 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     # For whoever runs the Trainer
 
-    def check_validation(self, trainer: pl.Trainer, data: StackData) -> None:
-        """Raise ValueError if validation decides and cannot: no rows, adapters in parts. The data must be set up."""
-        self._checks.check_validation(trainer, data)
+    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
+        """Raise ValueError for what :meth:`Checks.check_fit` finds; the data must be set up."""
+        self._checks.check_fit(trainer, data)
 
-    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData) -> None:
+    def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Make the run's folder ours before the fit does; raises ValueError as :meth:`Checks.open` does."""
         self._checks.open(trainer, module, data)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from seedlora.datamodules.instruction_data import InstructionData as InstructionData
     from seedlora.datamodules.metamathqa import MetaMathQA as MetaMathQA
     from seedlora.datamodules.reasoning_gym import ReasoningGym as ReasoningGym
+    from seedlora.datamodules.stack_data import StackData as StackData
     from seedlora.datamodules.table import TableDataModule as TableDataModule
     from seedlora.datamodules.tulu import Tulu as Tulu
 
@@ -26,6 +27,7 @@ _HOMES = {
     "InstructionData": "instruction_data",
     "MetaMathQA": "metamathqa",
     "ReasoningGym": "reasoning_gym",
+    "StackData": "stack_data",
     "TableDataModule": "table",
     "Tulu": "tulu",
 }

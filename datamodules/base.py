@@ -7,7 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -18,7 +20,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.data import DataLoader
 
 from seedlora.datamodules.cache import cached_rows
-from seedlora.datamodules.prompts import Composed, PromptRecord, Turn, check_style, check_turns, compose, prompt_record
+from seedlora.datamodules.chat_templates import chat_record
+from seedlora.datamodules.conversations import Composed, NothingToLearnError, Turn, check_turns
+from seedlora.datamodules.prompts import CHAT, PromptRecord, check_style, compose, prompt_record
+from seedlora.datamodules.row_files import Row
+from seedlora.datamodules.row_forms import Columns
 from seedlora.datamodules.rows import (
     ON_LONG_ROW,
     PADDING,
@@ -31,7 +37,6 @@ from seedlora.datamodules.rows import (
     tokenise_in_chunks,
 )
 from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
-from seedlora.datamodules.sources import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
 Batch: TypeAlias = dict[str, object]
 _Item = TypeVar("_Item")
 SPLITS = ("train", "val", "test")
+#: The style that is chosen by rows and tokenizer.
+AUTO = "auto"
 
 
 class InstructionDataModule(pl.LightningDataModule, ABC):
@@ -59,7 +66,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             time is spent on padding. The rows of an optimizer step stay the same. Default: each row on its own, with
             rows of like length together.
         style: how a conversation is worded, one of :data:`~seedlora.datamodules.prompts.STYLES`, or ``chat`` for the
-            tokenizer's own chat template.
+            tokenizer's own chat template; ``auto`` takes ``chat`` for chats where there is such a template, else
+            ``alpaca``.
 
     Raises:
         ValueError: for sizes below 1, an unknown style or choice, or packed rows shorter than ``max_length``.
@@ -67,6 +75,10 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
 
     #: What happens to a row that holds no conversation: ``error`` ends the run, ``skip`` counts it.
     on_bad_row = "error"
+    #: End the run where a row holds something that nobody reads.
+    strict = False
+    #: Columns that this data set is known to have beside those that are trained on.
+    other_columns: frozenset[str] = frozenset()
     #: Distributions whose version decides what the rows are.
     libraries: tuple[str, ...] = ()
 
@@ -92,7 +104,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(f"Unknown data.on_long_row '{on_long_row}'; choose one of {', '.join(ON_LONG_ROW)}")
         if pack_tokens is not None and pack_tokens < max_length:
             raise ValueError(f"data.pack_tokens {pack_tokens} must hold a row of data.max_length {max_length} tokens")
-        check_style(style)
+        if style != AUTO:
+            check_style(style)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
@@ -126,9 +139,20 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         """
         return {}
 
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:  # noqa: ARG002 - most data sets have none
+        """Return the schemas of the tools that the model may call in a row."""
+        return ()
+
+    def holds_chats(self) -> bool:
+        """Return whether the rows are chats, which a chat template was made for."""
+        return False
+
     def prompt_record(self) -> dict[str, Any]:
         """Return how these rows are worded, as plain data: see :mod:`seedlora.datamodules.prompts`."""
-        return prompt_record(self.style, self._tokenizer())
+        style = self.style
+        if style == AUTO:
+            style = CHAT if chat_record(self._tokenizer()) is not None and self.holds_chats() else "alpaca"
+        return prompt_record(style, self._tokenizer())
 
     def prepare_data(self) -> None:
         """Tokenise what is not on the disk yet."""
@@ -143,7 +167,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         if self.rows:
             return
         record = self.prompt_record()
-        same = [_tokenizer_fingerprint(self._tokenizer()), record, self.max_length, self.on_long_row, self.on_bad_row]
+        on_row = [self.on_long_row, self.on_bad_row, self.strict]
+        same = [_tokenizer_fingerprint(self._tokenizer()), record, self.max_length, *on_row]
         rows = {}
         for name, source in self.sources().items():
             rows[name] = cached_rows([source, *same], partial(self._tokenise, name, record))
@@ -155,9 +180,25 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} found no training rows: " + (why or f"the source has {read} rows"))
         self.rows = splits
 
+    def check_positions(self, positions: int | None) -> None:
+        """Compare the rows with the positions of a base model, before it is trained.
+
+        Args:
+            positions: that it has; None where there is no limit.
+
+        Raises:
+            ValueError: if a row has more tokens.
+        """
+        longest = max((int(rows.lengths.max()) for rows in self.rows.values() if len(rows)), default=0)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"a row has {longest:,} tokens, the base model only {positions:,} positions; give data.max_length "
+                f"{positions} or less: longer rows are cut, or left out with data.on_long_row drop"
+            )
+
     def _tokenise(self, source: str, record: PromptRecord) -> Iterator[Chunk]:
         """Tokenise the rows of one source; called once, and never again while they are on the disk."""
-        bad: list[str] = []
+        found = _Found(self.strict)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -167,20 +208,34 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
                 for number, row in enumerate(self.read(source)):
                     progress.update(task, completed=row.done)
                     try:
-                        if row.error:
-                            raise ValueError(row.error)
-                        text = compose(record, check_turns(self.turns(row.value)))
+                        text, unused = self._composed(row, record)
+                    except NothingToLearnError as error:
+                        found.nothing(row.where, error)
                     except ValueError as error:
-                        bad.append(f"{row.where}: {error}")
+                        found.bad.append(f"{row.where}: {error}")
                         if self.on_bad_row == "error":
-                            raise ValueError(bad[0]) from None
+                            raise ValueError(found.bad[0]) from None
                     else:
+                        found.unread(row.where, unused)
                         yield number, text
 
             limit, on_long_row = self.max_length, self.on_long_row
             yield from tokenise_in_chunks(texts(), self._tokenizer(), record, max_length=limit, on_long_row=on_long_row)
-        if bad:
-            yield empty_chunk(Counts(read=len(bad), bad=len(bad), first_bad=bad[0]))
+        yield empty_chunk(found.counts())
+
+    def _composed(self, row: Row, record: PromptRecord) -> tuple[Composed, list[str]]:
+        """Return the text of a row, and what the row holds that nobody reads, for people."""
+        if row.error:
+            raise ValueError(row.error)
+        columns = Columns(row.value)
+        turns = self.turns(columns)
+        kept = check_turns(turns)
+        text = compose(record, kept, self.tools(columns))
+        unused = [f"column {name}" for name in columns.unread() if name not in self.other_columns]
+        unused += [f"field {name} of turns" for turn in turns for name in turn.unread]
+        if any(turn.role == "assistant" and turn.says_nothing for turn in turns):
+            unused.append("empty answers in a chat")
+        return text, [*unused, *text.unwritten]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -227,6 +282,38 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         size = self.eval_batch_size
         batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         return DataLoader(EvalRows(rows), sampler=batches, batch_size=None, collate_fn=_unchanged)
+
+
+@dataclass
+class _Found:
+    """What is counted while rows are read.
+
+    Args:
+        strict: end at the first row that holds something nobody reads.
+    """
+
+    strict: bool
+    bad: list[str] = field(default_factory=list)
+    empty: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def nothing(self, where: str, error: Exception) -> None:
+        """Count a row that has no answer to learn."""
+        if self.strict:
+            raise ValueError(f"{where}: {error}; data.strict is true")
+        self.empty += 1
+
+    def unread(self, where: str, names: Sequence[str]) -> None:
+        """Count what a row holds and nobody reads."""
+        if names and self.strict:
+            raise ValueError(f"{where}: not used: {', '.join(dict.fromkeys(names))}; data.strict is true")
+        self.unused.update(set(names))
+
+    def counts(self) -> Counts:
+        """Return the counts of all that has no text."""
+        bad, empty = len(self.bad), self.empty
+        first = self.bad[0] if self.bad else ""
+        return Counts(read=bad + empty, bad=bad, empty=empty, first_bad=first, unused=dict(self.unused))
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from seedlora.datamodules.rows import Chunk, Counts, TokenRows, add_counts
 
 #: Part of every key: a change of what is stored, or of how it is made, leaves old folders unused.
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, messages_column, text_column
+from seedlora.datamodules.row_forms import text_column, turns_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class CodeFeedback(TableDataModule):
@@ -24,6 +25,7 @@ class CodeFeedback(TableDataModule):
 
     hub = "m-a-p/CodeFeedback-Filtered-Instruction"
     hub_of_chats = "m-a-p/Code-Feedback"
+    other_columns = frozenset({"id", "lang", "resource"})
 
     def __init__(self, path: str | None = None, *, multi_turn: bool = False, **options: Any) -> None:
         self.multi_turn = multi_turn
@@ -33,6 +35,4 @@ class CodeFeedback(TableDataModule):
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return query and answer, or the messages."""
-        return (
-            messages_column(row) if self.multi_turn else exchange(text_column(row, "query"), text_column(row, "answer"))
-        )
+        return turns_column(row) if self.multi_turn else exchange(text_column(row, "query"), text_column(row, "answer"))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text_column
+from seedlora.datamodules.row_forms import text_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class Commonsense170k(TableDataModule):
@@ -18,11 +19,12 @@ class Commonsense170k(TableDataModule):
     """
 
     own_style = "llm_adapters"
+    other_columns = frozenset({"answer"})
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return the instruction, with its input if there is one, and the output."""
         return exchange(
             text_column(row, "instruction"),
             text_column(row, "output"),
-            text_column(row, "input") if "input" in row else "",
+            text_column(row, "input") if row.get("input") else "",
         )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text_column
+from seedlora.datamodules.row_forms import text_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class GSM8K(TableDataModule):

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, messages_column, text_column
+from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.row_forms import PAIRS, conversation_of, is_chat, tools_of
+from seedlora.datamodules.table import TableDataModule
 
 
 class InstructionData(TableDataModule):
-    """A user's own rows, in one of three forms, told by their columns.
+    """A user's own rows, whose form is told by their columns: :mod:`seedlora.datamodules.row_forms`.
 
-    - a request and a response: ``{"prompt": ..., "response": ...}``, or other names by ``prompt_field`` and
-      ``response_field``
-    - Alpaca's columns: ``{"instruction": ..., "input": ..., "output": ...}``; ``input`` may be absent or empty
-    - a chat: ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}``
+    - a request and a response: ``{"prompt": ..., "response": ...}``, the names of Alpaca, Dolly and Orca, or others by
+      ``prompt_field`` and ``response_field``; ``input`` or ``context``, ``system`` and ``history`` are read too
+    - a chat: ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}``, or
+      ShareGPT's ``{"conversations": [{"from": "human", "value": ...}, ...]}``; ``tools``, calls of tools and reasoning
+      where the chat template can write them; a turn with ``weight: 0`` or ``train: false`` is not trained on
+    - TRL's ``{"prompt": [...], "completion": [...]}``, of which the completion is trained on
 
     Args:
-        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder with such files.
+        path: a file as :mod:`seedlora.datamodules.row_files` reads it, or a folder with such files.
         prompt_field: where the request is.
         response_field: where the response is.
         val_fraction: part of the rows set aside for validation.
         test_fraction: part set aside for the test.
         options: those of :class:`~seedlora.datamodules.table.TableDataModule`.
     """
+
+    own_style = "auto"
 
     def __init__(
         self,
@@ -36,23 +42,21 @@ class InstructionData(TableDataModule):
         test_fraction: float = 0.1,
         **options: Any,
     ) -> None:
-        self.fields = (prompt_field, response_field)
+        self.own_pair = None if (pair := (prompt_field, response_field)) == PAIRS[0] else pair
         super().__init__(path, val_fraction=val_fraction, test_fraction=test_fraction, **options)
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return the conversation, by the columns that are there."""
-        prompt, response = self.fields
-        if prompt not in row and response not in row:
-            if "messages" in row:
-                return messages_column(row)
-            if "instruction" in row:
-                return exchange(
-                    text_column(row, "instruction"),
-                    text_column(row, "output"),
-                    text_column(row, "input") if row.get("input") else "",
-                )
-            raise ValueError(
-                f"neither {prompt} and {response}, nor instruction and output, nor messages are among its columns "
-                f"{', '.join(sorted(map(str, row))) or '(none)'}; data.prompt_field and data.response_field name others"
-            )
-        return exchange(text_column(row, prompt), text_column(row, response))
+        return conversation_of(row, self.own_pair)
+
+    def tools(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Return what is in the column ``tools``."""
+        return tools_of(row)
+
+    def holds_chats(self) -> bool:
+        """Return whether the first row that can be read is a chat."""
+        return self.own_pair is None and is_chat(self._first_row)
+
+    @cached_property
+    def _first_row(self) -> Mapping[str, Any]:
+        return next((row.value for row in self.source.rows() if not row.error), {})

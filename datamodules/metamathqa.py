@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn, exchange
-from seedlora.datamodules.table import TableDataModule, text_column
+from seedlora.datamodules.row_forms import text_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class MetaMathQA(TableDataModule):
@@ -21,6 +22,7 @@ class MetaMathQA(TableDataModule):
     """
 
     hub = "meta-math/MetaMathQA"
+    other_columns = frozenset({"original_question", "type"})
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return query and response."""

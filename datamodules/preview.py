@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from seedlora.datamodules import InstructionDataModule, all_data_modules
+from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.datamodules.rows import Counts
+from seedlora.datamodules.sampler import ReplicaSampler
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 #: Characters of the longest bar of the histogram.
 _BAR = 30
 _SEEDS = (11, 42, 202)
+#: More padding than this is worth a word.
+_MUCH_PADDING = 0.3
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Preview:
     Args:
         data: its name.
         style: its prompt style.
+        prompt: how a server must be asked.
         splits: rows of each split.
         counts: per source, what became of its rows.
         rows: the first training rows: pieces of text, each with whether it is supervised; end tokens are pieces.
@@ -43,10 +48,12 @@ class Preview:
         lengths: shortest, median, 95th percentile and longest training row.
         histogram: per bucket its first and last length and its rows.
         padding: part of the tokens of a forward that is padding, for three seeds; ``None`` if the rows fill no batch.
+        advice: what an option would mend, a sentence each.
     """
 
     data: str
     style: str
+    prompt: str
     splits: dict[str, int]
     counts: dict[str, Counts]
     rows: list[list[tuple[str, bool]]]
@@ -55,10 +62,16 @@ class Preview:
     lengths: tuple[int, int, int, int]
     histogram: list[tuple[int, int, int]]
     padding: float | None
+    advice: list[str]
 
 
-def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
+def preview(data: InstructionDataModule, *, rows: int = 3, positions: int | None = None) -> Preview:
     """Collect the facts of a data module that has its tokenizer.
+
+    Args:
+        data: whose rows are shown.
+        rows: how many of them.
+        positions: of the base model; None where there is no limit, or nobody knows.
 
     Raises:
         ValueError: as :meth:`~seedlora.datamodules.base.InstructionDataModule.setup`.
@@ -69,9 +82,17 @@ def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
     edges = np.unique(np.linspace(shortest, longest + 1, 11).astype(int))
     heights, _ = np.histogram(train.lengths, edges)
     data.seeds = _SEEDS
+    record = data.prompt_record()
+    padding = None if len(train) < data.batch_size else data.train_dataloader().sampler.padding()
+    advice = [sentence] if padding is not None and (sentence := packing_advice(data, padding)) else []
+    try:
+        data.check_positions(positions)
+    except ValueError as error:
+        advice.append(str(error))
     return Preview(
         data=type(data).__name__,
-        style=data.style,
+        style=record.get("style", "of its own"),
+        prompt=asked_of_a_server(record),
         splits={split: len(part) for split, part in data.rows.items()},
         counts=data.counts,
         rows=[_pieces(data, row) for row in range(min(rows, len(train)))],
@@ -79,8 +100,26 @@ def preview(data: InstructionDataModule, *, rows: int = 3) -> Preview:
         supervised=int(train.num_items.sum()),
         lengths=(shortest, median, high, longest),
         histogram=[(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], heights, strict=False)],
-        padding=None if len(train) < data.batch_size else data.train_dataloader().sampler.padding(),
+        padding=padding,
+        advice=advice,
     )
+
+
+def packing_advice(data: InstructionDataModule, padding: float) -> str | None:
+    """Say what packing would save, measured on the training rows; None if they are packed, or it saves little.
+
+    Args:
+        data: whose rows are set up.
+        padding: part of the tokens of a forward that is padding now.
+    """
+    rows = data.rows["train"]
+    if data.pack_tokens is not None or padding < _MUCH_PADDING:
+        return None
+    tokens = max(data.max_length, 2 * int(rows.lengths.max()))
+    packed = ReplicaSampler(rows, seeds=_SEEDS, batch_size=data.batch_size, pack_tokens=tokens).padding()
+    if packed > padding / 2:
+        return None
+    return f"{padding:.0%} of a forward is padding; data.pack_tokens {tokens} would leave {packed:.0%}"
 
 
 def _pieces(data: InstructionDataModule, row: int) -> list[tuple[str, bool]]:
@@ -110,6 +149,9 @@ def render_preview(facts: Preview, *, eos: str) -> Group:
     share = facts.supervised / facts.tokens
     table.add_row("tokens", f"{facts.tokens:,} for training, {share:.0%} of them supervised")
     table.add_row("lengths", f"{shortest} to {longest}, median {median}, 95 % up to {high}")
+    table.add_row("prompt", facts.prompt)
+    for sentence in facts.advice:
+        table.add_row("advice", sentence)
     if facts.padding is not None:
         table.add_row("padding", f"{facts.padding:.1%} of the tokens of a forward of three seeds")
     most = max(rows for _, _, rows in facts.histogram)
@@ -122,13 +164,20 @@ def render_preview(facts: Preview, *, eos: str) -> Group:
     return Group(*panels, legend, table, Text("tokens of a row\n" + "\n".join(lines)))
 
 
-def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], PreTrainedTokenizerBase], default_model: str) -> int:
+def main(
+    argv: Sequence[str],
+    *,
+    load_tokenizer: Callable[[str], PreTrainedTokenizerBase],
+    default_model: str,
+    load_positions: Callable[[str], int | None] = lambda _model: None,
+) -> int:
     """Run ``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
 
     Args:
         argv: the words after ``preview``.
         load_tokenizer: gives the tokenizer of a model.
         default_model: the model if none is named.
+        load_positions: gives the number of positions of a model, None where there is no limit.
 
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
@@ -138,7 +187,7 @@ def main(argv: Sequence[str], *, load_tokenizer: Callable[[str], PreTrainedToken
         options = parser.parse_args(list(argv))
         data = parser.instantiate(options).data
         data.tokenizer = load_tokenizer(options["model.base_model"])
-        facts = preview(data, rows=options.rows)
+        facts = preview(data, rows=options.rows, positions=load_positions(options["model.base_model"]))
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         if cause := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):

@@ -11,8 +11,9 @@ JSON, so that whoever evaluates or serves the adapter asks exactly as training d
     }
 
 ``templates`` holds the fields of :class:`Style`; for the style ``chat`` it holds ``chat_template``, the tokenizer's own
-Jinja template, and ``special_tokens``, the texts it may ask for. ``add_special_tokens`` says whether the tokenizer puts
-its own tokens (a bos, for example) around the text; a chat template has them in its text.
+Jinja template, ``special_tokens``, the texts it may ask for, and, where it writes the date, ``today``, the one that it
+was told. ``add_special_tokens`` says whether the tokenizer puts its own tokens (a bos, for example) around the text; a
+chat template has them in its text.
 :func:`render` takes a record and gives the prompt.
 """
 
@@ -22,64 +23,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from seedlora.datamodules.chat_templates import chat_record, compose_chat, render_chat
+from seedlora.datamodules.conversations import Composed as Composed
+from seedlora.datamodules.conversations import Turn as Turn
+from seedlora.datamodules.conversations import check_text as check_text
+from seedlora.datamodules.conversations import check_turns as check_turns
+from seedlora.datamodules.conversations import exchange as exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD_NAME = "prompt.json"
 CHAT = "chat"
-_ROLES = ("system", "user", "assistant")
 #: A style as plain data, in the format at the top of this file; it may have been read from a ``prompt.json``.
 PromptRecord: TypeAlias = Mapping[str, Any]
-
-
-class Turn(NamedTuple):
-    """A turn of a conversation: what one side says.
-
-    Args:
-        role: ``system``, ``user`` or ``assistant``.
-        content: the text.
-        input: what a user's instruction works on, for data sets that keep the two apart.
-    """
-
-    role: str
-    content: str
-    input: str = ""
-
-
-def exchange(prompt: str, response: str, input: str = "") -> tuple[Turn, ...]:  # noqa: A002 - the data sets' own word
-    """Make a conversation of one request and one response.
-
-    Example:
-        >>> exchange("1 + 1 =", "2")
-        (Turn(role='user', content='1 + 1 =', input=''), Turn(role='assistant', content='2', input=''))
-    """
-    return Turn("user", prompt, input), Turn("assistant", response)
-
-
-def check_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Return the conversation up to its last answer, if it is one.
-
-    Raises:
-        ValueError: if a role is unknown, the user does not begin (after at most one system turn), or nobody answers.
-
-    Example:
-        >>> check_turns([*exchange("1 + 1 =", "2"), Turn("user", "And?")])
-        (Turn(role='user', content='1 + 1 =', input=''), Turn(role='assistant', content='2', input=''))
-    """
-    for i, turn in enumerate(turns):
-        if turn.role not in _ROLES:
-            raise ValueError(f"turn {i + 1} has the role '{turn.role}'; roles are {', '.join(_ROLES)}")
-        if turn.role == "system" and i:
-            raise ValueError(f"turn {i + 1} is a system turn; only the first can be one")
-    spoken = [turn.role for turn in turns if turn.role != "system"]
-    if spoken[:1] == ["assistant"]:
-        raise ValueError("the chat starts with the assistant; a user turn must come first")
-    if "assistant" not in spoken:
-        raise ValueError("the chat has no assistant turn, so there is nothing to learn from it")
-    last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-    return tuple(turns[: last + 1])
 
 
 @dataclass(frozen=True)
@@ -178,10 +137,9 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         raise ValueError("the tokenizer has no end token (eos_token), so a model could not learn to stop")
     templates: dict[str, Any]
     if style == CHAT:
-        if not isinstance(template := tokenizer.chat_template, str):
+        if (found := chat_record(tokenizer)) is None:
             raise ValueError(f"data.style chat: the tokenizer has no chat template; choose one of {', '.join(STYLES)}")
-        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        templates = {"chat_template": template, "special_tokens": special}
+        templates = found
     else:
         templates = asdict(STYLES[style])
     return {
@@ -190,6 +148,22 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         "eos_token": str(tokenizer.eos_token),
         "add_special_tokens": style != CHAT,
     }
+
+
+def asked_of_a_server(record: PromptRecord) -> str:
+    """Say how a server must be asked, so that it asks as training did.
+
+    Example:
+        >>> asked_of_a_server({"style": "tulu"})
+        'style tulu: a server asks in it by the chat template beside the adapter (vLLM: --chat-template)'
+    """
+    if not record:
+        return "worded by a data module of your own: ask as it does"
+    if record["style"] == CHAT:
+        return "the base model's own chat template: a server's chat endpoint asks in the same way"
+    return (
+        f"style {record['style']}: a server asks in it by the chat template beside the adapter (vLLM: --chat-template)"
+    )
 
 
 def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
@@ -214,39 +188,36 @@ def render(style: str | PromptRecord, turns: str | Sequence[Turn]) -> str:
             raise ValueError(f"prompt style '{style}' by its name alone cannot render this; give its record")
         style = {"style": style, "templates": asdict(STYLES[style]), "eos_token": ""}
     if style["style"] == CHAT:
-        return _render_chat(style, turns, generation=True)
+        return render_chat(style["templates"], turns, generation=True)
     return "".join(text for _, text in _pieces(style, [*turns, Turn("assistant", "")])[:-2])
 
 
-class Composed(NamedTuple):
-    """A training text, which the end token follows.
-
-    Args:
-        text: all of it but the last end token.
-        spans: where the supervised characters are: ``(begin, end)`` each. The last end token is supervised too.
-    """
-
-    text: str
-    spans: list[tuple[int, int]]
-
-
-def compose(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
+def compose(record: PromptRecord, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = ()) -> Composed:
     r"""Return the text of a conversation that :func:`check_turns` passed, and the parts that a model learns to say.
 
+    Args:
+        record: how it is worded.
+        turns: what is said.
+        tools: schemas of the tools that the model may call; only a chat template can write them.
+
     Raises:
-        ValueError: if a chat template does not render the beginning of a conversation as the beginning of its text.
+        ValueError: if the style cannot write what is said, or a chat template does not render the beginning of a
+            conversation as the beginning of its text.
 
     Example:
         >>> record = {"style": "plain", "templates": asdict(STYLES["plain"]), "eos_token": "</s>"}
         >>> compose(record, exchange("1 + 1 =", "2"))
-        Composed(text='1 + 1 =\n2', spans=[(8, 9)])
+        Composed(text='1 + 1 =\n2', spans=[(8, 9)], unwritten=())
     """
     if record["style"] == CHAT:
-        return _compose_chat(record, turns)
+        return compose_chat(record, turns, tools)
+    unwritten = _beyond_plain_text(record["style"], turns)
+    if tools:
+        unwritten.append(f"tools, which style {record['style']} does not write")
     parts = _pieces(record, turns)[:-1]  # the last end token is the tokenizer's
     text = "".join(part for _, part in parts)
     if record["templates"]["supervised"] == "all":
-        return Composed(text, [(0, len(text))])
+        return Composed(text, [(0, len(text))], tuple(unwritten))
     spans: list[tuple[int, int]] = []
     end = 0
     for supervised, part in parts:
@@ -255,7 +226,20 @@ def compose(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
             spans[-1] = (spans[-1][0], end)
         elif supervised:
             spans.append((begin, end))
-    return Composed(text, spans)
+    return Composed(text, spans, tuple(unwritten))
+
+
+def _beyond_plain_text(style: str, turns: Sequence[Turn]) -> list[str]:
+    """Return what turns hold beside their text, which a style of text does not write, for people.
+
+    Raises:
+        ValueError: for tools, without which the conversation would be another.
+    """
+    for i, turn in enumerate(turns):
+        if turn.role == "tool" or turn.more.get("tool_calls"):
+            what = "tool_calls" if turn.role == "assistant" else "what a tool gave back"
+            raise ValueError(f"turn {i + 1} holds {what}, which style {style} cannot write; data.style chat may")
+    return [f"{key}, which style {style} does not write" for key in dict.fromkeys(key for t in turns for key in t.more)]
 
 
 def _pieces(record: PromptRecord, turns: Sequence[Turn]) -> list[tuple[bool, str]]:
@@ -271,7 +255,8 @@ def _pieces(record: PromptRecord, turns: Sequence[Turn]) -> list[tuple[bool, str
         parts.append((False, style.header_input if first.input and style.header_input else style.header))
     for turn in turns:
         if turn.role == "assistant":
-            parts += [(False, style.generation), (True, turn.content), (True, record["eos_token"])]
+            said = turn.trained
+            parts += [(False, style.generation), (said, turn.content), (said, record["eos_token"])]
             parts.append((False, style.between))
         elif turn.role == "system":
             parts.append((False, _fill_template(style.system, turn)))
@@ -294,46 +279,3 @@ def _split_input(turn: Turn) -> Turn:
 def _fill_template(template: str, turn: Turn) -> str:
     """Fill in a turn in one pass, so that braces in what is said stay as they are."""
     return re.sub(r"\{(content|input)\}", lambda match: getattr(turn, match[1]), template)
-
-
-def _render_chat(record: PromptRecord, turns: Sequence[Turn], *, generation: bool) -> str:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [{"role": t.role, "content": f"{t.content}\n{t.input}" if t.input else t.content} for t in turns]
-    templates = record["templates"]
-    try:
-        rendered, _ = render_jinja_template(
-            [messages],
-            chat_template=templates["chat_template"],
-            add_generation_prompt=generation,
-            **templates["special_tokens"],
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from None
-    return str(rendered[0])
-
-
-def _compose_chat(record: PromptRecord, turns: Sequence[Turn]) -> Composed:
-    eos: str = record["eos_token"]
-    text = _render_chat(record, turns, generation=False)
-    spans: list[tuple[int, int]] = []
-    for i, turn in enumerate(turns):
-        if turn.role != "assistant":
-            continue
-        before = _render_chat(record, turns[:i], generation=True)
-        after = text if i == len(turns) - 1 else _render_chat(record, turns[: i + 1], generation=False)
-        if not after.startswith(before) or not text.startswith(after):
-            raise ValueError(
-                "the chat template renders the beginning of a conversation differently once it goes on, so what the "
-                "model says cannot be told from the rest; choose another data.style"
-            )
-        said = after[len(before) :]
-        found = said.rfind(eos)
-        end = len(before) + (found + len(eos) if found >= 0 else len(said.rstrip()))
-        spans.append((len(before), end))
-    begin, end = spans[-1]
-    if text[begin:end].endswith(eos):
-        end -= len(eos)
-    spans[-1] = (begin, end)
-    return Composed(text[:end], spans)

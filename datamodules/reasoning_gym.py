@@ -9,8 +9,8 @@ from typing import Any
 
 from seedlora.datamodules.base import SPLITS, InstructionDataModule
 from seedlora.datamodules.prompts import Turn, exchange
+from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.rows import TokenRows
-from seedlora.datamodules.sources import Row
 
 # Item i of a reasoning-gym data set is drawn with seed + i, so two data sets overlap if their seeds are close.
 _SEED_STRIDE = 100_000_000
@@ -56,6 +56,7 @@ class ReasoningGym(InstructionDataModule):
     """
 
     libraries = ("reasoning-gym",)
+    other_columns = frozenset({"metadata"})
 
     def __init__(
         self,

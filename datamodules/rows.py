@@ -6,8 +6,9 @@ Shape legend: ``N`` replicas, ``b`` rows of each, ``T`` tokens of the longest of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,6 +63,9 @@ class Counts:
         long: left out because they have more than ``max_length`` tokens.
         unsupervised: left out because no supervised token is within ``max_length``.
         cut: kept, but shortened to ``max_length``.
+        first_bad: file and line of the first that could not be read, and why.
+        empty: left out because their answers are empty, or masked by the data.
+        unused: what some rows hold and nobody reads, for people, with the number of these rows.
     """
 
     read: int = 0
@@ -70,11 +74,13 @@ class Counts:
     unsupervised: int = 0
     cut: int = 0
     first_bad: str = ""
+    empty: int = 0
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
         """Return how many were left out."""
-        return self.bad + self.long + self.unsupervised
+        return self.bad + self.long + self.unsupervised + self.empty
 
     def sentence(self) -> str:
         """Say what was left out or shortened; empty if nothing was."""
@@ -82,10 +88,13 @@ class Counts:
             (self.bad, f"unreadable (first: {self.first_bad})"),
             (self.long, "too long"),
             (self.unsupervised, "without a response within max_length"),
+            (self.empty, "with no answer to learn (empty or masked)"),
         ]
         dropped = ", ".join(f"{count:,} {why}" for count, why in parts if count)
         cut = f"{self.cut:,} cut to max_length" if self.cut else ""
-        return "; ".join(part for part in (f"{dropped} left out" if dropped else "", cut) if part)
+        unused = ", ".join(f"{what} ({count:,} rows)" for what, count in sorted(self.unused.items()))
+        parts_said = (f"{dropped} left out" if dropped else "", cut, f"not used: {unused}" if unused else "")
+        return "; ".join(part for part in parts_said if part)
 
 
 class PackedRows(NamedTuple):
@@ -194,8 +203,12 @@ def tokenise(
 ) -> TokenRows:
     """Tokenise all rows into memory; raises as :func:`tokenise_in_chunks`."""
     composed = ((i, compose(record, turns)) for i, turns in enumerate(conversations))
-    parts = list(tokenise_in_chunks(composed, tokenizer, record, max_length=max_length, on_long_row=on_long_row))
-    parts.append(empty_chunk(Counts()))
+    return joined(tokenise_in_chunks(composed, tokenizer, record, max_length=max_length, on_long_row=on_long_row))
+
+
+def joined(chunks: Iterable[Chunk]) -> TokenRows:
+    """Return the rows of chunks, in memory."""
+    parts = [*chunks, empty_chunk(Counts())]
     tokens, supervised, lengths, num_items, numbers = (np.concatenate([part[i] for part in parts]) for i in range(5))
     counts = add_counts(*(part.counts for part in parts))
     return TokenRows(tokens, supervised, np.cumsum(lengths) - lengths, lengths, num_items, numbers, counts)
@@ -203,8 +216,10 @@ def tokenise(
 
 def add_counts(*counts: Counts) -> Counts:
     """Add the counts of several parts together."""
-    sums = {key: sum(getattr(c, key) for c in counts) for key in ("read", "bad", "long", "unsupervised", "cut")}
-    return Counts(**sums, first_bad=next((c.first_bad for c in counts if c.first_bad), ""))
+    keys = ("read", "bad", "long", "unsupervised", "cut", "empty")
+    sums = {key: sum(getattr(c, key) for c in counts) for key in keys}
+    unused: Counter[str] = sum((Counter(c.unused) for c in counts), Counter())
+    return Counts(**sums, first_bad=next((c.first_bad for c in counts if c.first_bad), ""), unused=dict(unused))
 
 
 def tokenise_in_chunks(
@@ -265,7 +280,7 @@ def _tokens_and_mask(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the token ids of one row, the end token included, and which of them are supervised."""
     row, said = np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
-    text, spans = composed
+    text, spans = composed.text, composed.spans
     for begin, end in spans:
         said |= (offsets[:, 1] > begin) & (offsets[:, 0] < end)
     for begin, end in spans[:-1]:
@@ -280,6 +295,26 @@ def _tokens_and_mask(
     said[-1] = True
     said[0] = False
     return row, said
+
+
+def token_chunk(number: int, ids: Tensor, said: Tensor, *, max_length: int, on_long_row: str) -> Chunk:
+    """Return a row that is tokenised already: its tokens, and which of them a model learns to say.
+
+    Args:
+        number: of the row in its source.
+        ids: shape (T,).
+        said: bool, shape (T,); the first token is not learned, since nothing before it predicts it.
+        max_length: tokens; what happens to a longer row is ``on_long_row``.
+        on_long_row: ``cut`` or ``drop``.
+    """
+    row, supervised = ids.numpy().astype(np.int32), said.numpy().astype(bool)
+    supervised[:1] = False
+    if len(row) > max_length and on_long_row == "drop":
+        return empty_chunk(Counts(read=1, long=1))
+    if not supervised[:max_length].any():
+        return empty_chunk(Counts(read=1, unsupervised=1))
+    counts = Counts(read=1, cut=int(len(row) > max_length))
+    return _make_chunk([row[:max_length]], [supervised[:max_length]], [number], counts)
 
 
 def empty_chunk(counts: Counts) -> Chunk:

@@ -3,67 +3,68 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-SUFFIXES = (".parquet", ".jsonl", ".json")
-#: In a path; constraints.jsonl is not for training.
-_TRAINING_IN_PATH = re.compile(r"(?<![a-z])train(ing|set)?(?![a-z])")
-_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
-_BOM = b"\xef\xbb\xbf"
+from seedlora.datamodules.row_files import KINDS, Row, files_below, format_of, import_optional, read_rows
 
-
-class Row(NamedTuple):
-    """A row of a source, or the reason why it cannot be read.
-
-    Args:
-        where: for messages: file and line, or file and row number.
-        value: the row's columns.
-        error: why there are none; empty for a good row.
-        done: part of the source that is read with this row, from 0 to 1.
-    """
-
-    where: str
-    value: dict[str, Any]
-    error: str
-    done: float
+#: Words in a path that say what its rows are for; constraints.jsonl is not for training, latest.jsonl is no test.
+_WORDS = {
+    split: re.compile(rf"(?<![a-z])({words})(?![a-z])")
+    for split, words in {
+        "train": "train(ing|set)?",
+        "val": "val(id|idation)?(set)?|dev(set)?|eval",
+        "test": "test(s|ing|set)?",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
 class Source:
     """The training rows of a data set.
 
-    A local path is read as it is and never touches the network. In a folder, the files of ``subset`` are taken if some
-    path names it, those for training if ``train`` is a word in some path, and of several formats parquet before JSON.
+    A local path is read as it is and never touches the network. In a folder, which may hold links, the files of
+    ``subset`` are taken if some path names it, and those of ``split`` if some path has it as a word; else those that
+    are of no other split.
 
     Args:
-        path: a ``.jsonl``, ``.json`` (lines or one list) or ``.parquet`` file, or a folder of them.
+        path: a file as :mod:`seedlora.datamodules.row_files` reads it, or a folder of such files.
         hub: the repository to read instead, through ``datasets``.
         subset: its configuration.
         revision: its branch, tag or commit.
+        split: ``train``, ``val`` or ``test``; messages call the option ``data.path``, ``data.val_path`` and so on.
 
     Raises:
-        ValueError: if there is neither path nor hub, or nothing to read at the path.
+        ValueError: if there is neither path nor hub, nothing to read at the path, or files of several formats.
     """
 
     path: Path | None
     hub: str | None = None
     subset: str | None = None
     revision: str = "main"
+    split: str = "train"
 
     def __post_init__(self) -> None:
         if self.path is None:
             if self.hub is None:
                 raise ValueError("data.path is missing: this data set is on no hub; give a file or folder")
         elif not self.files:
-            kinds = ", ".join(SUFFIXES)
-            what = f"holds no {kinds} file" if self.path.is_dir() else "is no file or folder"
-            raise ValueError(f"data.path '{self.path}' {what}; give a {kinds} file, or a folder with such files")
+            what = "holds no file of rows" if self.path.is_dir() else "is no file or folder"
+            raise ValueError(f"{self.option} '{self.path}' {what}; give {KINDS}, or a folder with such files")
+        elif len(kinds := sorted({format_of(file.name) for file in self.files})) > 1:
+            raise ValueError(
+                f"{self.option} '{self.path}' holds files of several formats ({', '.join(kinds)}), perhaps of the same "
+                "rows; give a file, or a folder of one format"
+            )
+
+    @property
+    def option(self) -> str:
+        """Return what a user calls the path."""
+        return "data.path" if self.split == "train" else f"data.{self.split}_path"
 
     @cached_property
     def files(self) -> list[Path]:
@@ -71,16 +72,9 @@ class Source:
         assert self.path is not None
         if not self.path.is_dir():
             return [self.path] if self.path.is_file() else []
-        found = [
-            file.relative_to(self.path)
-            for file in sorted(self.path.rglob("*"))
-            if file.suffix in SUFFIXES and file.name not in _NOT_ROWS and file.is_file()
-        ]
-        found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
+        found = [file.relative_to(self.path) for file in files_below(self.path)]
         found = [file for file in found if self.subset in file.parts] or found
-        found = [file for file in found if _TRAINING_IN_PATH.search(str(file).lower())] or found
-        kind = min((file.suffix for file in found), key=SUFFIXES.index, default="")
-        return [self.path / file for file in found if file.suffix == kind]
+        return [self.path / file for file in files_of_split(found, self.split)]
 
     def fingerprint(self) -> list[str]:
         """Return what changes when the rows do: the digest of each file, or what ``datasets`` knows the rows by."""
@@ -106,13 +100,13 @@ class Source:
         sizes = [file.stat().st_size for file in self.files]
         before, total = 0, max(1, sum(sizes))
         for file, size in zip(self.files, sizes, strict=True):
-            for row in _read_parquet(file) if file.suffix == ".parquet" else _read_json(file):
+            for row in read_rows(file):
                 yield row._replace(done=(before + size * row.done) / total)
             before += size
 
     @cached_property
     def _dataset(self) -> Any:
-        datasets, hub = _import_optional("datasets"), _import_optional("huggingface_hub")
+        datasets, hub = import_optional("datasets"), import_optional("huggingface_hub")
         offline = hub.constants.HF_HUB_OFFLINE
         try:
             try:
@@ -132,98 +126,26 @@ class Source:
             hub.constants.HF_HUB_OFFLINE = offline
 
 
+def files_of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Return the files whose path has the split as a word; where none has, those that are of no other split.
+
+    Example:
+        >>> [str(file) for file in files_of_split([Path("a.jsonl"), Path("test.jsonl")], "train")]
+        ['a.jsonl']
+    """
+    named = [file for file in files if names_split(file, split)]
+    of_none = [file for file in files if not any(names_split(file, other) for other in _WORDS)]
+    return named or of_none or list(files)
+
+
+def names_split(file: Path, split: str) -> bool:
+    """Return whether a path has a split as a word."""
+    return _WORDS[split].search(str(file).lower()) is not None
+
+
 def dataset_fingerprint(dataset: Any) -> str:
     """Return what a data set of the package ``datasets`` is known by: it changes when the rows do.
 
     ``_fingerprint`` is no documented attribute; ``datasets`` names its own cache files after it.
     """
     return str(dataset._fingerprint)
-
-
-def _read_json(file: Path) -> Iterator[Row]:
-    """Read JSON lines, or one list of objects."""
-    with file.open("rb") as stream:
-        head = stream.read(4096).removeprefix(_BOM).lstrip()
-    return _read_json_list(file) if head.startswith(b"[") and file.suffix == ".json" else _read_json_lines(file)
-
-
-def _read_json_lines(file: Path) -> Iterator[Row]:
-    size, done = max(1, file.stat().st_size), 0
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            done += len(line)
-            line = line.removeprefix(_BOM).strip() if number == 1 else line.strip()
-            if line:
-                value, error = _parse_object(line)
-                yield Row(f"{file}, line {number}", value, error, done / size)
-
-
-def _parse_object(line: bytes) -> tuple[dict[str, Any], str]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8: {error.reason} at byte {error.start}"
-    except json.JSONDecodeError as error:
-        return {}, f"not JSON: {error.msg}"
-    except RecursionError:
-        return {}, "not JSON that can be read: it is nested too deeply"
-    return (value, "") if isinstance(value, dict) else ({}, f"a {type(value).__name__}, not an object")
-
-
-def _read_json_list(file: Path) -> Iterator[Row]:
-    """Read the elements one by one: of a list of 400,000 rows only the text is in memory, not the objects."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line} is not UTF-8: {error.reason}") from None
-    decoder, at, number = json.JSONDecoder(), text.index("[") + 1, 0
-    try:
-        while True:
-            at = _skip_spaces(text, at)
-            if text[at : at + 1] == "]" and not number:
-                return
-            value, at = decoder.raw_decode(text, at)
-            number += 1
-            good = isinstance(value, dict)
-            wrong = "" if good else f"a {type(value).__name__}, not an object"
-            yield Row(f"{file}, row {number}", value if good else {}, wrong, at / len(text))
-            at = _skip_spaces(text, at)
-            if text[at : at + 1] != ",":
-                break
-            at += 1
-        if text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno} is not JSON: {error.msg}") from None
-
-
-def _skip_spaces(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _read_parquet(file: Path) -> Iterator[Row]:
-    parquet = _import_optional("pyarrow.parquet")
-    try:
-        table = parquet.ParquetFile(file)
-        total, number = table.metadata.num_rows, 0
-        for batch in table.iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(f"{file}, row {number}", value, "", number / total)
-    except _import_optional("pyarrow").ArrowException as error:
-        raise ValueError(f"{file} is not parquet: {str(error).splitlines()[0]}") from None
-
-
-def _import_optional(module: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError:
-        raise ValueError(
-            f"reading the hub or parquet needs {module.partition('.')[0]}: pip install 'seedlora[hub]', "
-            "or give --data.path a file of JSON lines"
-        ) from None

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from seedlora.datamodules.base import SPLITS, InstructionDataModule
-from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.cache import cached_rows
+from seedlora.datamodules.mixing import check_mix, one_after_the_other, taken_by_weight
+from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.rows import TokenRows
-from seedlora.datamodules.sources import Row, Source
+from seedlora.datamodules.sources import Source
 
 ON_BAD_ROW = ("error", "skip")
 #: Options that do not decide what the rows say.
 _OPTIONS_OUTSIDE_THE_ROWS = {
     *("path", "revision", "num_train", "val_fraction", "test_fraction", "split_seed", "on_bad_row"),
-    *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style"),
+    *("batch_size", "eval_batch_size", "max_length", "on_long_row", "pack_tokens", "style", "strict"),
+    *("val_path", "test_path", "mix"),
 }
 
 
@@ -26,17 +31,23 @@ class TableDataModule(InstructionDataModule):
     """The base of data sets with named columns. One of them is a subclass that says :attr:`hub` and :meth:`turns`.
 
     The splits are drawn from the rows of the source with ``split_seed``, independently of the replicas' seeds, of the
-    tokenizer and of the options that leave rows out: first validation, then test, then training rows.
+    tokenizer and of the options that leave rows out: first validation, then test, then training rows. With files of
+    their own for validation or test nothing is drawn for these.
 
     Args:
-        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, or a folder that mirrors the hub repository; nothing is
-            downloaded then. Default: the hub.
+        path: a file as :mod:`seedlora.datamodules.row_files` reads it, or a folder that mirrors the hub repository;
+            nothing is downloaded then. Default: the hub.
         revision: branch, tag or commit of the hub repository.
         num_train: training rows, drawn by ``split_seed``; default all.
         val_fraction: part of the rows set aside for validation.
         test_fraction: part set aside for the test.
         split_seed: of the splits.
         on_bad_row: ``error`` stops at a row that cannot be read, ``skip`` leaves it out and counts it.
+        val_path: a file or folder of validation rows, in the place of ``val_fraction``.
+        test_path: a file or folder of test rows, in the place of ``test_fraction``.
+        mix: more training data, paths with weights: how often each row of theirs is in an epoch, beside those of
+            ``path``, which are in it once. ``{"more.jsonl": 0.5}`` takes a drawn half.
+        strict: end the run where a row holds something that nobody reads, instead of saying so once with a count.
         batch_size: rows of one replica in one forward on one device.
         eval_batch_size: rows in one forward when scoring.
         max_length: tokens of a row; what happens to longer rows is ``on_long_row``.
@@ -72,6 +83,10 @@ class TableDataModule(InstructionDataModule):
         on_long_row: str = "cut",
         pack_tokens: int | None = None,
         style: str | None = None,
+        strict: bool = False,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        mix: dict[str, float] | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -90,65 +105,59 @@ class TableDataModule(InstructionDataModule):
             raise ValueError(f"data.num_train must be at least 1, got {num_train}")
         if on_bad_row not in ON_BAD_ROW:
             raise ValueError(f"Unknown data.on_bad_row '{on_bad_row}'; choose one of {', '.join(ON_BAD_ROW)}")
-        self.on_bad_row, self.num_train = on_bad_row, num_train
-        self.fractions, self.split_seed = (val_fraction, test_fraction), split_seed
+        self.on_bad_row, self.strict, self.num_train = on_bad_row, strict, num_train
+        self.split_seed, self.mix = split_seed, dict(mix or {})
+        check_mix(self.mix)
+        self.fractions = (0.0 if val_path else val_fraction, 0.0 if test_path else test_fraction)
         self.source = Source(Path(path).expanduser() if path else None, self.hub, self.subset, revision)
+        #: All sources by name: the training rows are those of the first, and of ``mix``.
+        self.files = {"": self.source}
+        for more in self.mix:
+            self.files[more] = Source(Path(more).expanduser(), subset=self.subset)
+        for split, own in (("val", val_path), ("test", test_path)):
+            if own:
+                self.files[f"{split}_path"] = Source(Path(own).expanduser(), subset=self.subset, split=split)
 
     def sources(self) -> Mapping[str, Any]:
-        """Return one source: beside its content, the code and the options that make conversations of it."""
+        """Return the sources: beside its content, the code and the options that make conversations of it."""
         options = {key: value for key, value in self.hparams.items() if key not in _OPTIONS_OUTSIDE_THE_ROWS}
         try:
             code = inspect.getsource(type(self))
         except (OSError, TypeError):  # typed at a prompt
             code = repr(type(self))
-        return {"": [self.source.fingerprint(), code, options]}
+        return {name: [source.fingerprint(), code, options] for name, source in self.files.items()}
 
-    def read(self, source: str) -> Iterator[Row]:  # noqa: ARG002 - there is one
-        """Give the rows of the source."""
-        return self.source.rows()
+    def read(self, source: str) -> Iterator[Row]:
+        """Give the rows of a source."""
+        return self.files[source].rows()
 
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
-        """Draw the splits from the rows of the source, those left out included.
+        """Draw the splits from the training sources, the rows left out included; or take the files given for them.
 
         Raises:
             ValueError: if there are fewer than ``num_train`` rows to train on.
         """
-        (found,) = rows.values()
+        parts = [rows[name] for name in ("", *self.mix)]
+        found = parts[0]
+        if self.mix:
+            known = [[part.sha256(), sha256(part.numbers.tobytes()).hexdigest(), part.counts.read] for part in parts]
+            key = ["mix", known]
+            found = cached_rows(key, partial(one_after_the_other, parts))
         order = np.random.default_rng(self.split_seed).permutation(found.counts.read)
         num_val, num_test = (int(len(order) * fraction) for fraction in self.fractions)
-        parts = np.split(order, [num_val, num_val + num_test])
+        drawn = np.split(order, [num_val, num_val + num_test])
         kept = np.full(len(order), -1)
         kept[found.numbers] = np.arange(len(found))
-        val, test, train = (kept[part][kept[part] >= 0] for part in parts)
+        val, test, train = (kept[part][kept[part] >= 0] for part in drawn)
+        if self.mix:
+            ends = np.cumsum([part.counts.read for part in parts])
+            sets = np.searchsorted(ends, found.numbers[train], side="right")
+            train = taken_by_weight(train, sets, [1.0, *self.mix.values()], self.split_seed)
+            train = np.random.default_rng([self.split_seed, len(parts)]).permutation(train)
         if self.num_train is not None:
             if len(train) < self.num_train:
                 raise ValueError(f"data.num_train asks for {self.num_train} rows, there are {len(train)} to train on")
             train = train[: self.num_train]
         chosen = {"train": train, "val": val, "test": test}
-        return {split: found.take(np.sort(chosen[split])) for split in SPLITS}
-
-
-def text_column(row: Mapping[str, Any], field: str) -> str:
-    """Return the text of a column that must hold text.
-
-    Raises:
-        ValueError: naming the columns found.
-    """
-    if not isinstance(value := row.get(field), str):
-        found = ", ".join(sorted(map(str, row))) or "none"
-        problem = (
-            f"column '{field}' holds a {type(value).__name__}, not text" if field in row else f"no column '{field}'"
-        )
-        raise ValueError(f"{problem}; its columns are {found}")
-    return value
-
-
-def messages_column(row: Mapping[str, Any], field: str = "messages") -> Sequence[Turn]:
-    """Return the turns of a column of ``{"role": ..., "content": ...}``; raises as :func:`text_column`."""
-    if not isinstance(turns := row.get(field), list):
-        found = ", ".join(sorted(map(str, row))) or "none"
-        raise ValueError(f"no list in column '{field}'; its columns are {found}")
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"turn {i + 1} in column '{field}' has no text as role and content")
-    return [Turn(turn["role"], turn["content"]) for turn in turns]
+        own = {split: rows[f"{split}_path"] for split in SPLITS if f"{split}_path" in rows}
+        return {split: own[split] if split in own else found.take(np.sort(chosen[split])) for split in SPLITS}

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seedlora.datamodules.prompts import Turn
-from seedlora.datamodules.table import TableDataModule, messages_column
+from seedlora.datamodules.row_forms import turns_column
+from seedlora.datamodules.table import TableDataModule
 
 
 class Tulu(TableDataModule):
@@ -18,7 +19,8 @@ class Tulu(TableDataModule):
 
     hub = "allenai/tulu-v2-sft-mixture"
     own_style = "tulu"
+    other_columns = frozenset({"dataset", "id"})
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Turn]:
         """Return the messages."""
-        return messages_column(row)
+        return turns_column(row)

@@ -10,6 +10,8 @@ UNFINISHED_NAME = "unfinished"
 #: The JSON files of a run's folder, whose content :mod:`seedlora.records` has the types of.
 SETTINGS_NAME, COST_NAME, RESULTS_NAME, SELECTION_NAME = "run.json", "cost.json", "results.json", "selection.json"
 TRAINED_NAME, EXCLUDED_NAME, REPORT_NAME = "trained.json", "excluded.json", "report.json"
+#: Who is at work in the folder: only there while somebody is.
+OWNER_NAME = "owner.json"
 #: In the folder of a trained control, and in that of a fused adapter.
 CONTROL_NAME, FUSION_NAME = "control.json", "fusion.json"
 #: The folder below a run's that holds the answers to tasks which are scored by generation.

@@ -14,8 +14,12 @@ from seedlora.names import BASE, FULL, SOUP
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.results import RESULTS, RunResults
+from seedlora.records.selection import SELECTION
 from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.records.training import TRAINED, TrainedRow, unfinished_text
+from seedlora.scores.advice import advise
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
+from seedlora.scores.results import stored_results
 from seedlora.scores.wording import PERCENT
 from seedlora.utils.files import write_text
 from seedlora.utils.places import without_home
@@ -55,6 +59,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
     """
     settings = (None if run is None else _read(SETTINGS, run)) or {}
     results = None if run is None else _read(RESULTS, run)
+    trained = (None if run is None else _read(TRAINED, run)) or {}
     inputs = [entry["name"] for entry in record["inputs"]]
     lines = [
         "---",
@@ -62,6 +67,8 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
         *_HEADS[rank is None],
         "---",
         *_title(record, rank),
+        *_unfinished(trained, inputs),
+        *([] if results is None or run is None else _advised(results, run, record, inputs, name)),
         *_notes(record, rank, settings),
         "",
         "| | |",
@@ -91,7 +98,7 @@ def _base_fact(base_model: str) -> str:
     return base.name if base.is_hub_id else f"the folder {base.name}" if base.name else "not named by the inputs"
 
 
-def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) -> str:
+def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False, unfinished: str | None = None) -> str:
     """Return the card of one seed's adapter, or of its whole model.
 
     Args:
@@ -99,10 +106,13 @@ def seed_card(*, base_model: str, adapter: str, note: str, whole: bool = False) 
         adapter: what was trained, for people.
         note: as :func:`base_note` gives it.
         whole: whether it is a whole model.
+        unfinished: of how many of how many steps it is, if it is not of all.
     """
+    told = f"Trained as {adapter}, from {_base_fact(base_model)}" + (
+        f", not to the end: {unfinished}." if unfinished else "."
+    )
     lines = ["---", *_base_entry(base_model), *_HEADS[whole], "---", "# One seed of an ensemble", ""]
-    lines += [f"Trained as {adapter}, from {_base_fact(base_model)}.", *(["", note] if note else []), ""]
-    return without_home("\n".join(lines))
+    return without_home("\n".join([*lines, told, *(["", note] if note else []), ""]))
 
 
 def base_note(adapter: str, quantization: str) -> str:
@@ -187,6 +197,26 @@ def _title(record: FusionRecord, rank: int | None) -> list[str]:
         what,
         "`fusion.json` has the inputs' checksums.",
     ]
+
+
+def _unfinished(trained: Mapping[str, TrainedRow], inputs: Sequence[str]) -> list[str]:
+    """Say which inputs were not trained to the end, in a paragraph, if some were not."""
+    texts = {name: text for name in inputs if name in trained and (text := unfinished_text(trained[name]))}
+    if not texts:
+        return []
+    return ["", f"**Not trained to the end:** {'; '.join(f'{name}: {text}' for name, text in texts.items())}."]
+
+
+def _advised(
+    results: RunResults, run: Path, record: FusionRecord, inputs: Sequence[str], name: str | None
+) -> list[str]:
+    """Say whether training helped and which adapter of the run is advised, in a paragraph."""
+    found = stored_results(results, inputs)
+    if found is None or name is None:
+        return []
+    merged = name if name in found.items else SOUP
+    advised = advise(_read(SELECTION, run), found, inputs, method=record["method"], merged=merged)
+    return ["", " ".join(advised["headline"])]
 
 
 def _notes(record: FusionRecord, rank: int | None, settings: RunSettings) -> list[str]:

@@ -126,7 +126,7 @@ PY"""
     template = adapter / CHAT_TEMPLATE_NAME
     words = vllm_command(
         base_model or _BASE_MODEL,
-        [ServedAdapter("fused", adapter, rank)],
+        [ServedAdapter(adapter.name, adapter, rank)],
         chat_template=template if template.is_file() else None,
     )
     before, after = words[: words.index("--lora-modules")], words[words.index("--lora-modules") :]

@@ -46,7 +46,7 @@ def choose_adapters(source: str) -> AdapterChoice:
     if not names:
         raise ValueError(f"{folder} has no adapter yet; go on with the run by --resume")
     report = REPORT_ADVICE.read(folder)
-    advised = None if report is None else report["advice"]["better"]
+    advised = None if report is None else report["advice"].get("folder", report["advice"]["better"])
     first, why = (advised, "which the run advises") if advised in names else (names[0], "")
     return AdapterChoice({name: folder / name for name in dict.fromkeys((first, *names))}, why)
 

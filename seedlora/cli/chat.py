@@ -15,7 +15,7 @@ from rich.text import Text
 
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.speakers import Speakers, add_options, opening, set_up_speakers
-from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.conversations import Turn
 
 HELP = (
     "/new begins a new conversation, /system TEXT one with a system turn, /quit or Ctrl-D ends; Ctrl-C stops an answer"

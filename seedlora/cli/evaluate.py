@@ -43,7 +43,7 @@ def make_parser() -> CommandParser:
     add("--json", action="store_true", help="print the results as JSON")
     data = parser.add_argument_group("tasks")
     add = data.add_argument
-    add("--task_path", action="append", default=[], metavar="TASK=PATH", help="a file, a mirrored folder, or 'hub'")
+    add("--task_path", action="append", default=[], metavar="[TASK=]PATH", help="a file, a mirrored folder, or 'hub'")
     add("--prompt_style", help=f"for adapters without a {PROMPT_NAME}; default: {DEFAULT_STYLE}")
     add("--max_new_tokens", type=int, help="instead of the protocol's; the results then say so")
     add("--execute_code", action="store_true", help="run generated code, inside bubblewrap, to score it")
@@ -83,7 +83,7 @@ def evaluate(arguments: Mapping[str, Any]) -> None:
     console = plain_console(stderr=True) if arguments["json"] else plain_console()
     runs = task_runs(
         names,
-        _task_paths(arguments["task_path"]),
+        _task_paths(arguments["task_path"], names),
         limit=arguments["limit"],
         max_new_tokens=arguments["max_new_tokens"],
         generate=_generated_test,
@@ -159,12 +159,17 @@ def _check_options_used(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"--{given[0]} would change nothing: {reason}")
 
 
-def _task_paths(pairs: Sequence[str]) -> dict[str, str]:
-    """Read ``TASK=PATH`` pairs."""
+def _task_paths(pairs: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Read ``TASK=PATH`` pairs; a path alone is that of the only task."""
+    found = {}
     for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"--task_path '{pair}' must be TASK=PATH")
-    return dict(pair.split("=", 1) for pair in pairs)
+        task, equals, path = pair.partition("=")
+        if not equals or (task not in TASKS and Path(pair).expanduser().exists()):
+            if len(names) != 1:
+                raise ValueError(f"--task_path '{pair}' must be TASK=PATH where there is more than one task")
+            task, path = names[0], pair
+        found[task] = path
+    return found
 
 
 def _split_names(text: str) -> list[str]:

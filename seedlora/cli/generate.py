@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.console import Console
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.speakers import Speakers, add_options, opening, set_up_speakers
 from seedlora.cli.terminal import counting_bar, print_json
-from seedlora.datamodules.prompts import Turn
+from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.row_files import Row, is_row_file, read_rows
+from seedlora.datamodules.row_forms import request_of
 from seedlora.utils.places import expanded
 
 
@@ -29,7 +31,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="requests: lines of JSON with prompt or messages, or a text; - is what is piped in",
+        help="requests: a file of rows as for training, or a text; - is what is piped in",
     )
     parser.add_argument("--json", action="store_true", help="print requests and answers as JSON")
     return parser
@@ -93,34 +95,22 @@ def _message(turn: Turn) -> dict[str, str]:
 
 
 def _read_requests(source: str) -> list[list[Turn]]:
-    """Read requests from a file.
+    """Read requests from a file of rows, or one from a text.
 
     Raises:
-        ValueError: for a line that holds none.
+        ValueError: for a row that holds none.
         OSError: if the file cannot be read.
     """
+    if source != "-" and is_row_file(Path(source).name):
+        return [_request_of(row) for row in read_rows(expanded(source))]
     text = sys.stdin.read() if source == "-" else expanded(source).read_text(encoding="utf-8-sig")
-    if not source.lower().endswith((".jsonl", ".json")):
-        return [[Turn("user", text.rstrip("\n"))]] if text.strip() else []
-    requests = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                requests.append(_read_request(json.loads(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{source}, line {number}: {error}") from None
-    return requests
+    return [[Turn("user", text.rstrip("\n"))]] if text.strip() else []
 
 
-def _read_request(row: object) -> list[Turn]:
-    """Read the turns of a row up to its last request; what follows is an answer that was given."""
-    if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
-        raise ValueError("a request is a JSON object with prompt or messages")
-    if "messages" not in row:
-        return [Turn("user", str(row["prompt"]))]
-    turns = [Turn(str(message["role"]), str(message["content"])) for message in row["messages"]]
-    while turns and turns[-1].role != "user":
-        turns.pop()
-    if not turns:
-        raise ValueError("messages have no turn of the user")
-    return turns
+def _request_of(row: Row) -> list[Turn]:
+    if row.error:
+        raise ValueError(f"{row.where}: {row.error}")
+    try:
+        return request_of(row.value)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
-from seedlora.cli.errors import UsageError, plain_message
+from seedlora.cli.errors import UsageError, one_line, plain_message
 from seedlora.cli.train_help import help_text, unknown_option
 from seedlora.datamodules import InstructionDataModule, all_data_modules
 from seedlora.distributed.strategies import choose_strategy
@@ -136,10 +138,13 @@ class SeedLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
         options = self.config_init.trainer
-        # Lightning adds to the list that it is given, also when it makes the next trainer.
         chosen = options.callbacks or []
+        # Each trainer has its own: one that stopped a stack would stop the next one too.
+        chosen = copy.deepcopy(chosen if isinstance(chosen, list) else [chosen])
         # The clock comes before the ensemble, which merges when training ends; those of the defaults come after it.
-        kwargs["callbacks"] = [self.throughput, *(chosen if isinstance(chosen, list) else [chosen])]
+        kwargs["callbacks"] = [self.throughput, *chosen]
+        if any(isinstance(callback, Checkpoint) for callback in chosen):
+            kwargs["enable_checkpointing"] = True
         if options.enable_progress_bar is False:  # Lightning adds the defaults itself, and refuses a bar then
             self.trainer_defaults["callbacks"] = []
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
@@ -148,8 +153,8 @@ class SeedLoRACLI(LightningCLI):
             self.metrics = kwargs["logger"] = JSONLinesLogger(self.ensemble.metrics_path)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError) as error:
-            raise UsageError(f"Lightning's Trainer refuses these options: {error}") from error
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+            raise UsageError(f"Lightning's Trainer refuses these options: {one_line(str(error))}") from error
 
 
 def _concrete(kind: type) -> list[type]:

@@ -15,7 +15,8 @@ from seedlora.adapters.reading import base_model_of
 from seedlora.cli.adapter_choice import choose_adapters
 from seedlora.cli.command_parser import CommandParser
 from seedlora.datamodules import prompts
-from seedlora.datamodules.prompts import CHAT, PromptRecord, Turn
+from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.prompts import CHAT, PromptRecord
 from seedlora.evaluation.answering import DTYPES, Participants, from_folders
 from seedlora.evaluation.generate import Generation, OnText, Prompt, StackGenerator
 from seedlora.evaluation.sampling import Sampling

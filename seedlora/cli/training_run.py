@@ -10,12 +10,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.text import Text
 
@@ -25,6 +26,9 @@ from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.errors import UsageError, one_line, refuse
 from seedlora.cli.parser import SeedLoRACLI
+from seedlora.cli.preview import positions_of
+from seedlora.datamodules.preview import packing_advice
+from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
 from seedlora.model.loading import check_token_ids
@@ -53,6 +57,11 @@ def run(words: Sequence[str], *, finished: bool, planning: bool, started: float)
     Returns:
         The exit code, as of :func:`seedlora.cli.train.main`.
     """
+    with ExitStack() as at_exit:
+        return _run(words, at_exit, finished=finished, planning=planning, started=started)
+
+
+def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: bool, started: float) -> int:
     _hush()
     console = plain_console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
     try:
@@ -65,6 +74,7 @@ def run(words: Sequence[str], *, finished: bool, planning: bool, started: float)
             does = "removes that" if cli.ensemble.rule is None else f"merges it by {otherwise.asked}"
             raise UsageError(f"{cli.ensemble.dirpath} was merged by {otherwise.made}; --resume instead of test {does}")
         asked = asked_tasks(cli, console)
+        at_exit.callback(cli.ensemble.folder.leave)
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
         return refuse(error)
@@ -75,7 +85,9 @@ def run(words: Sequence[str], *, finished: bool, planning: bool, started: float)
         if planning:
             _measure(cli, plan, console)
             return 0
-        if not finished:
+        if finished:
+            cli.trainer.loggers = []  # the run's own test is in its log
+        else:
             _train(cli, console)
         _test(cli, console)
         watch.finish()
@@ -87,6 +99,9 @@ def run(words: Sequence[str], *, finished: bool, planning: bool, started: float)
         # Lightning ends the process itself when it is interrupted.
         told = isinstance(error, OSError | StoppedError) or isinstance(getattr(error, "code", None), str)
         _stopped(cli, one_line(str(error)) if told else "interrupted", diverged=isinstance(error, DivergedError))
+        return 1
+    except MisconfigurationException as error:
+        _stopped(cli, f"Lightning refuses an option of the Trainer: {one_line(str(error))}")
         return 1
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
@@ -140,13 +155,16 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     for rows in data.rows.values():
         largest = int(rows.tokens.max()) if len(rows) else 0
         check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
-    cli.callback.check_validation(trainer, data)
+    data.check_positions(positions_of(module.options.outline.config))
+    cli.callback.check_fit(trainer, data)
     choose_stack_size(ensemble, trainer, module.options, data)
-    if cli.metrics is not None:
-        cli.metrics.path = ensemble.metrics_path
     plan = run_plan(trainer, module.options, data, ensemble)
     if not planning:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            ensemble.folder.take(resume=ensemble.options.resume)
         cli.callback.open(trainer, module, data)
+    if cli.metrics is not None:
+        cli.metrics.path = ensemble.metrics_path
     if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
@@ -155,6 +173,9 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
             file.write_text(cli.parser.dump(config), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
     console.print(plan.table())
+    console.print(f"prompt: {asked_of_a_server(data.prompt_record())}", highlight=False, markup=False)
+    if sentence := packing_advice(data, plan.padding):
+        console.print(sentence, highlight=False, markup=False)
     return plan
 
 
@@ -228,25 +249,39 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
         console.print(f"Seed {seed} was left out: {reason}.")
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
+    elif not cli.trainer.limit_test_batches:
+        console.print("trainer.limit_test_batches 0 leaves no test rows, so nothing was scored.")
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         console.print()
         assert ensemble.results is not None
         method = ensemble.method_name if ensemble.rule is not None else ""
         console.print(results_table(ensemble.results, method=method))
+    advice = ensemble.advice
+    for sentence in (*advice["headline"], *advice["sentences"]):
+        console.print(sentence, highlight=False, markup=False)
+    if ensemble.results is not None:
         console.print(verdict(ensemble.results), highlight=False)
-    if ensemble.rule is not None and cli.model.options.is_full_finetuning:
-        console.print("\n" + model_commands(ensemble.fused_path.resolve()), highlight=False, markup=False)
-    elif ensemble.rule is not None:
-        fused, full = ensemble.fused_path.resolve(), bool(cli.model.options.full_modules)
-        rank = json.loads((fused / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
-        commands = next_commands(base_model=cli.model.options.base_path, adapter=fused, rank=rank, serve=not full)
-        console.print("\n" + commands, highlight=False, markup=False)
-        if full:
-            why = "no server loads an adapter with full weights beside it; for a whole model, add --into_base"
-            console.print(f"# {why} to the command in {fused / CARD_NAME}", highlight=False, markup=False)
-        if note := cli.model.options.base_note:
-            console.print(note, highlight=False, markup=False)
+    _show_commands(cli, console)
+
+
+def _show_commands(cli: SeedLoRACLI, console: Console) -> None:
+    """Print the commands that load and serve the adapter that is advised."""
+    ensemble = cli.ensemble
+    if (name := ensemble.advice["folder"]) is None:
+        return
+    folder, full = (ensemble.dirpath / name).resolve(), bool(cli.model.options.full_modules)
+    if cli.model.options.is_full_finetuning:
+        console.print("\n" + model_commands(folder), highlight=False, markup=False)
+        return
+    rank = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["r"]
+    commands = next_commands(base_model=cli.model.options.base_path, adapter=folder, rank=rank, serve=not full)
+    console.print("\n" + commands, highlight=False, markup=False)
+    if full:
+        why = "no server loads an adapter with full weights beside it; for a whole model, add --into_base"
+        console.print(f"# {why} to the command in {ensemble.fused_path / CARD_NAME}", highlight=False, markup=False)
+    if note := cli.model.options.base_note:
+        console.print(note, highlight=False, markup=False)
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:
@@ -256,15 +291,11 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
         return
     try:
         with console.status("Writing the report ..."):
-            found = write_report(run)
+            write_report(run)
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         print(f"train.py: no report: {reason}; the run is whole; try: {_report_command(run)}", file=sys.stderr)  # noqa: T201
     else:
-        for sentence in found["advice"]["sentences"]:
-            console.print(sentence, highlight=False, markup=False)
-        if (better := found["advice"]["better"]) is not None:
-            console.print(f"The better adapter is in {run / better}", highlight=False, soft_wrap=True)
         console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 

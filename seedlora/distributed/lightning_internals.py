@@ -33,6 +33,14 @@ def uses_distributed_sampler(trainer: pl.Trainer) -> bool:
     return bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
+def is_barebones(trainer: pl.Trainer) -> bool:
+    """Return whether the trainer is bare: it logs nothing then, and says so for each value.
+
+    The trainer keeps its argument ``barebones`` under ``barebones``.
+    """
+    return bool(trainer.barebones)
+
+
 def validates_after_batch(trainer: pl.Trainer) -> bool:
     """Return whether the training loop will validate after the batch at hand.
 

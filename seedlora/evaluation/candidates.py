@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Unpack
 
 from seedlora.adapters.adapter import PROMPT_NAME, adapter_sha256, locate, quantization_of
 from seedlora.adapters.reading import base_model_of
+from seedlora.datamodules.conversations import Turn
 from seedlora.evaluation.generate import Prompt
 from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization
@@ -25,7 +26,7 @@ DEFAULT_STYLE = "alpaca"
 class Prompts(Protocol):
     """Turns requests into prompts; ``seedlora.datamodules.prompts`` is one, handed over by whoever starts it."""
 
-    def render(self, style: str | Mapping[str, object], turns: str) -> str:
+    def render(self, style: str | Mapping[str, object], turns: str | tuple[Turn, ...]) -> str:
         """Return the text after which the model answers."""
 
     def prompt_record(self, style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
@@ -45,7 +46,7 @@ def make_candidate(
     """
     special = True if isinstance(record, str) else bool(record.get("add_special_tokens", True))
 
-    def prompt(request: str, prefix: str) -> Prompt:
+    def prompt(request: str | tuple[Turn, ...], prefix: str) -> Prompt:
         return Prompt(prompts.render(record, request) + prefix, special)
 
     return Candidate(name, prompt, {"prompt": record if isinstance(record, str) else dict(record), **settings})

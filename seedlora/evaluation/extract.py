@@ -16,6 +16,10 @@ from typing import NamedTuple
 MARKER = "The answer is: "
 NO_MARKER, NO_ANSWER = "no 'The answer is: '", "nothing to read after the marker"
 NUMBER_CUT, ROUNDED = "number cut at its second separator", "rounded to a whole number"
+GOLD_DOLLAR, GOLD_ROUNDED = "$ dropped from the right answer", "right answer rounded to a whole number"
+MINUS_LOST = "minus sign not read"
+#: A minus that the expression does not take: before a currency, or one of Unicode's.
+_LOST_MINUS = re.compile("[-\u2212\u2013][ $\u20ac\u00a3]*$")
 _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _NEXT_TURN_WORDS = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
 #: What ends a generation for GSM8K and MATH: the model starts to ask itself the next question.
@@ -41,6 +45,8 @@ def gsm8k_answer(text: str) -> Extraction:
     if (match := _NUMBER.search(tail.strip())) is None:
         return Extraction(None, (NO_ANSWER,))
     quirks = [NUMBER_CUT] if re.match(r"[.,]\d", tail.strip()[match.end() :]) else []
+    if _LOST_MINUS.search(tail.strip()[: match.start()]):
+        quirks.append(MINUS_LOST)
     numerator, slash, denominator = match[0].replace(",", "").partition("/")
     # Over 300 digits it is no number but a loop; the original's float is infinite then.
     if (slash and not numerator.strip("+-")) or len(match[0]) > 300:
@@ -52,16 +58,24 @@ def gsm8k_answer(text: str) -> Extraction:
     return Extraction(round(float(value)), tuple(quirks))
 
 
-def gsm8k_gold(answer: str) -> int:
-    """Read the whole number after ``#### ``.
+def gsm8k_gold(answer: str) -> Extraction:
+    """Read the whole number after ``#### ``, as answers are read: a dollar sign is dropped, a fraction rounded.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or something else beside it.
+
+    Example:
+        >>> gsm8k_gold("2 + 0.5 = 2.5 #### $2.5")
+        Extraction(answer=2, quirks=('$ dropped from the right answer', 'right answer rounded to a whole number'))
     """
-    _, marker, number = answer.rpartition("#### ")
-    if not marker or not re.fullmatch(r"[+-]?[\d,]+", number.strip()):
-        raise ValueError("a GSM8K answer ends in '#### ' and a whole number")
-    return int(number.replace(",", ""))
+    _, marker, number = answer.rpartition("####")
+    found = re.fullmatch(r"([+-]?)(\$?)([+-]?)(\d[\d,]*(?:\.\d+)?|\.\d+)", number.strip()) if marker else None
+    if found is None or (found[1] and found[3]):
+        shown = f"'#### ' is followed by '{number.strip()[:40]}'" if marker else f"it ends '{answer[-40:]}'"
+        raise ValueError(f"a GSM8K answer ends in '#### ' and a whole number; {shown}")
+    value = Fraction(found[1] + found[3] + found[4].replace(",", ""))
+    quirks = [GOLD_DOLLAR] * bool(found[2]) + [GOLD_ROUNDED] * (value.denominator != 1)
+    return Extraction(round(value), tuple(quirks))
 
 
 def math_answer(text: str) -> Extraction:

@@ -115,6 +115,11 @@ class StackGenerator:
         ends = getattr(config, "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
+    @property
+    def mixtures(self) -> Sequence[str]:
+        """Return the names that answer by the mean of several adapters' probabilities."""
+        return list(self._mixtures)
+
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return the tokens of each prompt.
 

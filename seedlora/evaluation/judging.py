@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ class Judged:
         tokens: by adapter, tokens generated.
         groups: sub-domain of each item.
         by_value: bool, shape (items, adapters): what math-verify says, for tasks of formulas, where it is installed.
+        measures: shape (items, adapters): how near the answers are to the right ones, by the measure's name.
+        loss: by adapter, the mean loss of a token of the right answers; empty where it was not measured.
     """
 
     task: str
@@ -42,6 +44,8 @@ class Judged:
     tokens: dict[str, int]
     groups: tuple[str, ...]
     by_value: np.ndarray | None = None
+    measures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=dict)
 
 
 def judge(
@@ -76,6 +80,12 @@ def judge(
         tokens={name: sum(row[i]["tokens"] for row in lines) for i, name in enumerate(names)},
         groups=tuple(item.group for item in run.items),
         by_value=_verdicts_by_value(verdicts, len(names), run),
+        measures={
+            measure: np.array(
+                [[near(line["text"], item.gold) for line in row] for item, row in zip(run.items, lines, strict=True)]
+            )
+            for measure, near in run.task.measures.items()
+        },
     )
 
 

@@ -12,12 +12,13 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias, TypedDict, cast
 
 import torch
 
+from seedlora.datamodules.conversations import Turn
 from seedlora.evaluation.generate import Generation, Generator, Prompt
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Item, Task
 from seedlora.records.evaluation import (
@@ -46,7 +47,7 @@ class Candidate:
     """
 
     name: str
-    prompt: Callable[[str, str], Prompt]
+    prompt: Callable[[str | tuple[Turn, ...], str], Prompt]
     settings: CandidateSettings
 
 
@@ -66,13 +67,17 @@ class TaskRun:
     @property
     def sha256(self) -> str:
         """Return the sha256 of the items, in order: what is asked, and what is right."""
-        asked = [[item.request, item.gold, item.group] for item in self.items]
+        asked = [[_plain(item.request), item.gold, item.group] for item in self.items]
         return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
     @property
     def settings(self) -> TaskSettings:
         """Return what decides a generation, as plain data."""
         return {**self.task.settings, "max_new_tokens": self.max_new_tokens}
+
+
+def _plain(request: str | tuple[Turn, ...]) -> object:
+    return request if isinstance(request, str) else [asdict(turn) for turn in request]
 
 
 class SampleLine(TypedDict):

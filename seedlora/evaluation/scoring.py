@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from seedlora.datamodules.conversations import Turn
 from seedlora.evaluation.answering import EvaluationSetup
 from seedlora.evaluation.generate import Generation, StackGenerator
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
@@ -21,6 +22,7 @@ from seedlora.evaluation.harness import Scores, harness_scores
 from seedlora.evaluation.items import load_items
 from seedlora.evaluation.joint import Joint, joint, joint_table
 from seedlora.evaluation.judging import Judged, judge, write_solutions
+from seedlora.evaluation.own_rows import Question, answer_losses
 from seedlora.evaluation.samples import Samples, TaskRun, generate, open_samples, run_settings
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.showing import StatusLines, describe_style, long_progress_bar, print_scores, print_unscored
@@ -34,7 +36,7 @@ from seedlora.records.evaluation import (
     JointView,
     TaskResults,
 )
-from seedlora.scores.intervals import adjust_over_tasks, wilson
+from seedlora.scores.intervals import adjust_over_tasks, mean_score, wilson
 from seedlora.scores.results import Results, is_seed, results
 from seedlora.scores.tables import titled_table
 from seedlora.utils.places import expanded
@@ -149,6 +151,7 @@ def score(
             new = _generate_with_bar(samples, setup, runs, progress)
             seconds = time.monotonic() - started
             judged = [_judge_with_bar(samples, names, run, sandbox, progress) for run in runs]
+            judged = [_with_loss(verdicts, run, setup) for verdicts, run in zip(judged, runs, strict=True)]
         scores = [_TaskScores(run, v, _compare_adapters(v, run, against)) for run, v in zip(runs, judged, strict=True)]
         union = joint({v.task: v.correct for v in judged if v.correct is not None}, names) if together else None
         record = _results_record(EVALUATION_RESULTS.read(folder), setup, scores, union)
@@ -306,6 +309,23 @@ def _judge_with_bar(
     return judge(samples, names, run, sandbox=sandbox, on_done=lambda: progress.advance(bar))
 
 
+def _with_loss(judged: Judged, run: TaskRun, setup: EvaluationSetup) -> Judged:
+    """Add the loss of the right answers, for a task that has it and a model in this process."""
+    if not run.task.answer_loss or not isinstance(setup.generator, StackGenerator):
+        return judged
+    questions = [
+        Question((Turn("user", item.request),) if isinstance(item.request, str) else item.request, item.gold)
+        for item in run.items
+    ]
+    loss = {}
+    for candidate in setup.candidates:
+        if candidate.name in setup.generator.mixtures:
+            continue  # a mean of probabilities has no forward of its own
+        each = answer_losses(setup.generator, candidate.name, candidate.settings["prompt"], questions)
+        loss[candidate.name] = sum(row.total for row in each) / sum(row.tokens for row in each)
+    return replace(judged, loss=loss)
+
+
 def _compare_adapters(judged: Judged, run: TaskRun, against: str | None) -> Results | None:
     """Compare merged adapters with mean seed and soup if there are seeds; otherwise all with the first."""
     if judged.correct is None:
@@ -340,6 +360,13 @@ def _task_results(scored: _TaskScores) -> TaskResults:
         found["seed_spread"], found["best_seed"] = compared["seed_spread"], compared["best_seed"]
         found["items"] = table.items
     found["quirks"], found["unfinished"], found["tokens"] = judged.quirks, judged.unfinished, judged.tokens
+    if judged.measures:
+        found["measures"] = {
+            measure: {name: mean_score(column).to_record() for name, column in zip(judged.names, values.T, strict=True)}
+            for measure, values in judged.measures.items()
+        }
+    if judged.loss:
+        found["loss"] = dict(judged.loss)
     if judged.by_value is not None:
         by_name = zip(judged.names, judged.by_value.T, strict=True)
         found["math_verify_scores"] = {name: wilson(column).to_record() for name, column in by_name}

@@ -50,10 +50,18 @@ def print_scores(console: Console, run: TaskRun, judged: Judged, table: Results 
     answers.add_column("adapter")
     for header in (f"cut at {run.max_new_tokens} tokens", "mean tokens", *columns):
         answers.add_column(header, justify="right")
+    measured = {f"mean {measure}": values.mean(0) for measure, values in judged.measures.items()}
+    for header in (*measured, *(["loss of the right answer"] if judged.loss else [])):
+        answers.add_column(header, justify="right")
     if judged.by_value is not None:
         answers.add_column("score by math-verify", justify="right")
     for i, name in enumerate(judged.names):
         value = [] if judged.by_value is None else [f"{100 * judged.by_value[:, i].mean():.1f}"]
+        value = (
+            [f"{100 * means[i]:.1f}" for means in measured.values()]
+            + ([f"{judged.loss[name]:.4f}" if name in judged.loss else "-"] if judged.loss else [])
+            + value
+        )
         counts = [judged.unfinished[name], round(judged.tokens[name] / len(run.items))]
         answers.add_row(name, *map(str, counts + [judged.quirks[name].get(quirk, 0) for quirk in columns]), *value)
     console.print(answers)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from seedlora.datamodules.conversations import Turn, check_text
 from seedlora.evaluation.extract import (
     MATH_STOPS,
     first_label,
@@ -20,6 +21,7 @@ from seedlora.evaluation.extract import (
     math_answer,
     python_solution,
 )
+from seedlora.evaluation.own_rows import question_of, rouge_l, token_f1
 from seedlora.records.evaluation import TaskSettings
 from seedlora.utils.wheel_files import PackagedFile
 
@@ -35,15 +37,17 @@ class Item(NamedTuple):
 
     Args:
         id: unique in its task.
-        request: what is asked, before a prompt style is put around it.
+        request: what is asked, before a prompt style is put around it; turns where it is more than one question.
         gold: what :attr:`Task.judge` or :attr:`Task.program` compares with.
         group: the sub-domain it belongs to, where the data names one.
+        quirks: of reading the right answer; they take part in every judgement of the item.
     """
 
     id: str
-    request: str
+    request: str | tuple[Turn, ...]
     gold: Any
     group: str = ""
+    quirks: tuple[str, ...] = ()
 
 
 class Judgement(NamedTuple):
@@ -68,6 +72,8 @@ class Task:
         judge: is this text right? For all tasks but those that run code.
         program: text and item to a Python program that ends without an error if the text is right.
         by_value: answers are formulas, which math-verify can judge a second time.
+        measures: how near a text is to the right answer, from 0 to 1, by the measure's name.
+        answer_loss: the right answers are texts that have a loss.
         packaged: a wheel of the package index that holds the items.
         generated: the items come from a generator, which whoever starts the program hands over.
         made_of: tasks whose test items its own are variants of: who trains on it has seen them.
@@ -82,6 +88,8 @@ class Task:
     judge: Callable[[str, Item], Judgement] | None = None
     program: Callable[[str, Item], str] | None = None
     by_value: bool = False
+    measures: Mapping[str, Callable[[str, str], float]] = field(default_factory=dict)
+    answer_loss: bool = False
     packaged: PackagedFile | None = None
     generated: bool = False
     made_of: tuple[str, ...] = ()
@@ -98,7 +106,7 @@ def _field(row: Row, *names: str) -> str:
     """Return the first of these fields that is text; raise ``KeyError``, with their names, if none is."""
     for name in names:
         if isinstance(row.get(name), str):
-            return str(row[name])
+            return check_text(row[name], f"field '{name}'")
     raise KeyError(" or ".join(f"'{name}'" for name in names))
 
 
@@ -108,12 +116,13 @@ _STEP_BY_STEP = " Let's think step by step."
 
 
 def _gsm8k_item(number: int, row: Row) -> Item:
-    return Item(str(number), _field(row, "question", "query"), gsm8k_gold(_field(row, "answer", "response")))
+    gold, quirks = gsm8k_gold(_field(row, "answer", "response"))
+    return Item(str(number), _field(row, "question", "query"), gold, quirks=quirks)
 
 
 def _gsm8k_judge(text: str, item: Item) -> Judgement:
     answer, quirks = gsm8k_answer(text)
-    return Judgement(answer == item.gold, answer, quirks)
+    return Judgement(answer == item.gold, answer, (*quirks, *item.quirks))
 
 
 def _math_item(number: int, row: Row) -> Item:
@@ -227,12 +236,22 @@ def _generated_item(number: int, row: Row) -> Item:
     return Item(str(number), _field(row, "question"), str(row["answer"]))
 
 
-def _generated_judge(text: str, item: Item) -> Judgement:
+def _text_judge(text: str, item: Item) -> Judgement:
     answer = text.strip()
-    return Judgement(answer == item.gold, answer)
+    return Judgement(answer == item.gold.strip(), answer)
 
 
-_GENERATED = Task(_generated_item, stops=(), max_new_tokens=32, judge=_generated_judge, generated=True)
+# A user's own rows
+
+
+def _own_item(number: int, row: Row) -> Item:
+    question = question_of(row)
+    first = question.turns[0]
+    plain = len(question.turns) == 1 and not first.input
+    return Item(str(number), first.content if plain else question.turns, question.answer)
+
+
+_GENERATED = Task(_generated_item, stops=(), max_new_tokens=32, judge=_text_judge, generated=True)
 _GSM8K = Task(
     _gsm8k_item,
     prefix=_STEP_BY_STEP,
@@ -313,6 +332,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "gsm_symbolic": replace(_GENERATED, made_of=("gsm8k",)),
         "gcd": _GENERATED,
         "fraction_simplification": _GENERATED,
+        "rows": Task(
+            _own_item,
+            stops=(),
+            max_new_tokens=256,
+            judge=_text_judge,
+            measures={"token F1": token_f1, "ROUGE-L": rouge_l},
+            answer_loss=True,
+        ),
     }
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,6 +89,32 @@ def rule_record(bound: BoundRule) -> AppliedRule:
         use["match_norm"] = bound.common.match_norm
     use["svd"], use["seed"] = bound.common.svd, bound.common.seed
     return {"method": bound.name, "options": dict(bound.options), "use": use}
+
+
+def applied_rule(record: FusionRecord) -> AppliedRule:
+    """Return the rule that a record tells of."""
+    return {"method": record["method"], "options": record["options"], "use": record.get("use", {})}
+
+
+def rule_as_stored(bound: BoundRule) -> AppliedRule:
+    """Return what a rule is as a file would tell it, to be compared with :func:`applied_rule`."""
+    stored: AppliedRule = json.loads(json.dumps(rule_record(bound), default=str))
+    return stored
+
+
+def tells_of(record: FusionRecord, bound: BoundRule, folders: Sequence[Path], run: Path) -> bool:
+    """Return whether a record tells of just this merge, by this version; reads all weights of the inputs.
+
+    Args:
+        record: of a fused adapter that is there.
+        bound: the rule.
+        folders: of the inputs.
+        run: the folder that they are named relative to.
+    """
+    if record.get("seedlora") != version("seedlora") or applied_rule(record) != rule_as_stored(bound):
+        return False
+    inputs = [{"name": recorded(folder, run.resolve()), "sha256": _weights_sha256(folder)} for folder in folders]
+    return record["inputs"] == inputs
 
 
 def fusion_record(

@@ -96,6 +96,8 @@ class TaskResults(TypedDict):
         quirks: for each adapter, how often which quirk of the extraction took part.
         unfinished: number of each adapter's answers that ended at `max_new_tokens`.
         tokens: number of tokens that each adapter generated.
+        measures: how near the answers are to the right ones, as means from 0 to 1, by measure, then by adapter.
+        loss: mean loss of a token of the right answers, by adapter, where a model in this process was scored.
         math_verify_scores: score of each adapter by math-verify, where that is installed and the answers are formulas.
         domains: for each kind of sub-domain the one that each item belongs to.
         groups: score in each sub-domain, by adapter.
@@ -118,6 +120,8 @@ class TaskResults(TypedDict):
     quirks: NotRequired[dict[str, dict[str, int]]]
     unfinished: NotRequired[dict[str, int]]
     tokens: NotRequired[dict[str, int]]
+    measures: NotRequired[dict[str, dict[str, ScoreRecord]]]
+    loss: NotRequired[dict[str, float]]
     math_verify_scores: NotRequired[dict[str, ScoreRecord]]
     domains: NotRequired[dict[str, list[str]]]
     groups: NotRequired[dict[str, dict[str, ScoreRecord]]]

@@ -42,14 +42,25 @@ class JSONFile(Generic[Content]):
             ValueError: naming the file, if it holds no JSON object, or one that lacks a key which its type requires: a
                 disk or a person has been there.
         """
-        path = folder / self.name
         try:
-            found: Content | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            return self.read_file(folder / self.name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def read_file(self, path: Path) -> Content:
+        """Read a file of this kind under another name.
+
+        Raises:
+            ValueError: as :meth:`read`.
+            OSError: if it is not there.
+        """
+        try:
+            found: Content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
-        if not isinstance(found, dict | None):
+        if not isinstance(found, dict):
             raise ValueError(f"{path} cannot be read: it holds no JSON object but {str(found)[:80]}")
-        if found is not None and (fault := find_fault(found, self.content)) is not None:
+        if (fault := find_fault(found, self.content)) is not None:
             raise ValueError(f"{path} cannot be read: {fault}")
         return found
 

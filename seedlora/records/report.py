@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from seedlora.names import REPORT_NAME
 from seedlora.records.cost import BaseIdentity, PlanRecord
@@ -30,7 +30,7 @@ class PairedDifference(TypedDict):
 
     Attributes:
         value: mean over the items of the first's outcome minus the other's.
-        low: lower end of its 95 % bootstrap interval over items.
+        low: lower end of its 95 % interval over items.
         high: upper end of that interval.
         n: number of items.
         p_value: p-value of the exact McNemar test; null where one side is the mean of several adapters.
@@ -176,13 +176,19 @@ class TrainingCurves(TypedDict):
 
 
 class Advice(TypedDict):
-    """Tell whether the fused adapter is the one to use.
+    """Tell which adapter to use: terminal, report, cards and printed commands follow it.
 
     Attributes:
+        use: label of what to use; `base` where training is shown to have harmed; null where nothing was trained.
+        folder: its folder in the run's; null for `base` and where nothing was trained.
+        headline: whether training helped, which adapter to use, and how sure that is, a sentence each.
         sentences: what speaks against the fused adapter; none if nothing does.
-        better: label of the adapter that is better; null if none is.
+        better: label of the adapter that is better than the fused one; null if none is.
     """
 
+    use: NotRequired[str | None]
+    folder: NotRequired[str | None]
+    headline: NotRequired[list[str]]
     sentences: list[str]
     better: str | None
 
@@ -362,6 +368,7 @@ class Report(TypedDict):
 
     Attributes:
         run: name of the run's folder.
+        title: what was trained on what, by which seeds, and how long it took.
         method: the merge method; null where nothing is known of it.
         merged: label of what was made of the seeds: `fused`, or `soup` for plain soup; null if nothing was.
         seeds: labels of all seeds that were to be trained.
@@ -386,6 +393,7 @@ class Report(TypedDict):
     """
 
     run: str
+    title: str
     method: str | None
     merged: str | None
     seeds: list[str]

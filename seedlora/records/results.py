@@ -29,7 +29,7 @@ class DifferenceRecord(TypedDict):
 
     Attributes:
         value: mean over the items of the first adapter's outcome (1 right, 0 wrong) minus the other's.
-        low: lower end of its 95 % bootstrap interval over items.
+        low: lower end of its 95 % interval over items.
         high: upper end of that interval.
         n: number of items.
         p_value: p-value of the exact McNemar test; null where one side is the mean of several adapters.
@@ -50,7 +50,7 @@ class LossRecord(TypedDict):
 
     Attributes:
         value: the loss in nats per token.
-        low: lower end of its 95 % bootstrap interval over rows.
+        low: lower end of its 95 % interval over rows.
         high: upper end of that interval.
     """
 

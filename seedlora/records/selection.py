@@ -63,7 +63,7 @@ class LossDifference(TypedDict):
 
     Attributes:
         value: the fused adapter's loss minus the other's, in nats per token.
-        low: lower end of its 95 % bootstrap interval over rows.
+        low: lower end of its 95 % interval over rows.
         high: upper end of that interval.
         n: number of rows.
         shown: whether the interval leaves 0 out.

@@ -15,6 +15,8 @@ class TrainedRow(TypedDict):
         steps: optimizer steps.
         stopped: whether it was stopped because its validation loss improved no more.
         kept_step: the step whose weights were kept; null where those of the last step are.
+        planned: optimizer steps that it was to be trained for.
+        ended_by: what ended its training before; only there where something did, such as `trainer.max_time`.
         tokens: tokens that it saw; not there where the data module does not count them.
         scored: of these tokens, the ones that the loss was taken of.
     """
@@ -22,8 +24,23 @@ class TrainedRow(TypedDict):
     steps: int
     stopped: bool
     kept_step: int | None
+    planned: NotRequired[int]
+    ended_by: NotRequired[str]
     tokens: NotRequired[int]
     scored: NotRequired[int]
+
+
+def unfinished_text(row: TrainedRow) -> str | None:
+    """Say of how many of how many steps an adapter is, and why; None if it had all, or was stopped as it no longer
+    improved.
+
+    Example:
+        >>> unfinished_text({"steps": 98, "stopped": False, "kept_step": None, "planned": 1911, "ended_by": "a person"})
+        '98 of 1,911 steps, ended by a person'
+    """
+    if "ended_by" not in row:
+        return None
+    return f"{row['steps']:,} of {row.get('planned', 0):,} steps, ended by {row['ended_by']}"
 
 
 class ControlRecord(TypedDict):

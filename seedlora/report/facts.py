@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model
@@ -23,7 +24,7 @@ from seedlora.report.sentences import ANSWERED_BY_OTHERS, further_comparisons, l
 from seedlora.report.stored import StoredRun, read_run
 from seedlora.report.training_curves import training_curves
 from seedlora.report.weights import LAYERS, weight_facts
-from seedlora.scores.advice import advice
+from seedlora.scores.advice import advise
 from seedlora.scores.intervals import CONFIDENCE_PERCENT
 from seedlora.scores.results import stored_results
 
@@ -53,8 +54,10 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     curves = training_curves(stored.folder, stored.seeds, stored.merged_label)
     results = None if stored.results is None else stored_results(stored.results, stored.trained)
     adapters = _describe_adapters(stored, digests, layers, on_layer)
+    advised = advise(stored.selection, results, stored.trained, method=stored.method, merged=stored.merged)
     return {
         "run": stored.name,
+        "title": _title(stored),
         "method": stored.method,
         "merged": stored.merged,
         "seeds": list(stored.seeds),
@@ -64,7 +67,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "training": curves,
         "train_sample": None if stored.results is None else stored.results.get("train_sample"),
         "selection": stored.selection,
-        "advice": advice(stored.selection, results, stored.trained, method=stored.method),
+        "advice": advised,
         "weights": adapters.weights,
         "cost": None if stored.cost is None else stored.cost["plan"],
         "took": {} if stored.cost is None else stored.cost["took"],
@@ -80,8 +83,20 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "more": further_comparisons(stored),
         "reproduce": _reproduction(stored, adapters.sha256),
         "adapters": adapter_rows(stored, tests, curves),
-        "verdict": verdict_of(stored, tests, curves),
+        "verdict": " ".join([*([] if stored.pending else advised["headline"]), verdict_of(stored, tests, curves)]),
     }
+
+
+def _title(stored: StoredRun) -> str:
+    """Name the run by what was trained on what, and how long it took."""
+    if stored.cost is None:
+        return f"SeedLoRA run {stored.name}"
+    plan, took = stored.cost["plan"], sum(sum(phases.values()) for phases in stored.cost["took"].values())
+    model, data = plan["model"].rstrip("/").rpartition("/")[2], plan["data"].partition(";")[0]
+    seeds = ", ".join(seed.removeprefix("seed_") for seed in stored.seeds)
+    noun = "seed" if len(stored.seeds) == 1 else "seeds"
+    after = f", {timedelta(seconds=round(took))} (h:mm:ss)" if took else ""
+    return f"{model} on {data}; {noun} {seeds}{after}; run {stored.name}"
 
 
 def _adapter_folders(stored: StoredRun) -> list[Path]:

@@ -38,7 +38,7 @@ def write_report(
     report = facts(run, layers=layers, on_layer=on_layer)
     colours = Palette(report["seeds"]).colours
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
-    _write_pages(Path(run), f"SeedLoRA run {report['run']}", report["verdict"], sections(report), on_page)
+    _write_pages(Path(run), report["title"], report["verdict"], sections(report), on_page)
     REPORT.write(Path(run), report)
     return report
 
@@ -71,7 +71,7 @@ def _comparison_sections(report: ComparisonReport) -> list[Section]:
     picture = run_differences("runs", report["runs"])
     drawings = Drawings({} if picture is None else {"runs": picture})
     line = (
-        "Scores are in percent, differences in points with bootstrap intervals of "
+        "Scores are in percent, differences in points with intervals of "
         f"{report['confidence_percent']} %, paired by item. The spread is the standard deviation of the seeds' scores, "
         "the cosine the mean over pairs of seeds. Two runs stand against each other where they were tested on the same "
         "items."

@@ -69,7 +69,7 @@ def _say_differences(test: TestSet) -> str:
     """Say how the table of comparisons is to be read."""
     tasks = test["tasks"]
     return (
-        "Differences are in points, paired by item, with bootstrap intervals; p is McNemar's exact test"
+        "Differences are in points, paired by item, with intervals; p is McNemar's exact test"
         + (f", Holm the same adjusted over the {tasks} tasks" if tasks > 1 else "")
         + ", Holm (table) the same adjusted for all tests of this table. What is shown is said by the interval "
         "alone, without adjustment: of many rows, some would show a difference by chance. The mean seed is not "
@@ -164,7 +164,7 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
         lines.append(
             f"After the test all were scored on the same {sample['rows']:,} rows ({sample['tokens']:,} tokens), drawn "
             "from the training rows: some of them may be rows that an adapter did not get to. Intervals are of "
-            f"{CONFIDENCE_PERCENT} %, resampled over rows. All adapters share the rows, so a difference between two "
+            f"{CONFIDENCE_PERCENT} %, over rows. All adapters share the rows, so a difference between two "
             "of them is surer than their intervals."
         )
     columns["loss of the last steps"] = lambda row: "" if row["train_loss"] is None else LOSS(row["train_loss"])

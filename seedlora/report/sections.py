@@ -78,9 +78,7 @@ def paired_table(rows: Sequence[RunComparison]) -> Table:
 
 
 def _advice(report: Report) -> Section:
-    lines = list(report["advice"]["sentences"])
-    if (better := report["advice"]["better"]) is not None:
-        lines.append(f"The better adapter is in {better}, beside fused.")
+    lines = [*report["advice"].get("headline", ()), *report["advice"]["sentences"]]
     return Section("Which adapter to use", lines)
 
 
@@ -119,7 +117,7 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
 
 def _say_loss_difference(name: str, row: LossDifference) -> str:
     """Say what a difference between validation losses shows."""
-    interval = f"{interval_text(row['low'], row['high'], LOSS_CHANGE)}, rows resampled"
+    interval = f"{interval_text(row['low'], row['high'], LOSS_CHANGE)}"
     judged = judge(row["value"], shown=row["shown"], called=LOSSES)
     return f"Loss of the fused adapter minus that of {name}: {LOSS_CHANGE(row['value'])} ({interval}), {judged}."
 

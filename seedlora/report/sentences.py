@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from seedlora.names import ALL_CONTROLS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
 from seedlora.records.report import AdapterComparison, TestSet, TrainingCurves
 from seedlora.records.selection import Selection
+from seedlora.records.training import unfinished_text
 from seedlora.report.stored import StoredRun
 from seedlora.scores.wording import LOSS, LOSS_CHANGE, LOSSES, difference_in_points, interval_text, judge
 
@@ -22,6 +23,8 @@ def left_out(run: StoredRun) -> list[str]:
     if run.cost is not None:
         sentences += [f"Of the rows of the data: {sentence}." for sentence in run.cost["plan"].get("left_out", ())]
     for label, row in run.trained_on.items():
+        if (text := unfinished_text(row)) is not None:
+            sentences.append(f"{label} was not trained to the end: {text}.")
         if row["stopped"]:
             sentences.append(f"{label} was stopped after step {row['steps']:,}: its validation loss improved no more.")
         if row["kept_step"] is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from seedlora.distributed.strategies import check_batches
 from seedlora.names import LONG_SEED
 from seedlora.run.ensemble_options import BUDGETS, EnsembleOptions, check_choice
-from seedlora.run.stack_data import Loader, StackData
+from seedlora.run.stack_data import Loader, StackDataModule
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -67,9 +67,12 @@ def replica_budget(budget: str, *, n: int, max_epochs: int | None, max_steps: in
     }
     if all(limit is None for limit in limits.values()):
         raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+    for name, limit in limits.items():
+        if limit == 0:
+            raise ValueError(f"trainer.{name} 0 leaves nothing to train; give at least 1")
     if budget == "equal":
         for name, limit in limits.items():
-            if limit is not None and (limit % n or limit == 0):
+            if limit is not None and limit % n:
                 raise ValueError(
                     f"ensemble.budget equal shares trainer.{name} {limit} among {n} seeds, which does not divide "
                     f"evenly; set --trainer.{name} to a multiple of {n}, or --ensemble.budget full to give each seed "
@@ -98,7 +101,7 @@ def replica_share(options: EnsembleOptions, trainer: pl.Trainer, *, control: str
     )
 
 
-def replica_steps(share: ReplicaBudget, trainer: pl.Trainer, data: StackData) -> int:
+def replica_steps(share: ReplicaBudget, trainer: pl.Trainer, data: StackDataModule) -> int:
     """Return the optimizer steps of each replica under this trainer with this data module.
 
     Raises:

@@ -18,12 +18,14 @@ from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup
-from seedlora.merge.record import rule_record
+from seedlora.merge.record import applied_rule, rule_as_stored
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import ALL_CONTROLS, FUSED, LONG_SEED, SOUP, TRAINED_CONTROLS, WIDE_SEED, seed_name
 from seedlora.records.fusion import AppliedRule
+from seedlora.records.report import Advice
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
+from seedlora.scores.advice import advise
 from seedlora.scores.results import Results
 from seedlora.selection.comparison import Comparison, rule_of_seeds
 from seedlora.selection.settling import adapters_beside
@@ -59,6 +61,7 @@ class Ensemble:
             expanded(options.dirpath or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")),
             options.seeds,
             controls=TRAINED_CONTROLS if trains_controls else (),
+            is_new=options.dirpath is None,
         )
         #: Seeds trained at once; None is all of them, as long as the memory estimate has not decided.
         self.stack_size: int | None = options.stack_size if isinstance(options.stack_size, int) else None
@@ -134,14 +137,23 @@ class Ensemble:
         made: AppliedRule = {"method": "nothing", "options": {}, "use": {}}
         asked = made
         if (fusion := self.folder.fusion) is not None:
-            made = {"method": fusion["method"], "options": fusion["options"], "use": fusion.get("use", {})}
+            made = applied_rule(fusion)
         if (rule := self.compared.rule) is not None:
-            asked = json.loads(json.dumps(rule_record(rule), default=str))
+            asked = rule_as_stored(rule)
         return None if made == asked else MergedOtherwise(_rule_text(made), _rule_text(asked))
 
     def adapter_path(self, seed: int) -> Path:
         """Return where the adapter of a seed is, once it is trained."""
         return self.folder.adapter(seed)
+
+    @property
+    def advice(self) -> Advice:
+        """Return which adapter to use, by the validation rows and the last test."""
+        merged = None
+        if self.rule is not None and is_trained(self.fused_path):
+            merged = SOUP if self.comparison.is_soup else FUSED
+        seeds = list(map(seed_name, self.trained))
+        return advise(self.folder.selection, self.results, seeds, method=self.method_name, merged=merged)
 
     # The next fit
 

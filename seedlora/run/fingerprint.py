@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from seedlora.records.settings import RunSettings
 from seedlora.run.budget import ReplicaBudget
 from seedlora.run.ensemble_options import EnsembleOptions
-from seedlora.run.stack_data import HasRows, StackData
+from seedlora.run.stack_data import HasRows, StackDataModule
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run_settings(
-    options: EnsembleOptions, share: ReplicaBudget, trainer: pl.Trainer, module: SeedLoRAModule, data: StackData
+    options: EnsembleOptions, share: ReplicaBudget, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule
 ) -> RunSettings:
     """Return what decides a replica's training, as plain data; the seeds and the merge method may change.
 

@@ -42,13 +42,15 @@ class FitState:
         share: each replica's part of the trainer's epochs or steps.
         best: the best validations of the replicas, by name, if they are watched.
         terminated: whether a SIGTERM has come.
+        began: whether a step was begun.
     """
 
     control: str | None = None
     share: ReplicaBudget = field(default_factory=ReplicaBudget)
     best: dict[str, BestValidation] = field(default_factory=dict)
     terminated: bool = False
+    began: bool = False
 
     def begin(self, control: str | None, share: ReplicaBudget) -> None:
         """Forget the fit before."""
-        self.control, self.share, self.best = control, share, {}
+        self.control, self.share, self.best, self.began = control, share, {}, False

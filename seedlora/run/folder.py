@@ -8,15 +8,18 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from seedlora.adapters.adapter import is_trained
 from seedlora.names import FUSED, RESULTS_NAME, SELECTION_NAME, SOUP, seed_name
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
+from seedlora.records.owner import OWNER, OwnerRecord
 from seedlora.records.selection import SELECTION, Selection
 from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import CONTROL, EXCLUDED, TRAINED, ControlRecord, TrainedRow
+from seedlora.run.ownership import leave_folder, take_folder
 from seedlora.utils.files import remove_folder, saving, sync
 
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
@@ -42,6 +45,7 @@ class RunFolder:
       the first step on, until all of the stack is written.
     - ``soup``, ``fused``, ``selection.json``: what the finished seeds were merged to, and what validation said of it.
     - ``results.json``: what the last test said.
+    - ``owner.json``: the process at work in the folder, of which there is one at a time.
 
     Each is whole or not there, wherever a process was killed. Only the first rank writes.
 
@@ -49,12 +53,58 @@ class RunFolder:
         path: of the folder; it need not exist.
         seeds: those of the ensemble.
         controls: the controls to train after them, in this order.
+        is_new: whether nobody has named it: if it is there when it is taken, it gets another name.
     """
 
-    def __init__(self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = (), is_new: bool = False
+    ) -> None:
         self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+        self._is_new = is_new
+        self._own: OwnerRecord | None = None
         #: Checkpoints that were read from end to end.
         self._whole: set[Path] = set()
+
+    # Who is at work in it
+
+    def take(self, *, resume: bool = False) -> bool:
+        """Make the folder this process's own, until :meth:`leave`; return whether it was not before.
+
+        Args:
+            resume: whether a run is to go on, which has to be there then.
+
+        Raises:
+            ValueError: if another process is at work in it, or if there is no run to go on with.
+        """
+        if self._own is not None:
+            return False
+        if resume and not (self.path / SETTINGS.name).is_file() and not (self.path / OWNER.name).is_file():
+            raise ValueError(
+                f"{self.path} holds no run to go on with: it has no {SETTINGS.name}; is the name right? Without "
+                "--resume a new run begins there"
+            )
+        if self._is_new:
+            self._make_new()
+        self._own = take_folder(self.path)
+        return True
+
+    def leave(self) -> None:
+        """Give the folder up, if it is ours."""
+        if self._own is not None:
+            leave_folder(self.path, self._own)
+            self._own = None
+
+    def _make_new(self) -> None:
+        """Make the folder under the first name that is free: of two runs that begin together each gets its own."""
+        first = self.path
+        for number in count(2):
+            try:
+                self.path.mkdir(parents=True)
+            except FileExistsError:
+                self.path = first.with_name(f"{first.name}-{number}")
+            else:
+                self._is_new = False
+                return
 
     def adapter(self, seed: int) -> Path:
         """Return where the adapter of a seed is, once it is trained."""

@@ -16,7 +16,7 @@ from seedlora.model.loading import attention_kernel
 from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
-from seedlora.run.stack_data import PlannedData, StackData
+from seedlora.run.stack_data import PlannedData, StackDataModule
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -209,7 +209,7 @@ def attention_scores(options: ModelOptions, tokens: int, device: torch.device | 
     return int(options.outline.text_config.num_attention_heads) * tokens
 
 
-def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackData) -> None:
+def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackDataModule) -> None:
     """Decide the stack size of an ensemble where its options leave it open; whole models go one by one.
 
     A stack of them would take their memory together and no less time: they share no product.

@@ -8,22 +8,26 @@ from pathlib import Path
 
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
-from seedlora.adapters.adapter import is_model
+from seedlora.adapters.adapter import is_model, is_trained
 from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.bound_rule import BoundRule, MergeRule
 from seedlora.merge.into_base import merge_into_base
+from seedlora.merge.record import tells_of
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
 from seedlora.names import NO_MERGE, RESULTS_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.utils.files import remove_folder
-from seedlora.utils.progress import plain_console, progress_bar
+from seedlora.utils.progress import progress_bar
+from seedlora.utils.say import say
 
 
 def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
     """Merge the seeds' folders, if all that were not excluded are there and a method was asked for.
 
-    Their soup is written beside, unless it is what was asked for. With ``none`` an older merge is removed.
+    Their soup is written beside, unless it is what was asked for. Where just this merge is there already it stays, with
+    what a test said of it; after another one what was said of the older is removed, and said to be. With ``none`` an
+    older merge is removed.
 
     Args:
         ensemble: the run.
@@ -46,21 +50,32 @@ def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
         return None
     if rule is None and ensemble.comparison.chooses:
         raise ValueError(f"{ensemble.comparison.validated_for} chooses on validation rows: call Trainer.validate")
-    if rule is None:
-        # What validation said of an earlier choice is not said of this one.
-        (folder.path / SELECTION_NAME).unlink(missing_ok=True)
-    # Nor what a test said of an earlier merge.
-    (folder.path / RESULTS_NAME).unlink(missing_ok=True)
+    chosen = rule or ensemble.compared.rule
+    assert chosen is not None
     seeds = [ensemble.adapter_path(seed) for seed in ensemble.trained]
+    has_soup = not (ensemble.comparison.is_soup or len(seeds) == 1)
+    there = is_trained(ensemble.fused_path) and is_trained(folder.path / SOUP) == has_soup
+    if there and (fusion := folder.fusion) is not None and tells_of(fusion, chosen, seeds, folder.path):
+        return ensemble.fused_path
+    _forget_said(ensemble, selection=rule is None)
     write: Callable[..., Path] = merge_folders
     if is_model(seeds[0]):
         settings = folder.settings or {}
         write = partial(_merge_models, base=resolve_base_model(settings["model.base_model"]))
-    if ensemble.comparison.is_soup or len(seeds) == 1:
-        remove_folder(folder.path / SOUP)
-    else:
+    if has_soup:
         write(seeds, folder.path / SOUP, method=SOUP)
-    return write(seeds, ensemble.fused_path, method=rule or ensemble.compared.rule)
+    else:
+        remove_folder(folder.path / SOUP)
+    return write(seeds, ensemble.fused_path, method=chosen)
+
+
+def _forget_said(ensemble: Ensemble, *, selection: bool) -> None:
+    """Remove what a test said of an earlier merge, and what validation said of an earlier choice; say so."""
+    names = (RESULTS_NAME, *([SELECTION_NAME] if selection else []))
+    if removed := [name for name in names if (ensemble.dirpath / name).is_file()]:
+        for name in removed:
+            (ensemble.dirpath / name).unlink()
+        say(f"{ensemble.dirpath}: removed {' and '.join(removed)}, said of an earlier merge; the test says it anew")
 
 
 def _remove_fused(ensemble: Ensemble) -> None:
@@ -68,8 +83,7 @@ def _remove_fused(ensemble: Ensemble) -> None:
     otherwise = ensemble.merged_otherwise
     if removed := ensemble.folder.forget_fused():
         made = otherwise.made if otherwise else "another run"
-        text = f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}"
-        plain_console(stderr=True, soft_wrap=True).print(text, highlight=False)
+        say(f"--merge {NO_MERGE} merges nothing: removed {' and '.join(removed)}, which were made by {made}")
 
 
 def _merge_models(folders: Sequence[Path], out: Path, *, base: str, method: str | MergeRule) -> Path:

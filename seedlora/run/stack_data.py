@@ -24,7 +24,7 @@ class Loader(Protocol):
 
 
 @runtime_checkable
-class StackData(Protocol):
+class StackDataModule(Protocol):
     """Offer what a LightningDataModule must have so that a stack can be trained on it.
 
     It deals the rows to the ranks itself. A training batch holds one block of rows per entry of :attr:`seeds`;
@@ -140,7 +140,7 @@ class PlannedLoader(Loader, Protocol):
 
 
 @runtime_checkable
-class PlannedData(StackData, Protocol):
+class PlannedData(StackDataModule, Protocol):
     """Offer what a run is planned by before it starts, once the data module is set up."""
 
     #: Rows of one replica in one forward.

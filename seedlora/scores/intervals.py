@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its statistics, half a second, are imported when they are used first
 
 from seedlora.records.report import PairedDifference
 from seedlora.records.results import DifferenceRecord, LossRecord, SampleLosses, ScoreRecord
@@ -17,6 +18,8 @@ from seedlora.scores.row_scores import RowScores
 #: How sure all intervals are.
 CONFIDENCE_PERCENT = 95
 _ENDS = (0.025, 0.975)
+#: Items from which on a difference may be shown: of fewer the spread is not known well enough.
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold a mean paired difference over ``n`` items with its 95 % bootstrap interval.
+    """Hold a mean paired difference over ``n`` items with its 95 % interval.
 
     Args:
         value: mean difference.
@@ -91,35 +94,62 @@ def wilson(correct: np.ndarray) -> Score:
         >>> wilson(np.array([True] * 37 + [False] * 63))
         Score(value=0.37, low=0.28182360534324535, high=0.4677947041905709, n=100)
     """
-    from scipy.stats import binomtest  # half a second, which only who computes statistics pays
-
     k, n = int(correct.sum()), len(correct)
-    interval = binomtest(k, n).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
     return Score(k / n, float(interval.low), float(interval.high), n)
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Difference:
-    """Return the mean of ``a - b`` over items, with a percentile bootstrap over items.
+def paired_difference(a: np.ndarray, b: np.ndarray, *, of: int = 1) -> Difference:
+    """Return the mean of ``a - b`` over items with its interval, which leaves 0 out only where that is no chance.
+
+    The interval is :func:`ratio_interval`'s. It is widened to 0 where there are fewer than :data:`FEWEST` items, and
+    where both sides are right or wrong and :func:`chance` is 5 % or more.
 
     Args:
         a: score of each item, shape (items,).
         b: score of each item from another adapter, or the mean of several.
-        resamples: bootstrap samples.
-        seed: of the resampling; the same input gives the same interval.
+        of: how many adapters ``b`` is the mean of.
 
     Example:
         >>> a, b = np.arange(100) < 60, np.arange(100) < 50
-        >>> paired_difference(a, b)
-        Difference(value=0.1, low=0.05, high=0.16, n=100, p_value=0.001953125)
+        >>> found = paired_difference(a, b)
+        >>> round(found.low, 2), found.value, round(found.high, 2), found.shown
+        (0.04, 0.1, 0.18, True)
     """
     differences = a.astype(float) - b.astype(float)
-    n = len(differences)
-    # Resampling n items with replacement only needs how often each distinct difference is drawn.
-    values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    ends = percentiles(draws @ values / n)
-    binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return Difference(float(differences.mean()), *ends, n, mcnemar(a > 0, b > 0) if binary else None)
+    right = np.rint(of * b.astype(float))
+    counts = bool(np.isin(a, (0, 1)).all() and np.allclose(right, of * b.astype(float), atol=1e-6))
+    low, high = ratio_interval(differences, np.ones(len(differences)))
+    if counts:
+        low, high = max(low, -1.0), min(high, 1.0)
+    if len(differences) < FEWEST or (counts and chance(a > 0, right.astype(int), of) >= 1 - CONFIDENCE_PERCENT / 100):
+        low, high = min(low, 0.0), max(high, 0.0)
+    p_value = mcnemar(a > 0, b > 0) if counts and of == 1 else None
+    return Difference(float(differences.mean()), low, high, len(differences), p_value)
+
+
+def chance(a: np.ndarray, right: np.ndarray, of: int) -> float:
+    """Return how often chance alone takes one of ``1 + of`` adapters as far from the others' mean, on either side.
+
+    If the adapters are alike, each is equally likely to be among those that get an item right: the number of items that
+    the first gets right is a sum of as many draws. For two adapters it is McNemar's exact test.
+
+    Args:
+        a: whether the first adapter is right, shape (items,).
+        right: how many of the others are.
+        of: how many others there are.
+
+    Example:
+        >>> round(chance(np.array([True] * 5 + [False]), np.array([0] * 5 + [1]), 1), 5)
+        0.21875
+    """
+    together = right + a
+    likely, decided = np.ones(1), int((together == of + 1).sum())
+    for k in range(1, of + 1):
+        items = int((together == k).sum())
+        likely = np.convolve(likely, scipy.stats.binom.pmf(np.arange(items + 1), items, k / (of + 1)))
+    won = int(a.sum()) - decided
+    return min(1.0, 2 * float(min(likely[: won + 1].sum(), likely[won:].sum())))
 
 
 class Ends(NamedTuple):
@@ -127,6 +157,42 @@ class Ends(NamedTuple):
 
     low: float
     high: float
+
+
+def ratio_interval(values: np.ndarray, weights: np.ndarray) -> Ends:
+    r"""Return the 95 % interval of a sum of values over a sum of weights, as loss per token or the mean of items.
+
+    .. math:: \frac{\sum_i v_i}{\sum_i w_i}
+
+    It is Student's interval, and Hall's, which follows the skewness, and reaches as far as the wider one on each side:
+    where most items differ by little and a few by much, Student's alone would be too short. An item of much weight
+    counts for more than one, so that there are fewer degrees of freedom.
+
+    Args:
+        values: of the items; not divided by their weights.
+        weights: of the items, for example their tokens; all above 0.
+
+    References:
+        Hall, "On the removal of skewness by transformation", J. R. Stat. Soc. B 54, 1992.
+    """
+    n, share = len(values), weights / weights.sum()
+    mean = float(values.sum() / weights.sum())
+    if n == 1:
+        return Ends(mean, mean)
+    # Of a row with a large share the residual is too small: the mean follows it.
+    residuals = (values - mean * weights) * n / weights.sum() / np.sqrt(1 - share)
+    spread = float(np.sqrt((residuals**2).mean()))
+    if spread <= 1e-12 * max(1.0, abs(mean)):
+        return Ends(mean, mean)
+    skewness = float((residuals**3).mean()) / spread**3
+    reach = float(scipy.stats.t.ppf(0.5 + CONFIDENCE_PERCENT / 200, max(1 / float((share**2).sum()) - 1, 0.5))) / n**0.5
+
+    def bent(x: float) -> float:
+        if abs(skewness) < 1e-6:
+            return x
+        return 3 / skewness * (float(np.cbrt(1 + skewness * (x - skewness / (6 * n)))) - 1)
+
+    return Ends(mean - spread * max(reach, bent(reach)), mean + spread * max(reach, -bent(-reach)))
 
 
 def percentiles(draws: np.ndarray) -> Ends:
@@ -150,10 +216,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
         >>> mcnemar(a, np.array([False] * 5 + [True] * 31))
         0.21875
     """
-    from scipy.stats import binomtest
-
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(scipy.stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -192,9 +256,9 @@ def adjust_over_tasks(tested: Iterable[tuple[Hashable, DifferenceRecord | Paired
 
 
 def sample_losses(scores: Mapping[str, RowScores]) -> SampleLosses:
-    """Return the loss per token of each adapter on one sample of rows, with 95 % bootstrap intervals over rows.
+    """Return the loss per token of each adapter on one sample of rows, with 95 % intervals over rows.
 
-    All intervals are of the same resamples. A loss that is not finite is left out.
+    A loss that is not finite is left out.
 
     Example:
         >>> import torch
@@ -203,11 +267,10 @@ def sample_losses(scores: Mapping[str, RowScores]) -> SampleLosses:
         {'rows': 50, 'tokens': 200, 'losses': {'soup': {'value': 1.5, 'low': 1.5, 'high': 1.5}}}
     """
     tokens = next(iter(scores.values())).tokens.double().numpy()
-    draws = _resampled_rows(len(tokens))
     found: dict[str, LossRecord] = {}
     for label, row in scores.items():
         if is_finite(row):
-            low, high = _interval(draws, row.losses.double().numpy(), tokens)
+            low, high = ratio_interval(row.losses.double().numpy(), tokens)
             found[label] = {"value": row.loss, "low": low, "high": high}
     return {"rows": len(tokens), "tokens": int(tokens.sum()), "losses": found}
 
@@ -224,11 +287,11 @@ def is_finite(row: RowScores) -> bool:
 
 
 def loss_difference(a: RowScores, b: RowScores) -> LossDifference:
-    r"""Return the loss per token of ``a`` minus that of ``b`` with its 95 % bootstrap interval over rows.
+    r"""Return the loss per token of ``a`` minus that of ``b`` with its 95 % interval over rows.
 
-    A resample has its own number of tokens, so it is a ratio of sums:
+    It is a ratio of sums, and of fewer than :data:`FEWEST` rows nothing is shown:
 
-    .. math:: \frac{\sum_{i \in S} (l^a_i - l^b_i)}{\sum_{i \in S} t_i}
+    .. math:: \frac{\sum_i (l^a_i - l^b_i)}{\sum_i t_i}
 
     Args:
         a: on the same rows as ``b``.
@@ -242,20 +305,25 @@ def loss_difference(a: RowScores, b: RowScores) -> LossDifference:
         {'value': 0.5, 'low': 0.5, 'high': 0.5, 'n': 50, 'shown': True}
     """
     differences, tokens = (a.losses.double() - b.losses.double()).numpy(), a.tokens.double().numpy()
-    low, high = _interval(_resampled_rows(len(tokens)), differences, tokens)
+    low, high = ratio_interval(differences, tokens)
+    if len(tokens) < FEWEST:
+        low, high = min(low, 0.0), max(high, 0.0)
     value = float(differences.sum() / tokens.sum())
     return {"value": value, "low": low, "high": high, "n": len(tokens), "shown": leaves_0_out(low, high)}
 
 
-def _resampled_rows(n: int, *, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """Count how often each of ``n`` rows is in each resample.
+def mean_score(values: np.ndarray) -> Score:
+    """Return the mean of measures from 0 to 1 with Student's 95 % interval, which one item leaves at 0 to 1.
 
-    There are ``resamples`` of them, fewer where so many would not fit into memory, and 200 at least.
+    Args:
+        values: shape (items,); at least one.
+
+    Example:
+        >>> mean_score(np.array([0.0, 0.5, 1.0, 0.5]))
+        Score(value=0.5, low=0.0, high=1.0, n=4)
     """
-    size = max(200, min(resamples, 20_000_000 // n))
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=size)
-
-
-def _interval(draws: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> Ends:
-    """Return the interval of a sum over rows, per token."""
-    return percentiles((draws @ sums) / (draws @ tokens))
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Score(mean, 0.0, 1.0, n)
+    half = float(scipy.stats.t.ppf(_ENDS[1], n - 1)) * float(values.std(ddof=1)) / n**0.5
+    return Score(mean, max(0.0, mean - half), min(1.0, mean + half), n)

@@ -100,7 +100,7 @@ def results(
         references, compared = {against: columns[against]}, [label for label in labels if label != against]
     differences = {
         label: {
-            name: paired_difference(columns[label], reference)
+            name: paired_difference(columns[label], reference, of=len(seeds) if name == MEAN_SEED else 1)
             for name, reference in references.items()
             if name != label
         }

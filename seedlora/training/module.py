@@ -28,7 +28,7 @@ from seedlora.training.micro_batch import ForwardSize, MicroBatchLosses, Trainin
 from seedlora.training.model_options import PROJECTIONS, ModelOptions
 from seedlora.training.optimizer import make_optimizer, make_schedule
 from seedlora.training.replicas import FitSettings, ReplicaStates
-from seedlora.training.scoring import ExactMatches, ScoredLabels, Scorer
+from seedlora.training.scoring import BatchScores, ExactMatches, ScoredLabels, Scorer
 
 
 class SeedLoRAModule(pl.LightningModule):
@@ -284,20 +284,25 @@ class SeedLoRAModule(pl.LightningModule):
         """
         if not self.scored.adapters:
             return
-        losses, correct, tokens = self.scorer.score(batch, self.scored)
-        real = tokens[0] > 0
-        weight, rows = torch.stack([tokens[0].sum(), real.sum()]).tolist()
-        for label, loss, match in zip(self.scored.labels, losses, correct, strict=True):
-            self.log(f"val/loss_{label}", loss.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
-            self.log(f"val/match_{label}", (match & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
+        self._log_scores(self.scorer.score(batch, self.scored), loss="val/loss", match="val/match")
+
+    def _log_scores(self, scores: BatchScores, *, loss: str, match: str) -> None:
+        """Log loss per token and exact match of everything scored, over all batches and ranks."""
+        real = scores.tokens[0] > 0
+        weight, rows = torch.stack([scores.tokens[0].sum(), real.sum()]).tolist()
+        for label, losses, correct in zip(self.scored.labels, scores.losses, scores.correct, strict=True):
+            self.log(f"{loss}_{label}", losses.sum() / max(weight, 1), batch_size=weight, sync_dist=True)
+            self.log(f"{match}_{label}", (correct & real).sum() / max(rows, 1), batch_size=rows, sync_dist=True)
 
     def on_test_start(self) -> None:
         """Forget an earlier test."""
         self.exact_matches.reset()
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Collect, per item, which labels answer it exactly."""
-        self.exact_matches.add(batch["items"], self.scorer.score(batch, self.scored).correct)
+        """Collect, per item, which labels answer it exactly; log the share of such items, and the loss per token."""
+        scores = self.scorer.score(batch, self.scored)
+        self.exact_matches.add(batch["items"], scores.correct)
+        self._log_scores(scores, loss="test/loss", match="test/score")
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Make AdamW over all replicas, and one schedule for them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.soup import soup
 from seedlora.merge.registry import METHODS
 from seedlora.run.merging import merge_run
+from tests.helpers.interventions import StopAfter
 from tests.helpers.models import make_data, make_module
 from tests.helpers.precision import SAME
 from tests.helpers.training import make_trainer
@@ -142,3 +144,24 @@ def test_one_seed_and_sixteen_make_a_run(tiny_llama, tmp_path, n):
     run.test(module, datamodule=data, verbose=False)
     assert len(callback.trained) == n
     assert callback.results.scores["fused"].n == 12
+
+
+def test_a_folder_is_owned_while_a_trainer_is_at_work_in_it(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x", merge="soup")
+    again = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "x", merge="soup", resume=True)
+
+    class Other(pl.Callback):
+        def on_train_start(self, trainer, module):
+            with pytest.raises(ValueError, match="is in use: .* this very process, by another callback"):
+                make_trainer(again, max_steps=2).fit(make_module(tiny_llama), datamodule=make_data())
+
+    module, data = make_module(tiny_llama), make_data()
+    with pytest.raises(TimeoutError):
+        run = make_trainer(callback, max_steps=2)
+        run.callbacks += [Other(), StopAfter(1)]
+        run.fit(module, datamodule=data)
+    assert not (tmp_path / "x" / "owner.json").exists()
+    run = make_trainer(again, max_steps=2)
+    run.fit(module, datamodule=data)
+    run.test(module, datamodule=data, verbose=False)
+    assert not (tmp_path / "x" / "owner.json").exists()

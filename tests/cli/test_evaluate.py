@@ -231,7 +231,7 @@ BAD = [
     (["--task", "math", "--task_path", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     (["--task_path", "math=gsm8k.jsonl"], "task_path names 'math', which is not asked for; asked for are gsm8k"),
     (["--task", "boolq"], "task boolq needs its test file; give it by task_path"),
-    (["--task", "math", "--task_path", "math=gsm8k.jsonl"], "row 1 of gsm8k.jsonl has no text in field 'solution' or"),
+    (["--task", "math", "--task_path", "math=gsm8k.jsonl"], "gsm8k.jsonl, line 1: no text in field 'solution' or"),
     (["--against", "fuse"], "--against 'fuse' is not scored; there are seed_1, seed_2, fused"),
     (["--adapter", "nowhere"], "nowhere is no folder"),
     (["--adapter", "seed_1=."], "adapter name 'seed_1' is given twice; name adapters by --adapter NAME=DIR"),

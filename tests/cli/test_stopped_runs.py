@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from seedlora.cli import main as shell
 from seedlora.cli.train import main
+from seedlora.records.owner import OWNER
+from seedlora.run.ownership import started_at, take_folder
 from seedlora.training.scoring import Scorer
 from tests.helpers.commands import train
 from tests.helpers.disk import files_of_at_most
@@ -89,7 +93,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on_later(t
     assert train(tiny_llama, *same, "--resume") == 0
     assert f"Going on from {kept}, as step=2.ckpt is damaged\n" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 1, 2, 3, 3]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 3, 3, 4]  # the last one is the test's
     assert (Path("here") / "fused").is_dir()
 
 
@@ -127,3 +131,25 @@ def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny
     assert Path("here/seed_42/adapter_model.safetensors").stat().st_mtime_ns == written
     fused = [Path(name, "fused/adapter_model.safetensors").read_bytes() for name in ("here", "whole")]
     assert fused[0] == fused[1]
+
+
+def test_resume_of_a_run_that_is_at_work_or_not_there_is_refused(tiny_llama, capsys):
+    same = ["--merge", "soup", "--ensemble.dirpath", "here"]
+    assert train(tiny_llama, *same, "--resume") == 2
+    message = "train.py: error: here holds no run to go on with: it has no run.json; is the name right?"
+    assert capsys.readouterr().err.startswith(message)
+    assert not Path("here").exists()
+    assert train(tiny_llama, *same) == 0
+    assert not Path("here/owner.json").exists()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        owner = take_folder(Path("here"))
+        OWNER.write(Path("here"), {**owner, "process": other.pid, "started": started_at(other.pid)})
+        before = {path: path.stat().st_mtime_ns for path in Path("here").rglob("*")}
+        for words in ([*same, "--resume"], [*same, "--resume", "--merge", "none"]):
+            assert train(tiny_llama, *words) == 2
+            assert f"here is in use: process {other.pid} on {owner['host']} has been" in capsys.readouterr().err
+        assert main(["test", "--ensemble.dirpath", "here"]) == 2
+        assert f"here is in use: process {other.pid} on" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in Path("here").rglob("*")} == before
+    assert train(tiny_llama, *same, "--resume") == 0
+    assert not Path("here/owner.json").exists()

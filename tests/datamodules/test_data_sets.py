@@ -121,7 +121,8 @@ def test_every_data_set_byte_for_byte(tmp_path, tokenizer, make, row, expected):
 def test_every_data_set_has_an_exact_row():
     kinds = {*datamodules.all_data_modules()}
     tested = {InstructionData, MetaMathQA, CodeFeedback, Tulu, GSM8K, Commonsense170k}
-    assert kinds - tested == {InstructionDataModule, TableDataModule, datamodules.ReasoningGym}
+    others = {InstructionDataModule, TableDataModule, datamodules.ReasoningGym, datamodules.StackData}
+    assert kinds - tested == others
 
 
 def rows_of(n):
@@ -285,14 +286,14 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
 BAD_ROWS = [
     (b'{"prompt": "a"}\n', "line 2: no column 'response'; its columns are prompt"),
     (b'{"prompt": "a", "response": 3}\n', "line 2: column 'response' holds a int, not text"),
-    (b'{"question": "a"}\n', "line 2: neither prompt and response, nor instruction and output, nor messages"),
+    (b'{"question": "a"}\n', "line 2: neither messages or conversations, nor a request and a response"),
     (b'{"prompt": "a", \n', "line 2: not JSON"),
     (b"[1]\n", "line 2: a list, not an object"),
     (b"\xff\xfe\x00\n", "line 2: not UTF-8"),
     (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 2: the chat starts with the assistant"),
     (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 2: the chat has no assistant turn"),
     (b'{"messages": "a"}\n', "line 2: no list in column 'messages'"),
-    (b'{"messages": [{"from": "human", "value": "a"}]}\n', "line 2: turn 1 in column 'messages' has no text as role"),
+    (b'{"messages": [{"from": "human", "value": "a"}]}\n', "line 2: the chat has no assistant turn"),
     (b'{"instruction": "a"}\n', "line 2: no column 'output'; its columns are instruction"),
 ]
 
@@ -312,13 +313,13 @@ def test_a_bad_row_names_file_and_line_or_is_counted(tmp_path, tokenizer, line, 
     ("name", "content", "message"),
     [
         ("rows.jsonl", b"", "InstructionData found no training rows"),
-        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: neither prompt.* .none.; .* left"),
+        ("rows.jsonl", b"{}\n{}\n", "2 unreadable .first: rows.jsonl, line 1: neither messages.* .none.; .* left"),
         ("rows.json", b'[{"prompt": "a"},\n {"prompt" 1}]', "rows.json, line 2 is not JSON"),
         ("rows.json", b'[{"prompt": "a", "response": "b"}', "rows.json, line 1 is not JSON"),
         ("rows.json", b'[\n"\xff"]', "rows.json, line 2 is not UTF-8"),
         ("rows.json", b"[]", "no training rows"),
         ("rows.parquet", b"PAR1 or not", "rows.parquet is not parquet"),
-        ("rows.txt", b"", "holds no .parquet, .jsonl, .json file"),
+        ("rows.txt", b"", "holds no file of rows; give JSON"),
     ],
 )  # fmt: skip
 def test_bad_files_are_one_sentence(tmp_path, tokenizer, name, content, message):

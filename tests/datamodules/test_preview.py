@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from seedlora.datamodules.preview import main
+from seedlora.datamodules import InstructionData
+from seedlora.datamodules.preview import main, preview
 from seedlora.model.loading import load_tokenizer
 
 
@@ -83,3 +84,34 @@ def test_bad_requests_are_one_sentence(run, options, message):
     assert len(printed.err.strip().splitlines()) == 1
     assert message in printed.err
     assert "<class" not in printed.err
+
+
+def test_much_padding_names_the_option_that_helps_with_what_it_leaves(run, tmp_path):
+    rows = [{"prompt": "a" * (1 if i % 8 else 180), "response": "b"} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, printed = run("--json", "--data.max_length", "256", "--data.val_fraction", "0", "--data.test_fraction", "0")
+    facts = json.loads(printed.out)
+    (sentence,) = facts["advice"]
+    assert facts["padding"] > 0.5
+    assert sentence.startswith(f"{facts['padding']:.0%} of a forward is padding; data.pack_tokens 366 would leave ")
+    _, printed = run("--json", "--data.max_length", "256", "--data.pack_tokens", "366")
+    assert json.loads(printed.out)["advice"] == []
+
+
+def test_the_prompt_that_a_server_must_use_is_said(run):
+    _, printed = run(*SPLITS)
+    assert "style plain: a server asks in it by the chat template" in " ".join(printed.out.split())
+
+
+def test_rows_longer_than_the_base_has_positions_are_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEEDLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "a" * 20, "response": "b"}))
+    data = InstructionData(str(tmp_path / "own.jsonl"), style="plain")
+    data.tokenizer = tokenizer
+    data.setup()
+    data.check_positions(23)
+    data.check_positions(None)
+    with pytest.raises(ValueError, match=r"a row has 23 tokens, the base model only 22 positions; give"):
+        data.check_positions(22)
+    facts = preview(data, positions=22)
+    assert facts.advice[-1].startswith("a row has 23 tokens")

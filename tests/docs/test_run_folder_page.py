@@ -13,6 +13,7 @@ import pytest
 from seedlora.cli.main import main as shell
 from seedlora.records.json_file import fields_of
 from seedlora.records.settings import SETTINGS, RunSettings
+from seedlora.run.ownership import take_folder
 from tests.helpers.commands import train
 from tests.helpers.paths import ROOT
 from tests.helpers.run_folder_page import FILES, PAGE, Table, tables_of_page
@@ -39,6 +40,7 @@ def run(tiny_llama, tmp_path_factory):
     assert train(tiny_llama, *small, *seeds, *tasks, "--merge", "auto", "--compare", "ties", "--controls") == 0
     (folder / "run" / "excluded.json").write_text('{"seed_3": "training loss not finite in step 3"}')
     shutil.copytree(folder / "run", folder / "again")
+    take_folder(folder / "run")
     report = ["report", str(folder / "run"), str(folder / "again"), "--out", str(folder / "comparison")]
     assert shell(report) == 0
     return folder / "run"

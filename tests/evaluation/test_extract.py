@@ -57,11 +57,20 @@ def test_answers_of_gsm8k(text, answer, quirks):
     assert gsm8k_answer(text) == (answer, quirks)
 
 
+@pytest.mark.parametrize(("text", "answer"), [("-$18", 18), ("\u22125", 5), ("$-18", -18)])
+def test_a_minus_that_the_expression_does_not_take_is_a_quirk(text, answer):
+    quirks = ("minus sign not read",) if answer > 0 else ()
+    assert gsm8k_answer(f"The answer is: {text}") == (answer, quirks)
+
+
 def test_gold_answers_of_gsm8k():
-    assert gsm8k_gold("She has <<2+2=4>>4.\n#### 4") == 4
-    assert gsm8k_gold("x\n#### 2,125") == 2125
-    assert gsm8k_gold("x\n#### -5 ") == -5
-    for bad in ("no mark", "#### 2.5", "#### many"):
+    assert gsm8k_gold("She has <<2+2=4>>4.\n#### 4") == (4, ())
+    assert gsm8k_gold("x\n#### 2,125") == (2125, ())
+    assert gsm8k_gold("x\n#### -5 ") == (-5, ())
+    assert gsm8k_gold("x\n#### $18") == (18, ("$ dropped from the right answer",))
+    assert gsm8k_gold("x\n#### -$1,800") == (-1800, ("$ dropped from the right answer",))
+    assert gsm8k_gold("x\n#### 2.6") == (3, ("right answer rounded to a whole number",))
+    for bad in ("no mark", "#### 2 or 3", "#### many", "#### ", "#### -$-2"):
         with pytest.raises(ValueError, match="ends in '#### '"):
             gsm8k_gold(bad)
 

@@ -148,9 +148,9 @@ def test_mmlu_by_the_letter_in_a_folder_of_subjects(tmp_path):
     assert task.judge(" B. 4", first) == (True, "B", ())
     assert not task.judge(" (A)", first).correct
     assert task.judge(" Because", first) == (False, None, ("no letter",))
-    with pytest.raises(ValueError, match="row 1 of .* has the answer 4; answers are 0 to 3 or A to D"):
+    with pytest.raises(ValueError, match="line 1: has the answer 4; answers are 0 to 3 or A to D"):
         items(tmp_path, "mmlu", {**row, "answer": 4})
-    with pytest.raises(ValueError, match="row 1 of .* has 2 choices; there should be 4"):
+    with pytest.raises(ValueError, match="line 1: has 2 choices; there should be 4"):
         items(tmp_path, "mmlu", {**row, "choices": ["3", "4"]})
 
 
@@ -179,11 +179,16 @@ def test_the_test_file_of_a_folder_is_named_by_a_word(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"question": "a"}\n', "row 1 of .* has no text in field 'answer' or 'response'; its fields are question"),
-        (b'{"question": "a", "answer": "5"}\n', "row 1 of .* a GSM8K answer ends in"),
-        (b'{"question": "a", "answer": "#### 5"}\n{"quest', "line 2 is not JSON"),
-        (b"[1]\n", "row 1 is a list, not an object"),
-        (b"\xff\xfe\n", "is not UTF-8"),
+        (
+            b'{"question": "a"}\n',
+            "rows.jsonl, line 1: no text in field 'answer' or 'response'; its fields are question",
+        ),
+        (b'{"question": "a", "answer": "5"}\n', "rows.jsonl, line 1: a GSM8K answer ends in"),
+        (b'{"question": "a", "answer": "#### 5"}\n{"quest', "line 2: not JSON"),
+        (b"[1]\n", "row 1: a int, not an object"),
+        (b"\xff\xfe\n", "rows.jsonl, line 1: not UTF-8"),
+        (b'{"question": "a", "answer": 2}\n', "line 1: no text in field 'answer'"),
+        (b'{"question": "\\ud83d", "answer": "#### 5"}\n', "line 1: field 'question' holds half of a character"),
         (b"", "holds no items"),
     ],
 )

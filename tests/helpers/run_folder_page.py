@@ -20,6 +20,7 @@ from seedlora.records.cost import COST, PlanRecord
 from seedlora.records.evaluation import EVALUATION_RESULTS, EVALUATION_SETTINGS, HARNESS_RESULTS
 from seedlora.records.fusion import FUSION
 from seedlora.records.json_file import fields_of
+from seedlora.records.owner import OWNER
 from seedlora.records.report import COMPARISON_REPORT, REPORT
 from seedlora.records.results import RESULTS, SampleLosses
 from seedlora.records.selection import SELECTION, Selection
@@ -34,6 +35,7 @@ FILES = {
     "cost.json": COST,
     "trained.json": TRAINED,
     "excluded.json": EXCLUDED,
+    "owner.json": OWNER,
     "control.json": CONTROL,
     "selection.json": SELECTION,
     "fusion.json": FUSION,

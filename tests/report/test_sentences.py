@@ -16,7 +16,9 @@ from tests.helpers.report_runs import with_items, written_text
 def test_the_verdict_is_the_comparison_with_its_interval(stored):
     found = json.loads((stored / "report.json").read_text())
     row = next(r for r in found["tests"][0]["comparisons"] if (r["adapter"], r["against"]) == ("fused", "mean seed"))
-    assert found["verdict"].startswith("The fused adapter (seedlora): better than the mean seed, ")
+    assert found["verdict"].startswith("Training helped: 1.7 of the base model, 63.3 of fused; +61.7 points")
+    assert "Use fused: no other adapter of the run is shown to be better." in found["verdict"]
+    assert "The fused adapter (seedlora): better than the mean seed, " in found["verdict"]
     soup = next(r for r in found["tests"][0]["comparisons"] if (r["adapter"], r["against"]) == ("fused", "soup"))
     for half in (row, soup):
         interval = f"{100 * half['low']:+.1f} to {100 * half['high']:+.1f}"
@@ -46,9 +48,8 @@ def test_without_a_test_the_verdict_is_of_validation(run):
     (run / "results.json").unlink()
     found = facts(run)
     row = found["selection"]["against"]["soup"]
-    assert found["verdict"].startswith(
-        "The fused adapter (seedlora) was not tested. Its loss on the 4 validation rows: "
-    )
+    assert found["verdict"].startswith("There was no test, so it is not known whether training helped. Use fused: ")
+    assert "The fused adapter (seedlora) was not tested. Its loss on the 4 validation rows: " in found["verdict"]
     assert f"{row['value']:+.4f} (95 % interval {row['low']:+.4f} to {row['high']:+.4f})" in found["verdict"]
     selection = json.loads((run / "selection.json").read_text())
     selection["against"] = {"soup": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 4, "shown": True}}
@@ -66,10 +67,13 @@ def test_a_run_whose_fused_adapter_loses_says_so_and_names_the_better_one(run, c
     (run / "selection.json").write_text(json.dumps(selection | {"against": {}}))
     this = SimpleNamespace(dirpath=run), SimpleNamespace(fast_dev_run=False, is_global_zero=True)
     cli._report(SimpleNamespace(ensemble=this[0], trainer=this[1]), Console(width=500))
-    shown = capsys.readouterr().out
-    assert "The fused adapter (seedlora) is worse than soup: it gets 16.7 points less of the test items (" in shown
-    assert f"The better adapter is in {run / 'soup'}\n" in shown
-    assert "The better adapter is in soup, beside fused." in (run / "report.md").read_text()
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    text, found = (run / "report.md").read_text(), json.loads((run / "report.json").read_text())
+    assert "The fused adapter (seedlora) is worse than soup: it gets 16.7 points less of the test items (" in text
+    assert found["advice"]["headline"][1] == "Use soup: it is shown to be better than the fused adapter."
+    assert " ".join(found["advice"]["headline"]) in text
+    assert text.startswith("# tiny-llama on ReasoningGym: ")
+    assert "; seeds 11, 42, 202, 0:00:" in text.splitlines()[0]
 
 
 def test_what_was_left_out_is_said(run):

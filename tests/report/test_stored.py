@@ -112,7 +112,9 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsy
     assert found["train_sample"]["losses"].keys() == {"base", *SEEDS, "soup"}
     assert found["merged"] == "soup"
     assert list(found["weights"]["distributions"]["density"]) == [*SEEDS, "soup"]
-    assert found["verdict"].startswith("Soup: no difference from the mean seed shown")
+    assert found["verdict"].startswith("Nobody got anything right: 0 of 12 items")
+    assert "Use fused: no other" in found["verdict"]
+    assert "Soup: no difference from the mean seed shown" in found["verdict"]
 
 
 def test_curves_of_several_passes_are_joined_and_thinned(run):

@@ -8,7 +8,9 @@ import re
 import pytest
 import torch
 
+from seedlora.records.owner import OWNER
 from seedlora.run.folder import RunFolder
+from seedlora.run.ownership import take_folder
 
 SETTINGS = {"model.r": 8, "model.gradient_checkpointing": False, "processes": 2}
 
@@ -163,7 +165,7 @@ def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
     folder = RunFolder(tmp_path, [1])
-    folder.open(SETTINGS, resume=True)
+    folder.open(SETTINGS, resume=False)
     assert folder.settings == SETTINGS
     with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
         folder.open(SETTINGS, resume=False)
@@ -175,3 +177,24 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path):
     train(folder, "seed_1")
     folder.open({**SETTINGS, "processes": 1}, resume=True)
     assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path):
+    folders = [RunFolder(tmp_path / "runs" / "2026", [1], is_new=True) for _ in range(3)]
+    assert [folder.take() for folder in folders] == [True] * 3
+    assert [folder.path.name for folder in folders] == ["2026", "2026-2", "2026-3"]
+    assert not folders[1].take()
+    for folder in folders:
+        folder.leave()
+        assert not list(folder.path.iterdir())
+
+
+def test_a_run_that_is_not_there_does_not_go_on(tmp_path):
+    folder = RunFolder(tmp_path / "mistyped", [1])
+    with pytest.raises(ValueError, match=r"mistyped holds no run to go on with: it has no run\.json; is the name"):
+        folder.take(resume=True)
+    assert not folder.path.exists()
+    (tmp_path / "mistyped").mkdir()
+    leave_behind = take_folder(folder.path)  # killed before it wrote more
+    OWNER.write(folder.path, {**leave_behind, "started": 1})
+    assert folder.take(resume=True)

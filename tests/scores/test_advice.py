@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from seedlora.scores.advice import advice
+from seedlora.scores.advice import advise, compare_fused
 from seedlora.scores.results import Results, results
 
 
@@ -25,12 +25,12 @@ def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
         "scores": {label: {"loss": loss, "match": 0.0} for label, loss in losses.items()},
         "against": {"soup": difference(0.092), "seed_1": difference(0.091)},
     }
-    judged = lambda test, chosen=selection: advice(chosen, test, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
+    judged = lambda test, chosen=selection: compare_fused(chosen, test, ["seed_1", "seed_2"], method="seedlora")  # noqa: E731
     found = judged(results_with(fused=40, soup=60, seed_1=42))
     assert found["better"] == "soup"
     assert found["sentences"][0].startswith(
         "The fused adapter (seedlora) is worse than soup: its validation loss is 1.064 against 0.972 "
-        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-28.0 to -12.0, n = 100)."
+        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-29.1 to -12.0, n = 100)."
     )
     assert "worse than seed_1, the best seed of the validation rows: its validation loss" in found["sentences"][1]
     found = judged(results_with(fused=60, soup=40, seed_1=40))
@@ -41,3 +41,50 @@ def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
     assert judged(None, better) == {"sentences": [], "better": None}
     assert judged(results_with(fused=10, soup=60), None)["better"] == "soup"
     assert judged(None, None) == {"sentences": [], "better": None}
+
+
+def advised(test, *, merged="fused", seeds=("seed_1", "seed_2")):
+    return advise(None, test, seeds, method="seedlora", merged=merged)
+
+
+def test_the_first_sentence_says_whether_training_helped_and_the_second_which_folder():
+    found = advised(results_with(base=10, seed_1=40, soup=48, fused=50))
+    assert (found["use"], found["folder"], found["better"]) == ("fused", "fused", None)
+    first, second = found["headline"]
+    assert first.startswith("Training helped: 10.0 of the base model, 50.0 of fused; +40.0 points (95 % interval +30.")
+    assert first.endswith(", n = 100.")
+    assert second == "Use fused: no other adapter of the run is shown to be better."
+    found = advised(results_with(base=10, seed_1=40, soup=60, fused=20))
+    assert (found["use"], found["folder"]) == ("soup", "soup")
+    assert found["headline"][0].startswith("Training helped: 10.0 of the base model, 60.0 of soup")
+    assert found["headline"][1] == "Use soup: it is shown to be better than the fused adapter."
+    found = advised(results_with(base=60, seed_1=40, soup=38, fused=40))
+    assert (found["use"], found["folder"]) == ("base", None)
+    assert found["headline"][0].startswith("Training harmed: 60.0 of the base model, 40.0 of fused; -20.0 points")
+    assert found["headline"][1] == "Use the base model."
+    none = advised(results_with(base=40, seed_1=40, soup=41, fused=42))
+    assert none["headline"][0].startswith(
+        "It is not shown that training helped: 40.0 of the base model, 42.0 of fused; +2.0 points"
+    )
+
+
+def test_a_test_that_says_nothing_is_said_to():
+    zero = advised(results_with(base=0, seed_1=0, soup=0, fused=0))
+    assert zero["headline"][0].startswith("Nobody got anything right: 0 of 100 items")
+    few = results(np.array([[0, 0, 1, 0]] * 4, dtype=bool), ["base", "seed_1", "soup", "fused"], ["seed_1"], metric="")
+    found = advised(few)
+    assert (found["use"], found["better"]) == ("fused", None)
+    assert found["headline"] == [
+        "4 test items are too few to say whether training helped: 0.0 of the base model, 0.0 of fused.",
+        "Use fused: no other adapter of the run is shown to be better; 4 items are too few to say more.",
+    ]
+    assert advised(None)["headline"][0] == "There was no test, so it is not known whether training helped."
+
+
+def test_without_a_merged_adapter_a_seed_is_advised_and_plain_soup_is_in_the_folder_of_what_is_merged():
+    found = advised(results_with(base=10, seed_1=40, seed_2=45), merged=None)
+    assert (found["use"], found["folder"]) == ("seed_2", "seed_2")
+    assert "gets most of these items, which flatters it" in found["headline"][1]
+    found = advised(results_with(base=10, seed_1=40, soup=45), merged="soup")
+    assert (found["use"], found["folder"]) == ("soup", "fused")
+    assert advised(None, merged=None, seeds=())["use"] is None
