@@ -49,6 +49,8 @@ MEANING = {
     GREEDY: "soup of the seeds that do not harm on the validation rows",
     LOGITS: "the mean of the seeds' probabilities, no adapter",
 }
+#: Values of ``ensemble.merge`` beside the methods: method or gain are chosen on validation rows, or nothing is merged.
+AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 NO_CONTROLS, UNTRAINED, ALL_CONTROLS, EQUAL_TOKENS = "none", "untrained", "all", "equal_tokens"
 #: The value of ``model.adapter`` that trains every weight instead of an adapter.
 FULL = "full"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from seedlora.merge.registry import METHODS
+from seedlora.merge.method_table import METHOD_TABLE
 from seedlora.names import (
     BASE,
     EMA_SOUP,
@@ -66,7 +66,7 @@ CONTROL_STYLES = {
 }
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
 _OTHERS = (
-    *dict.fromkeys(label for label in (*MEANING, *METHODS) if label not in (*CONTROL_STYLES, EMA_SOUP)),
+    *dict.fromkeys(label for label in (*MEANING, *METHOD_TABLE) if label not in (*CONTROL_STYLES, EMA_SOUP)),
     EMA_SOUP,
 )
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")

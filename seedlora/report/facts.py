@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
+from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.inputs import read_adapters, stack_adapters, weight_files_of
 from seedlora.merge.record import hash_inputs
 from seedlora.names import EVALUATION_FOLDER, FUSED

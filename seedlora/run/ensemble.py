@@ -14,7 +14,8 @@ import torch
 
 from seedlora.adapters.adapter import Adapter, is_trained
 from seedlora.adapters.reading import read_adapter
-from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
+from seedlora.merge.bound_rule import BoundRule
+from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.inputs import stack_adapters, stack_updates, weight_files_of
 from seedlora.merge.layers import Fused, merge_stacks
 from seedlora.merge.methods.soup import soup

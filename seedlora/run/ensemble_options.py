@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, WIDE_BATCHES
+from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, NO_MERGE, WIDE_BATCHES
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
-from seedlora.selection.comparison import NO_MERGE, Comparison
+from seedlora.selection.comparison import Comparison
 from seedlora.training.averaging import averaging_steps
 from seedlora.training.replicas import Replica
 from seedlora.training.schedule import rate_schedule

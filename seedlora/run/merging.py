@@ -15,9 +15,8 @@ from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.record import tells_of
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import RESULTS_NAME, SELECTION_NAME, SOUP
+from seedlora.names import NO_MERGE, RESULTS_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
-from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
 from seedlora.utils.progress import progress_bar
 from seedlora.utils.say import say

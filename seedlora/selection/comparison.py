@@ -10,14 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from seedlora.merge.bound_rule import BoundRule, MergeRule
-from seedlora.merge.registry import METHODS, make_rule
-from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, GREEDY, NO_CONTROLS, SOUP, UNTRAINED, nothing_for_one_seed
+from seedlora.merge.method_table import check_ensemble_merge
+from seedlora.merge.registry import make_rule
+from seedlora.names import (
+    ALL_CONTROLS,
+    AUTO,
+    AUTO_GAIN,
+    EQUAL_TOKENS,
+    GREEDY,
+    NO_CONTROLS,
+    NO_MERGE,
+    SOUP,
+    UNTRAINED,
+    nothing_for_one_seed,
+)
 from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
 
-#: Values of ``ensemble.merge`` beside the methods: method or gain are chosen on validation rows, or nothing is merged.
-AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 #: Training rows at most on which all that was tested is scored.
 TRAIN_ROWS = 128
 CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS, EQUAL_TOKENS)
@@ -69,15 +79,13 @@ class Comparison:
         self.chooses = merge in (AUTO, AUTO_GAIN) or (merge == GREEDY and "score" not in self.options)
         #: The rule; where it is to be chosen, what stands for it until then.
         self.rule: BoundRule | None = None
-        try:
-            if self.chooses:
-                gain_family((), options=self.options) if merge == AUTO_GAIN else make_rule("soup", self.options)
-                self.rule = make_rule("soup")
-            elif merge != NO_MERGE:
-                self.rule = make_rule(merge, self.options)
-        except ValueError as error:
-            others = "" if merge in METHODS else f" ('{NO_MERGE}' merges nothing, '{AUTO}' and '{AUTO_GAIN}' choose)"
-            raise ValueError(f"{error}{others}") from None
+        if isinstance(merge, str):
+            check_ensemble_merge(merge)
+        if self.chooses:
+            gain_family((), options=self.options) if merge == AUTO_GAIN else make_rule("soup", self.options)
+            self.rule = make_rule("soup")
+        elif merge != NO_MERGE:
+            self.rule = make_rule(merge, self.options)
         #: The methods to compare by name; ``None`` is the greedy soup, whose members the validation rows say.
         self.compare = self._bind(compare, compare_options or {})
         if self.rule is None and (self.has_controls or GREEDY in self.compare):

@@ -15,7 +15,7 @@ import torch
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
-from seedlora.names import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
+from seedlora.names import AUTO, AUTO_GAIN, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
 from seedlora.records.selection import CandidateRecord, Controls, NamedRule, Selection, SubsetRecord
 from seedlora.scores.intervals import is_finite, loss_difference
 from seedlora.scores.row_scores import RowScores
@@ -29,7 +29,7 @@ from seedlora.selection.choice import (
     score_rules,
     soup_of,
 )
-from seedlora.selection.comparison import AUTO, AUTO_GAIN, Comparison
+from seedlora.selection.comparison import Comparison
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, full_weights, select_adapters

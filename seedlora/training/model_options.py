@@ -16,10 +16,11 @@ from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
-from seedlora.model.peft_internals import no_target_modules, pattern_key
+from seedlora.model.peft_internals import no_target_modules
 from seedlora.model.quantization import check_quantization
 from seedlora.names import FULL, SCHEDULES
 from seedlora.training.replicas import ReplicaOptions
+from seedlora.utils.patterns import pattern_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig

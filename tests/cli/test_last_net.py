@@ -45,7 +45,7 @@ def test_an_error_that_is_not_foreseen_is_one_line(good, monkeypatch, capsys):
 
 
 def test_so_is_one_of_train_py(monkeypatch, capsys):
-    monkeypatch.setattr(training, "expand_short_options", raise_odd)
+    monkeypatch.setattr(training, "read_words", raise_odd)
     check_line_and_log(training.main(["--plan"]), capsys.readouterr().err)
 
 

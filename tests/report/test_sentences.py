@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from seedlora.cli import train as cli
+from seedlora.cli import training_run as cli
 from seedlora.report.facts import facts
 from tests.helpers.report_runs import with_items, written_text
 
