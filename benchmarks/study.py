@@ -57,7 +57,7 @@ from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.model.embedded import EMBEDDED
-from seedlora.names import seed_name
+from seedlora.names import SETTINGS_NAME, seed_name
 from seedlora.report.drawing import COLOURS
 from seedlora.scores.intervals import paired_difference
 from seedlora.scores.row_scores import RowScores
@@ -259,8 +259,14 @@ class Setting:
 
 def train(cell: Cell, setting: Setting, module: SeedLoRAModule, data: ReasoningGym) -> SeedEnsembleCallback:
     """Train the seeds of a cell that have no adapter yet, from the last checkpoint if there is one."""
+    folder = setting.work / cell.name
     ensemble = SeedEnsembleCallback(
-        cell.seeds, merge="none", dirpath=setting.work / cell.name, budget="full", vary=cell.vary, resume=True
+        cell.seeds,
+        merge="none",
+        dirpath=folder,
+        budget="full",
+        vary=cell.vary,
+        resume=(folder / SETTINGS_NAME).is_file(),
     )
     if ensemble.pending:
         trainer = pl.Trainer(

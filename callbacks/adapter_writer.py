@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 
 import lightning.pytorch as pl
 
 from seedlora.adapters.adapter import BASE_NAME, PROMPT_NAME
 from seedlora.adapters.model_card import CARD_NAME, base_record, seed_card
+from seedlora.callbacks.exponential_mean import ExponentialMeans
 from seedlora.datamodules.style_templates import chat_template
 from seedlora.model.tokenizer_files import tokenizer_files
-from seedlora.names import seed_name
+from seedlora.names import LONG_SEED_BEST, ema_name
 from seedlora.records.training import CONTROL, TrainedRow, unfinished_text
 from seedlora.run.budget import steps_per_epoch
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import CountsTokens, HasPrompt
 from seedlora.run.trainer_options import ended_by
+from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import DivergedError
+from seedlora.training.stack_operations import holding
 from seedlora.training.writing import write_replica
 from seedlora.utils.options import name_option
 from seedlora.utils.say import say
@@ -31,10 +35,11 @@ class AdapterWriter(pl.Callback):
     Args:
         ensemble: the run.
         state: of the fit.
+        means: the exponential means of the replicas' weights.
     """
 
-    def __init__(self, ensemble: Ensemble, state: FitState) -> None:
-        self._ensemble, self._state = ensemble, state
+    def __init__(self, ensemble: Ensemble, state: FitState, means: ExponentialMeans) -> None:
+        self._ensemble, self._state, self._means = ensemble, state, means
 
     def on_train_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Write the adapters of this stack.
@@ -47,7 +52,7 @@ class AdapterWriter(pl.Callback):
         ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
         files = self._files(trainer.datamodule, module)
         module.check_weights()
-        if not ensemble.trained and set(map(seed_name, ensemble.pending)) <= set(module.replicas.diverged):
+        if not ensemble.trained and set(ensemble.pending) <= set(module.replicas.diverged):
             raise DivergedError(
                 f"the training loss of every seed is not finite; lower {name_option('model.learning_rate')}"
             )
@@ -56,19 +61,25 @@ class AdapterWriter(pl.Callback):
         if writes:
             folder.add_trained(trained)
             _say_unfinished(trained)
-        for name in (replica.name for replica in module.replicas):
+        for replica in (replica for replica in module.replicas if not replica.helps):
+            name, options = replica.name, module.options.of_replica(replica.options)
             if name not in module.replicas.diverged:
-                write_replica(
-                    ensemble.dirpath / name,
-                    name,
-                    module.stack,
-                    module.options,
-                    rank_factor=module.fit_settings.rank_factor,
-                    files={**files, CARD_NAME: self._card(module, trained[name])},
-                    writer=writes,
+                files[CARD_NAME] = self._card(options, trained[name])
+                write = partial(
+                    write_replica, name=name, stack=module.stack, options=options, files=files, writer=writes
                 )
-        if writes and module.replicas.diverged:
-            folder.leave_out(module.replicas.diverged)
+                # Before the replica, which is finished when its own folder is there.
+                with self._means.in_place(module, name) as has_mean:
+                    if has_mean:
+                        write(ensemble.dirpath / ema_name(name))
+                if ensemble.writes_best_beside(self._state.control) and name in self._state.best:
+                    with holding(module.stack.parameters(name), self._state.best[name].weights):
+                        write(ensemble.dirpath / LONG_SEED_BEST)
+                write(ensemble.dirpath / name)
+        helpers = {replica.name for replica in module.replicas if replica.helps}
+        left_out = {name: why for name, why in module.replicas.diverged.items() if name not in helpers}
+        if writes and left_out:
+            folder.leave_out(left_out)
 
     def _files(self, data: object, module: SeedLoRAModule) -> dict[str, str | bytes]:
         """Return the files that go with each adapter, by name.
@@ -88,9 +99,8 @@ class AdapterWriter(pl.Callback):
             files[CONTROL.name] = CONTROL.text(self._ensemble.folder.control_record)
         return files
 
-    def _card(self, module: SeedLoRAModule, trained: TrainedRow) -> str:
-        """Return the model card of one adapter."""
-        options = module.options
+    def _card(self, options: ModelOptions, trained: TrainedRow) -> str:
+        """Return the model card of an adapter with these options."""
         return seed_card(
             base_model=options.base_path,
             adapter=options.display_text,
@@ -104,12 +114,12 @@ class AdapterWriter(pl.Callback):
         loader = trainer.datamodule.train_dataloader()
         found = {}
         for replica in module.replicas:
-            if replica.name in module.replicas.diverged:
+            if replica.helps or replica.name in module.replicas.diverged:
                 continue
             best = self._state.best.get(replica.name)
             stopped = None if best is None else best.stopped
             steps = trainer.global_step if stopped is None else stopped
-            kept_step = best.step if best is not None and self._ensemble.options.keep == "best" else None
+            kept_step = best.step if best is not None and self._ensemble.options.keeps_best else None
             planned = module.fit_settings.total_steps or steps
             row: TrainedRow = {
                 "steps": steps,
@@ -121,7 +131,14 @@ class AdapterWriter(pl.Callback):
                 row["ended_by"] = ended_by(trainer)
             if isinstance(loader.sampler, CountsTokens):
                 per_epoch = steps_per_epoch(trainer, loader)
-                row["tokens"], row["scored"] = loader.sampler.seen(replica.order_seed, steps, steps_per_epoch=per_epoch)
+                # Those of its helpers were its own.
+                seeds = [other.order_seed for other in module.replicas if other == replica or other.helps]
+                seen = [loader.sampler.seen(seed, steps, steps_per_epoch=per_epoch) for seed in seeds]
+                row["tokens"], row["scored"] = map(sum, zip(*seen, strict=True))
+            if best is not None and kept_step is not None:
+                row["validation_loss"] = best.loss
+            elif (loss := trainer.callback_metrics.get(f"val/loss_{replica.name}")) is not None:
+                row["validation_loss"] = float(loss)
             found[replica.name] = row
         return found
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from seedlora.distributed.lightning_internals import share_limits
+from seedlora.names import WIDE_BATCHES
 from seedlora.run.budget import replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
@@ -43,11 +44,13 @@ class Assignment(pl.Callback):
         self._state.begin(control, replica_share(ensemble.options, trainer, control=control))
         replicas = ensemble.next_replicas
         data.seeds = tuple(replica.order_seed for replica in replicas)
+        steps = replica_steps(self._state.share, trainer, data)
         settings = FitSettings(
             replicas,
-            total_steps=replica_steps(self._state.share, trainer, data),
-            rank_factor=ensemble.next_rank_factor,
-            on_divergence=ensemble.options.on_divergence,
+            total_steps=steps,
+            shared_steps=ensemble.options.shared_steps(steps, control),
+            # A rate that is too high for a wide batch is left out, and the others are tried.
+            on_divergence="exclude" if control in WIDE_BATCHES else ensemble.options.on_divergence,
         )
         module.prepare_fit(settings)
         share, self._given = self._state.share, (trainer.max_epochs, trainer.max_steps)

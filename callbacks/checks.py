@@ -9,10 +9,12 @@ from seedlora.merge.whole_models import check_dense
 from seedlora.names import ALL_CONTROLS, FUSED, SOUP
 from seedlora.run.budget import limited_batches, replica_share
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.stack_data import StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
+from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.options import name_option
 
@@ -47,9 +49,10 @@ class Checks(pl.Callback):
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
-        self.check_fit(trainer, data)
+        self.check_fit(trainer, module, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
+            ensemble.check_stack()
             self._take(trainer, resume=ensemble.options.resume)
             # It may have another name now.
             ensemble.folder.path = trainer.strategy.broadcast(ensemble.dirpath)
@@ -76,14 +79,16 @@ class Checks(pl.Callback):
             self._ensemble.folder.leave()
             self._is_taken = False
 
-    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
-        """Raise ValueError if an option of the trainer cannot be, or if validation decides and cannot.
+    def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
+        """Raise ValueError if an option of trainer or module cannot be, or if validation decides and cannot.
 
         Args:
             trainer: whose options are checked.
+            module: whose kind of adapter may not do what was asked of the ensemble.
             data: that is set up.
         """
         ensemble = self._ensemble
+        check_adapter(ensemble, module)
         share = replica_share(ensemble.options, trainer, control=ensemble.next_control)
         merged = [] if ensemble.rule is None else [SOUP if ensemble.comparison.chooses else FUSED]
         if not trainer.fast_dev_run:
@@ -92,16 +97,15 @@ class Checks(pl.Callback):
 
     def _check_validation(self, trainer: pl.Trainer, data: StackDataModule) -> None:
         """Raise ValueError if validation decides and cannot: no rows, adapters in parts."""
-        watches = self._ensemble.options.watches_validation
-        if watches and not holds_whole_adapters(trainer):
+        options = self._ensemble.options
+        if (reason := options.whole_adapters) is not None and not holds_whole_adapters(trainer):
             raise ValueError(
-                f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} write to the "
-                "adapters, which DeepSpeed "
-                f"and fsdp2 keep in parts; use ddp, or {name_option('ensemble.keep', 'last')} without patience"
+                f"{reason}: that reads and writes the adapters in training, which DeepSpeed and fsdp2 keep in parts; "
+                "use ddp, or leave it out"
             )
-        needed = (
-            f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} need" if watches else None
-        )
+        needed = None
+        if options.watches_validation:
+            needed = f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} need"
         if (reason := self._ensemble.comparison.validated_for) is not None:
             needed = f"{reason} chooses on"
         if not needed or trainer.fast_dev_run:
@@ -114,9 +118,8 @@ class Checks(pl.Callback):
 
         Raises:
             ValueError: if it holds a run and ``resume`` was not asked for, or that run was started differently, or what
-                it has saved cannot be read; or if this kind of adapter cannot do what was asked.
+                it has saved cannot be read.
         """
-        check_adapter(self._ensemble, module)
         if self._is_open or trainer.fast_dev_run or not trainer.is_global_zero:
             return
         options, folder = self._ensemble.options, self._ensemble.folder
@@ -136,6 +139,14 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
     options, comparison = module.options, ensemble.comparison
     adapter = options.adapter
+    _check_sweep(ensemble, options)
+    if options.is_full_finetuning and ensemble.options.ema is not None:
+        raise ValueError(f"ensemble.ema writes an adapter, and model.adapter {adapter} has none; leave it out")
+    if options.adds_dense and ensemble.options.keep == BEST_FUSED:
+        raise ValueError(
+            f"ensemble.keep {BEST_FUSED}: the fused adapter is not validated in training with model.adapter {adapter}, "
+            "whose updates have full rank; use ensemble.keep best"
+        )
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
             f"{reason} chooses among merges of the seeds' factors, and what {name_option('model.adapter', adapter)} "
@@ -146,17 +157,37 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     if options.is_full_finetuning:
         for rule in filter(None, (ensemble.rule, *comparison.compare.values())):
             check_dense(rule)
-    if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.seeds) == 1:
+    if not (options.starts_at_weights or options.is_full_finetuning) or len(ensemble.replicas) == 1:
         return
-    if ensemble.trains_controls:
+    if ensemble.trains_controls and ensemble.options.controls == ALL_CONTROLS:
         raise ValueError(
             f"{name_option('ensemble.controls', ALL_CONTROLS)} trains an adapter of another rank, for which {adapter} "
             "would "
             "start at other factors, over another base; use untrained"
         )
-    if ensemble.options.vary == "init" and not options.lora_dropout:
+    if ensemble.options.vary == "init" and not options.lora_dropout and len(ensemble.options.seeds) > 1:
         raise ValueError(
             f"{name_option('ensemble.vary', 'init')}: with {name_option('model.adapter', adapter)} all seeds start at "
             "the same "
             f"weights, and without dropout they end at the same; use {name_option('ensemble.vary', 'order')}, or both"
         )
+
+
+def _check_sweep(ensemble: Ensemble, options: ModelOptions) -> None:
+    """Raise ValueError if a replica cannot have the options that are swept for it, or they would do nothing."""
+    swept = ensemble.options.sweep or {}
+    if "warmup_ratio" in swept and options.warmup_steps is not None:
+        raise ValueError(
+            f"ensemble.sweep warmup_ratio does nothing with model.warmup_steps {options.warmup_steps}, which overrides "
+            "it; leave out one of them"
+        )
+    if options.starts_at_weights and (ranks := [option for option in ("r", "lora_alpha") if option in swept]):
+        raise ValueError(
+            f"ensemble.sweep {ranks[0]}: with model.adapter {options.adapter} all replicas start at the same factors "
+            "of the weights, which are of one r and one lora_alpha; sweep another option, or train lora"
+        )
+    for replica in ensemble.replicas:
+        try:
+            options.of_replica(replica.options)
+        except ValueError as error:
+            raise ValueError(f"ensemble.sweep, for {replica.name}: {error}") from None

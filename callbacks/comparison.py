@@ -12,7 +12,7 @@ from seedlora.adapters.adapter import is_trained
 from seedlora.adapters.model_card import refresh_card
 from seedlora.callbacks.scored_batches import load_adapters, score_loaded, scorer, tested_batches, train_sample
 from seedlora.merge.registry import make_rule
-from seedlora.names import BASE, LOGITS, SOUP, seed_name
+from seedlora.names import BASE, LOGITS, SOUP
 from seedlora.records.results import RESULTS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.outcome import Outcome
@@ -46,7 +46,7 @@ class ComparisonOnTest(pl.Callback):
         adapters, mixtures = self._ensemble.read_tested(module.device), {}
         load_adapters(module.stack, adapters)
         if self._ensemble.comparison.has_controls and len(self._ensemble.trained) > 1:
-            mixtures = {LOGITS: tuple(map(seed_name, self._ensemble.trained))}
+            mixtures = {LOGITS: self._ensemble.trained}
         module.scored = ScoredLabels({BASE: None, **{label: label for label in adapters}}, mixtures)
 
     def on_test_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
@@ -57,7 +57,7 @@ class ComparisonOnTest(pl.Callback):
         if sample:
             outcome.train = score_loaded(trainer, module, sample)
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
-        ensemble.results = outcome.results(list(map(seed_name, ensemble.trained)))
+        ensemble.results = outcome.results(ensemble.trained)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
             if is_trained(ensemble.fused_path):
@@ -81,7 +81,7 @@ class ComparisonOnTest(pl.Callback):
         models = WholeModels(module.stack, module.options)
         made: dict[str, Callable[[], Layers]] = {}
         made |= {label: partial(models.read, folder) for label, folder in ensemble.folders.items()}
-        fused = partial(models.merge, module.trainer, [ensemble.adapter_path(seed) for seed in trained])
+        fused = partial(models.merge, module.trainer, [ensemble.adapter_path(name) for name in trained])
         if len(trained) > 1:
             if SOUP not in made and (ensemble.rule is not None or ensemble.comparison.compare):
                 made[SOUP] = partial(fused, make_rule(SOUP))

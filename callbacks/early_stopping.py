@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
 
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fit_state import BestValidation, FitState
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.stack_operations import copied, put
 
 
 class SeedEarlyStopping(pl.Callback):
-    """Watch each seed's own validation loss: keep the weights of the best, stop the seed that has no patience left.
+    """Watch each seed's validation loss: keep the weights of the best, stop the seed that has no patience left.
 
-    A seed keeps what it would alone, whenever the others stop. Who is stopped or left out is part of a checkpoint.
+    A seed keeps what it would alone, whenever the others stop; with ``keep best_fused`` what is watched is the loss of
+    the fused adapter, the same for all. Who is stopped or left out is part of a checkpoint.
 
     Args:
         ensemble: the run.
@@ -25,7 +25,7 @@ class SeedEarlyStopping(pl.Callback):
     """
 
     def __init__(self, ensemble: Ensemble, state: FitState) -> None:
-        self._options, self._state = ensemble.options, state
+        self._ensemble, self._options, self._state = ensemble, ensemble.options, state
         self._module: SeedLoRAModule | None = None
         self._restored: dict[str, Any] = {}
 
@@ -55,10 +55,14 @@ class SeedEarlyStopping(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Look at the losses of the seeds in training; the fit ends when all are stopped."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._options.watches_validation:
+        watches = self._options.watches_validation or self._keeps_best_beside
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not watches:
             return
+        fused = self._ensemble.live_label if self._options.keep == BEST_FUSED and self._state.control is None else None
         for replica in module.replicas.active:
-            loss = float(trainer.callback_metrics[f"val/loss_{replica.name}"])
+            if replica.helps:
+                continue
+            loss = float(trainer.callback_metrics[f"val/loss_{fused or replica.name}"])
             self._watch(module, replica.name, loss, step=trainer.global_step)
         if not module.replicas.active:
             trainer.should_stop = True
@@ -70,27 +74,30 @@ class SeedEarlyStopping(pl.Callback):
         for replica in module.replicas.active:
             self._take_best(module, replica.name)
 
+    @property
+    def _keeps_best_beside(self) -> bool:
+        """Return whether the weights of the best validation are written beside the last ones."""
+        return self._ensemble.writes_best_beside(self._state.control)
+
     def _watch(self, module: SeedLoRAModule, name: str, loss: float, *, step: int) -> None:
         """Remember a validation that is the best so far; otherwise stop the seed, if it has no patience left."""
         best = self._state.best.get(name)
         if best is None or best.is_beaten_by(loss):
-            weights = _copied(module.stack.parameters(name)) if self._options.keep == "best" else []
+            keeps = self._options.keeps_best or self._keeps_best_beside
+            weights = copied(module.stack.parameters(name)) if keeps else []
             self._state.best[name] = BestValidation(loss, step, weights)
             return
         best.stale += 1
         if self._options.patience is not None and best.stale >= self._options.patience:
             module.replicas.stop(name)
+            for other in module.replicas.active:
+                if other.helps:
+                    module.replicas.stop(other.name)
             best.stopped = step
             self._take_best(module, name)
 
-    @torch.no_grad()
     def _take_best(self, module: SeedLoRAModule, name: str) -> None:
         """Put a seed's best weights in the place of its last ones, if they are kept."""
         best = self._state.best.get(name)
-        if best is not None and best.weights:
-            for parameter, weight in zip(module.stack.parameters(name), best.weights, strict=True):
-                parameter.copy_(weight)
-
-
-def _copied(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.detach().cpu().clone() for parameter in parameters]
+        if best is not None and best.weights and self._options.keeps_best:
+            put(module.stack.parameters(name), best.weights)

@@ -66,9 +66,10 @@ class FinalMerge(pl.Callback):
         """Choose the rule, and write down what the validation rows say. All ranks must call it."""
         comparison, adapters = self._ensemble.compared, self._ensemble.read_seeds()
         stacks = stack_adapters(adapters, device=module.device)
-        most = adapters_to_score(comparison, list(stacks), len(adapters))
+        means = self._ensemble.means(module.device)
+        most = adapters_to_score(comparison, list(stacks), len(adapters)) + len(means)
         with scorer(trainer, module, batches, "Scoring on validation rows", adapters=most) as score:
-            settled = settle(comparison, stacks, list(adapters), score)
+            settled = settle(comparison, stacks, list(adapters), score, others=means)
         if trainer.is_global_zero:
             SELECTION.write(self._ensemble.dirpath, settled.selection)
         return settled.rule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from seedlora.names import FUSED, SOUP
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
 from seedlora.training.live_updates import load_updates, read_updates
@@ -40,20 +39,24 @@ class LiveMerge(pl.Callback):
         if label is None or label not in module.scored.adapters:
             return
         stack = [replica.name for replica in module.replicas]
-        names = [name for name in stack if name not in module.replicas.diverged]
+        names = self._names(module)
         updates = read_updates(module.stack, names)
         load_updates(module.stack, label, self._ensemble.merge_live(updates, names, stack=stack))
 
     @property
     def _label(self) -> str | None:
-        """Return the label of what is merged: until a rule is chosen, soup stands for it under its own name."""
-        if self._ensemble.rule is None or self._state.control is not None:
-            return None
-        return SOUP if self._ensemble.comparison.chooses else FUSED
+        """Return the label of what is merged; None while a control is trained."""
+        return self._ensemble.live_label if self._state.control is None else None
+
+    @staticmethod
+    def _names(module: SeedLoRAModule) -> list[str]:
+        """Return the replicas that are validated."""
+        diverged = module.replicas.diverged
+        return [replica.name for replica in module.replicas if not replica.helps and replica.name not in diverged]
 
     def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
         """Return the labels of what is validated, and the adapters that they stand for."""
-        names = [replica.name for replica in module.replicas if replica.name not in module.replicas.diverged]
+        names = self._names(module)
         # What DoRA and whole models add to a weight has full rank: merging it takes longer than training.
         fused = [self._label] if self._label and names and not module.options.adds_dense else []
         return ScoredLabels({name: name for name in (*names, *fused)})

@@ -11,13 +11,16 @@ import lightning.pytorch as pl
 
 from seedlora.callbacks.adapter_writer import AdapterWriter
 from seedlora.callbacks.assignment import Assignment
+from seedlora.callbacks.branch import Branch
 from seedlora.callbacks.callback_of_parts import CallbackOfParts
 from seedlora.callbacks.checkpoints import Checkpoints
 from seedlora.callbacks.checks import Checks
 from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
+from seedlora.callbacks.exponential_mean import ExponentialMeans
 from seedlora.callbacks.final_merge import FinalMerge
 from seedlora.callbacks.live_merge import LiveMerge
+from seedlora.callbacks.local_averaging import LocalAveraging
 from seedlora.callbacks.predictions import Predictions
 from seedlora.callbacks.python_run import RunEnd, RunStart
 from seedlora.callbacks.termination import Termination, TerminationEnd
@@ -25,7 +28,7 @@ from seedlora.callbacks.tested_rows import TestedRows
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import NO_CONTROLS
 from seedlora.run.ensemble import Ensemble
-from seedlora.run.ensemble_options import EnsembleOptions
+from seedlora.run.ensemble_options import INDEPENDENT, EnsembleOptions
 from seedlora.run.fit_state import FitState
 from seedlora.run.stack_data import StackDataModule
 from seedlora.scores.results import Results
@@ -79,6 +82,8 @@ class SeedEnsembleCallback(CallbackOfParts):
             times the factor that is best on validation rows, the greedy soup, and the mean of the seeds' probabilities
             (a mixture, no adapter). ``all`` also trains the first seed for as many tokens as all seeds had, and once
             more with the rank of all of them for as many as one had: ``n + 1`` times the tokens of a seed.
+            ``equal_tokens`` trains what costs as many as all seeds: the first seed for so many, also at its best
+            validation, and one seed with the rows of all in each step, at three rates: four times these tokens.
         select_by: what is best on validation rows: the lowest ``loss``, or the most exact matches (``match``).
         dirpath: the folder of the run; default: a new one under ``runs``, named by the time.
         budget: ``equal`` divides the trainer's ``max_epochs`` (or ``max_steps``) among the seeds, so that the ensemble
@@ -87,8 +92,10 @@ class SeedEnsembleCallback(CallbackOfParts):
             the first seed's weights and drop out what it does).
         stack_size: seeds trained at once; default all, or one where every weight is trained. ``auto`` takes as many as
             the memory estimate allows in 80 % of the machine's memory.
-        keep: the weights of each seed that are kept: those of its ``last`` step, or of the validation at which its own
-            loss was ``best``. A seed keeps what it would alone, whenever the others stop.
+        keep: the weights of each seed that are kept: those of its ``last`` step, of the validation at which its own
+            loss was ``best``, or, for all of them, of the one at which the loss of the fused adapter was lowest
+            (``best_fused``, which trains all seeds at once). With ``best`` a seed keeps what it would alone, whenever
+            the others stop.
         patience: validations without a new best loss after which a seed is stopped; default never.
         on_divergence: what happens when a seed's training loss, or a weight of it, is not finite: ``stop`` ends the
             run, its checkpoints untouched; ``exclude`` goes on without that seed, whose rows and gradients reach no
@@ -96,6 +103,18 @@ class SeedEnsembleCallback(CallbackOfParts):
         checkpoint_every_n_steps: optimizer steps between checkpoints.
         resume: go on with the run in ``dirpath``; without it a folder that holds a run is refused. Pass
             :attr:`ckpt_path` to ``fit``.
+        sweep: values to try of ``learning_rate``, ``r``, ``lora_alpha``, ``lora_plus_ratio``, ``weight_decay``,
+            ``lr_scheduler`` and ``warmup_ratio``, a list for each: a replica of the stack per seed and set of values.
+        sweep_mode: ``cross`` gives each seed all sets of values, ``zip`` gives each seed one value of each option, in
+            their order.
+        scheme: ``independent``; ``branch``: all start as one replica, which sees the rows of all in each step;
+            ``local``: they start alike, and get the mean of their weights from time to time.
+        trunk: part of the steps in which all are one, with ``branch``; default half.
+        ema: decay of an exponential mean of each replica's weights, 0.99 for example, which is an adapter beside it
+            (``seed_11_ema``); default none.
+        average_every: optimizer steps between two averages, with ``local``; default 20.
+        average_growth: with it ``(average_growth / learning rate)**2`` steps, where that is more.
+        outer_learning_rate: of SGD with Nesterov's momentum 0.9, which takes the mean for a step; 0.7 in DiLoCo.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -120,6 +139,14 @@ class SeedEnsembleCallback(CallbackOfParts):
         on_divergence: str = "stop",
         checkpoint_every_n_steps: int = 25,
         resume: bool = False,
+        sweep: Mapping[str, Sequence[float | str]] | None = None,
+        sweep_mode: str = "cross",
+        scheme: str = INDEPENDENT,
+        trunk: float | None = None,
+        ema: float | None = None,
+        average_every: int | None = None,
+        average_growth: float | None = None,
+        outer_learning_rate: float | None = None,
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -139,6 +166,14 @@ class SeedEnsembleCallback(CallbackOfParts):
                 on_divergence=on_divergence,
                 checkpoint_every_n_steps=checkpoint_every_n_steps,
                 resume=resume,
+                sweep=sweep,
+                sweep_mode=sweep_mode,
+                scheme=scheme,
+                trunk=trunk,
+                ema=ema,
+                average_every=average_every,
+                average_growth=average_growth,
+                outer_learning_rate=outer_learning_rate,
             )
         )
         #: What the parts share about the fit at hand.
@@ -146,6 +181,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         ensemble, state = self.ensemble, self.fit_state
         self._checks = Checks(ensemble)
         self._early_stopping = SeedEarlyStopping(ensemble, state)
+        self._means, self._averaging = ExponentialMeans(ensemble), LocalAveraging(ensemble, state)
         self._termination = Termination(state)
         self._comparison = ComparisonOnTest(ensemble)
         #: Who answers in ``Trainer.predict``, and how long: its attributes ``adapter`` and ``max_new_tokens``.
@@ -156,8 +192,11 @@ class SeedEnsembleCallback(CallbackOfParts):
             self._checks,
             RunStart(ensemble),
             Assignment(ensemble, state),
+            Branch(),
+            self._averaging,
+            self._means,
             self._early_stopping,
-            AdapterWriter(ensemble, state),
+            AdapterWriter(ensemble, state, self._means),
             Checkpoints(ensemble, state),
             self._termination,
             LiveMerge(ensemble, state),
@@ -170,18 +209,21 @@ class SeedEnsembleCallback(CallbackOfParts):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: the seeds' validations, and who is stopped."""
-        return self._early_stopping.state_dict()
+        """Return what a checkpoint needs: the seeds' validations, who is stopped, and the means of the weights."""
+        parts = (self._early_stopping, self._means, self._averaging)
+        return {key: value for part in parts for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the validations where they were."""
+        """Take up the validations and the means where they were."""
         self._early_stopping.load_state_dict(state_dict)
+        self._means.load_state_dict(state_dict)
+        self._averaging.load_state_dict(state_dict)
 
     # For whoever runs the Trainer
 
-    def check_fit(self, trainer: pl.Trainer, data: StackDataModule) -> None:
+    def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Raise ValueError for what :meth:`Checks.check_fit` finds; the data must be set up."""
-        self._checks.check_fit(trainer, data)
+        self._checks.check_fit(trainer, module, data)
 
     def open(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
         """Make the run's folder ours before the fit does; raises ValueError as :meth:`Checks.open` does."""
@@ -209,11 +251,6 @@ class SeedEnsembleCallback(CallbackOfParts):
     # The ensemble's own, under the names that a user's code has for them
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """Return the seeds, one replica each."""
-        return self.ensemble.seeds
-
-    @property
     def dirpath(self) -> Path:
         """Return the folder of the run."""
         return self.ensemble.dirpath
@@ -224,13 +261,18 @@ class SeedEnsembleCallback(CallbackOfParts):
         return self.ensemble.fused_path
 
     @property
-    def trained(self) -> tuple[int, ...]:
-        """Return the seeds whose adapters, or whole models, are there."""
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds; a sweep trains several replicas of each."""
+        return self.ensemble.options.seeds
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Return the replicas, by name, whose adapters, or whole models, are there."""
         return self.ensemble.trained
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """Return the seeds that are still to be trained."""
+    def pending(self) -> tuple[str, ...]:
+        """Return the replicas, by name, that are still to be trained."""
         return self.ensemble.pending
 
     @property
@@ -248,6 +290,6 @@ class SeedEnsembleCallback(CallbackOfParts):
         """Return the scores of the last test."""
         return self.ensemble.results
 
-    def adapter_path(self, seed: int) -> Path:
-        """Return where the adapter of a seed is, once it is trained."""
-        return self.ensemble.adapter_path(seed)
+    def adapter_path(self, replica: int | str) -> Path:
+        """Return where the adapter of a seed, or of a replica by its name, is, once it is trained."""
+        return self.ensemble.adapter_path(replica)

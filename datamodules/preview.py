@@ -16,8 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from seedlora import datamodules
-from seedlora.datamodules.base import InstructionDataModule
+from seedlora.datamodules import InstructionDataModule, all_data_modules
 from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.datamodules.rows import Counts
 from seedlora.datamodules.sampler import ReplicaSampler
@@ -205,13 +204,14 @@ def main(
 def _parser(default_model: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
+    known = all_data_modules()  # --data takes those that are imported
+
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if unknown := re.search(r"Option '(.*?)' is not accepted", message):
                 message = f"unknown option --data.{unknown[1]}"
             elif unknown := re.search(r"Expected a dot import path string: (\S+)", message):
-                public = vars(datamodules).items()
-                kinds = [name for name, kind in public if isinstance(kind, type) and not inspect.isabstract(kind)]
+                kinds = [kind.__name__ for kind in known if not inspect.isabstract(kind)]
                 message = f"unknown data module '{unknown[1]}'; choose one of {', '.join(sorted(kinds))}"
             raise ValueError(f"{message} (see python -m seedlora preview --help)") from ex
 

@@ -21,6 +21,20 @@ READ_KEYS = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     }
 )
+#: What PEFT's ``LoraConfig`` writes where nothing is said, without its version: PEFT takes seconds to import.
+LORA_DEFAULTS: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    **dict.fromkeys(("task_type", "auto_mapping", "base_model_name_or_path", "revision")),
+    **{"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True},
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "target_parameters")),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices")),
+    **{"rank_pattern": {}, "alpha_pattern": {}},
+    **dict.fromkeys(("inference_mode", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), False),
+    **{"use_qalora": False, "qalora_group_size": 16, "use_bdlora": None, "ensure_weight_tying": False},
+    **{"megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {}},
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config")),
+    **dict.fromkeys(("arrow_config", "kasa_config", "alora_invocation_tokens")),
+}
 #: Keys that change nothing of what a trained adapter adds to its base model, and why.
 HARMLESS_KEYS: Mapping[str, str] = {
     "peft_version": "names the writer",

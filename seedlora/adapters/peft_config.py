@@ -11,9 +11,8 @@ from typing import Any
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, is_model
 from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
-from seedlora.model.peft_internals import pattern_key
 from seedlora.updates.diagnostics import natural_sort_key
-from seedlora.utils.patterns import check_pattern
+from seedlora.utils.patterns import check_pattern, pattern_key
 
 #: PEFT's task types, and its class that loads adapter and base model of each.
 PEFT_AUTO_CLASSES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,6 +269,26 @@ def serving_problems(folder: str | Path, *, base: str | Path | None = None) -> d
 def vllm_rank(rank: int) -> int | None:
     """Return the ``--max-lora-rank`` that vLLM needs for an adapter of a rank; None if there is none."""
     return next((size for size in VLLM_RANKS if size >= rank), None)
+
+
+def describe_serving(served: Mapping[str, Sequence[str]], rank: int) -> str:
+    """Say which servers load an adapter, and why others do not."""
+    good = [server for server, reasons in served.items() if not reasons]
+    limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
+    parts = [f"served by {', '.join(good)}{limit}"] if good else []
+    bad: dict[str, list[str]] = {}
+    for server, reasons in served.items():
+        if reasons:
+            bad.setdefault("; ".join(reasons), []).append(server)
+    for reason, servers in bad.items():
+        how = "not known for" if reason.startswith(NOT_KNOWN) else "not by"
+        parts.append(f"{how} {', '.join(servers)} ({reason.removeprefix(NOT_KNOWN)})")
+    return "; ".join(parts)
+
+
+def is_unknown(reasons: Sequence[str]) -> bool:
+    """Return whether the reasons say that nothing is known of a server."""
+    return any(reason.startswith(NOT_KNOWN) for reason in reasons)
 
 
 def _describe_missing(adapter: _AdapterHeader, *, grouped: bool) -> str | None:

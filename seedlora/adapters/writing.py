@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from seedlora.adapters.adapter import (
     AdapterError,
     is_finite,
 )
+from seedlora.adapters.config_keys import LORA_DEFAULTS
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.files import atomic_folder, write_files
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 def write_adapter(
     path: str | Path,
     layers: Mapping[str, LoRAFactors],
-    config: LoraConfig,
+    config: LoraConfig | Mapping[str, Any],
     *,
     files: Mapping[str, str | bytes] | None = None,
     embeddings: Collection[str] = (),
@@ -46,7 +48,7 @@ def write_adapter(
     Args:
         path: the folder; an older one is replaced.
         layers: one adapter (``N = 1``) per layer path, stored as it is: ``B`` without the scaling that ``config`` says.
-        config: PEFT's configuration of it.
+        config: PEFT's configuration of it, or the entries of its file.
         files: further files of the folder, by name: a model card, for example.
         embeddings: the layer paths that are embeddings.
         magnitudes: DoRA's, of shape (D,), by layer path.
@@ -94,11 +96,13 @@ def universal_config(
     modules_to_save: Collection[str] = (),
     task_type: str | None = "CAUSAL_LM",
     auto_mapping: Mapping[str, str] | None = None,
-) -> LoraConfig:
-    """Return the configuration that every server loads: one rank R for all layers, ``lora_alpha = R``, nothing
-    optional.
+    use_dora: bool = False,
+) -> dict[str, Any]:
+    """Return the entries of the configuration that every server loads, as PEFT's ``LoraConfig`` writes them.
 
-    ``lora_bias`` and ``modules_to_save`` are what no server loads; they are there for adapters that were trained so.
+    They say one rank R for all layers, ``lora_alpha = R`` and nothing optional.
+    ``lora_bias``, ``modules_to_save`` and ``use_dora`` are what no server loads; they are there for adapters that were
+    trained so.
 
     Args:
         layers: what it describes.
@@ -109,28 +113,29 @@ def universal_config(
         modules_to_save: names of modules whose full weights are in the folder.
         task_type: as in :class:`Adapter`.
         auto_mapping: likewise.
+        use_dora: the layers have magnitudes.
 
     Raises:
         AdapterError: if the layers differ in rank.
     """
-    from peft import LoraConfig
-
     ranks = sorted({factors.rank for factors in layers.values()})
     if len(ranks) != 1:
         raise AdapterError(f"servers need one rank for all layers, got {ranks or 'no layer'}")
-    return LoraConfig(
-        task_type=task_type,
-        auto_mapping=None if auto_mapping is None else dict(auto_mapping),
-        base_model_name_or_path=base_model,
-        revision=revision,
-        r=ranks[0],
-        lora_alpha=ranks[0],
-        target_modules=sorted(set(map(_target_name, layers))),
-        fan_in_fan_out=fan_in_fan_out,
-        lora_bias=lora_bias,
-        modules_to_save=sorted(modules_to_save) or None,
-        inference_mode=True,
-    )
+    return {
+        **LORA_DEFAULTS,
+        "peft_version": version("peft"),
+        "task_type": task_type,
+        "auto_mapping": None if auto_mapping is None else dict(auto_mapping),
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": ranks[0],
+        "lora_alpha": ranks[0],
+        "target_modules": sorted(set(map(_target_name, layers))),
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_bias": lora_bias,
+        "modules_to_save": sorted(modules_to_save) or None,
+        "use_dora": use_dora,
+    }
 
 
 def _target_name(path: str) -> str:
@@ -142,7 +147,7 @@ def _target_name(path: str) -> str:
     return ".".join(parts[start:])
 
 
-def _json_config(config: LoraConfig) -> dict[str, Any]:
-    entries = config.to_dict()
-    entries["inference_mode"] = True
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+def _json_config(config: LoraConfig | Mapping[str, Any]) -> dict[str, Any]:
+    entries = config if isinstance(config, Mapping) else config.to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in entries.items()}
+    return {**plain, "inference_mode": True}

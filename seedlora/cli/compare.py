@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
-from seedlora.cli.terminal import counting_bar, format_numbers, layer_counter, number_table, print_json
-from seedlora.merge.adapter_comparison import SHOWN_RANK, AdapterComparison, compare
+from seedlora.cli.comparing import compare_with_bar, print_rank_note
+from seedlora.cli.terminal import format_numbers, number_table, print_json
+from seedlora.merge.adapter_comparison import AdapterComparison
 from seedlora.names import FUSED
 from seedlora.report.drawing import Palette, standalone
 from seedlora.report.figures import weight_figures
@@ -77,17 +76,3 @@ def _draw_figures(arguments: Mapping[str, Any], compared: AdapterComparison) -> 
     for name, svg in drawn.items():
         write_text(folder / f"{name}.svg", standalone(svg) + "\n")
     return [str(folder / f"{name}.svg") for name in drawn]
-
-
-def compare_with_bar(sources: Sequence[str], *, method: str | None, base: str | None) -> AdapterComparison:
-    """Compare adapters, with a bar that counts layers: PiSSA's starts take an SVD of every weight."""
-    with counting_bar() as progress:
-        on_layer = layer_counter(progress, progress.add_task("layers", total=None))
-        return compare(sources, method=method, base=base, on_layer=on_layer)
-
-
-def print_rank_note(console: Console, error: float | None) -> None:
-    """Print how far updates of full rank are from what is shown of them, if there are any."""
-    if error is not None:
-        sentence = f"DoRA's updates have full rank; shown is the best rank {SHOWN_RANK} of each, relative error"
-        console.print(f"{sentence} {error:.3g} at most")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import shtab
 
-from seedlora.cli.argparse_internals import arguments_of, option_names
+from seedlora.cli.argparse_internals import arguments_of
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.main import COMMANDS
+from seedlora.cli.train_help import option_names
 
 #: Commands whose options come from the signatures of classes, and are read by another parser.
 _FROM_SIGNATURES = ("train", "preview")
@@ -58,12 +58,7 @@ def all_commands() -> argparse.ArgumentParser:
 
 def _add_options_of_training(parser: argparse.ArgumentParser, *, preview: bool) -> None:
     """Add the options of ``train``, or those of them that ``preview`` has, by their names alone."""
-    from seedlora.cli.option_words import SHORT
-    from seedlora.cli.parser import SeedLoRACLI
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a Trainer says which devices there are
-    names = [*SHORT, *option_names(SeedLoRACLI([]).parser)]
     shown = ("--data", "--model.base_model") if preview else ("--",)
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(option_names()):
         if name.startswith(shown) and name != "--help" and not name.endswith("+"):
             parser.add_argument(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 #: What values are, for people.
 KINDS = {
@@ -36,6 +37,13 @@ def plain_message(message: str) -> str:
     if option and message.startswith("--"):  # the parser of a data module has been here
         return f"--{option}.{message[2:]}"
     return f"--{option}: {message}" if option else message
+
+
+def refuse(error: ValueError | OSError) -> int:
+    """Say on stderr in one sentence why ``train.py`` does not do what was asked; returns its exit code."""
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    print(f"train.py: error: {plain_message(reason)}", file=sys.stderr)  # noqa: T201
+    return 2
 
 
 def one_line(message: str) -> str:

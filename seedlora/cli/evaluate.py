@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rich.text import Text
 from seedlora.adapters.adapter import PROMPT_NAME
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.datamodules import prompts
-from seedlora.datamodules.reasoning_gym import generated_test
 from seedlora.evaluation.answering import DTYPES, EvaluationSetup, Participants, from_endpoint, from_folders
 from seedlora.evaluation.candidates import DEFAULT_STYLE
 from seedlora.evaluation.harness import PROTOCOL as HARNESS_PROTOCOL
@@ -87,7 +86,7 @@ def evaluate(arguments: Mapping[str, Any]) -> None:
         _task_paths(arguments["task_path"], names),
         limit=arguments["limit"],
         max_new_tokens=arguments["max_new_tokens"],
-        generate=generated_test,
+        generate=_generated_test,
     )
     if arguments["joint"]:
         runs = with_common_limit(runs)
@@ -113,6 +112,13 @@ def evaluate(arguments: Mapping[str, Any]) -> None:
         found[HARNESS_PROTOCOL] = score_with_harness(setup, harness, manager, out, console, limit=arguments["limit"])
     if arguments["json"]:
         print(json.dumps(found, indent=2))  # noqa: T201 - what --json asks for
+
+
+def _generated_test(task: str, run: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+    """Return the test items of a task that is generated."""
+    from seedlora.datamodules.reasoning_gym import generated_test  # it brings Lightning, which other tasks do not need
+
+    return generated_test(task, run)
 
 
 def _set_up(arguments: Mapping[str, Any], console: Console) -> EvaluationSetup:

@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from seedlora.adapters.adapter import locate
-from seedlora.adapters.servers import NOT_KNOWN, serving_problems, vllm_rank
+from seedlora.adapters.servers import NOT_KNOWN, is_unknown, serving_problems, vllm_rank
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
-from seedlora.cli.compare import compare_with_bar, print_rank_note
-from seedlora.cli.terminal import format_numbers, is_unknown, number_table, print_json
+from seedlora.cli.comparing import compare_with_bar, print_rank_note
+from seedlora.cli.terminal import format_numbers, number_table, print_json
 from seedlora.updates.diagnostics import module_facts
 from seedlora.utils.progress import plain_console
 

@@ -17,13 +17,14 @@ from rich.console import Console
 from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
 from seedlora.adapters.server_commands import model_commands, next_commands
-from seedlora.adapters.servers import serving_problems
+from seedlora.adapters.servers import describe_serving, serving_problems
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
-from seedlora.cli.terminal import counting_bar, describe_serving, layer_counter, print_json
+from seedlora.cli.terminal import counting_bar, layer_counter, print_json
 from seedlora.merge.adapter_folders import merge_folders
-from seedlora.merge.bound_rule import COMMON_DEFAULTS, CommonOptions
+from seedlora.merge.common_options import COMMON_DEFAULTS, CommonOptions
 from seedlora.merge.into_base import merge_into_base
-from seedlora.merge.registry import METHODS, PYTHON_ONLY, make_rule
+from seedlora.merge.method_table import PYTHON_ONLY
+from seedlora.merge.registry import METHODS, make_rule
 from seedlora.names import GREEDY
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.utils.progress import plain_console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ from rich.table import Table
 
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.terminal import print_json
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
-from seedlora.merge.registry import METHODS, PYTHON_ONLY
+from seedlora.merge.common_options import COMMON_DEFAULTS
+from seedlora.merge.method_table import METHOD_TABLE, PYTHON_ONLY, REQUIRED
 from seedlora.names import GREEDY
 from seedlora.utils.progress import plain_console
 
@@ -37,13 +36,13 @@ def show_methods(arguments: Mapping[str, Any]) -> None:
                 "source": method.source,
                 "options": {key: _display_default(value) for key, value in method.options.items()},
             }
-            for name, method in METHODS.items()
+            for name, method in METHOD_TABLE.items()
         }
         print_json({"methods": rows, "common options": dict(COMMON_DEFAULTS)})
         return
     console = plain_console()
     table = Table("method", "formula", "options and defaults", "source")
-    for name, method in METHODS.items():
+    for name, method in METHOD_TABLE.items():
         defaults = {key: value for key, value in method.options.items() if key not in PYTHON_ONLY}
         options = [f"{key}={_display_default(value)}" for key, value in defaults.items()]
         if name == GREEDY:
@@ -54,4 +53,4 @@ def show_methods(arguments: Mapping[str, Any]) -> None:
 
 
 def _display_default(value: object) -> object:
-    return "required" if value is inspect.Parameter.empty else value
+    return "required" if value is REQUIRED else value

@@ -6,44 +6,25 @@ import copy
 import inspect
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import yaml
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
-from seedlora.cli.argparse_internals import option_groups, option_names
 from seedlora.cli.errors import UsageError, one_line, plain_message
-from seedlora.cli.option_words import BARE, SHORT
-from seedlora.datamodules import InstructionDataModule
+from seedlora.cli.train_help import help_text, unknown_option
+from seedlora.datamodules import InstructionDataModule, all_data_modules
 from seedlora.distributed.strategies import choose_strategy
 from seedlora.evaluation.tasks import TASKS
-from seedlora.names import FROM_PYTHON, UNFINISHED_NAME
+from seedlora.names import UNFINISHED_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.spelling import closest
 
-USAGE = """\
-Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter.
-
-  python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
-  python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
-  python train.py --config configs/default.yaml --model.r 16
-  python train.py --merge auto --compare ties,knots_ties   the method that is best on validation rows; others beside it
-  python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
-  python train.py --merge seedlora --resume            go on with the newest unfinished run
-  python train.py --merge seedlora --plan              what the run will take, measured on a few steps
-  python train.py --evaluate gsm8k --evaluate.limit 100    then score all adapters on GSM8K
-  python train.py test --ensemble.dirpath RUN          score a finished run again, without training
-"""
-#: Options that take a list of names or numbers, which may be given as ``A,B`` too.
-LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
-_COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")
 #: The data module if none is named.
 DEFAULT_DATA = "seedlora.datamodules.ReasoningGym"
 #: What a run of train.py sets where Lightning's own default does not suit it.
@@ -59,21 +40,10 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
-TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "accumulate_grad_batches")
-
-
-#: What undoes the options of a run that say what is scored by generation.
-NO_TASKS = (
-    "--evaluate.task=",
-    "--evaluate.lm_eval=",
-    "--evaluate.limit=null",
-    "--evaluate.task_path={}",
-    "--evaluate.max_new_tokens=null",
-)
 
 
 class _Parser(LightningArgumentParser):
-    """Our groups alone in the help, a hint for a misspelt option, and one line per error."""
+    """Our help, a hint for a misspelt option, and one line per error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -85,31 +55,18 @@ class _Parser(LightningArgumentParser):
                 f"unexpected word '{word[1]}'; an option takes one word, a list is '[1,2]', the one command is test"
             )
         elif unknown := re.search(r"(?:[Uu]nrecognized arguments: |Key ')-*([\w.]+)", message):
-            meant = closest(unknown[1], self._names())
-            message = f"unknown option --{unknown[1]}; " + (f"did you mean --{meant}?" if meant else "see --help")
+            message = unknown_option(unknown[1])
         raise UsageError(message) from ex
 
-    def format_help(self) -> str:
-        shown = [USAGE]
-        for title, names, text in option_groups(self):
-            if title != "options" and not names[0].startswith("--trainer"):
-                shown.append(text)
-        trainer = ", ".join(f"--trainer.{name}" for name in TRAINER_SHOWN)
-        shown.append(
-            f"Every argument of Lightning's Trainer is an option too: {trainer}, ...\n"
-            "--config FILE reads options from YAML; --print_config shows all options with their values.\n"
-            "--data NAME chooses a data module, --data.help NAME shows its options.\n"
-        )
-        return "\n".join(shown)
-
-    def _names(self) -> list[str]:
-        return [option.lstrip("-") for option in (*SHORT, *option_names(self))]
+    def format_help(self, _formatter: object = None) -> str:
+        return help_text()
 
 
 class SeedLoRACLI(LightningCLI):
     """LightningCLI with the ensemble as its own group of options."""
 
     def __init__(self, args: Sequence[str]) -> None:
+        all_data_modules()  # --data takes those that are imported, and help and errors name them
         self.throughput = Throughput()
         super().__init__(
             SeedLoRAModule,
@@ -206,63 +163,3 @@ def _concrete(kind: type) -> list[type]:
     children: list[type] = kind.__subclasses__()
     below = [found for child in children for found in _concrete(child)]
     return below if inspect.isabstract(kind) else [kind, *below]
-
-
-def options_of_finished_run(argv: Sequence[str]) -> list[str]:
-    """The options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
-    given = values_of(argv, "--ensemble.dirpath")
-    if not given:
-        raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
-    file = Path(given[-1]) / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
-    check_config(file, "; --resume with the options of the run writes it again")
-    # Tasks that are given here take the place of the run's, with all that was said about those.
-    anew = any(re.match(r"--evaluate(\.task|\.lm_eval)?(=|$)", word) for word in argv)
-    return ["--config", str(file), *(NO_TASKS if anew else ()), *argv, "--ensemble.resume=true"]
-
-
-def values_of(argv: Sequence[str], option: str) -> list[str]:
-    """What an option is given, as ``--option VALUE`` or ``--option=VALUE``."""
-    joined = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
-    return joined + [value for word, value in pairwise(argv) if word == option]
-
-
-def check_config(file: Path, instead: str = "") -> None:
-    """Raise UsageError if a file is there that holds no options; the parser would not name it."""
-    if not file.is_file():
-        return
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}{instead}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{file} cannot be read: it holds no options{instead}")
-    if why := found.get(FROM_PYTHON):
-        raise UsageError(f"{file} records a run from Python, which train.py cannot start: {why}")
-    data = found.get("data")
-    kind = str(data.get("class_path")) if isinstance(data, dict) else ""
-    if kind.startswith("datamodules."):
-        raise UsageError(f"{file}: data.class_path {kind} is called seedlora.{kind} now")
-    if isinstance(found.get("evaluate"), str):
-        raise UsageError(f"{file}: evaluate is called evaluate.task now")
-    if old := [key for key in found if str(key).startswith("evaluate_")]:
-        raise UsageError(f"{file}: {old[0]} is called {old[0].replace('_', '.', 1)} now")
-
-
-def expand_short_options(argv: Sequence[str]) -> list[str]:
-    """``--merge X`` is ``--ensemble.merge X``; ``--resume`` alone ``--ensemble.resume true``; a list may be ``1,2``."""
-    long: list[str] = []
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name in SHORT:
-            argument = SHORT[name] + equals + value
-            following = argv[i + 1] if i + 1 < len(argv) else "--"
-            if name in BARE and not equals and following.startswith("-"):
-                argument += f"={BARE[name]}"
-        elif name in LISTS and _COMMA_LIST.fullmatch(value):
-            argument = f"{name}=[{value}]"
-        elif long and long[-1] in LISTS and _COMMA_LIST.fullmatch(argument):
-            argument = f"[{argument}]"
-        long.append(argument)
-    return long

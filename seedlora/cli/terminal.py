@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 
-from seedlora.adapters.servers import NOT_KNOWN, vllm_rank
 from seedlora.utils.progress import progress_bar
-
-
-def describe_serving(served: Mapping[str, Sequence[str]], rank: int) -> str:
-    """Say which servers load an adapter, and why others do not."""
-    good = [server for server, reasons in served.items() if not reasons]
-    limit = f" (vLLM: --max-lora-rank {vllm_rank(rank)})" if "vLLM" in good else ""
-    parts = [f"served by {', '.join(good)}{limit}"] if good else []
-    bad: dict[str, list[str]] = {}
-    for server, reasons in served.items():
-        if reasons:
-            bad.setdefault("; ".join(reasons), []).append(server)
-    for reason, servers in bad.items():
-        how = "not known for" if reason.startswith(NOT_KNOWN) else "not by"
-        parts.append(f"{how} {', '.join(servers)} ({reason.removeprefix(NOT_KNOWN)})")
-    return "; ".join(parts)
-
-
-def is_unknown(reasons: Sequence[str]) -> bool:
-    """Return whether the reasons say that nothing is known of a server."""
-    return any(reason.startswith(NOT_KNOWN) for reason in reasons)
 
 
 def counting_bar() -> Progress:

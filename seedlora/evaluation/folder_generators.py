@@ -194,12 +194,12 @@ def _write_plain(folder: Path, adapter: Adapter) -> None:
         modules_to_save=adapter.modules_to_save,
         task_type=adapter.task_type,
         auto_mapping=adapter.auto_mapping,
+        use_dora=bool(adapter.magnitudes),
     )
-    config.use_dora, config.target_modules = bool(adapter.magnitudes), set(layers)
     write_adapter(
         folder,
         layers,
-        config,
+        {**config, "target_modules": sorted(layers)},
         embeddings=adapter.embeddings,
         magnitudes=adapter.magnitudes,
         biases=adapter.biases,

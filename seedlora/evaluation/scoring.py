@@ -27,7 +27,7 @@ from seedlora.evaluation.samples import Samples, TaskRun, generate, open_samples
 from seedlora.evaluation.sandbox import Sandbox
 from seedlora.evaluation.showing import StatusLines, describe_style, long_progress_bar, print_scores, print_unscored
 from seedlora.evaluation.tasks import PROTOCOL, TASKS, Generate, check_tasks
-from seedlora.names import BASE
+from seedlora.names import BASE, is_replica
 from seedlora.records.evaluation import (
     EVALUATION_RESULTS,
     HARNESS_RESULTS,
@@ -37,7 +37,7 @@ from seedlora.records.evaluation import (
     TaskResults,
 )
 from seedlora.scores.intervals import adjust_over_tasks, mean_score, wilson
-from seedlora.scores.results import Results, is_seed, results
+from seedlora.scores.results import Results, results
 from seedlora.scores.tables import titled_table
 from seedlora.utils.places import expanded
 
@@ -331,7 +331,7 @@ def _compare_adapters(judged: Judged, run: TaskRun, against: str | None) -> Resu
     if judged.correct is None:
         return None
     names = list(judged.names)
-    seeds = [name for name in names if is_seed(name)]
+    seeds = [name for name in names if is_replica(name)]
     if against is not None or len(seeds) < 2 or not set(names) - set(seeds) - {BASE}:
         against, seeds = against or (names[0] if len(names) > 1 else None), []
     cut = "" if run.max_new_tokens == run.task.max_new_tokens else f", but {run.max_new_tokens} new tokens"

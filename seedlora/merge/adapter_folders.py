@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,6 @@ from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
 from seedlora.utils.places import expanded
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 
 def check_output(out: str | Path, sources: Sequence[str | Path], base: str | Path | None = None) -> None:
@@ -205,7 +202,7 @@ def _in_dtype(
     return _Result(layers, biases, full)
 
 
-def _config_of(first: Adapter, result: _Result) -> LoraConfig:
+def _config_of(first: Adapter, result: _Result) -> dict[str, Any]:
     """Return the configuration of a fused adapter, which is for the base model of the first of the inputs."""
     return universal_config(
         result.layers,

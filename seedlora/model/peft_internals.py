@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 #: Attributes of ``peft.tuners.lora.LoraLayer`` by which a stack reads and replaces what a layer computes.
@@ -28,19 +26,6 @@ LORA_LAYER_ATTRIBUTES = (
 )
 #: Attributes of ``peft.utils.ModulesToSaveWrapper``, which holds a module that is trained in full.
 FULL_MODULE_ATTRIBUTES = ("modules_to_save", "original_module", "set_adapter")
-
-
-def pattern_key(keys: Iterable[str], path: str) -> str:
-    """Return the first of the keys of ``rank_pattern`` or ``alpha_pattern`` that matches a layer's path, or the path.
-
-    ``get_pattern_key`` of ``peft.utils.other`` holds PEFT's rule for these keys, which are regular expressions.
-
-    Raises:
-        re.error: if a key is no regular expression.
-    """
-    from peft.utils.other import get_pattern_key
-
-    return get_pattern_key(keys, path)
 
 
 def no_target_modules() -> str:

@@ -41,6 +41,7 @@ class PlanRecord(TypedDict):
 
     Attributes:
         seeds: the seeds of the ensemble.
+        replicas: options of its own of each replica, by its name; there is one per seed unless options are swept.
         passes: number of stacks that they are trained in, one after the other.
         budget: `equal` divides the run's steps among the seeds, `full` gives each seed all of them.
         replica: how long each seed trains.
@@ -50,7 +51,7 @@ class PlanRecord(TypedDict):
         tokens: tokens that each seed sees in training.
         supervised: of these tokens, the ones that the loss is taken of.
         padding: share of a forward's tokens that is padding.
-        trainable: number of parameters that are trained in one seed.
+        trainable: number of parameters that are trained in one seed, the mean where they differ.
         base_parameters: number of parameters of the frozen base model.
         memory: estimate for one stack in one process.
         memory_alone: estimate for one seed alone.
@@ -61,12 +62,14 @@ class PlanRecord(TypedDict):
         adapter: what is trained, in words.
         compile: backend that compiles the layers; null is none.
         controls: the controls that are trained too, in words; null is none.
+        scheme: how the replicas share the budget, in words; null where each is trained for itself.
         processes: number of processes that train.
         left_out: a sentence for each source of rows that are not all used as they are.
         note: what was asked for and does nothing, in words; null is nothing.
     """
 
     seeds: list[int]
+    replicas: NotRequired[dict[str, dict[str, float | str]]]
     passes: int
     budget: str
     replica: BudgetRecord
@@ -87,9 +90,15 @@ class PlanRecord(TypedDict):
     adapter: str
     compile: str | None
     controls: str | None
+    scheme: NotRequired[str | None]
     processes: int
     left_out: NotRequired[list[str]]
     note: str | None
+
+
+def replica_count(plan: PlanRecord) -> int:
+    """Return how many replicas a run trains: as many as seeds in files without a word about them."""
+    return len(plan["replicas"] if "replicas" in plan else plan["seeds"])
 
 
 class BaseIdentity(TypedDict, total=False):

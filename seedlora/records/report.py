@@ -10,6 +10,8 @@ from seedlora.records.json_file import JSONFile
 from seedlora.records.results import LossRecord, SampleLosses, ScoreRecord
 from seedlora.records.selection import Selection
 from seedlora.records.settings import RunSettings
+from seedlora.records.sweep import SweepRecord
+from seedlora.records.train_or_fuse import TrainOrFuseRecord
 from seedlora.records.training import TrainedRow
 
 
@@ -378,6 +380,8 @@ class Report(TypedDict):
         training: losses over the training, in nats per token.
         train_sample: losses of all that was tested on the same training rows.
         selection: what the validation rows said.
+        sweep: validation losses over the swept options; null if nothing is swept.
+        train_or_fuse: whether one seed that is trained longer beats soup; null where that is no question.
         advice: which adapter to use.
         weights: what the adapters look like; null for whole models and unreadable folders.
         cost: the plan of the run.
@@ -403,6 +407,8 @@ class Report(TypedDict):
     training: TrainingCurves
     train_sample: SampleLosses | None
     selection: Selection | None
+    sweep: SweepRecord | None
+    train_or_fuse: TrainOrFuseRecord | None
     advice: Advice
     weights: WeightRecord | None
     cost: PlanRecord | None

@@ -62,7 +62,7 @@ class LossDifference(TypedDict):
     """Describe a difference between the losses of two adapters on the validation rows.
 
     Attributes:
-        value: the fused adapter's loss minus the other's, in nats per token.
+        value: the first one's loss minus the other's, in nats per token.
         low: lower end of its 95 % interval over rows.
         high: upper end of that interval.
         n: number of rows.
@@ -146,6 +146,7 @@ class Selection(TypedDict):
         best_seed: label of the best seed.
         scores: what the rows say of each adapter.
         against: what the fused adapter's loss is above that of the best seed and of `soup`.
+        soup_gain: what the mean seed's loss is above that of soup; null for one seed.
         controls: the controls that were tuned on these rows.
         subsets: losses by the seeds that are merged; only filled where controls were asked for.
     """
@@ -160,6 +161,7 @@ class Selection(TypedDict):
     best_seed: str
     scores: dict[str, ValidationScore]
     against: dict[str, LossDifference]
+    soup_gain: NotRequired[LossDifference | None]
     controls: Controls
     subsets: list[SubsetRecord]
 

@@ -19,6 +19,7 @@ class TrainedRow(TypedDict):
         ended_by: what ended its training before; only there where something did, such as `trainer.max_time`.
         tokens: tokens that it saw; not there where the data module does not count them.
         scored: of these tokens, the ones that the loss was taken of.
+        validation_loss: validation loss of the weights that were kept, or the last one before them.
     """
 
     steps: int
@@ -28,6 +29,7 @@ class TrainedRow(TypedDict):
     ended_by: NotRequired[str]
     tokens: NotRequired[int]
     scored: NotRequired[int]
+    validation_loss: NotRequired[float]
 
 
 def unfinished_text(row: TrainedRow) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seedlora.names import BASE, FUSED, LONG_SEED, SOUP, TRAINED_CONTROLS
-from seedlora.records.cost import MemoryRecord, PlanRecord
+from seedlora.names import BASE, FUSED, LONG, LONG_SEED, SOUP, WIDE_BATCH, WIDE_SEED
+from seedlora.records.cost import MemoryRecord, PlanRecord, replica_count
 from seedlora.records.report import AdapterRow, Share, TestSet, TrainingCurves
 from seedlora.report.stored import StoredRun
+from seedlora.report.training_curves import end_of
 
 
 def ensemble_shares(run: StoredRun) -> list[Share]:
@@ -18,7 +19,7 @@ def ensemble_shares(run: StoredRun) -> list[Share]:
     if run.cost is None:
         return []
     plan, took, peak = run.cost["plan"], run.cost["took"], run.cost["peak_bytes"] / 2**30
-    n, seeds = len(plan["seeds"]), took.get("seeds", {})
+    n, seeds = replica_count(plan), took.get("seeds", {})
     alone = seeds if n == 1 else took.get(LONG_SEED, {})
     rows: list[Share] = [
         *_token_shares(run, plan),
@@ -49,7 +50,7 @@ def ensemble_shares(run: StoredRun) -> list[Share]:
 
 def _token_shares(run: StoredRun, plan: PlanRecord) -> list[Share]:
     """Return the tokens that were seen, for one seed their mean; until all seeds are trained, those of the plan."""
-    n = len(plan["seeds"])
+    n = replica_count(plan)
     seen = [run.trained_on[seed] for seed in run.seeds if seed in run.trained_on]
     tokens = [row["tokens"] for row in seen if "tokens" in row]
     scored = [row["scored"] for row in seen if "scored" in row]
@@ -77,18 +78,17 @@ def adapter_rows(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurve
     seen = _tokens_seen(run)
     sample = {} if run.results is None or "train_sample" not in run.results else run.results["train_sample"]["losses"]
     scores = {row["adapter"]: row for test in tests[:1] for row in test["scores"]}
-    labels = dict.fromkeys([*run.trained, *TRAINED_CONTROLS, FUSED, SOUP, *sample])
+    labels = dict.fromkeys([*run.trained, *LONG, WIDE_SEED, WIDE_BATCH, FUSED, SOUP, *sample])
     rows: list[AdapterRow] = []
     for label in labels:
         curve, score = curves["train"].get(label, []), scores.get(label)
         if label == BASE or (score is None and not curve):
             continue
-        last = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
         rows.append(
             {
                 "adapter": label,
                 "tokens": seen.get(label),
-                "train_loss": sum(last) / len(last) if last else None,
+                "train_loss": end_of(curve) if curve else None,
                 "sample_loss": sample.get(label),
                 "value": None if score is None else score["value"],
                 "low": None if score is None else score["low"],
@@ -109,5 +109,11 @@ def _tokens_seen(run: StoredRun) -> dict[str, int]:
     if run.cost is None or run.settings.get("ensemble.patience"):
         return seen
     plan, n = run.cost["plan"], len(run.trained)
-    times = {**dict.fromkeys([*run.trained, *TRAINED_CONTROLS], 1), LONG_SEED: len(plan["seeds"]), FUSED: n, SOUP: n}
+    times = {
+        **dict.fromkeys(run.trained, 1),
+        **dict.fromkeys((*LONG, WIDE_BATCH), replica_count(plan)),
+        WIDE_SEED: 1,
+        FUSED: n,
+        SOUP: n,
+    }
     return {label: plan["tokens"] * share for label, share in times.items() if share} | seen

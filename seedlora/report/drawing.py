@@ -14,8 +14,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from seedlora.merge.registry import METHODS
-from seedlora.names import BASE, FUSED, LONG_SEED, MEANING, SOUP, TRAINED_CONTROLS, WIDE_SEED
+from seedlora.merge.method_table import METHOD_TABLE
+from seedlora.names import (
+    BASE,
+    EMA_SOUP,
+    FUSED,
+    LONG_SEED,
+    LONG_SEED_BEST,
+    LONG_SEED_EMA,
+    MEANING,
+    OUTER_SEED,
+    SOUP,
+    WIDE_BATCH,
+    WIDE_BATCHES,
+    WIDE_SEED,
+    ema_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +51,24 @@ class ControlStyle(NamedTuple):
     marker: str
 
 
-#: Each of :data:`seedlora.names.TRAINED_CONTROLS`.
-CONTROL_STYLES = {LONG_SEED: ControlStyle("#C0408A", "--", "s"), WIDE_SEED: ControlStyle("#999933", ":", "^")}
+#: The controls that are trained, with what is kept or chosen of their trainings.
+CONTROL_STYLES = {
+    LONG_SEED: ControlStyle("#C0408A", "--", "s"),
+    LONG_SEED_BEST: ControlStyle("#C0408A", "-.", "*"),
+    LONG_SEED_EMA: ControlStyle("#C0408A", ":", "P"),
+    WIDE_SEED: ControlStyle("#999933", ":", "^"),
+    OUTER_SEED: ControlStyle("#B0703C", "--", "X"),
+    WIDE_BATCH: ControlStyle("#6A7FA8", "-", "^"),
+    **{
+        name: ControlStyle("#6A7FA8", line, marker)
+        for name, line, marker in zip(WIDE_BATCHES, (":", "--", "-."), "v<>", strict=True)
+    },
+}
 #: The other controls and the methods have pairs of a colour and a marker, the same in every report.
-_OTHERS = tuple(dict.fromkeys(label for label in (*MEANING, *METHODS) if label not in TRAINED_CONTROLS))
+_OTHERS = (
+    *dict.fromkeys(label for label in (*MEANING, *METHOD_TABLE) if label not in (*CONTROL_STYLES, EMA_SOUP)),
+    EMA_SOUP,
+)
 OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
@@ -50,6 +78,8 @@ MARKERS = {
 }
 #: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
+#: Line and marker of a seed's exponential mean.
+MEAN_LINE, MEAN_MARKER = "--", "s"
 #: Inches; small enough that the text can still be read on a phone.
 WIDTH, HEIGHT = 4.6, 3.0
 #: Inches that a letter of a legend takes, and what stands before and after a label.
@@ -116,6 +146,8 @@ class Palette:
         """Return colours by label: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
         return {
             **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
+            # An exponential mean has its seed's colour, and a marker and a line of its own.
+            **{ema_name(seed): COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
             **{label: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, label in enumerate(_OTHERS)},
             **{label: style.colour for label, style in CONTROL_STYLES.items()},
             SOUP: GREY,
@@ -129,17 +161,21 @@ class Palette:
 
     def line(self, label: str) -> str:
         """Return the style of an adapter's lines."""
+        if label in map(ema_name, self.seeds):
+            return MEAN_LINE
         if label in CONTROL_STYLES:
             return CONTROL_STYLES[label].line
         return SEED_LINES[self._round(label) % len(SEED_LINES)]
 
     def marker(self, label: str) -> str:
         """Return the marker of an adapter."""
+        if label in map(ema_name, self.seeds):
+            return MEAN_MARKER
         return MARKERS.get(label) or SEED_MARKERS[self._round(label) % len(SEED_MARKERS)]
 
     def _round(self, label: str) -> int:
         """Return how often the colours were used up before this seed; 0 for what is no seed."""
-        return list(self.seeds).index(label) // len(COLOURS) if self.colours.get(label) in COLOURS else 0
+        return list(self.seeds).index(label) // len(COLOURS) if label in self.seeds else 0
 
 
 def draw_svg(name: str, draw: Callable[[Axes], None], *, height: float = HEIGHT) -> str:

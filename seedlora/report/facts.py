@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
+from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.inputs import read_adapters, stack_adapters, weight_files_of
 from seedlora.merge.record import hash_inputs
 from seedlora.names import EVALUATION_FOLDER, FUSED
@@ -22,6 +22,8 @@ from seedlora.report.costs import adapter_rows, ensemble_shares
 from seedlora.report.outcomes import describe_tests
 from seedlora.report.sentences import ANSWERED_BY_OTHERS, further_comparisons, left_out, missing, verdict_of
 from seedlora.report.stored import StoredRun, read_run
+from seedlora.report.sweep import sweep_record
+from seedlora.report.train_or_fuse import train_or_fuse_record
 from seedlora.report.training_curves import training_curves
 from seedlora.report.weights import LAYERS, weight_facts
 from seedlora.scores.advice import advise
@@ -67,6 +69,8 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "training": curves,
         "train_sample": None if stored.results is None else stored.results.get("train_sample"),
         "selection": stored.selection,
+        "sweep": sweep_record(stored, curves),
+        "train_or_fuse": train_or_fuse_record(stored, curves),
         "advice": advised,
         "weights": adapters.weights,
         "cost": None if stored.cost is None else stored.cost["plan"],

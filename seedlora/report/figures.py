@@ -23,6 +23,7 @@ from seedlora.report.plots import (
     scores,
     spectra,
     subset_losses,
+    swept_losses,
 )
 
 
@@ -43,6 +44,8 @@ def figures(report: Report) -> dict[str, str]:
     drawn |= score_figures(report, palette)
     if report["selection"] is not None:
         drawn |= selection_figures(report["selection"], palette)
+    if report["sweep"] is not None and len(report["sweep"]["rows"]) > 1:
+        drawn["sweep"] = swept_losses("sweep", report["sweep"])
     if report["weights"] is not None:
         drawn |= weight_figures(report["weights"], palette)
     return drawn

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from seedlora.names import FUSED, SOUP
-from seedlora.records.report import AdapterComparison, Distributions, LayerRow, PairedDifference, RunRow, TestSet
+from seedlora.records.report import (
+    AdapterComparison,
+    Distributions,
+    LayerRow,
+    PairedDifference,
+    RunRow,
+    TestSet,
+)
 from seedlora.records.results import ScoreRecord
 from seedlora.records.selection import CandidateRecord, SubsetRecord
+from seedlora.records.sweep import SweepRecord
 from seedlora.report.drawing import (
+    COLOURS,
     GREY,
     HEIGHT,
     INK,
@@ -33,6 +42,8 @@ if TYPE_CHECKING:
 _MOST_ACROSS = 12
 #: More adapters than this leave no room for a number in each cell.
 _MOST_WRITTEN = 9
+#: Letters that fit below a figure.
+_MOST_LETTERS = 48
 
 
 def in_percent(row: ScoreRecord | PairedDifference) -> Interval:
@@ -218,6 +229,24 @@ def subset_losses(name: str, rows: Sequence[SubsetRecord], palette: Palette) -> 
         draw_legend(axes)
 
     return draw_svg(name, draw)
+
+
+def swept_losses(name: str, sweep: SweepRecord) -> str:
+    """Draw the validation loss over the sets of values that are swept, a line for each seed."""
+    rows = sweep["rows"]
+    texts = [", ".join(map(str, row["values"].values())) for row in rows]
+    turned = len("".join(texts)) > _MOST_LETTERS
+
+    def draw(axes: Axes) -> None:
+        for i, seed in enumerate(dict.fromkeys(seed for row in rows for seed in row["losses"])):
+            places = [place for place, row in enumerate(rows) if seed in row["losses"]]
+            found, colour = [rows[place]["losses"][seed] for place in places], COLOURS[i % len(COLOURS)]
+            axes.plot(places, found, marker="o^sDv"[i % 5], markersize=4, label=seed, color=colour)
+        axes.set_xticks(range(len(rows)), texts, rotation=40 if turned else 0, ha="right" if turned else "center")
+        axes.set(xlabel=", ".join(sweep["options"]), ylabel="validation loss\n(nats per token)")
+        draw_legend(axes)
+
+    return draw_svg(name, draw, height=HEIGHT + (0.5 if turned else 0))
 
 
 def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: Palette) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from seedlora.names import GAIN_SEED, GAIN_SOUP, GREEDY
-from seedlora.records.cost import BaseIdentity, PlanRecord
+from seedlora.records.cost import BaseIdentity, PlanRecord, replica_count
 from seedlora.records.report import ModuleRow, Report, RunComparison, RunRow, Share, WeightRecord
 from seedlora.records.results import SampleLosses
 from seedlora.records.selection import CandidateRecord, Controls, LossDifference, Selection, SubsetRecord
@@ -24,6 +24,7 @@ from seedlora.report.parts import (
     points_text,
 )
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
+from seedlora.report.sweep import sweep_section
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
@@ -32,6 +33,11 @@ def sections(report: Report) -> list[Section]:
     drawings = Drawings(figures(report))
     return [
         _advice(report),
+        sweep_section(report["sweep"], drawings),
+        Section(
+            "Train longer, or fuse?",
+            items=[] if report["train_or_fuse"] is None else report["train_or_fuse"]["sentences"],
+        ),
         *sections_of_tests(report, drawings),
         *([] if report["selection"] is None else _selection(report["selection"], report["trained"], drawings)),
         cost_and_score(report, drawings),
@@ -264,7 +270,7 @@ def _amounts(plan: PlanRecord | None, sample: SampleLosses | None) -> list[list[
             ["budget", plan["budget"]],
             ["steps of each seed", count_text(plan["steps"])],
             ["rows in a step of each seed", count_text(plan["batch"])],
-            ["seeds", str(len(plan["seeds"]))],
+            ["seeds" if replica_count(plan) == len(plan["seeds"]) else "replicas", str(replica_count(plan))],
             ["passes", str(plan["passes"])],
             ["parameters of the frozen base", count_text(plan["base_parameters"])],
         ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from seedlora.names import ALL_CONTROLS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
+from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, FUSED, GREEDY, LONG_SEED, NO_CONTROLS, SOUP, nothing_for_one_seed
+from seedlora.records.cost import replica_count
 from seedlora.records.report import AdapterComparison, TestSet, TrainingCurves
 from seedlora.records.selection import Selection
 from seedlora.records.training import unfinished_text
@@ -79,7 +80,7 @@ def missing(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurves) ->
         )
     if run.cost is None:
         sentences.append("The plan and the versions of the libraries are not stored.")
-    elif len(run.cost["plan"]["seeds"]) > 1 and not run.cost["took"].get(LONG_SEED):
+    elif replica_count(run.cost["plan"]) > 1 and not run.cost["took"].get(LONG_SEED):
         sentences.append(
             "No seed was trained alone, so what one takes is known in tokens and estimated in memory; the time is not "
             "known."
@@ -105,8 +106,12 @@ def further_comparisons(run: StoredRun) -> list[str]:
     sentences = []
     if not given.compare:
         sentences.append("Other methods on the same items: --compare ties,knots_ties.")
-    if given.controls != ALL_CONTROLS:
+    if given.controls not in (ALL_CONTROLS, EQUAL_TOKENS):
         sentences.append("One seed for the tokens of all, and one with the rank of all: --controls.")
+    if given.controls != EQUAL_TOKENS:
+        sentences.append(
+            "One seed with the rows of all in each step, at the best of three rates: --controls equal_tokens."
+        )
     if given.controls == NO_CONTROLS:
         sentences.append(
             "Tuned gains, the greedy soup, every subset of the seeds: --controls untrained, with validation rows."

@@ -10,13 +10,15 @@ from typing import Any
 import yaml
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.names import FROM_PYTHON, FUSED, NO_CONTROLS, SOUP, seed_name
+from seedlora.names import FROM_PYTHON, FUSED, NO_CONTROLS, SOUP, is_replica
 from seedlora.records.cost import COST, CostRecord
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.results import RESULTS, RunResults
 from seedlora.records.selection import SELECTION, Selection
 from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import EXCLUDED, TRAINED, TrainedRow
+from seedlora.run.sweep import planned_replicas
+from seedlora.training.replicas import Replica
 from seedlora.updates.diagnostics import natural_sort_key
 
 
@@ -27,7 +29,7 @@ class GivenOptions:
     Args:
         known: whether there is such a file; without it, all below is as it is by default.
         only_from_python: why ``train.py`` cannot start the run from that file, if it cannot.
-        seeds: the seeds of the ensemble.
+        replicas: names of what was to be trained.
         merge: the merge method.
         merge_options: its options.
         dirpath: the folder of the run, where it was started.
@@ -37,7 +39,7 @@ class GivenOptions:
 
     known: bool
     only_from_python: str | None
-    seeds: Sequence[int]
+    replicas: Sequence[str]
     merge: str | None
     merge_options: Mapping[str, object] | None
     dirpath: str | None
@@ -111,7 +113,7 @@ def read_run(folder: Path) -> StoredRun:
     if settings is None:
         raise ValueError(f"{folder} holds no run: it has no {SETTINGS.name}")
     options, excluded = _read_options(folder), EXCLUDED.read(folder) or {}
-    seeds = [*map(seed_name, options.seeds)] or _seed_folders(folder, excluded)
+    seeds = list(options.replicas) or _seed_folders(folder, excluded)
     return StoredRun(
         folder=folder,
         settings=settings,
@@ -138,7 +140,7 @@ def _read_options(folder: Path) -> GivenOptions:
     return GivenOptions(
         known=bool(config),
         only_from_python=config.get(FROM_PYTHON),
-        seeds=ensemble.get("seeds", ()),
+        replicas=[replica.name for replica in _planned(ensemble)],
         merge=ensemble.get("merge"),
         merge_options=ensemble.get("merge_options"),
         dirpath=ensemble.get("dirpath"),
@@ -147,7 +149,13 @@ def _read_options(folder: Path) -> GivenOptions:
     )
 
 
+def _planned(ensemble: Mapping[str, Any]) -> tuple[Replica, ...]:
+    """Return the replicas that the options of an ensemble ask for."""
+    sweep, mode = ensemble.get("sweep"), ensemble.get("sweep_mode", "cross")
+    return planned_replicas(ensemble["seeds"], sweep=sweep, mode=mode) if ensemble.get("seeds") else ()
+
+
 def _seed_folders(folder: Path, excluded: Mapping[str, str]) -> list[str]:
     """Return the names of the seeds that were trained or left out."""
-    found = {seed.name for seed in folder.glob("seed_*") if is_trained(seed)}
+    found = {seed.name for seed in folder.glob("seed_*") if is_replica(seed.name) and is_trained(seed)}
     return sorted({*found, *excluded}, key=natural_sort_key)

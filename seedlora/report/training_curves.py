@@ -56,6 +56,12 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> TrainingCur
     }
 
 
+def end_of(curve: Sequence[Sequence[float]]) -> float:
+    """Return the mean loss over the last tenth of a curve, at least one point."""
+    last = curve[-max(1, len(curve) // 10) :]
+    return sum(loss for _, loss in last) / len(last)
+
+
 def _averaged(curve: list[list[float]], stretch: int) -> list[list[float]]:
     """Average a curve over equal stretches; each stands at its last step."""
     if stretch == 1:

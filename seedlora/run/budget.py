@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from seedlora.distributed.strategies import check_batches
-from seedlora.names import LONG_SEED
+from seedlora.names import LONG
 from seedlora.run.ensemble_options import BUDGETS, EnsembleOptions, check_choice
 from seedlora.run.stack_data import Loader, StackDataModule
 from seedlora.utils.options import name_option
@@ -98,8 +98,8 @@ def replica_share(options: EnsembleOptions, trainer: pl.Trainer, *, control: str
         control: the control that it trains; default: seeds.
     """
     return replica_budget(
-        "full" if trainer.fast_dev_run or control == LONG_SEED else options.budget,
-        n=len(options.seeds),
+        "full" if trainer.fast_dev_run or control in LONG else options.budget,
+        n=len(options.replicas),
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
     )

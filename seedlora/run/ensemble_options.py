@@ -6,16 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.names import NO_CONTROLS
+from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, NO_MERGE, WIDE_BATCHES
+from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import Comparison
+from seedlora.training.averaging import averaging_steps
+from seedlora.training.replicas import Replica
+from seedlora.training.schedule import rate_schedule
 from seedlora.utils.options import name_option
+
+if TYPE_CHECKING:
+    from seedlora.training.model_options import ModelOptions
 
 BUDGETS = ("equal", "full")
 VARY = ("both", "init", "order")
-KEEP = ("last", "best")
+BEST_FUSED = "best_fused"
+KEEP = ("last", "best", BEST_FUSED)
+INDEPENDENT, BRANCH, LOCAL = "independent", "branch", "local"
+SCHEMES = (INDEPENDENT, BRANCH, LOCAL)
+#: The trunk's part of the steps, and the steps between two averages, where none is named.
+TRUNK, AVERAGE_EVERY = 0.5, 20
 ON_DIVERGENCE = ("stop", "exclude")
 #: The stack size that the memory estimate decides.
 AUTO = "auto"
@@ -54,10 +66,19 @@ class EnsembleOptions:
     on_divergence: str = "stop"
     checkpoint_every_n_steps: int = 25
     resume: bool = False
+    sweep: Sweep | None = None
+    sweep_mode: str = "cross"
+    scheme: str = INDEPENDENT
+    trunk: float | None = None
+    ema: float | None = None
+    average_every: int | None = None
+    average_growth: float | None = None
+    outer_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         self._check_seeds()
         check_choice("vary", self.vary, VARY)
+        check_choice("sweep_mode", self.sweep_mode, SWEEP_MODES)
         size = self.stack_size
         if not (size in (None, AUTO) or (isinstance(size, int) and size >= 1)):
             raise ValueError(f"{name_option('ensemble.stack_size')} must be at least 1, or '{AUTO}', got {size!r}")
@@ -71,8 +92,27 @@ class EnsembleOptions:
                 f"{self.checkpoint_every_n_steps}"
             )
         check_choice("budget", self.budget, BUDGETS)
-        # The rules are bound here, so that a wrong name or option is known before training and not after it.
-        self._check_weights()
+        check_choice("scheme", self.scheme, SCHEMES)
+        self._check_scheme()
+        # Rules and replicas are made here, so that a wrong name or option is known before training and not after it.
+        self._check_weights(len(self.replicas))
+
+    @cached_property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Return what is trained: one replica per seed, or several where options are swept."""
+        vary = self.vary if self.scheme == INDEPENDENT else "order"
+        return planned_replicas(self.seeds, vary=vary, sweep=self.sweep, mode=self.sweep_mode)
+
+    def shared_steps(self, steps: int, control: str | None = None) -> int:
+        """Return in how many of so many optimizer steps, the first ones, all replicas of a fit are one.
+
+        Args:
+            steps: of the fit.
+            control: the control that it trains; default: replicas.
+        """
+        if control is not None:
+            return steps if control in WIDE_BATCHES else 0
+        return 0 if self.scheme != BRANCH else round((TRUNK if self.trunk is None else self.trunk) * steps)
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -85,12 +125,87 @@ class EnsembleOptions:
             compare_options=self.compare_options,
             controls=self.controls,
             select_by=self.select_by,
+            finds_greedy=bool(self.sweep),
         )
 
     @property
+    def keeps_best(self) -> bool:
+        """Return whether the weights of a validation are kept, of each seed's own or of the fused adapter's best."""
+        return self.keep in ("best", BEST_FUSED)
+
+    @property
     def watches_validation(self) -> bool:
-        """Return whether each seed's own validation loss decides what is kept of it, or when it is stopped."""
-        return self.keep == "best" or self.patience is not None
+        """Return whether validation losses decide what is kept of the seeds, or when one is stopped."""
+        return self.keeps_best or self.patience is not None
+
+    def averaging_steps(self, total: int, options: ModelOptions) -> tuple[int, ...]:
+        """Return the optimizer steps after which replicas are averaged, with scheme ``local`` or an outer step.
+
+        Args:
+            total: steps of the fit.
+            options: of the model, which say the learning rate.
+        """
+        factor, every = rate_schedule(options, total=total), self.average_every or AVERAGE_EVERY
+        return averaging_steps(
+            total, every, growth=self.average_growth, rate=lambda step: options.learning_rate * factor(step)
+        )
+
+    @property
+    def one_stack(self) -> str | None:
+        """Return the option for which all replicas must be trained at once, for messages, if there is one."""
+        if self.scheme != INDEPENDENT:
+            return f"ensemble.scheme {self.scheme}"
+        if self.controls == EQUAL_TOKENS:
+            return f"ensemble.controls {EQUAL_TOKENS}"
+        return f"ensemble.keep {BEST_FUSED}" if self.keep == BEST_FUSED else None
+
+    @property
+    def whole_adapters(self) -> str | None:
+        """Return the options that read or write the adapters in training, for messages, if there are some."""
+        asked = {
+            f"keep {self.keep}": self.keeps_best,
+            "patience": self.patience is not None,
+            f"scheme {self.scheme}": self.scheme != INDEPENDENT,
+            "ema": self.ema is not None,
+            f"controls {self.controls}": self.controls == EQUAL_TOKENS,
+        }
+        return " and ".join(f"ensemble.{option}" for option, given in asked.items() if given) or None
+
+    def _check_scheme(self) -> None:
+        """Raise ValueError for what does not go with the scheme, and for numbers out of range."""
+        if self.trunk is not None and self.scheme != BRANCH:
+            raise ValueError(f"ensemble.trunk is of scheme {BRANCH}, and ensemble.scheme is {self.scheme}")
+        own = {name: getattr(self, name) for name in ("average_every", "average_growth", "outer_learning_rate")}
+        for name, value in own.items():
+            if value is not None and self.scheme != LOCAL:
+                raise ValueError(f"ensemble.{name} is of scheme {LOCAL}, and ensemble.scheme is {self.scheme}")
+            if value is not None and value <= 0:
+                raise ValueError(f"ensemble.{name} must be positive, got {value}")
+        if self.trunk is not None and not 0 <= self.trunk <= 1:
+            raise ValueError(f"ensemble.trunk is a part of the steps, from 0 to 1, got {self.trunk}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ensemble.ema must be between 0 and 1, 0.99 for example, got {self.ema}")
+        if self.keep == BEST_FUSED and self.merge == NO_MERGE:
+            raise ValueError(
+                f"ensemble.keep {BEST_FUSED} watches the fused adapter, and with --merge none there is none"
+            )
+        if self.controls == EQUAL_TOKENS and self.sweep:
+            raise ValueError(
+                f"ensemble.controls {EQUAL_TOKENS} has the rows of all seeds, and with ensemble.sweep several replicas "
+                "have the same ones; leave out one of them"
+            )
+        if self.scheme == INDEPENDENT:
+            return
+        if self.vary == "init":
+            raise ValueError(
+                f"ensemble.scheme {self.scheme} starts all replicas at the same weights, so their orders must differ: "
+                "ensemble.vary init does not go with it; take order, or both"
+            )
+        if self.sweep:
+            raise ValueError(
+                f"ensemble.scheme {self.scheme} is of replicas that differ in their seeds alone; leave out "
+                "ensemble.sweep"
+            )
 
     def _check_seeds(self) -> None:
         if not self.seeds:
@@ -102,13 +217,13 @@ class EnsembleOptions:
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f"{name_option('ensemble.seeds')} must differ, but {repeated[0]} is given more than once")
 
-    def _check_weights(self) -> None:
-        """Raise ValueError unless a rule's option ``weights`` has one number per seed."""
+    def _check_weights(self, n: int) -> None:
+        """Raise ValueError unless a rule's option ``weights`` has one number per replica."""
         compared = [("compare_options", rule) for rule in self.comparison.compare.values()]
         for option, rule in [("merge_options", self.comparison.rule), *compared]:
             weights = None if rule is None else rule.options.get("weights")
-            if weights is not None and len(weights) != len(self.seeds):
+            if weights is not None and len(weights) != n:
+                one = "replica" if self.sweep else "seed"
                 raise ValueError(
-                    f"{name_option(f'ensemble.{option}')} weights must be {len(self.seeds)} numbers, one per seed, "
-                    f"got {weights}"
+                    f"{name_option(f'ensemble.{option}')} weights must be {n} numbers, one per {one}, got {weights}"
                 )

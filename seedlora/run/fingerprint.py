@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from seedlora.records.settings import RunSettings
 from seedlora.run.budget import ReplicaBudget
-from seedlora.run.ensemble_options import EnsembleOptions
+from seedlora.run.ensemble_options import INDEPENDENT, EnsembleOptions
 from seedlora.run.stack_data import HasRows, StackDataModule
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ def run_settings(
         "ensemble.vary": options.vary,
         "ensemble.keep": options.keep,
         "ensemble.patience": options.patience,
+        "ensemble.scheme": options.scheme,
+        "ensemble.trunk": options.trunk,
+        "ensemble.average_every": options.average_every,
+        "ensemble.average_growth": options.average_growth,
+        "ensemble.outer_learning_rate": options.outer_learning_rate,
+        "ensemble.ema": options.ema,
+        # What a replica of a scheme learns depends on the others.
+        "replicas of the scheme": [r.name for r in options.replicas] if options.scheme != INDEPENDENT else None,
         "first seed": options.seeds[0] if options.vary != "both" else None,
         "epochs per seed": share.epochs,
         "steps per seed": share.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from seedlora.adapters.adapter import is_trained
-from seedlora.names import FUSED, RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP, seed_name
+from seedlora.names import FUSED, RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP
 from seedlora.records.fusion import FUSION, FusionRecord
 from seedlora.records.json_file import Content, JSONFile
 from seedlora.records.owner import OWNER, OwnerRecord
@@ -20,11 +21,15 @@ from seedlora.records.selection import SELECTION, Selection
 from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import CONTROL, EXCLUDED, TRAINED, ControlRecord, TrainedRow
 from seedlora.run.ownership import leave_folder, take_folder
-from seedlora.utils.files import remove_folder, saving, sync
+from seedlora.utils.files import remove_folder, saving, sync, write_text
 from seedlora.utils.options import name_option
 
 #: Settings that may change when a run goes on: they decide on memory and speed, not on what is learned.
 FREE = {"model.gradient_checkpointing", "data.eval_batch_size"}
+#: Characters of a file's name that the names of a stack may take: file systems take 255.
+LONGEST_NAME = 200
+#: In the folder of a stack's checkpoints, the names of its adapters where the folder's own name is too short for them.
+MEMBERS = "members.txt"
 #: What a run does without a file, for whoever has to remove one that cannot be read.
 WITHOUT = {
     SETTINGS.name: "takes the options that are given for those that it was started with",
@@ -52,15 +57,15 @@ class RunFolder:
 
     Args:
         path: of the folder; it need not exist.
-        seeds: those of the ensemble.
+        names: of the replicas of the ensemble.
         controls: the controls to train after them, in this order.
         is_new: whether nobody has named it: if it is there when it is taken, it gets another name.
     """
 
     def __init__(
-        self, path: str | Path, seeds: Sequence[int], *, controls: Sequence[str] = (), is_new: bool = False
+        self, path: str | Path, names: Sequence[str], *, controls: Sequence[str] = (), is_new: bool = False
     ) -> None:
-        self.path, self.seeds, self.controls = Path(path), tuple(seeds), tuple(controls)
+        self.path, self.names, self.controls = Path(path), tuple(names), tuple(controls)
         self._is_new = is_new
         self._own: OwnerRecord | None = None
         #: Checkpoints that were read from end to end.
@@ -107,16 +112,12 @@ class RunFolder:
                 self._is_new = False
                 return
 
-    def adapter(self, seed: int) -> Path:
-        """Return where the adapter of a seed is, once it is trained."""
-        return self.path / seed_name(seed)
-
     # What is to be done
 
     @property
-    def trained(self) -> tuple[int, ...]:
-        """Return the seeds whose adapters, or whole models, are there."""
-        return tuple(seed for seed in self.seeds if is_trained(self.adapter(seed)))
+    def trained(self) -> tuple[str, ...]:
+        """Return the replicas whose adapters, or whole models, are there."""
+        return tuple(name for name in self.names if is_trained(self.path / name))
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -124,10 +125,10 @@ class RunFolder:
         return self._read(EXCLUDED) or {}
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """Return the seeds that are still to be trained."""
-        trained, left_out = self.trained, self.left_out
-        return tuple(seed for seed in self.seeds if seed not in trained and seed_name(seed) not in left_out)
+    def pending(self) -> tuple[str, ...]:
+        """Return the replicas that are still to be trained."""
+        done = {*self.trained, *self.left_out}
+        return tuple(name for name in self.names if name not in done)
 
     @property
     def pending_controls(self) -> tuple[str, ...]:
@@ -146,19 +147,18 @@ class RunFolder:
     @property
     def control_record(self) -> ControlRecord:
         """Return what ``control.json`` says of a control that is trained now: how many seeds it stands for."""
-        return {"seeds": len(self.seeds)}
+        return {"seeds": len(self.names)}
 
-    def next_stack(self, stack_size: int | None) -> tuple[int, ...]:
-        """Return the seeds to train next, ``stack_size`` at once; all by default.
+    def next_stack(self, stack_size: int | None) -> tuple[str, ...]:
+        """Return the replicas to train next, ``stack_size`` at once; all by default.
 
         A stack that was killed while its adapters were written goes on as it was, from its checkpoint if it has one: a
         smaller stack would start anew, and its products are rounded otherwise.
         """
         pending, trained = {*self.pending}, {*self.trained}
-        seeds = {seed_name(seed): seed for seed in self.seeds}
-        for folder in self._checkpoints(()).glob("*-*"):
-            names = folder.name.split("-")
-            stack = tuple(seeds[name] for name in names if name in seeds)
+        for folder in self._stacks():
+            names = _names_of(folder)
+            stack = tuple(name for name in names if name in self.names)
             partly = pending.intersection(stack) and trained.intersection(stack)
             fits = len(stack) == len(names) <= (stack_size or len(names))
             if partly and fits:
@@ -167,8 +167,9 @@ class RunFolder:
 
     def metrics(self, names: Sequence[str]) -> Path:
         """Return where the metrics of these adapters belong: one file per stack of seeds, one per control."""
-        stack = () if len(names) == len(self.seeds) else names
-        return self.path / ("-".join(["metrics", *(name.removeprefix("seed_") for name in stack)]) + ".jsonl")
+        if len(names) in (0, len(self.names)):
+            return self.path / "metrics.jsonl"
+        return self.path / f"metrics-{_joined([name.removeprefix('seed_') for name in names])}.jsonl"
 
     # Settings and outcomes
 
@@ -228,9 +229,14 @@ class RunFolder:
         """Write down adapters that are left out, and why."""
         EXCLUDED.write(self.path, {**self.left_out, **reasons})
 
+    @property
+    def trained_on(self) -> dict[str, TrainedRow]:
+        """Return how long each adapter was trained."""
+        return self._read(TRAINED) or {}
+
     def add_trained(self, rows: Mapping[str, TrainedRow]) -> None:
         """Write down how adapters were trained."""
-        TRAINED.write(self.path, {**(self._read(TRAINED) or {}), **rows})
+        TRAINED.write(self.path, {**self.trained_on, **rows})
 
     def forget_fused(self) -> list[str]:
         """Remove what these seeds were merged to before, and what was said of it; return the names of the folders."""
@@ -257,7 +263,10 @@ class RunFolder:
 
     def begin(self, names: Sequence[str]) -> None:
         """Write down that these are trained in one stack."""
-        self._checkpoints(names).mkdir(parents=True, exist_ok=True)
+        folder = self._checkpoints(names)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.name != "-".join(names):
+            write_text(folder / MEMBERS, "\n".join(names))
 
     def checkpoint(self, names: Sequence[str]) -> Path | None:
         """Return the newest checkpoint of a stack that is whole; a file is read from end to end for that, once.
@@ -292,7 +301,7 @@ class RunFolder:
         """
         path, before = self._checkpoints(names) / f"step={step}.ckpt", next(iter(self.saved(names)), None)
         temporary = path.with_suffix(".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.begin(names)
         # Lightning writes to a temporary file first: on the disk where it belongs, which has room for it.
         elsewhere, tempfile.tempdir = tempfile.tempdir, str(path.parent)
         try:
@@ -312,7 +321,7 @@ class RunFolder:
             shutil.rmtree(path)
         os.replace(temporary, path)
         sync(path.parent)
-        for other in self.saved(path.parent.name.split("-")):
+        for other in self.saved(_names_of(path.parent)):
             if other != path:
                 remove(other)
 
@@ -322,14 +331,32 @@ class RunFolder:
         if not finished.intersection(self.controls):
             # A control that was begun before these seeds stands for fewer.
             finished.update(self.controls)
-        for folder in self._checkpoints(()).glob("*"):
-            if finished.intersection(folder.name.split("-")):
+        for folder in self._stacks():
+            if finished.intersection(_names_of(folder)):
                 shutil.rmtree(folder, ignore_errors=True)
         if not (self.pending or self.pending_controls):
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _checkpoints(self, names: Sequence[str]) -> Path:
-        return self.path / "checkpoints" / "-".join(names)
+        return self.path / "checkpoints" / _joined(names)
+
+    def _stacks(self) -> list[Path]:
+        """Return the folders of the stacks that were begun."""
+        return sorted((self.path / "checkpoints").glob("*"))
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return the names of a stack as one file name; many long ones are cut to the first, their number and a hash."""
+    joined = "-".join(names)
+    if len(joined) <= LONGEST_NAME:
+        return joined
+    return f"{names[0]}-and-{len(names) - 1}-more-{hashlib.sha256(joined.encode()).hexdigest()[:12]}"
+
+
+def _names_of(folder: Path) -> list[str]:
+    """Return whose checkpoints a folder holds."""
+    members = folder / MEMBERS
+    return members.read_text(encoding="utf-8").split() if members.is_file() else folder.name.split("-")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
 from seedlora.run.stack_data import PlannedData, StackDataModule
+from seedlora.training.replicas import Replica
 from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
@@ -133,8 +134,18 @@ def trainable_parameters(options: ModelOptions) -> int:
     return factors + sum(options.full_modules.values())
 
 
-def memory_of(trainer: pl.Trainer, options: ModelOptions, data: PlannedData) -> Callable[[int], Memory]:
-    """Return a function of the seeds trained at once: :func:`memory_estimate` of a step of them in one process."""
+def memory_of(
+    trainer: pl.Trainer, options: ModelOptions, data: PlannedData, replicas: Iterable[Replica] = ()
+) -> Callable[[int], Memory]:
+    """Return a function of the replicas trained at once: :func:`memory_estimate` of a step of them in one process.
+
+    Args:
+        trainer: of the fit.
+        options: of the model to train.
+        data: the data module, set up.
+        replicas: all of the run, whose sizes may differ: the largest count. Default: all are of the module's options.
+    """
+    sizes = sorted((trainable_parameters(options.of_replica(replica.options)) for replica in replicas), reverse=True)
     rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding_of(trainer)
     longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
     return lambda stack: step_memory(
@@ -145,6 +156,7 @@ def memory_of(trainer: pl.Trainer, options: ModelOptions, data: PlannedData) -> 
         longest=longest,
         shared=shared,
         device=trainer.strategy.root_device,
+        trainable=sum(sizes[:stack]) if sizes else None,
     )
 
 
@@ -157,6 +169,7 @@ def step_memory(
     longest: int,
     shared: Sharding = ONE_PROCESS,
     device: torch.device | None = None,
+    trainable: int | None = None,
 ) -> Memory:
     """Return :func:`memory_estimate` of a step of this model.
 
@@ -169,9 +182,10 @@ def step_memory(
         shared: what the strategy deals out. In stage 3 two decoder layers are whole at once, the one that computes and
             the next, and what is outside of them, the head among it, which then takes all logits at once.
         device: that trains. Default: a GPU, if there is one.
+        trainable: parameters of all replicas of the stack. Default: those of as many with the options of the model.
     """
-    model = options.outline
-    config, targets, trainable = model.text_config, options.targets, trainable_parameters(options)
+    model, one = options.outline, trainable_parameters(options)
+    config, targets = model.text_config, options.targets
     per_weight = QUANTIZATIONS[options.quantization]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
     full, body = options.full_modules, sum(d * k for d, k in model.linear.values())
@@ -180,7 +194,7 @@ def step_memory(
     return memory_estimate(
         base_parameters=model.parameters,
         base_bytes=options.base_dtype.itemsize,
-        trainable=stack * trainable,
+        trainable=stack * one if trainable is None else trainable,
         tokens=tokens,
         supervised=supervised,
         layers=config.num_hidden_layers,
@@ -192,7 +206,7 @@ def step_memory(
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),
-        frozen=trainable - sum(full.values()) if options.starts_at_weights else 0,
+        frozen=one - sum(full.values()) if options.starts_at_weights else 0,
         rescaled=sum(d for d, _ in targets.values()) if options.adapter == "dora" else 0,
         copies=stack * sum(kept) if options.base_dtype != torch.float32 else 0,
         all_logits=model.head in full or shared.stage == 3,
@@ -233,8 +247,8 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOpt
                 "`batch_size`, got "
                 f"{type(data).__name__}; give a number"
             )
-        memory = memory_of(trainer, options, data)
-        ensemble.stack_size = fitting_stack(len(ensemble.seeds), memory, device_memory(trainer))
+        memory = memory_of(trainer, options, data, ensemble.replicas)
+        ensemble.stack_size = fitting_stack(len(ensemble.replicas), memory, device_memory(trainer))
     elif options.is_full_finetuning:
         ensemble.stack_size = 1
 

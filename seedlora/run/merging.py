@@ -15,9 +15,8 @@ from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.record import tells_of
 from seedlora.model.loading import resolve_base_model
 from seedlora.model.weight_files import WeightFiles
-from seedlora.names import RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP
+from seedlora.names import NO_MERGE, RESULTS_NAME, SAMPLES_NAME, SELECTION_NAME, SOUP
 from seedlora.run.ensemble import Ensemble
-from seedlora.selection.comparison import NO_MERGE
 from seedlora.utils.files import remove_folder
 from seedlora.utils.options import name_option
 from seedlora.utils.progress import progress_bar
@@ -54,7 +53,7 @@ def merge_run(ensemble: Ensemble, rule: BoundRule | None = None) -> Path | None:
         raise ValueError(f"{ensemble.comparison.validated_for} chooses on validation rows: call Trainer.validate")
     chosen = rule or ensemble.compared.rule
     assert chosen is not None
-    seeds = [ensemble.adapter_path(seed) for seed in ensemble.trained]
+    seeds = [ensemble.adapter_path(name) for name in ensemble.trained]
     has_soup = not (ensemble.comparison.is_soup or len(seeds) == 1)
     there = is_trained(ensemble.fused_path) and is_trained(folder.path / SOUP) == has_soup
     if there and (fusion := folder.fusion) is not None and tells_of(fusion, chosen, seeds, folder.path):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from rich.table import Table
 
+from seedlora.names import EQUAL_TOKENS, OUTER_SEED, WIDE_BATCHES
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
+    from seedlora.training.replicas import SweptOptions
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class RunPlan:
 
     Args:
         seeds: of the replicas.
+        replicas: by name the options that a replica has of its own; one per seed unless options are swept.
         passes: how many stacks they are trained in, one after the other.
         budget: ``equal`` or ``full``.
         replica: how long each replica trains.
@@ -34,7 +38,7 @@ class RunPlan:
         tokens: that each replica sees in training.
         supervised: of these, scored.
         padding: part of the tokens of a forward that is padding.
-        trainable: parameters of one replica.
+        trainable: parameters of one replica, their mean where the replicas differ.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
         memory_alone: estimate for one seed alone.
@@ -45,12 +49,14 @@ class RunPlan:
         adapter: what is trained, for people.
         compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
+        scheme: how the replicas share the budget, for people; None if each is trained for itself.
         processes: that train, each with the memory estimated.
         left_out: what became of rows that are not used as they are, a sentence for each source that has some.
         note: what was asked for and does nothing.
     """
 
     seeds: Sequence[int]
+    replicas: Mapping[str, SweptOptions]
     passes: int
     budget: str
     replica: ReplicaBudget
@@ -71,14 +77,32 @@ class RunPlan:
     adapter: str
     compile: str | None
     controls: str | None
+    scheme: str | None = None
     processes: int = 1
     left_out: Sequence[str] = ()
     note: str | None = None
 
+    @property
+    def one(self) -> str:
+        """Return what is trained, for people."""
+        return "seed" if len(self.replicas) == len(self.seeds) else "replica"
+
+    @property
+    def _swept(self) -> str:
+        """Say which options are swept, and how many replicas that makes; empty if none is."""
+        values: dict[str, dict[object, None]] = {}
+        for own in self.replicas.values():
+            for option, value in own.items():
+                values.setdefault(option, {})[value] = None
+        if not values:
+            return ""
+        text = "; ".join(f"{option} {', '.join(map(str, each))}" for option, each in values.items())
+        return f": {len(self.replicas)} replicas, {text}"
+
     def table(self) -> Table:
         """Return the plan as a table for the terminal."""
         table = Table(title="The run", title_justify="left", show_header=False)
-        n = len(self.seeds)
+        n = len(self.replicas)
         epochs = (
             "" if self.replica.epochs is None else f"{_counted(self.replica.epochs, 'epoch')} of {self.rows:,} rows, "
         )
@@ -88,14 +112,14 @@ class RunPlan:
         rows = {
             "base model": f"{self.model}, {self.base_parameters / 1e6:,.1f} M parameters, {self.dtype}, frozen",
             "data": self.data,
-            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}",
-            "budget": f"{self.budget}: each seed {epochs}{self.steps:,} steps of {self.batch} rows",
+            "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}" + self._swept,
+            "budget": f"{self.budget}: each {self.one} {epochs}{self.steps:,} steps of {self.batch} rows",
             "tokens": (
-                f"{self.tokens:,} per seed ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
+                f"{self.tokens:,} per {self.one} ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
             "adapter": self.adapter,
-            "trainable": f"{self.trainable:,} parameters per seed, {n * self.trainable:,} in all",
+            "trainable": f"{self.trainable:,} parameters per {self.one}, {n * self.trainable:,} in all",
             "memory": (
                 f"about {gib(memory.total)}{each}: base {gib(memory.base)}, adapters {gib(memory.adapters)}, "
                 f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}; "
@@ -103,6 +127,7 @@ class RunPlan:
             ),
             "merge": self.merge,
             "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
+            "scheme": self.scheme,
             "controls": self.controls,
             "note": self.note,
         }
@@ -121,7 +146,8 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         data: a data module that is set up.
         ensemble: its seeds, budget, stack size and method.
     """
-    n = len(ensemble.seeds)
+    replicas = ensemble.replicas
+    n = len(replicas)
     share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
     steps = replica_steps(share, trainer, data)
@@ -129,9 +155,11 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
     seen = steps * sampler.rows_per_step
     model = options.outline
     stack = min(n, ensemble.stack_size or n)
-    memory = memory_of(trainer, options, data)
+    memory = memory_of(trainer, options, data, replicas)
+    sizes = [trainable_parameters(options.of_replica(replica.options)) for replica in replicas]
     return RunPlan(
-        seeds=ensemble.seeds,
+        seeds=ensemble.options.seeds,
+        replicas={replica.name: replica.options.swept for replica in replicas},
         passes=math.ceil(n / stack),
         budget=ensemble.options.budget,
         replica=share,
@@ -141,7 +169,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
-        trainable=trainable_parameters(options),
+        trainable=round(sum(sizes) / n),
         base_parameters=model.parameters,
         memory=memory(stack),
         memory_alone=memory(1),
@@ -151,16 +179,48 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         dtype=options.base_precision,
         adapter=options.display_text,
         compile=options.compile,
-        controls=(
-            f"trained after the seeds: one seed for {n * steps:,} steps, one of rank {n * options.r} for {steps:,}; "
-            f"{(n + 1) * int(seen * rows.lengths.mean()):,} tokens more"
-            if ensemble.trains_controls
-            else None
-        ),
+        controls=_controls(ensemble, steps, sampler.rows_per_step, int(seen * rows.lengths.mean())),
+        scheme=_scheme(ensemble.options, options, n=n, steps=steps, batch=sampler.rows_per_step),
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
     )
+
+
+def _controls(ensemble: Ensemble, steps: int, batch: int, tokens: int) -> str | None:
+    """Say which controls are trained, and for how many tokens more."""
+    if not ensemble.trains_controls:
+        return None
+    n = len(ensemble.replicas)
+    long = f"trained after the seeds: one seed for {n * steps:,} steps"
+    if ensemble.options.controls == EQUAL_TOKENS:
+        factors = ", ".join(f"{n**power:.3g}" for power in WIDE_BATCHES.values())
+        wide = f"one with {n * batch} rows a step for {steps:,}, at {factors} times the learning rate"
+        outer = OUTER_SEED in ensemble.folder.controls
+        also = f", one for {n * steps:,} with the outer step" if outer else ""
+        return f"{long}, {wide}{also}; {(1 + len(WIDE_BATCHES) + outer) * n * tokens:,} tokens more"
+    return f"{long}, one of {n} times the rank for {steps:,}; {(n + 1) * tokens:,} tokens more"
+
+
+def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int, batch: int) -> str | None:
+    """Say how the replicas share the budget."""
+    parts = []
+    if options.scheme == BRANCH:
+        shared = options.shared_steps(steps)
+        parts.append(
+            f"{BRANCH}: for {shared:,} of {steps:,} steps all replicas are one with {n * batch} rows a step, then each "
+            "goes on with its own"
+        )
+    if options.scheme == LOCAL:
+        means = options.averaging_steps(steps, model)
+        first = f", the first after step {means[0]:,}" if means else ", which end before the first"
+        outer = (
+            "" if options.outer_learning_rate is None else f", with an outer step of {options.outer_learning_rate:g}"
+        )
+        parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
+    if options.ema is not None:
+        parts.append(f"an exponential mean of each replica's weights, decay {options.ema:g}, is written beside it")
+    return "; ".join(parts) or None
 
 
 def _rows(data: PlannedData) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binom, binomtest
-from scipy.stats import t as student
+import scipy  # its statistics, half a second, are imported when they are used first
 
 from seedlora.records.report import PairedDifference
 from seedlora.records.results import DifferenceRecord, LossRecord, SampleLosses, ScoreRecord
@@ -96,7 +95,7 @@ def wilson(correct: np.ndarray) -> Score:
         Score(value=0.37, low=0.28182360534324535, high=0.4677947041905709, n=100)
     """
     k, n = int(correct.sum()), len(correct)
-    interval = binomtest(k, n).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
     return Score(k / n, float(interval.low), float(interval.high), n)
 
 
@@ -148,7 +147,7 @@ def chance(a: np.ndarray, right: np.ndarray, of: int) -> float:
     likely, decided = np.ones(1), int((together == of + 1).sum())
     for k in range(1, of + 1):
         items = int((together == k).sum())
-        likely = np.convolve(likely, binom.pmf(np.arange(items + 1), items, k / (of + 1)))
+        likely = np.convolve(likely, scipy.stats.binom.pmf(np.arange(items + 1), items, k / (of + 1)))
     won = int(a.sum()) - decided
     return min(1.0, 2 * float(min(likely[: won + 1].sum(), likely[won:].sum())))
 
@@ -186,7 +185,7 @@ def ratio_interval(values: np.ndarray, weights: np.ndarray) -> Ends:
     if spread <= 1e-12 * max(1.0, abs(mean)):
         return Ends(mean, mean)
     skewness = float((residuals**3).mean()) / spread**3
-    reach = float(student.ppf(0.5 + CONFIDENCE_PERCENT / 200, max(1 / float((share**2).sum()) - 1, 0.5))) / n**0.5
+    reach = float(scipy.stats.t.ppf(0.5 + CONFIDENCE_PERCENT / 200, max(1 / float((share**2).sum()) - 1, 0.5))) / n**0.5
 
     def bent(x: float) -> float:
         if abs(skewness) < 1e-6:
@@ -218,7 +217,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
         0.21875
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(scipy.stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -326,5 +325,5 @@ def mean_score(values: np.ndarray) -> Score:
     n, mean = len(values), float(values.mean())
     if n < 2:
         return Score(mean, 0.0, 1.0, n)
-    half = float(student.ppf(_ENDS[1], n - 1)) * float(values.std(ddof=1)) / n**0.5
+    half = float(scipy.stats.t.ppf(_ENDS[1], n - 1)) * float(values.std(ddof=1)) / n**0.5
     return Score(mean, max(0.0, mean - half), min(1.0, mean + half), n)

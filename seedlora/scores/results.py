@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from seedlora.names import BASE, BEST_SEED, MEAN_SEED, SOUP
+from seedlora.names import BASE, BEST_SEED, MEAN_SEED, SOUP, is_replica
 from seedlora.records.evaluation import TaskResults
 from seedlora.records.results import DifferenceRecord, RunResults
 from seedlora.scores.intervals import Difference, Score, adjust_over_tasks, paired_difference, wilson
@@ -134,7 +133,7 @@ def stored_results(record: RunResults | TaskResults, seeds: Sequence[str]) -> Re
     if not items:
         return None
     own = [label for label in items if label in seeds]
-    compared_as_seeds = [label for label in items if is_seed(label)] if record.get("mean_seed") is not None else []
+    compared_as_seeds = [label for label in items if is_replica(label)] if record.get("mean_seed") is not None else []
     scores = record.get("scores")
     if not scores or not own or compared_as_seeds != own:
         outcomes = item_outcomes(items)
@@ -151,11 +150,6 @@ def stored_results(record: RunResults | TaskResults, seeds: Sequence[str]) -> Re
         },
         items=items,
     )
-
-
-def is_seed(label: str) -> bool:
-    """Return whether a label is that of a single seed."""
-    return re.fullmatch(r"seed_\d+", label) is not None
 
 
 def item_outcomes(items: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from seedlora.merge.bound_rule import COMMON_DEFAULTS, BoundRule
+from seedlora.merge.bound_rule import BoundRule
+from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.registry import make_rule
 from seedlora.updates.algebra import gain, weighted_sum
 from seedlora.updates.factors import LoRAFactors

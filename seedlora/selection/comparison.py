@@ -10,18 +10,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from seedlora.merge.bound_rule import BoundRule, MergeRule
-from seedlora.merge.registry import METHODS, make_rule
-from seedlora.names import ALL_CONTROLS, GREEDY, NO_CONTROLS, SOUP, UNTRAINED, nothing_for_one_seed
+from seedlora.merge.method_table import check_ensemble_merge
+from seedlora.merge.registry import make_rule
+from seedlora.names import (
+    ALL_CONTROLS,
+    AUTO,
+    AUTO_GAIN,
+    EQUAL_TOKENS,
+    GREEDY,
+    NO_CONTROLS,
+    NO_MERGE,
+    SOUP,
+    UNTRAINED,
+    nothing_for_one_seed,
+)
 from seedlora.records.selection import Selection
 from seedlora.selection.candidates import gain_family
 from seedlora.selection.choice import check_select_by
 from seedlora.utils.options import name_option
 
-#: Values of ``ensemble.merge`` beside the methods: method or gain are chosen on validation rows, or nothing is merged.
-AUTO, AUTO_GAIN, NO_MERGE = "auto", "auto_gain", "none"
 #: Training rows at most on which all that was tested is scored.
 TRAIN_ROWS = 128
-CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS)
+CONTROLS = (NO_CONTROLS, UNTRAINED, ALL_CONTROLS, EQUAL_TOKENS)
 
 
 class Comparison:
@@ -35,9 +45,10 @@ class Comparison:
         compare: further methods, scored on the same test items.
         compare_options: keyword options of these, by method.
         controls: ``untrained`` adds one seed times the gain of the fused adapter, the soup times the factor that is
-            best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` trains two more
-            adapters, see :class:`seedlora.callbacks.seed_ensemble.SeedEnsembleCallback`.
+            best on validation rows, the greedy soup, and the mean of the seeds' probabilities; ``all`` and
+            ``equal_tokens`` train more adapters, see :class:`seedlora.callbacks.seed_ensemble.SeedEnsembleCallback`.
         select_by: what is best on validation rows: the lowest ``loss``, or most exact matches (``match``).
+        finds_greedy: find the greedy soup and compare it, where there are validation rows and something is merged.
 
     Raises:
         ValueError: for an unknown method, option or control.
@@ -52,9 +63,10 @@ class Comparison:
         compare_options: Mapping[str, Mapping[str, object]] | None = None,
         controls: str = NO_CONTROLS,
         select_by: str = "loss",
+        finds_greedy: bool = False,
     ) -> None:
         self.merge, self.options, self.select_by = merge, dict(options or {}), select_by
-        self.controls = controls
+        self.controls, self._finds_greedy = controls, finds_greedy
         check_select_by(select_by)
         if controls not in CONTROLS:
             raise ValueError(
@@ -72,15 +84,13 @@ class Comparison:
         self.chooses = merge in (AUTO, AUTO_GAIN) or (merge == GREEDY and "score" not in self.options)
         #: The rule; where it is to be chosen, what stands for it until then.
         self.rule: BoundRule | None = None
-        try:
-            if self.chooses:
-                gain_family((), options=self.options) if merge == AUTO_GAIN else make_rule("soup", self.options)
-                self.rule = make_rule("soup")
-            elif merge != NO_MERGE:
-                self.rule = make_rule(merge, self.options)
-        except ValueError as error:
-            others = "" if merge in METHODS else f" ('{NO_MERGE}' merges nothing, '{AUTO}' and '{AUTO_GAIN}' choose)"
-            raise ValueError(f"{error}{others}") from None
+        if isinstance(merge, str):
+            check_ensemble_merge(merge)
+        if self.chooses:
+            gain_family((), options=self.options) if merge == AUTO_GAIN else make_rule("soup", self.options)
+            self.rule = make_rule("soup")
+        elif merge != NO_MERGE:
+            self.rule = make_rule(merge, self.options)
         #: The methods to compare by name; ``None`` is the greedy soup, whose members the validation rows say.
         self.compare = self._bind(compare, compare_options or {})
         if self.rule is None and (self.has_controls or GREEDY in self.compare):
@@ -155,7 +165,12 @@ class Comparison:
     @property
     def wants_greedy(self) -> bool:
         """Return whether the members of the greedy soup have to be found."""
-        return self.merge in (AUTO, GREEDY) or GREEDY in self.compare or self.has_controls
+        return self.merge in (AUTO, GREEDY) or self.compares_greedy
+
+    @property
+    def compares_greedy(self) -> bool:
+        """Return whether the greedy soup is scored beside the others, once its members are known."""
+        return self.has_controls or GREEDY in self.compare or self._finds_greedy
 
 
 def rule_of_seeds(rule: BoundRule | None, kept: Sequence[int]) -> BoundRule | None:

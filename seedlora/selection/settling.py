@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
-from seedlora.names import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
+from seedlora.names import AUTO, AUTO_GAIN, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
 from seedlora.records.selection import CandidateRecord, Controls, NamedRule, Selection, SubsetRecord
 from seedlora.scores.intervals import is_finite, loss_difference
 from seedlora.scores.row_scores import RowScores
@@ -27,7 +29,7 @@ from seedlora.selection.choice import (
     score_rules,
     soup_of,
 )
-from seedlora.selection.comparison import AUTO, AUTO_GAIN, Comparison
+from seedlora.selection.comparison import Comparison
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, full_weights, select_adapters
@@ -92,7 +94,14 @@ def adapters_to_score(comparison: Comparison, paths: Sequence[str], n: int) -> i
     return n + 2 + len(candidates(comparison, paths, n)) + greedy + tuned
 
 
-def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: Score) -> Settled:
+def settle(
+    comparison: Comparison,
+    stacks: Layers,
+    seeds: Sequence[str],
+    score: Score,
+    *,
+    others: Mapping[str, Callable[[], Layers]] | None = None,
+) -> Settled:
     """Choose the rule if it is to be chosen, tune the controls, and compare the outcome with soup and seeds.
 
     Args:
@@ -100,6 +109,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
         stacks: the seeds' adapters of every layer by path.
         seeds: their labels.
         score: of adapters on validation rows.
+        others: adapters that are scored too, by label, and take no part in the choice; made when they are called.
     """
     n, by, lazily = len(seeds), comparison.select_by, partial(score_lazily, score=score, at_once=ALONE)
     scores = lazily({seed: partial(select_adapters, stacks, [i]) for i, seed in enumerate(seeds)})
@@ -109,7 +119,7 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
     rule = comparison.rule if choice.best is None else choice.rules[choice.best]
     assert rule is not None
     fused = merge_stacks(stacks, rule)
-    last: dict[str, Callable[[], Layers]] = {FUSED: lambda: fused}
+    last: dict[str, Callable[[], Layers]] = {**(others or {}), FUSED: lambda: fused}
     if n > 1:
         last[SOUP] = partial(merge_stacks, stacks, make_rule("soup"))
     controls: Controls = {}
@@ -118,13 +128,14 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
         controls[GAIN_SEED] = {"seed": best_seed}
     if greedy is not None:
         controls[GREEDY] = {"members": list(greedy.options["members"])}
+    if greedy is not None and comparison.compares_greedy:
+        last[GREEDY] = partial(merge_stacks, stacks, greedy)
     if comparison.has_controls and greedy is not None:
         tuned = _tune_soup(stacks, n, score, by)
         assert tuned.best is not None
         controls[GAIN_SOUP] = {**_name_rule(tuned.best, tuned.rules[tuned.best]), "candidates": tuned.records()}
         scores[GAIN_SOUP] = tuned.scores[tuned.best]
         last[GAIN_SEED] = partial(seed_times_gain, stacks, fused, index=list(seeds).index(best_seed))
-        last[GREEDY] = partial(merge_stacks, stacks, greedy)
     scores |= lazily(last)
     scores[FUSED] = scores.pop(FUSED)  # last, for whoever reads the table
     rows = scores[seeds[0]]
@@ -149,10 +160,19 @@ def settle(comparison: Comparison, stacks: Layers, seeds: Sequence[str], score: 
                 for label in (best_seed, *([SOUP] if n > 1 else []))
                 if is_finite(scores[FUSED]) and is_finite(scores[label])
             },
+            "soup_gain": loss_difference(_mean_scores([scores[seed] for seed in seeds]), scores[SOUP])
+            if n > 1 and all(is_finite(scores[label]) for label in (*seeds, SOUP))
+            else None,
             "controls": controls,
             "subsets": _score_subsets(stacks, seeds, rule, scores, score) if comparison.has_controls and n > 1 else [],
         },
     )
+
+
+def _mean_scores(rows: Sequence[RowScores]) -> RowScores:
+    """Return the mean losses of several adapters, right where all of them are."""
+    correct = torch.stack([row.correct for row in rows]).all(0)
+    return RowScores(torch.stack([row.losses for row in rows]).double().mean(0), correct, rows[0].tokens)
 
 
 def adapters_beside(
@@ -184,7 +204,7 @@ def adapters_beside(
     if comparison.has_controls and GAIN_SOUP in tuned:
         control = tuned[GAIN_SOUP]
         made[GAIN_SOUP] = partial(merge_stacks, stacks, make_rule(control["method"], control["options"]))
-    if GREEDY in tuned and (comparison.has_controls or GREEDY in comparison.compare):
+    if GREEDY in tuned and comparison.compares_greedy:
         made[GREEDY] = partial(merge_stacks, stacks, soup_of(tuned[GREEDY]["members"]))
     for name, rule in comparison.compare.items():
         if rule is not None:

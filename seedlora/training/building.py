@@ -52,33 +52,25 @@ class StackedModel:
         return FrozenBase(self.stack.remove(), self.starts)
 
 
-def load_base(options: ModelOptions, rank_factor: int) -> FrozenBase:
-    """Load the base model, quantise it, and find where adapters start on it.
-
-    Args:
-        options: of the model.
-        rank_factor: of the adapters: :class:`seedlora.training.replicas.FitSettings`.
-    """
+def load_base(options: ModelOptions) -> FrozenBase:
+    """Load the base model, quantise it, and find where adapters start on it."""
     return prepare_base(
         load_model(options.base_model, dtype=options.base_dtype),
-        options.lora_config(rank_factor),
+        options.lora_config(),
         adapter=options.adapter,
         quantization=options.quantization,
     )
 
 
-def stack_replicas(
-    base: FrozenBase, replicas: Sequence[Replica], options: ModelOptions, rank_factor: int
-) -> StackedModel:
+def stack_replicas(base: FrozenBase, replicas: Sequence[Replica], options: ModelOptions) -> StackedModel:
     """Create the adapters of replicas on a base model, ready to be trained.
 
     Args:
         base: to which the adapters are added.
         replicas: in the order of their blocks of rows.
-        options: of the model.
-        rank_factor: as in :func:`load_base`.
+        options: of the model, those of each replica as far as it has none of its own.
     """
-    model = _add_adapters(base.model, replicas, options, rank_factor)
+    model = _add_adapters(base.model, replicas, options)
     stack = AdapterStack(model, starts=base.starts)
     if options.is_full_finetuning:
         WholeModels(stack, options).start_at_files(replica.name for replica in replicas)
@@ -93,23 +85,21 @@ def stack_replicas(
     return StackedModel(model, stack, base.starts, tuple(replicas))
 
 
-def _add_adapters(
-    base: PreTrainedModel, replicas: Sequence[Replica], options: ModelOptions, rank_factor: int
-) -> PeftModel:
+def _add_adapters(base: PreTrainedModel, replicas: Sequence[Replica], options: ModelOptions) -> PeftModel:
     """Let PEFT initialise each adapter under its own seed, whatever it is stacked with.
 
     The global random state is left as it was.
     """
     from peft import get_peft_model
 
-    first, *others = replicas
+    (first, config), *others = ((replica, options.of_replica(replica.options).lora_config()) for replica in replicas)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # The stack ties what the base model ties.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         seed_cpu = torch.default_generator.manual_seed  # and no GPU
         seed_cpu(first.init_seed)
-        model = get_peft_model(base, options.lora_config(rank_factor), adapter_name=first.name)
-        for replica in others:
+        model = get_peft_model(base, config, adapter_name=first.name)
+        for replica, config in others:
             seed_cpu(replica.init_seed)
-            model.add_adapter(replica.name, options.lora_config(rank_factor))
+            model.add_adapter(replica.name, config)
     return model

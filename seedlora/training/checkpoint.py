@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seedlora.training.replicas import FitSettings, Replica
+from seedlora.training.replicas import FitSettings, Replica, ReplicaOptions
 
 #: Its key in a checkpoint.
 REPLICAS = "seedlora_replicas"
@@ -15,7 +15,7 @@ REPLICAS = "seedlora_replicas"
 
 def replicas_record(settings: FitSettings) -> dict[str, Any]:
     """Return what tells the replicas of a fit, as plain data."""
-    return {"replicas": [asdict(replica) for replica in settings.replicas], "rank_factor": settings.rank_factor}
+    return {"replicas": [asdict(replica) for replica in settings.replicas]}
 
 
 def stored_settings(checkpoint: Mapping[str, Any]) -> FitSettings:
@@ -30,7 +30,8 @@ def stored_settings(checkpoint: Mapping[str, Any]) -> FitSettings:
             "the checkpoint does not say whose weights it holds, so it is of an older version or of another module; "
             "go on with its run by Trainer.fit(ckpt_path=...), or load the adapter of a finished run by PEFT"
         )
-    return FitSettings(tuple(Replica(**each) for each in record["replicas"]), rank_factor=record["rank_factor"])
+    replicas = ({**each, "options": ReplicaOptions(**each["options"])} for each in record["replicas"])
+    return FitSettings(tuple(Replica(**each) for each in replicas))
 
 
 def check_is_file(path: object) -> None:

@@ -6,7 +6,7 @@ PEFT is imported inside the methods that need it: every ``--help`` imports this 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -16,10 +16,12 @@ from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_base_model
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
-from seedlora.model.peft_internals import no_target_modules, pattern_key
+from seedlora.model.peft_internals import no_target_modules
 from seedlora.model.quantization import check_quantization
-from seedlora.names import FULL
+from seedlora.names import FULL, SCHEDULES
+from seedlora.training.replicas import ReplicaOptions
 from seedlora.utils.options import name_option
+from seedlora.utils.patterns import pattern_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,7 +30,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "loftq", FULL)
 #: Adapters that start at factors of the base weights, the same for every seed.
 STARTING_AT_WEIGHTS = ("pissa", "loftq")
-SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -174,6 +175,27 @@ class ModelOptions:
 
     # What follows from them
 
+    def of_replica(self, own: ReplicaOptions) -> ModelOptions:
+        """Return the options of a replica, which has some of its own.
+
+        Raises:
+            ValueError: for values out of range; the message names them.
+        """
+        found = replace(self, **own.swept)
+        if own.rate_factor != 1:
+            found = replace(found, learning_rate=found.learning_rate * own.rate_factor)
+        if (factor := own.rank_factor) != 1:
+            # rsLoRA divides by the root of the rank.
+            alpha_factor = factor**0.5 if self.adapter == "rslora" else factor
+            found = replace(
+                found,
+                r=found.r * factor,
+                lora_alpha=found.lora_alpha * alpha_factor,
+                rank_pattern={key: rank * factor for key, rank in found.rank_pattern.items()},
+                alpha_pattern={key: alpha * alpha_factor for key, alpha in found.alpha_pattern.items()},
+            )
+        return found
+
     @property
     def base_path(self) -> str:
         """Return what ``from_pretrained`` takes for the base model of these adapters."""
@@ -264,12 +286,8 @@ class ModelOptions:
         """Return the rank of an adapted layer in training."""
         return int(self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.r))
 
-    def lora_config(self, rank_factor: int = 1) -> LoraConfig:
-        """Make PEFT's configuration of one replica in training.
-
-        Args:
-            rank_factor: rank and ``lora_alpha`` in units of the options, at the same scaling.
-        """
+    def lora_config(self) -> LoraConfig:
+        """Make PEFT's configuration of one replica in training."""
         from peft import LoraConfig
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
@@ -279,17 +297,15 @@ class ModelOptions:
             targets = sorted({path.rpartition(".")[2] for path in self.targets})
         if self.outline.has_towers and not self.is_full_finetuning:
             targets = sorted(self.targets)  # by their ends PEFT would find layers of the towers too
-        # rsLoRA divides by the root of the rank.
-        alpha_factor = rank_factor**0.5 if self.adapter == "rslora" else rank_factor
         return LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_path,
-            r=self.r * rank_factor,
-            lora_alpha=self.lora_alpha * alpha_factor,
+            r=self.r,
+            lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=targets,
-            rank_pattern={key: rank * rank_factor for key, rank in self.rank_pattern.items()},
-            alpha_pattern={key: alpha * alpha_factor for key, alpha in self.alpha_pattern.items()},
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
             # Whole paths: PEFT would take norm for the end of input_layernorm.
             modules_to_save=sorted(self.full_modules) or None,
             use_rslora=self.adapter == "rslora",
@@ -297,13 +313,9 @@ class ModelOptions:
             fan_in_fan_out=self.outline.transposed and self.quantization == "none",
         )
 
-    def saved_config(self, rank_factor: int = 1) -> LoraConfig:
-        """Make PEFT's configuration of a replica as it is saved: for the original base model, without quantisation.
-
-        Args:
-            rank_factor: as in :meth:`lora_config`.
-        """
-        config = self.lora_config(rank_factor)
+    def saved_config(self) -> LoraConfig:
+        """Make PEFT's configuration of a replica as it is saved: for the original base model, without quantisation."""
+        config = self.lora_config()
         config.fan_in_fan_out = self.outline.transposed
         if self.adapter == "pissa":
             # The start, with its sign turned, is beside what was trained.

@@ -29,7 +29,7 @@ from seedlora.training.checkpoint import REPLICAS, check_is_file, replicas_recor
 from seedlora.training.losses import TokenLosses
 from seedlora.training.micro_batch import ForwardSize, MicroBatchLosses, TrainingBatch, micro_batch_losses, no_loss
 from seedlora.training.model_options import PROJECTIONS, ModelOptions
-from seedlora.training.optimizer import make_optimizer, make_schedule
+from seedlora.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from seedlora.training.replicas import FitSettings, ReplicaStates
 from seedlora.training.scoring import BatchScores, ExactMatches, ScoredLabels, Scorer
 
@@ -191,8 +191,8 @@ class SeedLoRAModule(pl.LightningModule):
             return
         base = None if built is None else built.without_adapters(options)
         if base is None:
-            base = load_base(options, settings.rank_factor)
-        self._built = stack_replicas(base, settings.replicas, options, settings.rank_factor)
+            base = load_base(options)
+        self._built = stack_replicas(base, settings.replicas, options)
         self.model, self.stack = self._built.model, self._built.stack
         self.token_losses = TokenLosses(self.model, self.stack, module=self)
         # An earlier fit may have left some idle.
@@ -239,16 +239,25 @@ class SeedLoRAModule(pl.LightningModule):
             )
             if not (broken := losses.broken(self.stack)):
                 self._show(losses)
-                return self._total(losses.sums / batch["num_items"][self.replicas.active_positions])
+                tokens = batch["num_items"][self.replicas.active_positions]
+                # The losses of replicas that are one have one mean, over the tokens of all.
+                return self._total(losses.sums / (tokens.sum() if self.are_one else tokens))
             self.replicas.exclude(broken, f"training loss not finite in step {self.trainer.global_step + 1}")
         self.trainer.should_stop = True
         return self._no_loss_of_idle()
+
+    @property
+    def are_one(self) -> bool:
+        """Tell whether all replicas are one in this optimizer step, which sees the rows of all."""
+        shared = self.fit_settings.shared_steps
+        return shared > 0 and self.trainer.global_step < shared
 
     def _show(self, losses: MicroBatchLosses) -> None:
         """Log the mean loss of each replica over the micro-batch on all ranks."""
         sums, tokens = losses.shown
         means = zip(losses.replicas, sums / tokens, strict=True)
-        self.log_dict({f"train/loss_{replica.name}": mean for replica, mean in means}, prog_bar=True)
+        shown = {f"train/loss_{replica.name}": mean for replica, mean in means if not replica.helps}
+        self.log_dict(shown, prog_bar=True)
         self.last_forward = ForwardSize(losses.size, tokens.sum().item() / self.trainer.world_size)
 
     def _total(self, losses: Float[Tensor, " n"]) -> Tensor:
@@ -328,10 +337,11 @@ class SeedLoRAModule(pl.LightningModule):
         return self.answerer(batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Make AdamW over all replicas, and one schedule for them."""
-        optimizer = make_optimizer(self.stack, self.replicas, self.options)
+        """Make AdamW over all replicas, and the schedules of their learning rates."""
+        groups = parameter_groups(self.stack, self.replicas, self.options)
+        optimizer = make_optimizer(groups)
         total = self.fit_settings.total_steps or int(self.trainer.estimated_stepping_batches)
-        schedule = make_schedule(optimizer, self.options, total=total)
+        schedule = make_schedule(optimizer, groups, total=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

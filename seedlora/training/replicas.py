@@ -4,23 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypedDict, cast
 
+from seedlora.names import SWEPT
 from seedlora.utils.options import name_option
+
+
+class SweptOptions(TypedDict, total=False):
+    """Holds options of the module that a replica has of its own, by their names: those of :class:`ReplicaOptions`."""
+
+    learning_rate: float
+    r: int
+    lora_alpha: float
+    lora_plus_ratio: float
+    weight_decay: float
+    lr_scheduler: str
+    warmup_ratio: float
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """Holds what a replica has other than the module's options: whatever leaves a forward of the base model as it is.
+
+    The fields that :data:`seedlora.names.SWEPT` names are options of :class:`seedlora.training.module.SeedLoRAModule`;
+    None leaves one as the module has it.
+
+    Args:
+        learning_rate: its own.
+        r: its own rank.
+        lora_alpha: its own.
+        lora_plus_ratio: its own.
+        weight_decay: its own.
+        lr_scheduler: its own.
+        warmup_ratio: its own.
+        rate_factor: its learning rate is so many times what it would be.
+        rank_factor: its rank and ``lora_alpha`` are so many times what they would be, also where patterns say them, at
+            the same scaling.
+    """
+
+    learning_rate: float | None = None
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_plus_ratio: float | None = None
+    weight_decay: float | None = None
+    lr_scheduler: str | None = None
+    warmup_ratio: float | None = None
+    rate_factor: float = 1.0
+    rank_factor: int = 1
+
+    @property
+    def swept(self) -> SweptOptions:
+        """Return the options of the module that are the replica's own."""
+        own = {name: value for name in SWEPT if (value := getattr(self, name)) is not None}
+        return cast("SweptOptions", own)
 
 
 @dataclass(frozen=True)
 class Replica:
-    """Names one adapter of the stack and what its seed decides.
+    """Names one adapter of the stack, what its seed decides, and the options that are its own.
 
     Args:
         name: of the PEFT adapter.
         init_seed: of the initial weights and of the dropout.
         order_seed: of the order of the data.
+        options: what it has other than the module's.
+        helps: whether it is there for another one of the same fit alone, and is neither validated nor written.
     """
 
     name: str
     init_seed: int
     order_seed: int
+    options: ReplicaOptions = ReplicaOptions()
+    helps: bool = False
 
 
 class StoppedError(RuntimeError):
@@ -37,16 +92,16 @@ class FitSettings:
 
     Args:
         replicas: trained as one stack.
-        total_steps: optimizer steps of the learning rate's schedule. Default: the trainer's estimate.
-        rank_factor: rank and ``lora_alpha`` of the replicas in units of the module's options, at the same scaling.
+        total_steps: optimizer steps of the learning rates' schedules. Default: the trainer's estimate.
         on_divergence: of a replica whose loss or weights are not finite: ``stop`` ends the run, ``exclude`` goes on
             without it.
+        shared_steps: optimizer steps at the start in which all replicas are one, which sees the rows of all.
     """
 
     replicas: tuple[Replica, ...] = (Replica("seed_42", 42, 42),)
     total_steps: int | None = None
-    rank_factor: int = 1
     on_divergence: str = "stop"
+    shared_steps: int = 0
 
 
 class ReplicaStates:

@@ -20,7 +20,6 @@ def write_replica(
     stack: AdapterStack,
     options: ModelOptions,
     *,
-    rank_factor: int = 1,
     files: Mapping[str, str | bytes] | None = None,
     writer: bool = True,
 ) -> None:
@@ -30,8 +29,7 @@ def write_replica(
         path: of the folder.
         name: of the replica.
         stack: that holds it.
-        options: of the model.
-        rank_factor: as it was trained: :class:`seedlora.training.replicas.FitSettings`.
+        options: of the replica.
         files: further files, by name.
         writer: whether this rank writes.
     """
@@ -42,5 +40,5 @@ def write_replica(
     if options.is_full_finetuning:
         WholeModels(stack, options).write(path, modules, files or {})
         return
-    config = options.saved_config(rank_factor)
+    config = options.saved_config()
     write_adapter(path, layers, config, files=files, magnitudes=magnitudes, modules=modules)

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from seedlora.adapters.servers import NOT_KNOWN, SERVERS, add_zero_updates, base_shapes, serving_problems
@@ -81,7 +80,7 @@ def folder(path, layers=None, **changes):
     """An adapter of the universal shape, with changes to its configuration."""
     if layers is None:
         layers = {name: layer(8, 8) for name in NAMES if "o_proj" not in name}
-    write_adapter(path, layers, LoraConfig(**(universal_config(layers, base_model="").to_dict() | changes)))
+    write_adapter(path, layers, universal_config(layers, base_model="") | changes)
     return path
 
 

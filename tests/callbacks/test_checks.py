@@ -40,7 +40,7 @@ def test_what_an_ensemble_of_whole_models_cannot_do_is_refused(tiny_llama, tmp_p
 def test_a_control_of_another_rank_needs_the_same_start(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback(dirpath=tmp_path / "run", controls="all")
     with pytest.raises(ValueError, match="controls=.all. trains an adapter of another rank.*pissa.*use untrained"):
-        callback.open(None, make_module(tiny_llama, adapter="pissa"), None)
+        callback.check_fit(None, make_module(tiny_llama, adapter="pissa"), None)
     assert not (tmp_path / "run").exists()
 
 

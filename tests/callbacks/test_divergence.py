@@ -38,8 +38,8 @@ def test_a_diverged_seed_is_excluded_and_the_others_are_unharmed(tiny_llama, tmp
     run, module, data = make_trainer(callback, max_epochs=1), make_module(tiny_llama), make_data()
     run.callbacks.append(Poison("seed_2", 5))
     run.fit(module, datamodule=data)
-    assert callback.trained == (1, 3)
-    assert callback.ensemble.excluded == {2: "training loss not finite in step 6"}
+    assert callback.trained == ("seed_1", "seed_3")
+    assert callback.ensemble.excluded == {"seed_2": "training loss not finite in step 6"}
     trained = json.loads((callback.dirpath / "trained.json").read_text())
     assert {name: row["steps"] for name, row in trained.items()} == dict.fromkeys(("seed_1", "seed_3"), run.global_step)
     assert callback.pending == ()
@@ -90,8 +90,8 @@ def test_weights_broken_before_any_loss_sees_them_harm_no_other_seed(tiny_llama,
     run.callbacks += [Break("seed_2", step), finite]
     run.fit(make_module(tiny_llama), datamodule=make_data())
     assert all(finite)
-    assert callback.ensemble.excluded == {2: f"weights not finite after step {step}"}
-    assert callback.trained == (1, 3)
+    assert callback.ensemble.excluded == {"seed_2": f"weights not finite after step {step}"}
+    assert callback.trained == ("seed_1", "seed_3")
     for path in (alone.fused_path, *map(alone.adapter_path, (1, 3))):
         wanted = load_file(path / "adapter_model.safetensors")
         found = load_file(callback.dirpath / path.name / "adapter_model.safetensors")
@@ -120,7 +120,7 @@ def test_a_diverged_stack_leaves_the_other_stacks_alone(tiny_llama, tmp_path):
             run.callbacks.append(Poison("seed_2", 3))
         run.fit(module, datamodule=data)
     assert callback.pending == ()
-    assert callback.ensemble.excluded == {2: "training loss not finite in step 4"}
+    assert callback.ensemble.excluded == {"seed_2": "training loss not finite in step 4"}
     assert not (tmp_path / "x" / "checkpoints").exists()
     first, third, fused = (read_adapter(path) for path in (*map(callback.adapter_path, (1, 3)), callback.fused_path))
     for path, factors in fused.layers.items():
@@ -144,8 +144,8 @@ def test_a_stopped_seed_is_written_when_the_last_one_diverges(tiny_llama, tmp_pa
     run = make_trainer(callback, max_epochs=1, val_check_interval=0.25, num_sanity_val_steps=0)
     run.callbacks.append(Poison("seed_2", 7))
     run.fit(module, datamodule=make_data())
-    assert callback.trained == (1,)
-    assert callback.ensemble.excluded == {2: "training loss not finite in step 8"}
+    assert callback.trained == ("seed_1",)
+    assert callback.ensemble.excluded == {"seed_2": "training loss not finite in step 8"}
     assert holds(written(callback, 1), module.weights[1]["seed_1"])
 
 
@@ -167,7 +167,7 @@ def test_a_resume_leaves_an_excluded_seed_out(tiny_llama, tmp_path):
             make_trainer(callback, max_epochs=1).fit(
                 make_module(tiny_llama), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True
             )
-        assert callback.ensemble.excluded == {2: "training loss not finite in step 6"}
+        assert callback.ensemble.excluded == {"seed_2": "training loss not finite in step 6"}
         files = (tmp_path / name).glob("*/adapter_model.safetensors")
         found[name] = {file.parent.name: file.read_bytes() for file in files}
     assert found["x"].keys() == {"seed_1", "seed_3", "soup", "fused"}

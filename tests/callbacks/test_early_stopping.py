@@ -26,6 +26,26 @@ def test_each_seed_keeps_its_own_best_weights(tiny_llama, tmp_path):
         assert not holds(written(callback, seed), module.weights[(best + 1) % 4][f"seed_{seed}"])
 
 
+def test_all_seeds_keep_their_weights_of_the_fused_adapters_best_validation(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback([1, 2], budget="full", keep="best_fused", dirpath=tmp_path / "x")
+    losses = {"fused": [3, 1, 2, 4], "seed_1": [4, 3, 2, 1], "seed_2": [1, 2, 3, 4]}
+    module, _ = fit_scripted(tiny_llama, callback, losses, max_epochs=1)
+    for seed in (1, 2):
+        assert holds(written(callback, seed), module.weights[1][f"seed_{seed}"])
+    trained = json.loads((callback.dirpath / "trained.json").read_text())
+    assert [row["kept_step"] for row in trained.values()] == [6, 6]
+
+
+def test_patience_with_the_fused_adapters_loss_stops_all_seeds_at_once(tiny_llama, tmp_path):
+    # until a method is chosen soup stands for it
+    callback = SeedEnsembleCallback(
+        [1, 2], budget="full", keep="best_fused", patience=1, merge="greedy_soup", dirpath=tmp_path / "x"
+    )
+    module, run = fit_scripted(tiny_llama, callback, {"soup": [2, 1, 3, 0], "seed_1": [1], "seed_2": [1]}, max_epochs=1)
+    assert run.global_step == 9
+    assert holds(written(callback, 2), module.weights[1]["seed_2"])
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_seed_without_patience_left_is_stopped_and_the_others_train_as_before(tiny_llama, tmp_path):
     plain = SeedEnsembleCallback([1, 2], budget="full", dirpath=tmp_path / "plain")

@@ -171,7 +171,7 @@ def test_a_run_that_is_unfinished_or_was_merged_otherwise_cannot_be_tested(tiny_
     )
     shutil.rmtree("run/seed_42")
     assert main(["test", "--ensemble.dirpath", "run"]) == 2
-    assert "run is not finished: seed 42 is not trained; use --resume" in capsys.readouterr().err
+    assert "run is not finished: seed_42 is not trained; use --resume" in capsys.readouterr().err
 
 
 def test_methods_and_controls_answer_the_same_items(tiny_llama):

@@ -45,7 +45,7 @@ def test_an_error_that_is_not_foreseen_is_one_line(good, monkeypatch, capsys):
 
 
 def test_so_is_one_of_train_py(monkeypatch, capsys):
-    monkeypatch.setattr(training, "expand_short_options", raise_odd)
+    monkeypatch.setattr(training, "read_words", raise_odd)
     check_line_and_log(training.main(["--plan"]), capsys.readouterr().err)
 
 
@@ -98,7 +98,7 @@ def test_names_are_printed_as_they_are(name, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"into {folder / 'o'}" in shown
     command = re.search(r"vllm serve .*\n.*", shown)[0].replace("\\\n", " ")
-    assert shlex.split(command)[-1] in (f"fused={folder / 'o'}", f'{{"name": "fused", "path": "{folder / "o"}"}}')
+    assert shlex.split(command)[-1] in (f"o={folder / 'o'}", f'{{"name": "o", "path": "{folder / "o"}"}}')
 
 
 @pytest.mark.parametrize("named", [None, "", "owner/base"])

@@ -58,6 +58,26 @@ def test_two_processes_give_the_adapters_and_the_scores_of_one(one, two, name):
         assert row == pytest.approx(expected["losses"][label], rel=SAME), label
 
 
+@pytest.mark.usefixtures("float64")
+def test_two_processes_train_replicas_of_different_options_as_one_does(tiny_llama, two, tmp_path):
+    options = {"batch_size": 4, "strategy": lambda: "auto", "devices": 1, "sweep": strategies_job.SWEPT}
+    strategies_job.run(tiny_llama, tmp_path, **options)
+    names = [*(folder.name for folder in tmp_path.glob("seed_*")), "fused"]
+    assert len(names) == 4
+    for name in names:
+        for strategy in ("ddp", "zero2"):
+            assert difference(tmp_path / name, two / f"swept {strategy}" / name) < SAME, (name, strategy)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", strategies_job.SCHEMES)
+def test_two_processes_train_a_scheme_as_one_does(tiny_llama, two, tmp_path, scheme):
+    options = {"batch_size": 4, "strategy": lambda: "auto", "devices": 1, "scheme": strategies_job.SCHEMES[scheme]}
+    strategies_job.run(tiny_llama, tmp_path, **options)
+    for name in ("seed_11", "seed_42", "seed_202", "fused", *(["seed_42_ema"] if scheme == "branch" else [])):
+        assert difference(tmp_path / name, two / scheme / name) < SAME, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", strategies_job.KINDS)
 def test_two_processes_give_the_adapters_of_one_of_every_kind(tiny_llama, tmp_path, kind):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from seedlora.merge.bound_rule import COMMON_DEFAULTS
+from seedlora.merge.common_options import COMMON_DEFAULTS
 from seedlora.merge.registry import METHODS
 from tests.helpers.paths import DOCS
 

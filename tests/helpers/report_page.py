@@ -130,6 +130,11 @@ def run_tables(found, meaning):
     """All tables of a run's page in their order, as (header, rows)."""
     tables = []
     add = lambda header, rows: tables.append((header.split("|") if isinstance(header, str) else header, rows))  # noqa: E731
+    if sweep := found["sweep"]:
+        seeds = list(sweep["rows"][0]["losses"])
+        losses = lambda r: [format(loss, ".4f") for loss in (*r["losses"].values(), r["mean"])]  # noqa: E731
+        values = lambda r: ", ".join(f"{v:g}" for v in r["values"].values())  # noqa: E731
+        add([", ".join(sweep["options"]), *seeds, "mean"], [[values(r), *losses(r)] for r in sweep["rows"]])
     for test in found["tests"]:
         scores = test["scores"]
         rows = [[r["adapter"], str(r["right"]), share(r["value"])] for r in scores]
@@ -194,9 +199,12 @@ def run_tables(found, meaning):
     ranks = weights["spectra"]["effective_rank"]
     std = weights["distributions"]["std"]
     add("adapter|effective rank|standard deviation", [[k, short(ranks.get(k)), short(v)] for k, v in std.items()])
-    plan = found["cost"]
+    plan, trained = found["cost"], ["replicas" if found["sweep"] else "seeds", str(len(found["seeds"]))]
     rows = [["budget", plan["budget"]], ["steps of each seed", str(plan["steps"])]]
-    rows += [["rows in a step of each seed", str(plan["batch"])], ["seeds", str(len(plan["seeds"]))]]
+    rows += [
+        ["rows in a step of each seed", str(plan["batch"])],
+        trained,
+    ]
     rows += [["passes", str(plan["passes"])], ["parameters of the frozen base", f"{plan['base_parameters']:,}"]]
     sample = found["train_sample"]
     rows += [["training rows scored after the test", str(sample["rows"])]]

@@ -65,6 +65,13 @@ KINDS = {
 #: Kinds that are not computed in float64, and the noise of their gradients: precision.py says what that is. (Whole
 #: models are sent between the processes in the dtype of the base's file.)
 IN_FLOAT32 = {"bf16": 1e-2, "compiled": 1e-5, "full": 1e-5}
+#: Options that the seeds differ in.
+SWEPT = {"learning_rate": [1e-3, 4e-3, 2e-3], "r": [2, 6, 4], "lora_plus_ratio": [1, 4, 1]}
+#: What replicas do together.
+SCHEMES = {
+    "branch": {"scheme": "branch", "ema": 0.9},
+    "local": {"scheme": "local", "average_every": 1, "outer_learning_rate": 0.7},
+}
 #: With steps so long that the validation loss soon rises.
 WATCHED = {"learning_rate": 0.02}
 
@@ -91,16 +98,21 @@ def run(
     poison: tuple[Poison, ...] = (),
     watched: bool = False,
     accelerator: str = "cpu",
+    sweep: dict[str, list[float]] | None = None,
+    scheme: dict[str, object] | None = None,
     **options: object,
 ) -> dict[str, object]:
     """Two passes, accumulation, with and without a clip, a number of rows that two ranks do not share evenly.
 
-    Watched, each seed keeps its best weights of up to ten validations and stops after one that is no better.
+    Watched, each seed keeps its best weights of up to ten validations and stops after one that is no better. Of a sweep
+    each seed has one value. A scheme trains all seeds in one pass.
     """
     exclude = "exclude" if poison else "stop"
-    patience = {"keep": "best", "patience": 1} if watched else {}
+    extra = {"keep": "best", "patience": 1} if watched else {}
+    extra |= {} if sweep is None else {"sweep": sweep, "sweep_mode": "zip"}
+    extra |= {"stack_size": 2} if scheme is None else scheme
     callback = SeedEnsembleCallback(
-        SEEDS, compare="ties", dirpath=dirpath, budget="full", stack_size=2, on_divergence=exclude, **patience
+        SEEDS, compare="ties", dirpath=dirpath, budget="full", on_divergence=exclude, **extra
     )
     module = make_module(base_model, gradient_checkpointing=True, **options)
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
@@ -174,6 +186,11 @@ def main(base_model: str, folder: str) -> None:
         metrics = run(base_model, dirpath, batch_size=2, strategy=make, devices=2)
         # every rank has the same numbers; the last to write wins
         (dirpath / "metrics.json").write_text(json.dumps(metrics))
+    for name in ("ddp", "zero2"):
+        dirpath = Path(folder) / f"swept {name}"
+        run(base_model, dirpath, batch_size=2, strategy=STRATEGIES[name], devices=2, sweep=SWEPT)
+    for name, scheme in SCHEMES.items():
+        run(base_model, Path(folder) / name, batch_size=2, strategy=STRATEGIES["ddp"], devices=2, scheme=scheme)
     broken = Path(folder) / "broken"
     run(base_model, broken, batch_size=2, strategy=FSDP2Strategy, devices=2, poison=(Break("seed_42", 3),))
     watched = Path(folder) / "watched"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import BitsAndBytesConfig
 from seedlora.adapters.reading import read_adapter
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.training.model_options import PROJECTIONS
-from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.schedule import learning_rate_factor
 from seedlora.updates.factors import LoRAFactors
 from tests.helpers.interventions import StopAfter
 from tests.helpers.models import make_data, make_module
@@ -131,12 +132,16 @@ def plain_peft_run(
     clip: float,
     ratio: float = 1.0,
     adapt: Adapt = plain_lora,
+    rows_of: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """Train one seed in plain PyTorch and PEFT, each row alone in its forward; of ours is the order of the rows."""
+    """Train one seed in plain PyTorch and PEFT, each row alone in its forward; of ours is the order of the rows.
+
+    With ``rows_of`` each step has the rows of all these seeds.
+    """
     data = make_data()
     data.tokenizer = make_module(base_model).tokenizer
     data.setup("fit")
-    data.seeds = (seed,)
+    data.seeds = tuple(rows_of) or (seed,)
     model, config = adapt(base_model)
     torch.manual_seed(seed)
     model = get_peft_model(model, config).train()
@@ -155,7 +160,7 @@ def plain_peft_run(
             optimizer.param_groups[0]["lr"] = 2e-3 * scale
             optimizer.param_groups[1]["lr"] = 2e-3 * scale * ratio
             losses, tokens = [], 0
-            for row in micro.rows[0]:
+            for row in itertools.chain(*micro.rows):
                 ids, labels = data.rows["train"].padded([row])
                 logits = model(input_ids=ids).logits[0, :-1]
                 said = labels[0, 1:] != -100

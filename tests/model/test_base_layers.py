@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from seedlora.model import base_layers as module
 from seedlora.model.base_layers import base_layers
 from tests.helpers.adapter_folders import small_gpt2, small_llama
 
@@ -48,3 +49,30 @@ def test_code_of_a_folder_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert base_layers(tmp_path, "CAUSAL_LM") is None
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_described_before_is_read_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEEDLORA_CACHE", str(tmp_path / "cache"))
+    small_gpt2().save_pretrained(tmp_path / "one")
+    first = module._known.__wrapped__(tmp_path / "one", 0, "CAUSAL_LM")
+    (kept,) = (tmp_path / "cache" / "base_layers").iterdir()
+    whole = kept.read_text()
+    for broken in ("", "[]", "{}", whole[:-9], whole.replace("[", "[7,")):
+        kept.write_text(broken)
+        assert module._known.__wrapped__(tmp_path / "one", 0, "CAUSAL_LM").shapes == first.shapes
+        assert kept.read_text() == whole
+    monkeypatch.setattr(module, "_describe", lambda *_: None)
+    again = module._known.__wrapped__(tmp_path / "one", 0, "CAUSAL_LM")
+    assert (again.shapes, again.transposed) == (first.shapes, first.transposed)
+    assert again.modules.find("h.0.attn.c_attn") == first.modules.find("h.0.attn.c_attn") is not None
+    assert module._known.__wrapped__(tmp_path / "one", 0, "SEQ_CLS") is None
+    config = (tmp_path / "one" / "config.json").read_text()
+    (tmp_path / "one" / "config.json").write_text(config.replace('"n_layer": 2', '"n_layer": 3'))
+    assert module._known.__wrapped__(tmp_path / "one", 0, "CAUSAL_LM") is None
+
+
+def test_without_a_place_for_a_cache_layers_are_described_each_time(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SEEDLORA_CACHE", str(tmp_path / "file" / "below"))
+    small_llama().save_pretrained(tmp_path / "one")
+    assert "lm_head" in base_layers(tmp_path / "one", "CAUSAL_LM").shapes

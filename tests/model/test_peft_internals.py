@@ -12,17 +12,11 @@ from seedlora.model.peft_internals import (
     LORA_LAYER_ATTRIBUTES,
     dequantize_weight,
     no_target_modules,
-    pattern_key,
 )
 from seedlora.model.quantization import quantize_layer
 
 
 class TestPEFT:
-    def test_pattern_key(self):
-        assert pattern_key({"q_proj": 4}, "model.layers.0.q_proj") == "q_proj"
-        assert pattern_key({r"layers\.0\..*": 4}, "model.layers.0.q_proj") == r"layers\.0\..*"
-        assert pattern_key({"v_proj": 4}, "model.layers.0.q_proj") == "model.layers.0.q_proj"
-
     def test_no_target_modules(self, tiny_llama):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         config = LoraConfig(target_modules=no_target_modules(), modules_to_save=["lm_head"])

@@ -60,7 +60,7 @@ def test_the_figures_of_a_comparison(compared):
     assert cost["long_seed"] == cost["fused"] == 3 * cost["seed_11"] == 3 * cost["wide_seed"]
     phases = {"starting", "training", "validation", "fusing"}
     assert {label: set(took) for label, took in found["took"].items()} == dict.fromkeys(
-        ("seeds", *TRAINED_CONTROLS), phases
+        ("seeds", "long_seed", "wide_seed"), phases
     )
     shares = {row["what"]: (row["all"], row["one"]) for row in found["shares"]}
     plan = json.loads((compared / "cost.json").read_text())["plan"]
@@ -132,7 +132,8 @@ def test_sixteen_seeds_and_controls_can_be_told_apart():
     others = {*METHODS, *CONTROLS} - {"soup"}
     assert len({(palette.colour(label), palette.marker(label)) for label in {*seeds, *others}}) == 16 + len(others)
     assert len({(palette.colour(label), palette.marker(label)) for label in seeds}) == 16
-    assert len({palette.colour(label) for label in ("seed_0", *TRAINED_CONTROLS)}) == 1 + len(TRAINED_CONTROLS)
+    kinds = ("seed_0", "long_seed", "outer_seed", "wide_seed", "wide_batch")
+    assert len({palette.colour(label) for label in kinds}) == len(kinds)
 
 
 def test_many_sub_domains_stand_below_each_other():

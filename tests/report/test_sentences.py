@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from seedlora.cli import train as cli
+from seedlora.cli import training_run as cli
 from seedlora.report.facts import facts
 from tests.helpers.report_runs import with_items, written_text
 
@@ -30,6 +30,7 @@ def test_the_verdict_is_the_comparison_with_its_interval(stored):
     assert [sentence.rpartition(": ")[2] for sentence in found["more"]] == [
         "--compare ties,knots_ties.",
         "--controls.",
+        "--controls equal_tokens.",
         "--controls untrained, with validation rows.",
     ]
     assert found["reproduce"]["versions"].keys() >= {"python", "torch", "reasoning-gym"}
@@ -67,7 +68,9 @@ def test_a_run_whose_fused_adapter_loses_says_so_and_names_the_better_one(run, c
     (run / "selection.json").write_text(json.dumps(selection | {"against": {}}))
     this = SimpleNamespace(dirpath=run), SimpleNamespace(fast_dev_run=False, is_global_zero=True)
     cli._report(SimpleNamespace(ensemble=this[0], trainer=this[1]), Console(width=500))
-    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    asked, _, where = capsys.readouterr().out.splitlines()
+    assert asked.startswith("Train longer, or fuse? That cannot be said: too few validations")
+    assert where == f"report: {run / 'report.html'}"
     text, found = (run / "report.md").read_text(), json.loads((run / "report.json").read_text())
     assert "The fused adapter (seedlora) is worse than soup: it gets 16.7 points less of the test items (" in text
     assert found["advice"]["headline"][1] == "Use soup: it is shown to be better than the fused adapter."

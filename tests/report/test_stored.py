@@ -10,7 +10,7 @@ import yaml
 
 from seedlora.adapters import adapter as adapter_file
 from seedlora.adapters.adapter import adapter_sha256
-from seedlora.cli import train as cli
+from seedlora.cli import training_run as cli
 from seedlora.merge import record
 from seedlora.report.facts import facts
 from seedlora.report.figures import figures

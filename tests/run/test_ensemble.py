@@ -17,12 +17,13 @@ from seedlora.records.selection import SELECTION, Selection
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.merging import merge_run
-from seedlora.training.replicas import Replica
+from seedlora.training.replicas import Replica, ReplicaOptions
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks, select_adapters
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 SEEDS = (3, 1, 2)
+NAMES = ("seed_3", "seed_1", "seed_2")
 
 
 def ensemble(folder, seeds=SEEDS, **options):
@@ -54,23 +55,23 @@ def test_an_ensemble_needs_no_lightning():
 
 def test_what_each_fit_trains(tmp_path):
     run = ensemble(tmp_path, controls="all", stack_size=2, budget="full")
-    assert (run.trained, run.pending, run.pending_controls, run.trains_controls) == ((), SEEDS, (), True)
+    assert (run.trained, run.pending, run.pending_controls, run.trains_controls) == ((), NAMES, (), True)
     assert run.next_names == ("seed_3", "seed_1")
     assert run.next_replicas == (Replica("seed_3", 3, 3), Replica("seed_1", 1, 1))
     assert run.metrics_path == tmp_path / "metrics-3-1.jsonl"
     assert run.control_limits(max_epochs=2, max_steps=-1) == {}
     train(run, "seed_3", "seed_1")
-    assert (run.trained, run.pending, run.next_names) == ((3, 1), (2,), ("seed_2",))
+    assert (run.trained, run.pending, run.next_names) == (("seed_3", "seed_1"), ("seed_2",), ("seed_2",))
     run.folder.leave_out({"seed_2": "training loss not finite in step 6"})
-    assert run.excluded == {2: "training loss not finite in step 6"}
+    assert run.excluded == {"seed_2": "training loss not finite in step 6"}
     assert (run.pending, run.pending_controls) == ((), ("long_seed", "wide_seed"))
     # a control stands for the first seed, with the tokens, or the rank, of all that were trained
-    assert (run.next_control, run.next_names, run.next_rank_factor) == ("long_seed", ("long_seed",), 1)
+    assert (run.next_control, run.next_names) == ("long_seed", ("long_seed",))
     assert run.next_replicas == (Replica("long_seed", 3, 3),)
     assert run.control_limits(max_epochs=2, max_steps=-1) == {"max_epochs": 6}
     assert run.control_limits(max_epochs=None, max_steps=5) == {"max_steps": 15}
     train(run, "long_seed")
-    assert (run.next_control, run.next_rank_factor) == ("wide_seed", 2)
+    assert run.next_replicas == (Replica("wide_seed", 3, 3, ReplicaOptions(rank_factor=2)),)
     assert run.control_limits(max_epochs=2, max_steps=-1) == {}
     train(run, "wide_seed")
     assert (run.next_control, run.next_names, run.next_replicas) == (None, (), ())
@@ -81,7 +82,7 @@ def test_what_each_fit_trains(tmp_path):
     ("vary", "seeds"), [("both", (1, 1)), ("init", (1, 3)), ("order", (3, 1))], ids=["both", "init", "order"]
 )
 def test_what_a_seed_decides(tmp_path, vary, seeds):
-    assert ensemble(tmp_path, vary=vary).replica(1) == Replica("seed_1", init_seed=seeds[0], order_seed=seeds[1])
+    assert ensemble(tmp_path, vary=vary).replicas[1] == Replica("seed_1", init_seed=seeds[0], order_seed=seeds[1])
 
 
 def test_auto_is_all_seeds_until_the_memory_has_decided(tmp_path):

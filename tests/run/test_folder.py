@@ -28,15 +28,15 @@ def save(folder, names, step):
 
 
 def test_what_is_left_to_do(tmp_path):
-    folder = RunFolder(tmp_path, [3, 1, 2], controls=("long_seed", "wide_seed"))
-    assert (folder.trained, folder.pending, folder.pending_controls) == ((), (3, 1, 2), ())
+    folder = RunFolder(tmp_path, ["seed_3", "seed_1", "seed_2"], controls=("long_seed", "wide_seed"))
+    assert (folder.trained, folder.pending, folder.pending_controls) == ((), ("seed_3", "seed_1", "seed_2"), ())
     train(folder, "seed_1")
-    assert (folder.trained, folder.pending) == ((1,), (3, 2))
-    assert folder.next_stack(1) == (3,)
-    assert folder.next_stack(None) == (3, 2)
+    assert (folder.trained, folder.pending) == (("seed_1",), ("seed_3", "seed_2"))
+    assert folder.next_stack(1) == ("seed_3",)
+    assert folder.next_stack(None) == ("seed_3", "seed_2")
     folder.leave_out({"seed_2": "diverged"})
     train(folder, "seed_3")
-    assert (folder.trained, folder.pending) == ((3, 1), ())
+    assert (folder.trained, folder.pending) == (("seed_3", "seed_1"), ())
     assert folder.pending_controls == ("long_seed", "wide_seed")
     folder.leave_out({"long_seed": "diverged too"})
     assert folder.pending_controls == ("wide_seed",)
@@ -44,9 +44,9 @@ def test_what_is_left_to_do(tmp_path):
 
 
 def test_a_control_of_fewer_seeds_is_trained_anew(tmp_path):
-    for number, seeds in enumerate(([1, 2], [1, 2, 3]), start=2):
+    for number, seeds in enumerate((["seed_1", "seed_2"], ["seed_1", "seed_2", "seed_3"]), start=2):
         folder = RunFolder(tmp_path, seeds, controls=("long_seed", "wide_seed"))
-        train(folder, *(name for name in map("seed_{}".format, seeds) if not (tmp_path / name).exists()))
+        train(folder, *(name for name in seeds if not (tmp_path / name).exists()))
         assert folder.pending_controls == ("long_seed", "wide_seed")
         for name in folder.controls:
             (tmp_path / name).mkdir(exist_ok=True)
@@ -55,14 +55,14 @@ def test_a_control_of_fewer_seeds_is_trained_anew(tmp_path):
         assert folder.pending_controls == ()
         assert folder.trained_controls == ("long_seed", "wide_seed")
     # and what was begun of it is of no use
-    again = RunFolder(tmp_path, [1, 2, 3, 4], controls=("long_seed", "wide_seed"))
+    again = RunFolder(tmp_path, ["seed_1", "seed_2", "seed_3", "seed_4"], controls=("long_seed", "wide_seed"))
     save(again, ("wide_seed",), 7)
     again.forget_checkpoints(("seed_4",))
     assert again.checkpoint(("wide_seed",)) is None
 
 
 def test_what_was_merged_before_is_forgotten(tmp_path):
-    folder = RunFolder(tmp_path, [1])
+    folder = RunFolder(tmp_path, ["seed_1"])
     train(folder, "seed_1", "fused", "soup")
     (tmp_path / "fused" / "fusion.json").write_text('{"method": "ties"}')
     (tmp_path / "selection.json").write_text("{}")
@@ -73,14 +73,32 @@ def test_what_was_merged_before_is_forgotten(tmp_path):
 
 
 def test_metrics_have_a_file_for_each_part_of_the_seeds(tmp_path):
-    folder = RunFolder(tmp_path, [1, 2, 3])
+    folder = RunFolder(tmp_path, ["seed_1", "seed_2", "seed_3"])
     names = [(), ("seed_1", "seed_2", "seed_3"), ("seed_1", "seed_3"), ("long_seed",)]
     files = ["metrics.jsonl", "metrics.jsonl", "metrics-1-3.jsonl", "metrics-long_seed.jsonl"]
     assert [folder.metrics(part).name for part in names] == files
 
 
+def test_many_long_names_are_cut_to_what_a_file_system_takes(tmp_path):
+    names = [f"seed_{seed}_lr0p00{seed}_r16_alpha32_cosine" for seed in range(11, 29)]
+    folder = RunFolder(tmp_path, [*names, "seed_7"])
+    folder.begin(names)
+    save(folder, names, 3)
+    save(folder, names, 4)
+    assert folder.checkpoint(names).name == "step=4.ckpt"
+    (of_stack,) = (tmp_path / "checkpoints").iterdir()
+    assert of_stack.name.startswith(f"{names[0]}-and-17-more-")
+    assert folder.metrics(names).name.startswith("metrics-11_lr0p0011_r16_alpha32_cosine-and-17-more-")
+    assert folder.checkpoint(names[:-1]) is None
+    train(folder, *names[:5])
+    assert folder.next_stack(None) == tuple(names)
+    train(folder, *names[5:])
+    folder.forget_checkpoints(names[:1])
+    assert not of_stack.exists()
+
+
 def test_one_checkpoint_is_kept_and_a_half_written_one_is_none(tmp_path):
-    folder = RunFolder(tmp_path, [1, 2])
+    folder = RunFolder(tmp_path, ["seed_1", "seed_2"])
     both = ("seed_1", "seed_2")
     assert folder.checkpoint(both) is None
     for step in (9, 10):
@@ -112,11 +130,11 @@ def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tmp_path, file, da
         for part in {file, file.replace("1", "0")}:
             (path / part).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"weights": torch.ones(300)}, path / part)
-    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == new
+    assert RunFolder(tmp_path, ["seed_1"]).checkpoint(("seed_1",)) == new
     (new / file).write_bytes(damage((new / file).read_bytes()))
-    assert RunFolder(tmp_path, [1]).checkpoint(("seed_1",)) == old
+    assert RunFolder(tmp_path, ["seed_1"]).checkpoint(("seed_1",)) == old
     (old / file).write_bytes(damage((old / file).read_bytes()))
-    folder = RunFolder(tmp_path, [1])
+    folder = RunFolder(tmp_path, ["seed_1"])
     with pytest.raises(ValueError, match=r"seed_1/step=10\.ckpt is damaged, and no older one is there; without it"):
         folder.checkpoint(("seed_1",))
     # the run gets there again
@@ -139,7 +157,7 @@ def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tmp_path, file, da
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, without, content):
-    folder = RunFolder(tmp_path, [1], controls=["long_seed"])
+    folder = RunFolder(tmp_path, ["seed_1"], controls=["long_seed"])
     folder.open(SETTINGS, resume=False)
     train(folder, "seed_1", "long_seed", "fused")
     (tmp_path / name).write_bytes(content)
@@ -149,22 +167,22 @@ def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, wit
 
 
 def test_a_stack_that_was_killed_while_it_was_written_goes_on_as_it_was(tmp_path):
-    folder = RunFolder(tmp_path, [1, 2, 3])
+    folder = RunFolder(tmp_path, ["seed_1", "seed_2", "seed_3"])
     folder.begin(("seed_1", "seed_2", "seed_3"))
-    assert folder.next_stack(2) == (1, 2)
+    assert folder.next_stack(2) == ("seed_1", "seed_2")
     folder.begin(("seed_1", "seed_2"))
     train(folder, "seed_1")
-    assert folder.next_stack(2) == (1, 2)
-    assert folder.next_stack(1) == (2,)
+    assert folder.next_stack(2) == ("seed_1", "seed_2")
+    assert folder.next_stack(1) == ("seed_2",)
     train(folder, "seed_2")
     folder.forget_checkpoints(("seed_1", "seed_2"))
     # of a larger stack that was begun before nothing is left: its finished seeds would train again
-    assert folder.next_stack(None) == (3,)
+    assert folder.next_stack(None) == ("seed_3",)
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
-    folder = RunFolder(tmp_path, [1])
+    folder = RunFolder(tmp_path, ["seed_1"])
     folder.open(SETTINGS, resume=False)
     assert folder.settings == SETTINGS
     with pytest.raises(ValueError, match="already holds a run; go on with it by resume=True, or choose another d"):

@@ -10,6 +10,7 @@ from transformers import MixtralConfig
 
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.replicas import ReplicaOptions
 from tests.helpers.models import FULL, make_module
 
 
@@ -49,7 +50,7 @@ def test_options_that_need_the_whole_base_are_named(options, expected):
 @pytest.mark.parametrize("adapter", ["lora", "rslora"])
 def test_a_wider_adapter_has_the_same_scaling(tiny_llama, adapter):
     options = ModelOptions(tiny_llama, adapter=adapter, r=4, lora_alpha=4, rank_pattern={"q_proj": 2})
-    one, three = options.lora_config(), options.lora_config(3)
+    one, three = options.lora_config(), options.of_replica(ReplicaOptions(rank_factor=3)).lora_config()
     root = 0.5 if adapter == "rslora" else 1
     assert (three.r, three.rank_pattern) == (12, {"q_proj": 6})
     assert three.lora_alpha / three.r**root == pytest.approx(one.lora_alpha / one.r**root)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.main import main
 from seedlora.training.live_updates import load_updates
-from seedlora.training.optimizer import learning_rate_factor
+from seedlora.training.schedule import learning_rate_factor
 from seedlora.training.whole_models import WholeModels
 from tests.helpers.models import FULL, ROWS, SEEDS, make_data, make_module
 from tests.helpers.precision import SAME, plain_model, relative

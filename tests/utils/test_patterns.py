@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from itertools import permutations
 
 import pytest
+from peft.utils.other import get_pattern_key
 
-from seedlora.utils.patterns import check_pattern
+from seedlora.utils.patterns import check_pattern, pattern_key
 
 PATH = "model.language_model.layers.31.self_attn.q_proj"
 
@@ -47,3 +49,24 @@ def test_the_slowest_that_is_taken_ends_soon(pattern):
     started = time.process_time()
     assert re.match(rf"(.*\.)?({pattern})$", PATH) is None
     assert time.process_time() - started < 1
+
+
+KEYS = [
+    "q_proj",
+    "v_proj",
+    "proj",
+    r"layers\.31\..*",
+    r"layers\.1\..*",
+    "self_attn|mlp",
+    "self_attn.q_proj",
+    "",
+    ".*",
+    PATH,
+    "^q_proj",
+]
+
+
+@pytest.mark.parametrize("keys", [[], *([key] for key in KEYS), *permutations(KEYS, 2)], ids=str)
+def test_a_layer_has_the_rank_that_it_has_in_peft(keys):
+    for path in (PATH, "q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp"):
+        assert pattern_key(keys, path) == get_pattern_key(keys, path)

@@ -1,0 +1,77 @@
+"""Show the validation loss of a sweep over its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from seedlora.names import GREEDY, SOUP, seed_of
+from seedlora.records.report import TrainingCurves
+from seedlora.records.sweep import SweepRecord, SweepRow
+from seedlora.report.parts import Drawings, Section, Table
+from seedlora.report.stored import StoredRun
+from seedlora.scores.wording import LOSS
+
+
+def sweep_record(run: StoredRun, curves: TrainingCurves) -> SweepRecord | None:
+    """Return the validation loss of each replica of a sweep, by its options; None if nothing is swept.
+
+    It is the loss of the adapters as they were written, where these were scored, and else that of the last validation.
+
+    Args:
+        run: what is stored.
+        curves: of the run.
+    """
+    own = {} if run.cost is None else run.cost["plan"].get("replicas", {})
+    if not any(own.values()):
+        return None
+    scores = {} if run.selection is None else run.selection["scores"]
+    losses = {label: score["loss"] for label, score in scores.items()}
+    if not losses:
+        losses = {label: end["last"] for label, end in curves["ends"].items()}
+    rows: list[SweepRow] = []
+    for label, values in own.items():
+        row = next((row for row in rows if row["values"] == values), None)
+        if row is None:
+            row = {"values": values, "losses": {}, "mean": None}
+            rows.append(row)
+        if label in losses:
+            row["losses"][f"seed {seed_of(label)}"] = losses[label]
+    for row in rows:
+        row["mean"] = sum(row["losses"].values()) / len(row["losses"]) if row["losses"] else None
+    best = min((label for label in own if label in losses), key=losses.__getitem__, default=None)
+    sentence = "No replica was validated, so nothing is said of the swept options."
+    if best is not None:
+        merged = [f"{label} has {LOSS(losses[label])}" for label in (SOUP, GREEDY) if label in losses]
+        parts = [f"The best replica of the validation rows is {best}, with a loss of {LOSS(losses[best])}", *merged]
+        sentence = "; ".join(parts) + "."
+    return {"options": list(next(iter(own.values()))), "rows": rows, "best": best, "sentences": [sentence]}
+
+
+def sweep_table(record: SweepRecord) -> Table:
+    """Make a table of validation losses: a row for each set of values, a column for each seed."""
+    seeds = list(dict.fromkeys(seed for row in record["rows"] for seed in row["losses"]))
+    several = any(len(row["losses"]) > 1 for row in record["rows"])
+    rows = []
+    for row in record["rows"]:
+        losses, mean = row["losses"], row["mean"]
+        cells = [f"{losses[seed]:.4f}" if seed in losses else "" for seed in seeds]
+        rows.append([values_text(row["values"]), *cells, *(["" if mean is None else f"{mean:.4f}"] if several else [])])
+    return Table([", ".join(record["options"]), *seeds, *(["mean"] if several else [])], rows)
+
+
+def values_text(values: Mapping[str, float | str]) -> str:
+    """Write the values of one row.
+
+    >>> values_text({"learning_rate": 0.002, "r": 16, "lr_scheduler": "linear"})
+    '0.002, 16, linear'
+    """
+    return ", ".join(value if isinstance(value, str) else f"{value:g}" for value in values.values())
+
+
+def sweep_section(record: SweepRecord | None, drawings: Drawings) -> Section:
+    """Show what was swept; empty if nothing was."""
+    if record is None:
+        return Section("")
+    lines = ["Validation loss, in nats per token, by the options that are swept.", *record["sentences"]]
+    picture = drawings.picture("sweep", "Validation loss over the swept options; a line for each seed.")
+    return Section("What was swept", lines, [sweep_table(record)], picture)
