@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+import scipy  # its statistics are imported when they are used first
 
 from seedlora.scores.intervals import CONFIDENCE_PERCENT, leaves_0_out
 
@@ -116,7 +116,7 @@ def _mean_of(values: np.ndarray) -> Estimate:
     error = float(values.std(ddof=1)) / math.sqrt(n)
     if error < 1e-12 * max(1.0, abs(mean)):
         return Estimate(mean, mean, mean)
-    half = error * float(student.ppf(0.5 + CONFIDENCE_PERCENT / 200, n - 1))
+    half = error * float(scipy.stats.t.ppf(0.5 + CONFIDENCE_PERCENT / 200, n - 1))
     return Estimate(mean, mean - half, mean + half)
 
 
