@@ -104,8 +104,13 @@ def _own_callbacks(trainer: pl.Trainer) -> Sequence[pl.Callback]:
 
 
 def _metrics_logger(trainer: pl.Trainer, ensemble: Ensemble) -> JSONLinesLogger:
-    """Return the logger that writes the metrics of this fit into the run's folder, beside the Trainer's own."""
+    """Return the logger that writes the metrics of this fit into the run's folder, beside the Trainer's own.
+
+    Where it is the only one, every step is logged, as ``train.py`` does: the report draws curves of them.
+    """
     loggers: list[Logger] = trainer.loggers
+    if not loggers:
+        trainer.log_every_n_steps = 1
     for logger in loggers:
         if isinstance(logger, JSONLinesLogger):
             logger.path = ensemble.metrics_path

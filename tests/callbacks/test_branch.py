@@ -84,7 +84,7 @@ def test_a_resumed_branch_gives_the_bits_of_one_that_was_not_killed(tiny_llama, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "tree"}, "Unknown ensemble.scheme 'tree'; choose one of independent, branch, local"),
+        ({"scheme": "tree"}, "Unknown scheme 'tree'; choose one of independent, branch, local"),
         ({"trunk": 0.5}, "ensemble.trunk is of scheme branch, and ensemble.scheme is independent"),
         ({"scheme": "branch", "trunk": 1.5}, "ensemble.trunk is a part of the steps, from 0 to 1, got 1.5"),
         ({"scheme": "branch", "vary": "init"}, "so their orders must differ: ensemble.vary init does not go with it"),

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from seedlora.callbacks import JSONLinesLogger, SeedEnsembleCallback
 from seedlora.cli.errors import UsageError
-from seedlora.cli.parser import check_config
 from seedlora.cli.train import main
+from seedlora.cli.train_words import check_config
 from seedlora.datamodules import StackData
 from seedlora.merge.methods.soup import soup
 from seedlora.report.page import write_report

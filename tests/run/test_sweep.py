@@ -59,7 +59,7 @@ def test_a_name_is_known_for_a_replica_of_its_seed(values):
         ),
         ({"learning_rate": ["1e-3", 0.001]}, "cross", "ensemble.sweep learning_rate has 0.001 more than once"),
         ({"r": [4, 8]}, "zip", "gives each of the 3 seeds its own value: ensemble.sweep r must have 3 values, got 2"),
-        ({"r": [4]}, "product", "Unknown ensemble.sweep_mode 'product'; choose one of cross, zip"),
+        ({"r": [4]}, "product", "Unknown sweep_mode 'product'; choose one of cross, zip"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(sweep, mode, message):
@@ -83,5 +83,5 @@ def test_a_replica_has_the_options_of_the_module_but_for_its_own():
     assert (own.learning_rate, own.r, own.lora_alpha, own.rank_pattern) == (6e-3, 16, 16, {"q_proj": 4})
     wide = module.of_replica(ReplicaOptions(rank_factor=3))
     assert (wide.r, wide.lora_alpha, wide.rank_pattern) == (24, 48, {"q_proj": 12})
-    with pytest.raises(ValueError, match="model.r must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="r must be at least 1, got 0"):
         module.of_replica(ReplicaOptions(r=0))

@@ -142,11 +142,11 @@ def test_a_sweep_is_merged_and_its_greedy_soup_is_scored_beside(tiny_llama, tmp_
             {"warmup_ratio": [0, 0.1]},
             "ensemble.sweep warmup_ratio does nothing with model.warmup_s",
         ),
-        ({}, {"learning_rate": [1e-3, -1]}, "for seed_1_lrm1: model.learning_rate must be positive, got -1.0"),
+        ({}, {"learning_rate": [1e-3, -1]}, "for seed_1_lrm1: learning_rate must be positive, got -1.0"),
         (
             {"adapter": "full", "learning_rate": 1e-4},
             {"r": [2]},
-            "for seed_1_r2: model.adapter full trains every weight",
+            "for seed_1_r2: adapter='full' trains every weight",
         ),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.cli.option_words import command_words
-from seedlora.cli.parser import DEFAULT_DATA, SeedLoRACLI, expand_short_options
+from seedlora.cli.parser import DEFAULT_DATA, SeedLoRACLI
 from seedlora.cli.train import main
+from seedlora.cli.train_words import expand_short_options
 from seedlora.utils.options import name_option, naming_options
 from tests.helpers.models import make_data, make_module
 from tests.helpers.training import make_trainer
