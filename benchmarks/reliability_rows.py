@@ -50,7 +50,7 @@ VALUES: list[Any] = [None, "", " ", 0, -1, 1e308, True, [], {}, [[]], "\ud83d", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutated file: what each reader said, and the seconds it took."""
+    """Hold what became of one mutated file: what each reader said, and the seconds it took."""
 
     seed: int
     name: str

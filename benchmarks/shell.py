@@ -1,4 +1,4 @@
-"""How soon the shell answers: whole processes, in processor seconds, beside the least that each could take.
+"""Measure how soon the shell answers: whole processes, in processor seconds, beside the least that each could take.
 
     python benchmarks/shell.py                     # three 7B-shaped adapters of rank 8, bfloat16
     python benchmarks/shell.py --layers 2 --repeat 1   # a short look

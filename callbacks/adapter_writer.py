@@ -50,7 +50,7 @@ class AdapterWriter(pl.Callback):
         if trainer.fast_dev_run:
             return
         ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
-        files = self._files(trainer.datamodule, module)
+        files = self._files(trainer.datamodule, module) if writes else {}
         module.check_weights()
         if not ensemble.trained and set(ensemble.pending) <= set(module.replicas.diverged):
             raise DivergedError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from seedlora.names import BASE, PREDICTIONS_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.answering import Answer, Answerer
 from seedlora.training.module import SeedLoRAModule
-from seedlora.utils.files import write_text
+from seedlora.utils.files import write_json_lines
 
 
 class Predictions(pl.Callback):
@@ -78,5 +77,4 @@ class Predictions(pl.Callback):
         """Write the answers, a JSON object a line."""
         module.answerer = None
         if self._ensemble.dirpath.is_dir():
-            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self._answers]
-            write_text(self._ensemble.dirpath / PREDICTIONS_NAME, "".join(lines))
+            write_json_lines(self._ensemble.dirpath / PREDICTIONS_NAME, self._answers)

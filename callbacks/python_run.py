@@ -1,4 +1,4 @@
-"""What stands around a fit and a test where a user's own code runs the Trainer."""
+"""Print and write what belongs around a fit and a test where a user's own code runs the Trainer."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -14,7 +13,7 @@ from seedlora.names import SAMPLES_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.losses import next_tokens
 from seedlora.training.module import SeedLoRAModule
-from seedlora.utils.files import write_text
+from seedlora.utils.files import write_json_lines
 
 
 class Sample(TypedDict):
@@ -86,5 +85,4 @@ class TestedRows(pl.Callback):
         """Write the rows of all ranks in their order; a run of whole models tests the base alone in this pass."""
         samples: list[Any] = sorted(gathered(self._samples), key=lambda sample: sample["item"])
         if trainer.is_global_zero and not trainer.fast_dev_run and not module.options.is_full_finetuning:
-            lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-            write_text(self._ensemble.dirpath / SAMPLES_NAME, "".join(lines))
+            write_json_lines(self._ensemble.dirpath / SAMPLES_NAME, samples)

@@ -302,7 +302,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
 
 @dataclass
 class _Found:
-    """What is counted while rows are read.
+    """Count what becomes of rows while they are read.
 
     Args:
         strict: end at the first row that holds something nobody reads.

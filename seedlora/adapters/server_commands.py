@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seedlora.adapters.servers import VLLM_RANKS, vllm_rank
-from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
+from seedlora.model.tokenizer_files import chat_template_file
 
 #: Stands in a command for a base model that no adapter names.
 _BASE_MODEL = "BASE_MODEL"
@@ -123,11 +123,10 @@ PY"""
     if vllm_rank(rank) is None:
         limit = f"# rank {rank} is over vLLM's limit of {VLLM_RANKS[-1]}"
         return f"{load}\n{limit}: merge fewer or smaller adapters to serve it"
-    template = adapter / CHAT_TEMPLATE_NAME
     words = vllm_command(
         base_model or _BASE_MODEL,
         [ServedAdapter(adapter.name, adapter, rank)],
-        chat_template=template if template.is_file() else None,
+        chat_template=chat_template_file(adapter),
     )
     before, after = words[: words.index("--lora-modules")], words[words.index("--lora-modules") :]
     return f"{load}\n# serve it with vLLM\n{shlex.join(before)} \\\n    {shlex.join(after)}"

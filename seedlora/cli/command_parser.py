@@ -1,4 +1,4 @@
-"""What the commands of ``python -m seedlora`` share: how options are read, and how bad input is answered."""
+"""Read the options of a command of ``python -m seedlora``, and answer bad input, in the same way for all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from seedlora.cli.errors import one_line
 from seedlora.cli.last_net import with_home
 
+SOURCE_HELP = "the folder of a run, an adapter's folder or hub id, a whole model"
+NAMED_BASE_HELP = "the base model; default: the one that the adapter names"
 BASE_HELP = "the base model, for DoRA, PiSSA, OLoRA and embeddings; default: the one that the adapters name"
 
 

@@ -1,4 +1,4 @@
-"""What ``inspect`` and ``compare`` share: adapters compared with a bar that counts layers."""
+"""Compare adapters with a bar that counts layers, for ``inspect`` and ``compare``."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from seedlora.adapters.gguf_file import ARCHITECTURES, MAGIC, gguf_model, write_
 from seedlora.adapters.modelfile import Turns, modelfile, prompt_facts
 from seedlora.adapters.reading import base_model_of, read_adapter
 from seedlora.adapters.servers import serving_problems
-from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.cli.command_parser import NAMED_BASE_HELP, CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, print_json
 from seedlora.merge.into_base import merge_into_base
 from seedlora.model.loading import load_config, resolve_base_model
@@ -74,7 +74,7 @@ def make_parser() -> CommandParser:
     add = parser.add_argument
     add("adapter", help="a PEFT adapter folder or hub id, or the folder of a whole model")
     add("--gguf", metavar="FILE", required=True, help="the file to write; only an older GGUF file is replaced")
-    add("--base", metavar="MODEL", help="the base model; default: the one that the adapter names")
+    add("--base", metavar="MODEL", help=NAMED_BASE_HELP)
     add("--base_gguf", metavar="FILE", help="the base model in this format, for the Modelfile and the printed commands")
     add("--into_base", action="store_true", help="write the whole model with the adapter in its weights")
     add("--quantize", metavar="TYPE", help="of a whole model, by llama.cpp's quantiser: Q4_K_M, Q8_0, ...")

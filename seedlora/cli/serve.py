@@ -24,11 +24,11 @@ from seedlora.adapters.server_commands import (
 )
 from seedlora.adapters.servers import NOT_KNOWN, serving_problems
 from seedlora.cli.adapter_choice import AdapterChoice, choose_adapters
-from seedlora.cli.command_parser import CommandParser, run_command
+from seedlora.cli.command_parser import NAMED_BASE_HELP, SOURCE_HELP, CommandParser, run_command
 from seedlora.cli.export import export_adapter, named_base
 from seedlora.cli.terminal import print_json
 from seedlora.model.loading import resolve_base_model
-from seedlora.model.tokenizer_files import CHAT_TEMPLATE_NAME
+from seedlora.model.tokenizer_files import chat_template_file
 from seedlora.records.json_file import JSONFile
 from seedlora.utils.places import expanded
 
@@ -58,9 +58,9 @@ def make_parser() -> CommandParser:
     """Make the parser of the command."""
     parser = CommandParser("serve", "Start vLLM or llama.cpp for a run or an adapter, or print the command.")
     add = parser.add_argument
-    add("source", metavar="RUN_OR_ADAPTER", help="the folder of a run, an adapter's folder or hub id, a whole model")
+    add("source", metavar="RUN_OR_ADAPTER", help=SOURCE_HELP)
     add("--server", choices=(VLLM, LLAMA_CPP), default=VLLM, help="default: vllm")
-    add("--base", metavar="MODEL", help="the base model; default: the one that the adapter names")
+    add("--base", metavar="MODEL", help=NAMED_BASE_HELP)
     add("--base_gguf", metavar="FILE", help="the base model in GGUF, which llama.cpp serves")
     add("--llama_cpp", metavar="FOLDER", help=f"where llama.cpp is; default: {SERVER} among the commands")
     add("--dry_run", action="store_true", help="print the command and start nothing")
@@ -212,8 +212,7 @@ def _reasons(folder: Path, base: str, server: str) -> list[str]:
 
 def _template(choice: AdapterChoice) -> Path | None:
     """Return the template of the chat endpoint, from the folder of the adapter that is asked for first."""
-    file = choice.folders[choice.first].absolute() / CHAT_TEMPLATE_NAME
-    return file if file.is_file() else None
+    return chat_template_file(choice.folders[choice.first].absolute())
 
 
 def _notes(choice: AdapterChoice, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from seedlora.adapters.adapter import CONFIG_NAME, PROMPT_NAME, is_model
 from seedlora.adapters.reading import base_model_of
 from seedlora.cli.adapter_choice import choose_adapters
-from seedlora.cli.command_parser import CommandParser
+from seedlora.cli.command_parser import NAMED_BASE_HELP, SOURCE_HELP, CommandParser
 from seedlora.datamodules import prompts
 from seedlora.datamodules.conversations import Turn
 from seedlora.datamodules.prompts import CHAT, PromptRecord
@@ -80,9 +80,9 @@ class Speakers:
 def add_options(parser: CommandParser) -> None:
     """Add what both commands take."""
     add = parser.add_argument
-    add("source", metavar="RUN_OR_ADAPTER", help="the folder of a run, an adapter's folder or hub id, a whole model")
+    add("source", metavar="RUN_OR_ADAPTER", help=SOURCE_HELP)
     add("--compare", default="", metavar="A,B", help="also these, side by side: names in the run, NAME=DIR, or base")
-    add("--base", metavar="MODEL", help="the base model; default: the one that the adapter names")
+    add("--base", metavar="MODEL", help=NAMED_BASE_HELP)
     add("--dtype", choices=list(DTYPES), default="auto", help="of the base model")
     add("--prompt_style", help=f"for adapters without a {PROMPT_NAME}; default: chat where the base has a template")
     add("--system", metavar="TEXT", help="a system turn before the first request")

@@ -57,7 +57,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
 
 
 def options_of_finished_run(argv: Sequence[str]) -> list[str]:
-    """The options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
+    """Return the options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
     given = values_of(argv, "--ensemble.dirpath")
     if not given:
         raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
@@ -71,7 +71,7 @@ def options_of_finished_run(argv: Sequence[str]) -> list[str]:
 
 
 def values_of(argv: Sequence[str], option: str) -> list[str]:
-    """What an option is given, as ``--option VALUE`` or ``--option=VALUE``."""
+    """Return what an option is given, as ``--option VALUE`` or ``--option=VALUE``."""
     found = []
     for word, following in pairwise([*argv, None]):
         name, equals, value = (word or "").partition("=")

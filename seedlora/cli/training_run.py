@@ -140,7 +140,7 @@ def _report_command(run: Path) -> str:
 
 
 def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
-    """Everything that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
+    """Do all that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
     if (cli.config.evaluate.task or cli.config.evaluate.lm_eval) and module.options.is_full_finetuning:
         raise UsageError(

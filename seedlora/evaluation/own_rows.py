@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Question(NamedTuple):
-    """What a row asks, and the answer that it holds.
+    """Hold what a row asks, and the answer that it has.
 
     Args:
         turns: all before the last answer.
@@ -81,7 +81,7 @@ def _words(text: str) -> list[str]:
 
 
 class AnswerLoss(NamedTuple):
-    """The loss of an answer: the sum over its tokens, the end token among them, and how many these are."""
+    """Hold the loss of an answer: the sum over its tokens, the end token among them, and how many these are."""
 
     total: float
     tokens: int

@@ -63,9 +63,9 @@ def _weights_sha256(folder: Path) -> str:
 
 def common_files(sources: Sequence[str | Path], names: Sequence[str]) -> dict[str, bytes]:
     """Return the files that lie beside all inputs and are the same: the prompt or base model of their training."""
-    found = {}
+    found, folders = {}, [locate(source) for source in sources]
     for name in names:
-        files = [locate(source) / name for source in sources]
+        files = [folder / name for folder in folders]
         contents = {file.read_bytes() if file.is_file() else None for file in files}
         if len(contents) == 1 and (content := contents.pop()) is not None:
             found[name] = content

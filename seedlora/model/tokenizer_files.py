@@ -41,6 +41,12 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, *, chat_template: str | 
         return read_tokenizer_files(Path(scratch))
 
 
+def chat_template_file(folder: Path) -> Path | None:
+    """Return the file of the chat template in a folder; None without one."""
+    file = folder / CHAT_TEMPLATE_NAME
+    return file if file.is_file() else None
+
+
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Read the files of a tokenizer that are in a folder."""
     found = sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())

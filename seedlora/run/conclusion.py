@@ -1,4 +1,4 @@
-"""What a run says for itself after its test, in the terminal."""
+"""Say in the terminal, after a test, what it found and which adapter to use."""
 
 from __future__ import annotations
 

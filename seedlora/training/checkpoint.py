@@ -1,4 +1,4 @@
-"""What a checkpoint says of the replicas whose weights it holds."""
+"""Tell of which replicas a checkpoint holds the weights."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_updates_are_those_of_peft_s_own_conversion(kind, adapters_of, tmp_path)
 
 
 def test_starts_are_subtracted_as_they_were(adapters_of, tmp_path):
-    """Of an adapter in bfloat16: its start was in float32, and is not rounded again."""
+    """The start of an adapter in bfloat16 was in float32, and is not rounded again."""
     case = adapters_of("pissa")
     shutil.copytree(case.folders[0], tmp_path / "a")
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(case.folders[0] / WEIGHTS_NAME).items()}

@@ -1,4 +1,4 @@
-"""What we know of PEFT's configurations."""
+"""PEFT's configurations are as we know them."""
 
 from __future__ import annotations
 
