@@ -1,0 +1,1 @@
+"""The study: where does an ensemble of seeds beat what costs the same?"""
