@@ -20,7 +20,8 @@ over the cells leaves 0 out; "better" is a lower test loss or more exact matches
    long seed's mean is as good as soup, fusing adds nothing to it.
 6. *The paper's rule, gains, KnOTS*: the claim is of accuracy after long training. If at three times the floor the rule
    has no more exact matches than soup on two of three tasks, the claim does not hold here.
-7. *Best fused step*: if it is no better than soup of each seed's own last step at the floor and past it, it goes.
+7. *Best fused step*: if it is no better than soup of the last steps, and than soup of each seed's own best, at the
+   floor and past it, it goes.
 8. *The sentence* "train longer, or fuse?": wrong if its sign is wrong in more than 1 of 5 cells whose truth is shown.
 
 What beats the best control on two of three tasks, by an interval that leaves 0 out, becomes a recipe.
@@ -109,6 +110,7 @@ WAYS: Mapping[str, Way] = {
     "outer, one seed": Way({"scheme": "local", "outer_learning_rate": 0.7}, seeds="first"),
     "rates": Way({"sweep_mode": "zip"}, rates=(0.5, 1.0, 2.0)),
     "best fused": Way({"keep": "best_fused"}, validates=True),
+    "best seeds": Way({"keep": "best"}, validates=True),
 }
 
 

@@ -15,7 +15,17 @@ from scipy.stats import t as student
 from benchmarks.study.design import COUNTS, LENGTHS, TASKS
 
 FIGURE = Path(__file__).parent / "lengths.svg"
-SHOWN = ("mean seed", "seedlora", "gain p", "soup x scale", "knots_ties", "ties", "soup of means", "best fused")
+SHOWN = (
+    "mean seed",
+    "seedlora",
+    "gain p",
+    "soup x scale",
+    "knots_ties",
+    "ties",
+    "soup of means",
+    "best fused",
+    "best seeds",
+)
 WAYS = ("one start", "branch 0.5", "local", "outer", "outer, one seed", "rates", "best rate")
 CONTROLS = ("long seed", "long seed, best", "long seed, mean", "wide batch")
 LENGTH_NAMES = {1 / 3: "a third of the floor", 1.0: "at the floor", 3.0: "three floors"}
