@@ -40,13 +40,15 @@ class Study:
         base: ``small``, ``embedded``, or a folder.
         work: where adapters are kept.
         accelerator: Lightning's word.
+        only: a word in the names of the cells that are meant; two processes can do those of two tasks.
     """
 
-    def __init__(self, base: str, work: Path, accelerator: str) -> None:
+    def __init__(self, base: str, work: Path, accelerator: str, only: str) -> None:
         self.label = Path(base).name
         self.setting = Setting(str(work / SMALL) if base == SMALL else base, work / f"cells_{self.label}", accelerator)
         self._lines_path, self._floors_path = RESULTS / f"{self.label}.jsonl", RESULTS / f"{self.label}_floors.json"
-        self.console = plain_console()
+        self.tasks = {label: task for label, task in TASKS.items() if label.startswith(only) or label in only}
+        self._only, self.console = only, plain_console()
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -64,12 +66,13 @@ class Study:
     def left(self) -> list[Cell]:
         """Return the cells that are not done, in their order."""
         done = [line["cell"] for line in self.lines]
-        return [cell for cell in design() if json.loads(json.dumps(asdict(cell))) not in done]
+        cells = [cell for cell in design() if self._only in cell.name]
+        return [cell for cell in cells if json.loads(json.dumps(asdict(cell))) not in done]
 
     def go_on(self, minutes: float) -> None:
         """Find the floors and do cells until the time is up; a cell that was begun is ended by the next call."""
         until = time.monotonic() + 60 * minutes
-        for label, task in TASKS.items():
+        for label, task in self.tasks.items():
             if label not in self.floors and time.monotonic() < until:
                 self.console.print(f"the floor of {label}")
                 found = find_floor(self.setting, label, task)
@@ -79,7 +82,7 @@ class Study:
                 return
             from benchmarks.study.cells import run_cell
 
-            self.console.print(f"{cell.name}: {len(self.left)} of {len(design())} cells left", highlight=False)
+            self.console.print(f"{cell.name}: {len(self.left)} cells left", highlight=False)
             line = run_cell(cell, self.setting, self.floors[cell.task])
             with self._lines_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -104,11 +107,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--only", default="", help="cells with this word in their name")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    study = Study(args.base, args.work, args.accelerator)
+    study = Study(args.base, args.work, args.accelerator, args.only)
     if args.summary:
         show(study.lines, study.floors, study.console)
     elif args.plan:
@@ -116,7 +120,7 @@ def main() -> None:
     else:
         args.work.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(exist_ok=True)
-        with (args.work / f"{study.label}.lock").open("w") as lock:
+        with (args.work / f"{study.label}{args.only}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if args.base == SMALL and not (args.work / SMALL / "config.json").is_file():
                 from benchmarks.study.small_base import make

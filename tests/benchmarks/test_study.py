@@ -24,18 +24,18 @@ class _Small(Task):
 
 @pytest.fixture
 def setting(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(design.TASKS, "chain_sum", _Small("chain_sum", design.TASKS["chain_sum"].options, 16))
+    monkeypatch.setitem(design.TASKS, "sums", _Small("chain_sum", design.TASKS["sums"].options, 16))
     monkeypatch.setattr("seedlora.training.model_options.fast_dtype", lambda: torch.float32)  # on every machine
     return training.Setting(tiny_llama, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_cell_scores_all_ways_as_peft_scores_their_folders(setting, tiny_llama):
-    cell = Cell("chain_sum", 1.0, (1, 2, 3))
+    cell = Cell("sums", 1.0, (1, 2, 3))
     line = json.loads(json.dumps(cells.run_cell(cell, setting, FLOOR)))
     assert {*design.WAYS} - {"independent"} <= {*line["test"]}
     assert {"long seed, best", "wide batch", "soup of means", "seedlora", "mean seed"} <= {*line["test"]}
-    data = training.model_and_data(setting, training.Run("", design.TASKS["chain_sum"], (1,), 1, 1e-2))[1]
+    data = training.model_and_data(setting, training.Run("", design.TASKS["sums"], (1,), 1, 1e-2))[1]
     for label, folder in {"soup": "independent/fused", "long seed": "independent/long_seed"}.items():
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, setting.work / cell.name / folder).eval()
@@ -51,12 +51,12 @@ def test_a_cell_scores_all_ways_as_peft_scores_their_folders(setting, tiny_llama
     # All is there: a second call trains nothing and finds the same.
     again = cells.run_cell(cell, setting, FLOOR)
     assert json.loads(json.dumps(again))["test"] == line["test"]
-    summary.show([line], {"chain_sum": {**FLOOR, "loss": 1.0}}, summary.Console(quiet=True))
+    summary.show([line], {"sums": {**FLOOR, "loss": 1.0}}, summary.Console(quiet=True))
 
 
 @pytest.mark.slow
 def test_a_cell_of_counts_has_soup_and_its_controls_of_each_number(setting):
-    cell = Cell("chain_sum", 1 / 3, design.EIGHT, "counts")
+    cell = Cell("sums", 1 / 3, design.EIGHT, "counts")
     line = cells.run_cell(cell, setting, FLOOR)
     for n in design.COUNTS:
         assert {f"soup of {n}", f"seedlora of {n}", f"long {n}", f"wide {n}"} <= {*line["test"]}
@@ -79,7 +79,7 @@ def test_every_cell_is_another_one_and_each_task_has_all_lengths():
 def _line(said: str, low: float, high: float) -> dict[str, object]:
     middle = (low + high) / 2
     vs = {"soup": {"loss": [middle, low, high]}}
-    return {"sentence": {"verdict": said}, "test": {"long seed": {"vs": vs}}, "cell": {"task": "chain_sum"}}
+    return {"sentence": {"verdict": said}, "test": {"long seed": {"vs": vs}}, "cell": {"task": "sums"}}
 
 
 def test_the_sentence_is_judged_where_the_truth_is_shown():
