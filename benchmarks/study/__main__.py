@@ -114,7 +114,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     study = Study(args.base, args.work, args.accelerator, args.only)
     if args.summary:
-        show(study.lines, study.floors, study.console)
+        show(study.label, study.lines, study.floors, study.console, RESULTS)
     elif args.plan:
         study.plan()
     else:

@@ -1,10 +1,10 @@
-"""Print what the cells say: tables, one figure, and what became of each idea that was to be proved wrong."""
+"""Make tables and the figure of the cells, in the terminal and as ``tables.md``."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,22 +13,23 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from benchmarks.study.design import COUNTS, LENGTHS, TASKS
+from seedlora.utils.files import write_text
 
-FIGURE = Path(__file__).parent / "lengths.svg"
-SHOWN = (
-    "mean seed",
-    "seedlora",
-    "gain p",
-    "soup x scale",
-    "knots_ties",
-    "ties",
-    "soup of means",
-    "best fused",
+FUSED = ("mean seed", "seedlora", "gain p", "soup x scale", "knots_ties", "ties", "soup of means")
+WAYS = (
     "best seeds",
+    "best fused",
+    "one start",
+    "branch 0.5",
+    "local",
+    "outer",
+    "outer, one seed",
+    "rates",
+    "best rate",
 )
-WAYS = ("one start", "branch 0.5", "local", "outer", "outer, one seed", "rates", "best rate")
 CONTROLS = ("long seed", "long seed, best", "long seed, mean", "wide batch")
-LENGTH_NAMES = {1 / 3: "a third of the floor", 1.0: "at the floor", 3.0: "three floors"}
+DRAWN = ("soup", "mean seed", "seedlora", "long seed, best", "wide batch", "local")
+LENGTH_NAMES = {1 / 3: "a third of the floor", 1.0: "the floor", 3.0: "three floors"}
 Line = dict[str, Any]
 
 
@@ -42,12 +43,33 @@ class Mean(NamedTuple):
     above: int
     n: int
 
-    def __str__(self) -> str:
-        """Return the mean, its interval, and the cells in which it was shown."""
+    def text(self, metric: str) -> str:
+        """Say the mean, its interval, and the cells in which the adapter was shown lower, higher, of all."""
         if not self.n:
             return ""
-        ends = "" if math.isnan(self.low) else f" ({self.low:+.3f} to {self.high:+.3f})"
-        return f"{self.value:+.3f}{ends} {self.below}<{self.above}>{self.n}"
+        scale, form = (100, "+.1f") if metric == "match" else (1, "+.3f")
+        ends = "" if math.isnan(self.low) else f" ({scale * self.low:{form}} to {scale * self.high:{form}})"
+        return f"{scale * self.value:{form}}{ends}; {self.below}, {self.above} of {self.n}"
+
+
+class Grid(NamedTuple):
+    """A table that is still to be printed."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def for_terminal(self) -> Table:
+        """Return it for Rich."""
+        table = Table(*self.header, title=self.title)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return f"## {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def mean_of(lines: Iterable[Line], label: str, reference: str = "soup", metric: str = "loss") -> Mean:
@@ -68,21 +90,47 @@ def mean_of(lines: Iterable[Line], label: str, reference: str = "soup", metric: 
     )
 
 
-def show(lines: Sequence[Line], floors: dict[str, Any], console: Console) -> None:
-    """Print all tables, and draw the figure."""
+def show(label: str, lines: Sequence[Line], floors: dict[str, Any], console: Console, folder: Path) -> None:
+    """Print all tables, and write them and the figure beside the results.
+
+    Args:
+        label: of the base model.
+        lines: of its cells.
+        floors: of its tasks.
+        console: to print on.
+        folder: of the results.
+    """
+    grids = list(tables(lines, floors))
+    for grid in grids:
+        console.print(grid.for_terminal())
+    text = "\n".join(grid.markdown() for grid in grids)
+    write_text(folder / f"{label}_tables.md", f"# The study's tables: base model {label}\n\n{text}")
+    draw([line for line in lines if line["cell"]["kind"] == "ways"], folder / f"{label}_lengths.svg")
+
+
+def tables(lines: Sequence[Line], floors: dict[str, Any]) -> Iterator[Grid]:
+    """Give all tables."""
     ways = [line for line in lines if line["cell"]["kind"] == "ways"]
-    for task, floor in floors.items():
-        console.print(
-            f"{task}: floor at {floor['epochs']} epochs, rate {floor['rate']:g}, validation loss {floor['loss']:.3f}"
-        )
+    yield Grid(
+        "The floors",
+        ("task", "epochs", "rate", "validation loss by rate and epochs"),
+        [
+            (task, str(floor["epochs"]), f"{floor['rate']:g}", _all_losses(floor["losses"]))
+            for task, floor in floors.items()
+        ],
+    )
+    yield _levels(ways)
     for metric in ("loss", "match"):
         for length in LENGTHS:
-            _show_length([line for line in ways if _is(line, length)], length, metric, console)
-    _show_levels(ways, console)
-    _show_counts([line for line in lines if line["cell"]["kind"] == "counts"], console)
-    _show_sentence(ways, console)
-    draw(ways, FIGURE)
-    console.print(f"figure: {FIGURE}")
+            yield _differences([line for line in ways if _is(line, length)], LENGTH_NAMES[length], metric)
+    yield _counts([line for line in lines if line["cell"]["kind"] == "counts"])
+    yield _sentences(ways)
+
+
+def _all_losses(losses: dict[str, dict[str, float]]) -> str:
+    return "; ".join(
+        f"{rate}: " + ", ".join(f"{epochs} {loss:.3f}" for epochs, loss in row.items()) for rate, row in losses.items()
+    )
 
 
 def _is(line: Line, length: float) -> bool:
@@ -93,54 +141,56 @@ def _of_task(lines: Iterable[Line], task: str) -> list[Line]:
     return [line for line in lines if line["cell"]["task"] == task]
 
 
-def _level(lines: Sequence[Line], label: str, metric: str) -> float:
-    """Return the mean loss, or matches in %, of an adapter."""
-    return statistics.mean(line["test"][label][metric] for line in lines) * (100 if metric == "match" else 1)
+def _both(lines: Sequence[Line], label: str) -> str:
+    """Return mean loss and mean matches in % of an adapter over cells."""
+    loss, match = (statistics.mean(line["test"][label][metric] for line in lines) for metric in ("loss", "match"))
+    return f"{loss:.3f}; {100 * match:.1f}"
 
 
-def _show_length(lines: Sequence[Line], length: float, metric: str, console: Console) -> None:
-    """Print the differences from soup at one length: over all cells, and of each task."""
-    table = Table(
-        title=f"{metric} less that of soup, {LENGTH_NAMES[length]}: mean (95 %) cells shown below < above > all"
-    )
-    for title in ("adapter", "all", *TASKS):
-        table.add_column(title)
-    for label in (*SHOWN, *WAYS, *CONTROLS):
-        by_task = [
-            mean_of([line for line in lines if line["cell"]["task"] == task], label, metric=metric) for task in TASKS
-        ]
-        table.add_row(label, str(mean_of(lines, label, metric=metric)), *map(str, by_task))
-    console.print(table)
+def _differences(lines: Sequence[Line], length: str, metric: str) -> Grid:
+    """Return the differences from soup at one length: over all cells, and of each task."""
+    unit = "in nats per token" if metric == "loss" else "in points"
+    title = f"At {length}: {metric} less that of soup, {unit}; cells shown lower, higher"
+    rows = []
+    for label in (*FUSED, *WAYS, *CONTROLS):
+        groups = [lines, *(_of_task(lines, task) for task in TASKS)]
+        rows.append((label, *(mean_of(group, label, metric=metric).text(metric) for group in groups)))
+    return Grid(title, ("adapter", "all", *TASKS), rows)
 
 
-def _show_levels(lines: Sequence[Line], console: Console) -> None:
-    """Print mean losses and matches themselves."""
-    table = Table(title="test loss and exact match in %, means over sets")
+def _levels(lines: Sequence[Line]) -> Grid:
+    """Return mean losses and matches themselves."""
     labels = ("mean seed", "soup", "seedlora", "long seed, best", "wide batch")
-    for title in ("task", "length", "cosine", *labels):
-        table.add_column(title)
+    rows = []
     for task in TASKS:
         for length in LENGTHS:
-            own = [line for line in lines if line["cell"]["task"] == task and _is(line, length)]
+            own = [line for line in _of_task(lines, task) if _is(line, length)]
             if own:
-                levels = [f"{_level(own, label, 'loss'):.3f}; {_level(own, label, 'match'):.1f}" for label in labels]
-                cosine = f"{statistics.mean(line['cosine'] for line in own):.2f}"
-                table.add_row(task, LENGTH_NAMES[length], cosine, *levels)
-    console.print(table)
+                cosine = statistics.mean(line["cosine"] for line in own)
+                steps = str(own[0]["steps"])
+                levels = [_both(own, label) for label in labels]
+                rows.append((task, LENGTH_NAMES[length], steps, f"{len(own)}", f"{cosine:.2f}", *levels))
+    header = ("task", "length", "steps", "sets", "cosine of seeds", *labels)
+    return Grid("Test loss; exact match in %, means over sets of seeds", header, rows)
 
 
-def _show_counts(lines: Sequence[Line], console: Console) -> None:
-    """Print losses and matches by the number of seeds, each trained to the floor, and of one seed for their tokens."""
-    table = Table(title="at the floor, by number of seeds: loss; exact match in %")
-    for title in ("task", "seeds", "mean seed", "soup", "seedlora", "long, best", "wide, rate x root n"):
-        table.add_column(title)
+def _counts(lines: Sequence[Line]) -> Grid:
+    """Return losses and matches by the number of seeds, each trained to the floor, and of one seed for their tokens."""
+    rows = []
     for line in lines:
-        test = line["test"]
         for n in COUNTS:
             labels = ("mean seed", f"soup of {n}", f"seedlora of {n}", f"long {n}", f"wide {n}")
-            found = [f"{test[label]['loss']:.3f}; {100 * test[label]['match']:.1f}" for label in labels]
-            table.add_row(line["cell"]["task"], str(n), *found)
-    console.print(table)
+            rows.append((line["cell"]["task"], str(n), *(_both([line], label) for label in labels)))
+    header = (
+        "task",
+        "seeds",
+        "mean of 8",
+        "soup",
+        "seedlora",
+        "one seed, n times the steps, its best",
+        "n times the rows",
+    )
+    return Grid("At the floor, by number of seeds: test loss; exact match in %", header, rows)
 
 
 def sentence_counts(lines: Iterable[Line]) -> dict[str, int]:
@@ -161,13 +211,12 @@ def sentence_counts(lines: Iterable[Line]) -> dict[str, int]:
     return counts
 
 
-def _show_sentence(lines: Sequence[Line], console: Console) -> None:
-    """Print how often the sentence was right, by length."""
-    for length in LENGTHS:
-        counts = sentence_counts([line for line in lines if _is(line, length)])
-        console.print(
-            f"train longer, or fuse? {LENGTH_NAMES[length]}: {', '.join(f'{n} {k}' for k, n in counts.items())}"
-        )
+def _sentences(lines: Sequence[Line]) -> Grid:
+    """Return how often the sentence was right, by length."""
+    by_length = {LENGTH_NAMES[length]: [line for line in lines if _is(line, length)] for length in LENGTHS}
+    counts = {name: sentence_counts(own) for name, own in {**by_length, "all": lines}.items()}
+    rows = [(name, *map(str, own.values())) for name, own in counts.items()]
+    return Grid("Train longer, or fuse? The sentence against the long seed's test loss", ("at", *counts["all"]), rows)
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
@@ -177,23 +226,21 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
     from seedlora.report.drawing import COLOURS
 
-    labels = ("soup", "mean seed", "seedlora", "long seed, best", "wide batch", "local")
     with rc_context({"svg.hashsalt": "study", "font.size": 9}):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         for i, task in enumerate(TASKS):
             panel = figure.add_subplot(1, len(TASKS), i + 1)
-            for label, colour in zip(labels, COLOURS, strict=False):
+            for label, colour in zip(DRAWN, COLOURS, strict=False):
                 points = []
                 for length in LENGTHS:
-                    own = [line for line in lines if line["cell"]["task"] == task and _is(line, length)]
-                    values = [line["test"][label]["loss"] for line in own if label in line["test"]]
-                    if values:
-                        points.append((length, statistics.mean(values)))
+                    own = [line for line in _of_task(lines, task) if _is(line, length) and label in line["test"]]
+                    if own:
+                        points.append((length, statistics.mean(line["test"][label]["loss"] for line in own)))
                 if points:
                     panel.plot(*zip(*points, strict=True), marker="o", label=label, color=colour)
             panel.set(title=task.replace("_", " "), xscale="log", xlabel="epochs of a seed, in floors")
             panel.set_xticks(LENGTHS, ["1/3", "1", "3"])
             panel.minorticks_off()
         figure.axes[0].set_ylabel("test loss, nats per token")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
         figure.savefig(path, metadata={"Date": None})

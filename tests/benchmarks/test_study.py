@@ -51,7 +51,9 @@ def test_a_cell_scores_all_ways_as_peft_scores_their_folders(setting, tiny_llama
     # All is there: a second call trains nothing and finds the same.
     again = cells.run_cell(cell, setting, FLOOR)
     assert json.loads(json.dumps(again))["test"] == line["test"]
-    summary.show([line], {"sums": {**FLOOR, "loss": 1.0}}, summary.Console(quiet=True))
+    floors = {"sums": {**FLOOR, "loss": 1.0, "losses": {"0.01": {"3": 1.0}}}}
+    summary.show("tiny", [line], floors, summary.Console(quiet=True), setting.work)
+    assert "seedlora" in (setting.work / "tiny_tables.md").read_text()
 
 
 @pytest.mark.slow
