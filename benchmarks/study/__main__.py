@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.design import TASKS, Cell, design
+from benchmarks.study.design import RATES, TASKS, Cell, design
 from benchmarks.study.floors import find_floor
 from benchmarks.study.summary import show
 from benchmarks.study.training import Setting
@@ -44,7 +44,7 @@ class Study:
     """
 
     def __init__(self, base: str, work: Path, accelerator: str, only: str) -> None:
-        self.label = Path(base).name
+        self.label, self.is_small = Path(base).name, base == SMALL
         self.setting = Setting(str(work / SMALL) if base == SMALL else base, work / f"cells_{self.label}", accelerator)
         self._lines_path, self._floors_path = RESULTS / f"{self.label}.jsonl", RESULTS / f"{self.label}_floors.json"
         self.tasks = {label: task for label, task in TASKS.items() if label.startswith(only) or label in only}
@@ -66,7 +66,7 @@ class Study:
     def left(self) -> list[Cell]:
         """Return the cells that are not done, in their order."""
         done = [line["cell"] for line in self.lines]
-        cells = [cell for cell in design() if self._only in cell.name]
+        cells = [cell for cell in design(small=self.is_small) if self._only in cell.name]
         return [cell for cell in cells if json.loads(json.dumps(asdict(cell))) not in done]
 
     def go_on(self, minutes: float) -> None:
@@ -75,7 +75,7 @@ class Study:
         for label, task in self.tasks.items():
             if label not in self.floors and time.monotonic() < until:
                 self.console.print(f"the floor of {label}")
-                found = find_floor(self.setting, label, task)
+                found = find_floor(self.setting, label, task, rates=RATES if self.is_small else RATES[1:2])
                 write_text(self._floors_path, json.dumps({**self.floors, label: found}, indent=1) + "\n")
         for cell in self.left:
             if time.monotonic() >= until:

@@ -108,6 +108,8 @@ def _ways(cell: Cell, epochs: int, rate: float) -> dict[str, Run]:
     """Return the run of each way by its label."""
     task, found = TASKS[cell.task], {}
     for label, way in WAYS.items():
+        if cell.kind == "controls" and "controls" not in way.options:
+            continue
         steps = steps_of(task, epochs)
         options = dict(way.options)
         if way.ema:
@@ -244,7 +246,7 @@ def _sentence(
     """Return what the product would say of training longer or fusing, from the validation losses in training."""
     curves = CURVES.read(setting.work / run.name)
     names = [f"seed_{seed}" for seed in cell.seeds]
-    if cell.kind != "ways" or curves is None:
+    if curves is None:
         return None
     steps = [int(step) for step, _ in curves[names[0]]]
     total = steps_of(run.task, run.epochs)

@@ -122,7 +122,7 @@ class Cell:
         task: of :data:`TASKS`.
         length: of each replica, in floors of the task.
         seeds: of the replicas.
-        kind: ``ways`` or ``counts``.
+        kind: ``ways``, ``controls`` (independent seeds and their controls alone) or ``counts``.
     """
 
     task: str
@@ -136,8 +136,16 @@ class Cell:
         return f"{self.task}_{self.length:.2g}_{'-'.join(map(str, self.seeds))}_{self.kind}"
 
 
-def design(tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
-    """Return all cells, in the order of what one wants to know next: each task once before any a second time."""
+def design(*, small: bool, tasks: Sequence[str] = tuple(TASKS)) -> list[Cell]:
+    """Return all cells, in the order of what one wants to know next: each task once before any a second time.
+
+    Args:
+        small: whether the base model is the small one; of another, independent seeds and their controls are asked.
+        tasks: labels.
+    """
+    if not small:
+        lengths = (1.0, 1 / 3, 3.0)
+        return [Cell(task, length, seeds, "controls") for seeds in SETS for length in lengths for task in tasks]
     cells = [Cell(task, length, SETS[0]) for length in (1.0, 3.0, 1 / 3) for task in tasks]
     cells += [Cell(task, length, SETS[1]) for length in (1.0, 3.0, 1 / 3) for task in tasks]
     cells += [Cell(task, 1.0, EIGHT, "counts") for task in tasks]

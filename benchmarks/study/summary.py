@@ -105,12 +105,12 @@ def show(label: str, lines: Sequence[Line], floors: dict[str, Any], console: Con
         console.print(grid.for_terminal())
     text = "\n".join(grid.markdown() for grid in grids)
     write_text(folder / f"{label}_tables.md", f"# The study's tables: base model {label}\n\n{text}")
-    draw([line for line in lines if line["cell"]["kind"] == "ways"], folder / f"{label}_lengths.svg")
+    draw([line for line in lines if line["cell"]["kind"] != "counts"], folder / f"{label}_lengths.svg")
 
 
 def tables(lines: Sequence[Line], floors: dict[str, Any]) -> Iterator[Grid]:
     """Give all tables."""
-    ways = [line for line in lines if line["cell"]["kind"] == "ways"]
+    ways = [line for line in lines if line["cell"]["kind"] != "counts"]
     yield Grid(
         "The floors",
         ("task", "epochs", "rate", "validation loss by rate and epochs"),
