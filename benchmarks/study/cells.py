@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.design import COUNTS, EMA_PART, TASKS, WAYS, Cell
-from benchmarks.study.training import CURVES, Run, Setting, model_and_data, stack_of, steps_of, train
+from benchmarks.study.training import Run, Setting, model_and_data, stack_of, steps_of, train
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.names import LONG_SEED, LONG_SEED_BEST, WIDE_BATCHES, ema_name
+from seedlora.report.stored import read_run
+from seedlora.report.train_or_fuse import train_or_fuse_record
+from seedlora.report.training_curves import training_curves
 from seedlora.scores.intervals import paired_difference
 from seedlora.scores.row_scores import RowScores
-from seedlora.scores.train_or_fuse import Estimate, fall_per_efold, train_or_fuse
 from seedlora.selection.candidates import gain_family, scaled_soups
 from seedlora.selection.choice import Score, choose, score_lazily
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.schedule import learning_rate_factor, warmup_of
 from seedlora.updates.diagnostics import model_cosines
 from seedlora.updates.stacks import Layers, select_adapters
 
@@ -85,7 +86,7 @@ def run_cell(cell: Cell, setting: Setting, floor: Mapping[str, Any]) -> dict[str
         "seconds": {"train": round(trained - began), "score": round(time.monotonic() - trained)},
         "cosine": _cosine(stacks),
         "chosen": chosen,
-        "sentence": _sentence(cell, setting, first, val, module),
+        "sentence": None if cell.kind == "counts" else _sentence(setting.work / first.name),
     }
     for split, scores in (("val", val), ("test", test)):
         line[split] = _outcomes(scores, entries.seeds)
@@ -240,21 +241,8 @@ def _difference(a: np.ndarray, b: np.ndarray) -> list[float]:
     return [round(float(part), 5) for part in (found.value, found.low, found.high)]
 
 
-def _sentence(
-    cell: Cell, setting: Setting, run: Run, val: Mapping[str, RowScores], module: SeedLoRAModule
-) -> dict[str, Any] | None:
-    """Return what the product would say of training longer or fusing, from the validation losses in training."""
-    curves = CURVES.read(setting.work / run.name)
-    names = [f"seed_{seed}" for seed in cell.seeds]
-    if curves is None:
-        return None
-    steps = [int(step) for step, _ in curves[names[0]]]
-    total = steps_of(run.task, run.epochs)
-    options = module.options
-    warmup = warmup_of(total, ratio=options.warmup_ratio, steps=options.warmup_steps)
-    rate = partial(learning_rate_factor, schedule=options.lr_scheduler, warmup=warmup, total=total)
-    slope = fall_per_efold(steps, [[loss for _, loss in curves[name]] for name in names], rate)
-    per_item = [_per_token(val[name]) for name in names]
-    gain = Estimate(*_difference(np.mean(per_item, axis=0), _per_token(val[SOUP])))
-    found = train_or_fuse(slope, gain, len(names))
-    return {"verdict": found.verdict, "slope": slope, "gain": gain, "margin": found.margin}
+def _sentence(folder: Path) -> dict[str, Any] | None:
+    """Return what the product says of a run: train longer, or fuse?"""
+    run = read_run(folder)
+    found = train_or_fuse_record(run, training_curves(folder, run.seeds, run.merged_label))
+    return None if found is None else {key: value for key, value in found.items() if key != "sentences"}

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.study.design import EPOCHS, SCOUT, Task
-from benchmarks.study.training import CURVES, Run, Setting, train
+from benchmarks.study.training import Run, Setting, train
+from seedlora.records.training import TRAINED
 
 
 def find_floor(setting: Setting, label: str, task: Task, *, rates: Sequence[float]) -> dict[str, Any]:
@@ -20,8 +21,8 @@ def find_floor(setting: Setting, label: str, task: Task, *, rates: Sequence[floa
         options = {"sweep": {"learning_rate": list(rates)}, "merge": "none"}
         run = Run(f"floor_{label}_{epochs}", task, (SCOUT,), epochs, rates[0], options)
         ensemble = train(setting, run)
-        curves = CURVES.read(ensemble.dirpath) or {}
+        trained = TRAINED.read(ensemble.dirpath) or {}
         for rate, replica in zip(rates, ensemble.ensemble.replicas, strict=True):
-            losses[f"{rate:g}"][str(epochs)] = curves[replica.name][-1][1]
+            losses[f"{rate:g}"][str(epochs)] = round(trained[replica.name]["validation_loss"], 6)
     loss, rate, epochs = min((loss, rate, epochs) for rate, row in losses.items() for epochs, loss in row.items())
     return {"epochs": int(epochs), "rate": float(rate), "loss": loss, "losses": losses}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
 
 from benchmarks.study.design import BATCH, RANK, VALIDATIONS, Task
 from seedlora.adapters.reading import read_adapter
@@ -19,12 +18,8 @@ from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules import ReasoningGym
 from seedlora.merge.inputs import stack_adapters
 from seedlora.names import SETTINGS_NAME
-from seedlora.records.json_file import JSONFile
 from seedlora.training.module import SeedLoRAModule
 from seedlora.updates.factors import LoRAFactors
-
-#: Of a folder of a run: validation losses by adapter, each a list of [step, loss].
-CURVES = JSONFile("curves.json", dict[str, list[list[float]]])
 
 
 @dataclass(frozen=True)
@@ -65,30 +60,6 @@ class Run:
     validates: bool = True
 
 
-class Curves(pl.Callback):
-    """Keep the validation loss of each adapter at each validation in the run's folder, also across a kill."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write down what was just measured."""
-        if trainer.sanity_checking:
-            return
-        curves = CURVES.read(self._folder) or {}
-        for name, value in trainer.callback_metrics.items():
-            if not name.startswith("val/loss_"):
-                continue
-            curve = curves.setdefault(name.removeprefix("val/loss_"), [])
-            curve[:] = [point for point in curve if point[0] < trainer.global_step]
-            curve.append([trainer.global_step, _number(value)])
-        CURVES.write(self._folder, curves)
-
-
-def _number(value: Tensor) -> float:
-    return round(float(value), 6)
-
-
 def steps_of(task: Task, epochs: int) -> int:
     """Return the optimizer steps of a replica."""
     return epochs * math.ceil(task.num_train / BATCH)
@@ -114,7 +85,6 @@ def train(setting: Setting, run: Run) -> SeedEnsembleCallback:
         resume=(folder / SETTINGS_NAME).is_file(),
         **{"merge": "soup" if run.validates else "none", **run.options},
     )
-    ensemble.leave_plan_and_report()
     while ensemble.pending or ensemble.pending_controls:
         module, data = model_and_data(setting, run)
         steps = steps_of(run.task, run.epochs)
@@ -132,7 +102,7 @@ def train(setting: Setting, run: Run) -> SeedEnsembleCallback:
             enable_model_summary=False,
             enable_progress_bar=False,
             use_distributed_sampler=False,
-            callbacks=[ensemble, Curves(folder)],
+            callbacks=[ensemble],
         )
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.fit(module, datamodule=data, ckpt_path=ensemble.ckpt_path)

@@ -14,6 +14,7 @@ from seedlora.records.results import LossRecord
 from seedlora.records.train_or_fuse import TrainOrFuseRecord
 from seedlora.report.stored import StoredRun
 from seedlora.report.training_curves import end_of
+from seedlora.run.ensemble_options import INDEPENDENT
 from seedlora.scores.train_or_fuse import (
     FUSE,
     TRAIN_LONGER,
@@ -39,7 +40,8 @@ def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseR
     plan = None if run.cost is None else run.cost["plan"]
     if plan is None or not run.trained or run.pending:
         return None
-    if any(plan.get("replicas", {}).values()) or plan.get("scheme") is not None:
+    settings = cast("Mapping[str, object]", run.settings)
+    if any(plan.get("replicas", {}).values()) or settings.get("ensemble.scheme", INDEPENDENT) != INDEPENDENT:
         return None
     ratio = _loss_ratio(run.trained, curves)
     found = train_or_fuse(_slope(run, curves, plan), _gain(run), len(run.trained), loss_ratio=ratio)
