@@ -49,8 +49,12 @@ def test_what_cannot_be_said_is_said_so(stored, run):
     assert "what soup gains was not measured" in write_report(run)["train_or_fuse"]["sentences"][0]
 
 
-def test_replicas_that_learn_from_each_other_are_not_asked(run):
+@pytest.mark.parametrize(("scheme", "asked"), [("branch", False), ("local", False), ("independent", True)])
+def test_replicas_that_learn_from_each_other_are_not_asked(run, scheme, asked):
+    """An exponential mean beside independent seeds, which the plan tells of in the same place, changes nothing."""
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**settings, "ensemble.scheme": scheme}))
     plan = json.loads((run / "cost.json").read_text())
-    plan["plan"]["scheme"] = "a trunk of 2 steps, then branches"
+    plan["plan"]["scheme"] = "an exponential mean of each replica's weights"
     (run / "cost.json").write_text(json.dumps(plan))
-    assert write_report(run)["train_or_fuse"] is None
+    assert (write_report(run)["train_or_fuse"] is not None) == asked
