@@ -59,7 +59,10 @@ class ComparisonOnTest(pl.Callback):
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
         ensemble.results = outcome.results(ensemble.trained)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
+            record = outcome.record(ensemble.results, trainer.datamodule)
+            if ensemble.excluded:
+                record["left_out"] = ensemble.excluded
+            RESULTS.write(ensemble.dirpath, record)
             if is_trained(ensemble.fused_path):
                 refresh_card(ensemble.fused_path)
 

@@ -199,7 +199,7 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: peak.forget()))
     trainer.fit(cli.model, datamodule=data)
     seconds = cli.throughput.seconds * accumulate
-    total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    total = timedelta(seconds=round(seconds * plan.steps * plan.passes * plan.share))
     what = "training the seeds" if ensemble.trains_controls else "training"
     n = len(plan.replicas)
     console.print(

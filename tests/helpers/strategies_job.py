@@ -141,7 +141,7 @@ def run(
         assert (weight.dtype == torch.bfloat16) == (module.options.base_dtype == torch.bfloat16)
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics |= {f"best step of {name}": best.step for name, best in callback.fit_state.best.items()}
-        metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.diverged)}
+        metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.left_out)}
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}
