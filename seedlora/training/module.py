@@ -235,6 +235,7 @@ class SeedLoRAModule(pl.LightningModule):
                 self.stack,
                 self.token_losses,
                 dropout_key=(self.current_epoch, batch_idx, self.global_rank) if self.options.lora_dropout else None,
+                are_one=self.are_one,
                 reduce=partial(self.trainer.strategy.reduce, reduce_op="sum"),
             )
             if not (broken := losses.broken(self.stack)):

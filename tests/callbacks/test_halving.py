@@ -107,7 +107,7 @@ def test_a_resume_drops_the_same_to_the_same_bits(tiny_llama, tmp_path, stop):
         for resume in (False, True)[: 2 if name == "killed" else 1]:
             callback = ensemble(tmp_path / name, [0.2, 0.5], seeds=(1, 2, 3), resume=resume, checkpoint_every_n_steps=1)
             run = make_trainer(callback, max_epochs=1)
-            run.callbacks.append(seen := Validations())
+            run.callbacks.insert(0, seen := Validations())
             if name == "killed" and not resume:
                 run.callbacks.append(Terminate(stop - 1))
             arguments = {"datamodule": make_data(), "ckpt_path": callback.ckpt_path, "weights_only": True}
@@ -129,7 +129,7 @@ def test_a_resume_drops_the_same_to_the_same_bits(tiny_llama, tmp_path, stop):
 
 def test_one_that_was_stopped_by_patience_takes_part(tiny_llama, tmp_path):
     callback = ensemble(tmp_path / "x", [0.75], seeds=(1, 2), patience=1, keep="best")
-    module, run = fit_scripted(tiny_llama, callback, {"seed_1": [1, 2], "seed_2": [5, 4, 3, 2]}, max_epochs=1)
+    _, run = fit_scripted(tiny_llama, callback, {"seed_1": [1, 2], "seed_2": [5, 4, 3, 2]}, max_epochs=1)
     rows = trained(callback)
     assert (rows["seed_1"]["steps"], rows["seed_1"]["stopped"]) == (6, True)
     assert (rows["seed_2"]["steps"], rows["seed_2"]["dropped"], rows["seed_2"]["kept_step"]) == (9, 9, None)
@@ -183,7 +183,7 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         (
             {},
             {"limit_val_batches": 0},
-            "halving drops the replicas with the higher losses on validation rows, and ther",
+            "halving drops the replicas with the higher losses on validation rows",
         ),
         ({"stack_size": 1}, {}, "ensemble.halving trains all 2 replicas at once, and ensemble.stack_size is 1"),
         ({"halving": [0.5, 0.51], "seeds": (1, 2, 3)}, {}, "0.51 of 12 steps is step 6, which must be after step 6"),

@@ -71,6 +71,7 @@ SWEPT = {"learning_rate": [1e-3, 4e-3, 2e-3], "r": [2, 6, 4], "lora_plus_ratio":
 SCHEMES = {
     "branch": {"scheme": "branch", "ema": 0.9},
     "local": {"scheme": "local", "average_every": 1, "outer_learning_rate": 0.7},
+    "halved": {"halving": [0.67]},
 }
 #: With steps so long that the validation loss soon rises.
 WATCHED = {"learning_rate": 0.02}
