@@ -192,7 +192,8 @@ class SeedEnsembleCallback(CallbackOfParts):
         self._halving, self._early_stopping = Halving(ensemble, state), SeedEarlyStopping(ensemble, state)
         self._means, self._averaging = ExponentialMeans(ensemble), LocalAveraging(ensemble, state)
         self._termination = Termination(state)
-        self._comparison = ComparisonOnTest(ensemble)
+        tested_rows = TestedRows(ensemble)
+        self._comparison = ComparisonOnTest(ensemble, tested_rows)
         #: Who answers in ``Trainer.predict``, and how long: its attributes ``adapter`` and ``max_new_tokens``.
         self.predictions = Predictions(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
@@ -212,7 +213,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             LiveMerge(ensemble, state),
             FinalMerge(ensemble, state),
             self._comparison,
-            TestedRows(ensemble),
+            tested_rows,
             RunEnd(ensemble),
             self.predictions,
             TerminationEnd(self._termination),
@@ -300,8 +301,8 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     @property
     def results(self) -> Results | None:
-        """Return the scores of the last test."""
-        return self.ensemble.results
+        """Return the scores of the last test, also those of another process; None without one."""
+        return self.ensemble.tested
 
     def adapter_path(self, replica: int | str) -> Path:
         """Return where the adapter of a seed, or of a replica by its name, is, once it is trained."""

@@ -8,6 +8,11 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.scores.tables import results_table, verdict
 
 
+def left_out(ensemble: Ensemble) -> list[str]:
+    """Say which replicas and controls were left out, and why."""
+    return [f"{name} was left out: {reason}." for name, reason in ensemble.excluded.items()]
+
+
 def conclusion(ensemble: Ensemble) -> list[Table | str]:
     """Return the scores of the last test, which adapter to use, and what the test showed of the fused one.
 
