@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from seedlora.distributed.lightning_internals import validate_after_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import Drop, FitState
-from seedlora.run.halving import HalvingRound, worse_half
+from seedlora.run.halving import HalvingRound, halve
+from seedlora.scores.intervals import is_finite, loss_difference
+from seedlora.scores.row_scores import RowScores
+from seedlora.scores.wording import LOSS_CHANGE
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import BatchScores, rows_of_batch
 from seedlora.utils.say import say
 
 
@@ -29,11 +35,13 @@ class Halving(pl.Callback):
         self._options, self._state = ensemble.options, state
         self._rounds: tuple[HalvingRound, ...] = ()
         self._done = 0
+        #: Of the validation at hand, where it is that of a halving.
+        self._rows: list[Tensor] = []
 
     def setup(self, trainer: pl.Trainer, module: SeedLoRAModule, stage: str) -> None:
         """Forget the fit before."""
         if stage == "fit":
-            self._rounds, self._done = (), 0
+            self._rounds, self._done, self._rows = (), 0, []
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, beside who is left out."""
@@ -52,21 +60,42 @@ class Halving(pl.Callback):
         self._rounds = self._options.halving_rounds(module.fit_settings.total_steps)
         validate_after_steps(trainer, {one.step for one in self._rounds})
 
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the validation at hand is that of a halving."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self._done == len(self._rounds):
+            return False
+        return trainer.global_step >= self._rounds[self._done].step
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: SeedLoRAModule,
+        outputs: dict[str, Tensor] | None,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the losses of the rows, which say how sure a difference is."""
+        if outputs is not None and self._is_due(trainer):
+            self._rows.append(rows_of_batch(batch, BatchScores(**outputs)))
+
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Leave out the worse half, if this validation is that of a halving."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        if self._done == len(self._rounds) or trainer.global_step < self._rounds[self._done].step:
+        """Leave out the worse half, if this validation is that of a halving. All ranks must call it."""
+        if not self._is_due(trainer):
             return
         self._done += 1
         names = [replica.name for replica in module.replicas if replica.name not in module.replicas.left_out]
         losses = {name: float(trainer.callback_metrics[f"val/loss_{name}"]) for name in names}
-        step, reasons = trainer.global_step, {}
-        for name in worse_half(losses):
-            self._state.dropped[name] = Drop(step, losses[name])
-            reasons[name] = (
+        rows = module.scorer.all_rows(self._rows, module.scored.labels) if self._rows else {}
+        self._rows, halved, step = [], halve(losses), trainer.global_step
+        reasons = {
+            name: (
                 f"its validation loss after step {step:,} was {losses[name]:.4f}, in the worse half of {len(names)}"
+                f"{_noise(rows, name, halved.kept[-1])}"
             )
+            for name in halved.dropped
+        }
+        self._state.dropped |= {name: Drop(step, losses[name]) for name in halved.dropped}
         module.replicas.leave_out(reasons)
         if reasons and trainer.is_global_zero:
             left = [name for name in names if name not in reasons]
@@ -81,3 +110,13 @@ class Halving(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: SeedLoRAModule, exception: BaseException) -> None:
         """Do the same where the fit ends in an error."""
         validate_after_steps(trainer, ())
+
+
+def _noise(rows: Mapping[str, RowScores], dropped: str, kept: str) -> str:
+    """Say whether a replica is shown to be worse than the last one that went on; empty where that cannot be said."""
+    if dropped not in rows or not (is_finite(rows[dropped]) and is_finite(rows[kept])):
+        return ""
+    found = loss_difference(rows[dropped], rows[kept])
+    shown = "" if found["shown"] else "not "
+    number = LOSS_CHANGE.with_interval(found["value"], found["low"], found["high"])
+    return f"; on {found['n']:,} rows it is {shown}shown to be worse than {kept}, the last that went on ({number})"

@@ -75,11 +75,19 @@ def replica_steps(rounds: Sequence[HalvingRound], *, steps: int, n: int) -> int:
     return total + left * (steps - before)
 
 
-def worse_half(losses: Mapping[str, float]) -> list[str]:
-    """Return who is dropped: the replicas with the highest losses, of equals the later ones; no number is the highest.
+class Halved(NamedTuple):
+    """Hold who goes on and who is dropped, each with the lowest loss first."""
 
-    >>> worse_half({"a": 2.0, "b": float("nan"), "c": 1.0, "d": 2.0})
-    ['d', 'b']
+    kept: Sequence[str]
+    dropped: Sequence[str]
+
+
+def halve(losses: Mapping[str, float]) -> Halved:
+    """Drop the replicas with the highest losses, of equals the later ones; no number is the highest.
+
+    >>> halve({"a": 2.0, "b": float("nan"), "c": 1.0, "d": 2.0})
+    Halved(kept=['c', 'a'], dropped=['d', 'b'])
     """
     ranked = sorted(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name])
-    return ranked[survivors(len(ranked)) :]
+    left = survivors(len(ranked))
+    return Halved(ranked[:left], ranked[left:])

@@ -184,14 +184,26 @@ class Scorer:
             for given in batches:
                 batch = {key: value.to(self.device) for key, value in given.items()}
                 scores = self.score(batch, scored)
-                columns.append(torch.cat([batch["items"][None], scores.tokens[:1], scores.losses, scores.correct]).T)
+                columns.append(rows_of_batch(batch, scores))
                 on_scores(batch, scored.labels, scores)
-        table = self.gather(torch.cat(columns))
+        return self.all_rows(columns, scored.labels)
+
+    def all_rows(self, parts: Sequence[Tensor], labels: Sequence[str]) -> dict[str, RowScores]:
+        """Put the rows of all batches and ranks together. All ranks must call it.
+
+        Args:
+            parts: of this rank, as :func:`rows_of_batch` makes them.
+            labels: of what was scored.
+        """
+        table = self.gather(torch.cat([*parts]))
         table = table[real_items(table[:, 0])].cpu()
-        tokens, n = table[:, 1].long(), len(scored.labels)
-        return {
-            label: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, label in enumerate(scored.labels)
-        }
+        tokens, n = table[:, 1].long(), len(labels)
+        return {label: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, label in enumerate(labels)}
+
+
+def rows_of_batch(batch: Mapping[str, Tensor], scores: BatchScores) -> Float[Tensor, "b columns"]:
+    """Return the scores of a batch with a line for each row: number, tokens, then losses and matches by label."""
+    return torch.cat([batch["items"][None], scores.tokens[:1], scores.losses, scores.correct]).T
 
 
 def _by_row(scores: TokenScores, n: int) -> BatchScores:

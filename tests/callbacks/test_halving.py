@@ -151,6 +151,8 @@ def test_a_sweep_says_who_was_dropped_where(tiny_llama, tmp_path, capsys):
     assert [drop["step"] for drop in shown] == [6, 6]
     assert report["sweep"]["best"] in callback.trained
     assert all(f"{name} was left out: {why}." in report["left_out"] for name, why in dropped.items())
+    # eight rows are too few to show anything
+    assert all("; on 8 rows it is not shown to be worse than seed_" in why for why in dropped.values())
     steps = {name: row["steps"] for name, row in report["trained_on"].items()}
     assert sorted(steps.values()) == [6, 6, 12, 12]
     told = capsys.readouterr()
