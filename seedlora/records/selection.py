@@ -84,12 +84,14 @@ class ChoiceRecord(TypedDict):
         chosen: name of the best.
         next: name of the next best that differs.
         difference: what decides (`by`) of the best minus that of the next: losses, or shares of rows.
+        sentence: the same for people, and whether it is within the noise of these rows.
     """
 
     what: str
     chosen: str
     next: str
     difference: LossDifference
+    sentence: str
 
 
 class GainSeed(TypedDict):

@@ -30,7 +30,9 @@ def choice_record(what: str, chosen: str, scores: Mapping[str, RowScores], *, by
     if not others or not is_finite(best):
         return None
     next_best = min(others, key=lambda name: (-others[name].match if by == "match" else 0.0, others[name].loss))
-    return {"what": what, "chosen": chosen, "next": next_best, "difference": _difference(best, others[next_best], by)}
+    difference = _difference(best, others[next_best], by)
+    sentence = _sentence(f"{chosen} was chosen as {what}", f"{next_best}, the next", difference, by)
+    return {"what": what, "chosen": chosen, "next": next_best, "difference": difference, "sentence": sentence}
 
 
 def _difference(a: RowScores, b: RowScores, by: str) -> LossDifference:
@@ -42,14 +44,11 @@ def _difference(a: RowScores, b: RowScores, by: str) -> LossDifference:
 
 def choice_sentences(selection: Selection | None) -> list[str]:
     """Say what was chosen on how many validation rows, and whether that is more than their noise."""
-    return [] if selection is None else [_sentence(each, selection["by"]) for each in selection.get("choices", ())]
+    return [] if selection is None else [each["sentence"] for each in selection.get("choices", ())]
 
 
-def _sentence(choice: ChoiceRecord, by: str) -> str:
-    row, number, unit = choice["difference"], LOSS_CHANGE, "nats per token"
-    if by == "match":
-        number, unit = POINTS, "points"
-    chosen, other = f"{choice['chosen']} was chosen as {choice['what']}", f"{choice['next']}, the next"
-    interval = interval_text(row["low"], row["high"], number)
+def _sentence(chosen: str, other: str, row: LossDifference, by: str) -> str:
+    number, unit = (LOSS_CHANGE, "nats per token") if by == "loss" else (POINTS, "points")
     noise = "" if row["shown"] else ", which is within the noise of these rows"
-    return f"On {row['n']:,} validation rows {chosen}: {number(row['value'])} {unit} against {other} ({interval}){noise}."
+    against = f"{number(row['value'])} {unit} against {other} ({interval_text(row['low'], row['high'], number)})"
+    return f"On {row['n']:,} validation rows {chosen}: {against}{noise}."
