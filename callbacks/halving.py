@@ -119,4 +119,4 @@ def _noise(rows: Mapping[str, RowScores], dropped: str, kept: str) -> str:
     found = loss_difference(rows[dropped], rows[kept])
     shown = "" if found["shown"] else "not "
     number = LOSS_CHANGE.with_interval(found["value"], found["low"], found["high"])
-    return f"; on {found['n']:,} rows it is {shown}shown to be worse than {kept}, the last that went on ({number})"
+    return f"; on {found['n']:,} rows it is {shown}shown to be worse than {kept}, the last that went on: {number}"
