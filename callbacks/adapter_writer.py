@@ -22,7 +22,7 @@ from seedlora.run.stack_data import CountsTokens, HasPrompt
 from seedlora.run.trainer_options import ended_by
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
-from seedlora.training.replicas import DivergedError
+from seedlora.training.replicas import DivergedError, Replica
 from seedlora.training.stack_operations import holding
 from seedlora.training.writing import write_replica
 from seedlora.utils.options import name_option
@@ -30,7 +30,7 @@ from seedlora.utils.say import say
 
 
 class AdapterWriter(pl.Callback):
-    """Write each replica's PEFT folder, or its whole model's, when the fit ends; who diverged is left out.
+    """Write each replica's PEFT folder, or its whole model's, when the fit ends, of all that count.
 
     Args:
         ensemble: the run.
@@ -52,9 +52,10 @@ class AdapterWriter(pl.Callback):
         ensemble, folder, writes = self._ensemble, self._ensemble.folder, trainer.is_global_zero
         files = self._files(trainer.datamodule, module) if writes else {}
         module.check_weights()
-        if not ensemble.trained and set(ensemble.pending) <= set(module.replicas.diverged):
+        if not ensemble.trained and set(ensemble.pending) <= set(module.replicas.left_out):
+            dropped = " that was not dropped" if self._state.dropped else ""
             raise DivergedError(
-                f"the training loss of every seed is not finite; lower {name_option('model.learning_rate')}"
+                f"the training loss of every seed{dropped} is not finite; lower {name_option('model.learning_rate')}"
             )
         trained = self._trained_on(trainer, module)
         # Before the folders, and who is left out after them: until then the stack is not finished.
@@ -63,7 +64,7 @@ class AdapterWriter(pl.Callback):
             _say_unfinished(trained)
         for replica in (replica for replica in module.replicas if not replica.helps):
             name, options = replica.name, module.options.of_replica(replica.options)
-            if name not in module.replicas.diverged:
+            if name not in module.replicas.left_out:
                 files[CARD_NAME] = self._card(options, trained[name])
                 write = partial(
                     write_replica, name=name, stack=module.stack, options=options, files=files, writer=writes
@@ -77,7 +78,7 @@ class AdapterWriter(pl.Callback):
                         write(ensemble.dirpath / LONG_SEED_BEST)
                 write(ensemble.dirpath / name)
         helpers = {replica.name for replica in module.replicas if replica.helps}
-        left_out = {name: why for name, why in module.replicas.diverged.items() if name not in helpers}
+        left_out = {name: why for name, why in module.replicas.left_out.items() if name not in helpers}
         if writes and left_out:
             folder.leave_out(left_out)
 
@@ -110,37 +111,42 @@ class AdapterWriter(pl.Callback):
         )
 
     def _trained_on(self, trainer: pl.Trainer, module: SeedLoRAModule) -> dict[str, TrainedRow]:
-        """Return how long each adapter was trained, on how many tokens if that is known, and which step is kept."""
+        """Return how long each adapter was trained, also one that was dropped; one that diverged has no row."""
+        diverged = module.replicas.left_out.keys() - self._state.dropped.keys()
+        counted = (replica for replica in module.replicas if not replica.helps and replica.name not in diverged)
+        return {replica.name: self._trained_row(trainer, module, replica) for replica in counted}
+
+    def _trained_row(self, trainer: pl.Trainer, module: SeedLoRAModule, replica: Replica) -> TrainedRow:
+        """Return how long a replica was trained, on how many tokens if that is known, and which step is kept."""
+        best, drop = self._state.best.get(replica.name), self._state.dropped.get(replica.name)
+        stopped = None if best is None else best.stopped
+        ended = [step for step in (stopped, None if drop is None else drop.step) if step is not None]
+        steps = min(ended, default=trainer.global_step)
+        kept_step = best.step if best is not None and self._ensemble.options.keeps_best and drop is None else None
+        row: TrainedRow = {
+            "steps": steps,
+            "stopped": stopped is not None,
+            "kept_step": kept_step,
+            "planned": module.fit_settings.total_steps or steps,
+        }
+        if drop is not None:
+            row["dropped"] = drop.step
+        if steps < row["planned"] and not ended:
+            row["ended_by"] = ended_by(trainer)
         loader = trainer.datamodule.train_dataloader()
-        found = {}
-        for replica in module.replicas:
-            if replica.helps or replica.name in module.replicas.diverged:
-                continue
-            best = self._state.best.get(replica.name)
-            stopped = None if best is None else best.stopped
-            steps = trainer.global_step if stopped is None else stopped
-            kept_step = best.step if best is not None and self._ensemble.options.keeps_best else None
-            planned = module.fit_settings.total_steps or steps
-            row: TrainedRow = {
-                "steps": steps,
-                "stopped": stopped is not None,
-                "kept_step": kept_step,
-                "planned": planned,
-            }
-            if steps < planned and stopped is None:
-                row["ended_by"] = ended_by(trainer)
-            if isinstance(loader.sampler, CountsTokens):
-                per_epoch = steps_per_epoch(trainer, loader)
-                # Those of its helpers were its own.
-                seeds = [other.order_seed for other in module.replicas if other == replica or other.helps]
-                seen = [loader.sampler.seen(seed, steps, steps_per_epoch=per_epoch) for seed in seeds]
-                row["tokens"], row["scored"] = map(sum, zip(*seen, strict=True))
-            if best is not None and kept_step is not None:
-                row["validation_loss"] = best.loss
-            elif (loss := trainer.callback_metrics.get(f"val/loss_{replica.name}")) is not None:
-                row["validation_loss"] = float(loss)
-            found[replica.name] = row
-        return found
+        if isinstance(loader.sampler, CountsTokens):
+            per_epoch = steps_per_epoch(trainer, loader)
+            # Those of its helpers were its own.
+            seeds = [other.order_seed for other in module.replicas if other == replica or other.helps]
+            seen = [loader.sampler.seen(seed, steps, steps_per_epoch=per_epoch) for seed in seeds]
+            row["tokens"], row["scored"] = map(sum, zip(*seen, strict=True))
+        if drop is not None:
+            row["validation_loss"] = drop.loss
+        elif best is not None and kept_step is not None:
+            row["validation_loss"] = best.loss
+        elif (loss := trainer.callback_metrics.get(f"val/loss_{replica.name}")) is not None:
+            row["validation_loss"] = float(loss)
+        return row
 
 
 def _say_unfinished(trained: Mapping[str, TrainedRow]) -> None:

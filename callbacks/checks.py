@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from seedlora.distributed.strategies import holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.whole_models import check_dense
 from seedlora.names import ALL_CONTROLS, FUSED, SOUP
-from seedlora.run.budget import limited_batches, replica_share
+from seedlora.run.budget import limited_batches, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
@@ -92,7 +92,13 @@ class Checks(pl.Callback):
         share = replica_share(ensemble.options, trainer, control=ensemble.next_control)
         merged = [] if ensemble.rule is None else [SOUP if ensemble.comparison.chooses else FUSED]
         if not trainer.fast_dev_run:
-            check_trainer(Fit(trainer, data, share, (*ensemble.next_names, *merged)))
+            # Of a replica that may be dropped nothing is logged to the end.
+            lasting = ensemble.next_names if ensemble.options.halving is None else ()
+            check_trainer(Fit(trainer, data, share, (*lasting, *merged)))
+            steps = replica_steps(share, trainer, data)
+            if ensemble.next_control is None:
+                ensemble.options.halving_rounds(steps)
+            ensemble.options.ema_decay(steps)
         self._check_validation(trainer, data)
 
     def _check_validation(self, trainer: pl.Trainer, data: StackDataModule) -> None:
@@ -106,6 +112,8 @@ class Checks(pl.Callback):
         needed = None
         if options.watches_validation:
             needed = f"{name_option('ensemble.keep', 'best')} and {name_option('ensemble.patience')} need"
+        if options.halving is not None:
+            needed = f"{name_option('ensemble.halving')} drops the replicas with the higher losses on"
         if (reason := self._ensemble.comparison.validated_for) is not None:
             needed = f"{reason} chooses on"
         if not needed or trainer.fast_dev_run:
@@ -140,7 +148,7 @@ def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     options, comparison = module.options, ensemble.comparison
     adapter = options.adapter
     _check_sweep(ensemble, options)
-    if options.is_full_finetuning and ensemble.options.ema is not None:
+    if options.is_full_finetuning and ensemble.options.takes_means:
         raise ValueError(f"ensemble.ema writes an adapter, and model.adapter {adapter} has none; leave it out")
     if options.adds_dense and ensemble.options.keep == BEST_FUSED:
         raise ValueError(

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from seedlora.adapters.adapter import is_trained
 from seedlora.adapters.model_card import refresh_card
 from seedlora.callbacks.scored_batches import load_adapters, score_loaded, scorer, tested_batches, train_sample
+from seedlora.callbacks.tested_rows import TestedRows
 from seedlora.merge.registry import make_rule
 from seedlora.names import BASE, LOGITS, SOUP
 from seedlora.records.results import RESULTS
@@ -29,10 +30,11 @@ class ComparisonOnTest(pl.Callback):
 
     Args:
         ensemble: the run, which gets the results.
+        tested_rows: gets what is compared takes for the answers.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
-        self._ensemble = ensemble
+    def __init__(self, ensemble: Ensemble, tested_rows: TestedRows) -> None:
+        self._ensemble, self._tested_rows = ensemble, tested_rows
 
     def on_test_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Read the adapters back from their folders."""
@@ -59,7 +61,10 @@ class ComparisonOnTest(pl.Callback):
         outcome.add(self._score_beside(trainer, module, outcome.numbered_after(sample)))
         ensemble.results = outcome.results(ensemble.trained)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            RESULTS.write(ensemble.dirpath, outcome.record(ensemble.results, trainer.datamodule))
+            record = outcome.record(ensemble.results, trainer.datamodule)
+            if ensemble.excluded:
+                record["left_out"] = ensemble.excluded
+            RESULTS.write(ensemble.dirpath, record)
             if is_trained(ensemble.fused_path):
                 refresh_card(ensemble.fused_path)
 
@@ -70,7 +75,8 @@ class ComparisonOnTest(pl.Callback):
         if not beside:
             return {}
         batches = [*tested_batches(trainer), *more]
-        with scorer(trainer, module, batches, "Scoring what is compared", adapters=len(beside)) as score:
+        title, keep = "Scoring what is compared", partial(self._tested_rows.add, module.tokenizer)
+        with scorer(trainer, module, batches, title, adapters=len(beside), on_scores=keep) as score:
             return score_lazily(beside, score, at_once=1 if whole else ADAPTERS_PER_FORWARD)
 
     def _whole_models(self, module: SeedLoRAModule) -> dict[str, Callable[[], Layers]]:

@@ -40,7 +40,7 @@ class SeedEarlyStopping(pl.Callback):
         return {
             "best": {name: {k: v for k, v in vars(row).items() if v is not None} for name, row in best.items()},
             "idle": sorted(() if module is None else module.replicas.idle),
-            "diverged": {} if module is None else module.replicas.diverged,
+            "left_out": {} if module is None else module.replicas.left_out,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -50,8 +50,8 @@ class SeedEarlyStopping(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Put back who was stopped in the checkpoint."""
-        idle, diverged = self._restored.get("idle", ()), self._restored.get("diverged", {})
-        module.replicas.restore(idle=idle, diverged=diverged)
+        idle, left_out = self._restored.get("idle", ()), self._restored.get("left_out", {})
+        module.replicas.restore(idle=idle, left_out=left_out)
 
     def on_validation_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Look at the losses of the seeds in training; the fit ends when all are stopped."""

@@ -20,11 +20,12 @@ class ExponentialMeans(pl.Callback):
     Who is stopped has its mean up to then. The means are part of a checkpoint.
 
     Args:
-        ensemble: the run, which says the decay.
+        ensemble: the run, which says the decay: that of a part of the run is longer for a control that trains longer.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
-        self._decay = ensemble.options.ema
+        self._options = ensemble.options
+        self._decay: float | None = None
         self._step = 0
         self._means: dict[str, list[Tensor]] = {}
         self._taken: dict[str, int] = {}
@@ -43,8 +44,9 @@ class ExponentialMeans(pl.Callback):
         self._means, self._taken = state_dict["means"], state_dict["taken"]
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Know which steps were taken before."""
-        self._step = trainer.global_step
+        """Know the decay, and which steps were taken before."""
+        self._step, total = trainer.global_step, module.fit_settings.total_steps
+        self._decay = None if total is None or trainer.fast_dev_run else self._options.ema_decay(total)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: SeedLoRAModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -72,3 +73,15 @@ class JSONLinesLogger(Logger):
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
         write_text(self.path, "".join(kept))
+
+
+def metrics_logger(trainer: pl.Trainer, path: Path) -> JSONLinesLogger:
+    """Return the logger that writes the metrics of a Trainer's fits into a file, beside the Trainer's own."""
+    loggers: list[Logger] = trainer.loggers
+    for logger in loggers:
+        if isinstance(logger, JSONLinesLogger):
+            logger.path = path
+            return logger
+    metrics = JSONLinesLogger(path)
+    trainer.loggers = [*loggers, metrics]
+    return metrics

@@ -51,8 +51,8 @@ class LiveMerge(pl.Callback):
     @staticmethod
     def _names(module: SeedLoRAModule) -> list[str]:
         """Return the replicas that are validated."""
-        diverged = module.replicas.diverged
-        return [replica.name for replica in module.replicas if not replica.helps and replica.name not in diverged]
+        left_out = module.replicas.left_out
+        return [replica.name for replica in module.replicas if not replica.helps and replica.name not in left_out]
 
     def _validated(self, module: SeedLoRAModule) -> ScoredLabels:
         """Return the labels of what is validated, and the adapters that they stand for."""

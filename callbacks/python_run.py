@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
-from lightning.pytorch.loggers import Logger
+from rich.console import Console
 
 from seedlora.callbacks.callback_of_parts import CallbackOfParts
-from seedlora.callbacks.json_lines import JSONLinesLogger
-from seedlora.datamodules.prompts import asked_of_a_server
+from seedlora.callbacks.json_lines import JSONLinesLogger, metrics_logger
 from seedlora.distributed.lightning_internals import shows_test
-from seedlora.report.page import write_report
+from seedlora.report.terminal import told_report
 from seedlora.run.budget import shared_limits
-from seedlora.run.conclusion import conclusion
+from seedlora.run.conclusion import conclusion, left_out
 from seedlora.run.cost import write_cost
 from seedlora.run.ensemble import Ensemble
+from seedlora.run.opening import opening
 from seedlora.run.plan import run_plan
 from seedlora.run.python_config import python_config
-from seedlora.run.stack_data import HasPrompt, PlannedData
+from seedlora.run.stack_data import PlannedData
 from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.files import write_text
-from seedlora.utils.progress import plain_console
+from seedlora.utils.progress import plain_console, show
 from seedlora.utils.say import say
 
 
@@ -46,20 +47,18 @@ class RunStart(pl.Callback):
             return
         ensemble, data = self._ensemble, trainer.datamodule
         own = [*_own_callbacks(trainer), *trainer.loggers]
-        self._metrics = _metrics_logger(trainer, ensemble)
+        if not trainer.loggers:
+            trainer.log_every_n_steps = 1  # the report draws curves, and nobody asked for fewer points
+        self._metrics = metrics_logger(trainer, ensemble.metrics_path)
         if self._is_told or not trainer.is_global_zero:
             return
-        self._is_told, console = True, plain_console()
+        self._is_told = True
         write_text(ensemble.dirpath / "config.yaml", python_config(trainer, module, data, ensemble, besides=own))
-        if isinstance(data, PlannedData):
-            plan = run_plan(trainer, module.options, data, ensemble)
+        plan = run_plan(trainer, module.options, data, ensemble) if isinstance(data, PlannedData) else None
+        if plan is not None:
             write_cost(ensemble.dirpath, plan, getattr(data, "libraries", ()))
-            console.print(plan.table())
-        if isinstance(data, HasPrompt):
-            asked = asked_of_a_server(data.prompt_record())
-            console.print(f"prompt: {asked}", highlight=False, soft_wrap=True)
-        if sentence := shared_limits(ensemble.options, trainer):
-            console.print(sentence, highlight=False, soft_wrap=True)
+        shared = shared_limits(ensemble.options, trainer)
+        show(_console(), [*opening(plan, data), *([] if shared is None else [shared])])
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Drop the metrics of steps that are going to be repeated."""
@@ -84,37 +83,16 @@ class RunEnd(pl.Callback):
         run = self._ensemble.dirpath
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
-        told = conclusion(self._ensemble)
-        try:
-            write_report(run)
-        except Exception as error:
-            say(f"no report: {type(error).__name__}: {error}; the run is whole; try: python -m seedlora report {run}")
-        else:
-            told.append(f"report: {run / 'report.html'}")
+        told = [*left_out(self._ensemble), *conclusion(self._ensemble), *told_report(run, say)]
         if shows_test(trainer):
-            console = plain_console(soft_wrap=True)
-            for each in told:
-                console.print(each, highlight=False)
+            show(_console(), told)
+
+
+def _console() -> Console:
+    return plain_console(soft_wrap=not sys.stdout.isatty())
 
 
 def _own_callbacks(trainer: pl.Trainer) -> Sequence[pl.Callback]:
     """Return the callbacks of a Trainer beside the ensemble and what only shows."""
     shown = (CallbackOfParts, ProgressBar, ModelSummary)
     return [callback for callback in trainer.callbacks if not isinstance(callback, shown)]
-
-
-def _metrics_logger(trainer: pl.Trainer, ensemble: Ensemble) -> JSONLinesLogger:
-    """Return the logger that writes the metrics of this fit into the run's folder, beside the Trainer's own.
-
-    Where it is the only one, every step is logged, as ``train.py`` does: the report draws curves of them.
-    """
-    loggers: list[Logger] = trainer.loggers
-    if not loggers:
-        trainer.log_every_n_steps = 1
-    for logger in loggers:
-        if isinstance(logger, JSONLinesLogger):
-            logger.path = ensemble.metrics_path
-            return logger
-    metrics = JSONLinesLogger(ensemble.metrics_path)
-    trainer.loggers = [*loggers, metrics]
-    return metrics

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from rich.progress import Progress, TaskProgressColumn, TimeRemainingColumn
+from torch import Tensor
 
 from seedlora.adapters.adapter import Adapter
 from seedlora.adapters.stack import AdapterStack
@@ -17,6 +18,7 @@ from seedlora.scores.row_scores import RowScores
 from seedlora.selection.choice import Score
 from seedlora.selection.comparison import TRAIN_ROWS
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import BatchScores, OnScores, keep_nothing
 from seedlora.utils.progress import progress_bar
 
 
@@ -46,12 +48,18 @@ def score_loaded(trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[
     """Score what the test's own pass has scored on further batches, which are training rows."""
     with _progress(trainer) as progress:
         task = progress.add_task("Scoring on training rows", total=len(batches))
-        return module.scorer.score_batches(batches, module.scored, on_batch=lambda: progress.advance(task))
+        return module.scorer.score_batches(batches, module.scored, on_scores=lambda *_: progress.advance(task))
 
 
 @contextmanager
 def scorer(
-    trainer: pl.Trainer, module: SeedLoRAModule, batches: Sequence[Any], title: str, *, adapters: int
+    trainer: pl.Trainer,
+    module: SeedLoRAModule,
+    batches: Sequence[Any],
+    title: str,
+    *,
+    adapters: int,
+    on_scores: OnScores = keep_nothing,
 ) -> Iterator[Score]:
     """Yield a score on batches, with a bar that counts them for every adapter.
 
@@ -61,12 +69,16 @@ def scorer(
         batches: of the rows.
         title: of the bar.
         adapters: that are going to be scored, at most.
+        on_scores: called with what each batch says.
     """
     with _progress(trainer) as progress:
         task = progress.add_task(title, total=len(batches) * adapters)
-        yield lambda scored: module.scorer.score_rows(
-            scored, batches, on_batch=lambda: progress.advance(task, len(scored))
-        )
+
+        def tell(batch: Mapping[str, Tensor], labels: Sequence[str], scores: BatchScores) -> None:
+            on_scores(batch, labels, scores)
+            progress.advance(task, len(labels))
+
+        yield lambda scored: module.scorer.score_rows(scored, batches, on_scores=tell)
 
 
 def _taken(loader: Loader, limit: int | float) -> list[Any]:

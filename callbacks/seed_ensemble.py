@@ -19,6 +19,7 @@ from seedlora.callbacks.comparison import ComparisonOnTest
 from seedlora.callbacks.early_stopping import SeedEarlyStopping
 from seedlora.callbacks.exponential_mean import ExponentialMeans
 from seedlora.callbacks.final_merge import FinalMerge
+from seedlora.callbacks.halving import Halving
 from seedlora.callbacks.live_merge import LiveMerge
 from seedlora.callbacks.local_averaging import LocalAveraging
 from seedlora.callbacks.predictions import Predictions
@@ -115,6 +116,10 @@ class SeedEnsembleCallback(CallbackOfParts):
         average_every: optimizer steps between two averages, with ``local``; default 20.
         average_growth: with it ``(average_growth / learning rate)**2`` steps, where that is more.
         outer_learning_rate: of SGD with Nesterov's momentum 0.9, which takes the mean for a step; 0.7 in DiLoCo.
+        halving: parts of the steps, ``[0.25, 0.5]`` for example, after each of which the half of the replicas with the
+            higher validation losses is dropped; what they would have cost is saved. Default: none is.
+        ema_part: part of the steps, 0.1 for example, that an exponential mean of the weights reaches back: ``ema`` by
+            the length of the run, 1 - 1 / (ema_part * steps).
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -147,6 +152,8 @@ class SeedEnsembleCallback(CallbackOfParts):
         average_every: int | None = None,
         average_growth: float | None = None,
         outer_learning_rate: float | None = None,
+        halving: Sequence[float] | None = None,
+        ema_part: float | None = None,
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -174,16 +181,19 @@ class SeedEnsembleCallback(CallbackOfParts):
                 average_every=average_every,
                 average_growth=average_growth,
                 outer_learning_rate=outer_learning_rate,
+                halving=None if halving is None else tuple(halving),
+                ema_part=ema_part,
             )
         )
         #: What the parts share about the fit at hand.
         self.fit_state = FitState()
         ensemble, state = self.ensemble, self.fit_state
         self._checks = Checks(ensemble)
-        self._early_stopping = SeedEarlyStopping(ensemble, state)
+        self._halving, self._early_stopping = Halving(ensemble, state), SeedEarlyStopping(ensemble, state)
         self._means, self._averaging = ExponentialMeans(ensemble), LocalAveraging(ensemble, state)
         self._termination = Termination(state)
-        self._comparison = ComparisonOnTest(ensemble)
+        tested_rows = TestedRows(ensemble)
+        self._comparison = ComparisonOnTest(ensemble, tested_rows)
         #: Who answers in ``Trainer.predict``, and how long: its attributes ``adapter`` and ``max_new_tokens``.
         self.predictions = Predictions(ensemble)
         # Each hook of Lightning goes to them in this order. At the end of a fit, for example: the best weights are put
@@ -195,6 +205,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             Branch(),
             self._averaging,
             self._means,
+            self._halving,
             self._early_stopping,
             AdapterWriter(ensemble, state, self._means),
             Checkpoints(ensemble, state),
@@ -202,7 +213,7 @@ class SeedEnsembleCallback(CallbackOfParts):
             LiveMerge(ensemble, state),
             FinalMerge(ensemble, state),
             self._comparison,
-            TestedRows(ensemble),
+            tested_rows,
             RunEnd(ensemble),
             self.predictions,
             TerminationEnd(self._termination),
@@ -210,14 +221,17 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: the seeds' validations, who is stopped, and the means of the weights."""
-        parts = (self._early_stopping, self._means, self._averaging)
-        return {key: value for part in parts for key, value in part.state_dict().items()}
+        return {key: value for part in self._stateful for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the validations and the means where they were."""
-        self._early_stopping.load_state_dict(state_dict)
-        self._means.load_state_dict(state_dict)
-        self._averaging.load_state_dict(state_dict)
+        for part in self._stateful:
+            part.load_state_dict(state_dict)
+
+    @property
+    def _stateful(self) -> Sequence[pl.Callback]:
+        """Return the parts whose state belongs into a checkpoint; their keys differ."""
+        return (self._early_stopping, self._halving, self._means, self._averaging)
 
     # For whoever runs the Trainer
 
@@ -287,8 +301,8 @@ class SeedEnsembleCallback(CallbackOfParts):
 
     @property
     def results(self) -> Results | None:
-        """Return the scores of the last test."""
-        return self.ensemble.results
+        """Return the scores of the last test, also those of another process; None without one."""
+        return self.ensemble.tested
 
     def adapter_path(self, replica: int | str) -> Path:
         """Return where the adapter of a seed, or of a replica by its name, is, once it is trained."""

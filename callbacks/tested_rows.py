@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from seedlora.names import SAMPLES_NAME
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.losses import next_tokens
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.scoring import BatchScores
 from seedlora.utils.files import write_json_lines
 
 
@@ -36,7 +37,7 @@ class Sample(TypedDict):
 
 
 class TestedRows(pl.Callback):
-    """Write ``samples.jsonl`` after a test: nothing is generated for it, it is what the test's own pass has seen.
+    """Write ``samples.jsonl`` after a test: nothing is generated for it, it is what the scoring has seen.
 
     Args:
         ensemble: the run.
@@ -44,45 +45,62 @@ class TestedRows(pl.Callback):
 
     def __init__(self, ensemble: Ensemble) -> None:
         self._ensemble = ensemble
-        self._samples: list[Sample] = []
+        #: Those of this rank by their numbers.
+        self._samples: dict[int, Sample] = {}
 
     def on_test_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Forget an earlier test."""
-        self._samples = []
+        self._samples = {}
 
     def on_test_batch_end(
         self,
         trainer: pl.Trainer,
         module: SeedLoRAModule,
-        outputs: Mapping[str, Tensor],
+        outputs: dict[str, Tensor],
         batch: Mapping[str, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the rows of a batch, those left out that fill up the shares of the ranks."""
-        ids, likely, correct = (each.cpu() for each in (batch["input_ids"], outputs["likely"], outputs["correct"]))
-        keep, labels = next_tokens(batch["labels"]).keep.cpu(), module.scored.labels
-
-        def text(tokens: Tensor) -> str:
-            decoded: str = module.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            return decoded
-
+        """Begin with the rows of a batch, those left out that fill up the shares of the ranks."""
+        ids, keep = batch["input_ids"].cpu(), next_tokens(batch["labels"]).keep.cpu()
         for row, item in enumerate(batch["items"].tolist()):
-            if item < 0:
-                continue
-            (at,) = keep[row].nonzero(as_tuple=True)
-            self._samples.append(
-                {
+            if item >= 0:
+                (at,) = keep[row].nonzero(as_tuple=True)
+                prompt, expected = ids[row, : int(at[0]) + 1], ids[row, at + 1]
+                self._samples[item] = {
                     "item": item,
-                    "prompt": text(ids[row, : int(at[0]) + 1]),
-                    "expected": text(ids[row, at + 1]),
-                    "right": {label: bool(correct[i, row]) for i, label in enumerate(labels)},
-                    "forced": {label: text(likely[i, row, at]) for i, label in enumerate(labels)},
+                    "prompt": _text(module.tokenizer, prompt),
+                    "expected": _text(module.tokenizer, expected),
+                    "right": {},
+                    "forced": {},
                 }
-            )
+        self.add(module.tokenizer, batch, module.scored.labels, BatchScores(**outputs))
+
+    def add(self, tokenizer: Any, batch: Mapping[str, Tensor], labels: Sequence[str], scores: BatchScores) -> None:
+        """Add what adapters take for the answers of test rows; rows that are none are passed by.
+
+        Args:
+            tokenizer: of the model.
+            batch: of rows.
+            labels: of the adapters.
+            scores: theirs.
+        """
+        likely, correct = scores.likely.cpu(), scores.correct.cpu()
+        keep = next_tokens(batch["labels"]).keep.cpu()
+        for row, item in enumerate(batch["items"].tolist()):
+            if (sample := self._samples.get(item)) is not None:
+                sample["right"] |= {label: bool(correct[i, row]) for i, label in enumerate(labels)}
+                sample["forced"] |= {
+                    label: _text(tokenizer, likely[i, row, keep[row]]) for i, label in enumerate(labels)
+                }
 
     def on_test_end(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
-        """Write the rows of all ranks in their order; a run of whole models tests the base alone in this pass."""
-        samples: list[Any] = sorted(gathered(self._samples), key=lambda sample: sample["item"])
-        if trainer.is_global_zero and not trainer.fast_dev_run and not module.options.is_full_finetuning:
+        """Write the rows of all ranks in their order."""
+        samples: list[Any] = sorted(gathered([*self._samples.values()]), key=lambda sample: sample["item"])
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json_lines(self._ensemble.dirpath / SAMPLES_NAME, samples)
+
+
+def _text(tokenizer: Any, tokens: Tensor) -> str:
+    decoded: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return decoded

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seedlora.adapters.adapter import is_trained, locate
@@ -20,15 +20,24 @@ class AdapterChoice:
     Args:
         folders: by name; the first is the one to ask.
         why: why that one, or nothing.
+        run: the run that they are of; None if they are of none.
     """
 
     folders: Mapping[str, Path]
     why: str
+    run: Path | None = None
 
     @property
     def first(self) -> str:
         """Return the name of the adapter to ask."""
         return next(iter(self.folders))
+
+    def with_named(self, names: Iterable[str]) -> AdapterChoice:
+        """Return the choice with what else of the run is named: trained controls and their means."""
+        if self.run is None:
+            return self
+        named = {name: self.run / name for name in names if name and is_trained(self.run / name)}
+        return replace(self, folders={**self.folders, **named})
 
 
 def choose_adapters(source: str) -> AdapterChoice:
@@ -48,7 +57,7 @@ def choose_adapters(source: str) -> AdapterChoice:
     report = REPORT_ADVICE.read(folder)
     advised = None if report is None else report["advice"].get("folder", report["advice"]["better"])
     first, why = (advised, "which the run advises") if advised in names else (names[0], "")
-    return AdapterChoice({name: folder / name for name in dict.fromkeys((first, *names))}, why)
+    return AdapterChoice({name: folder / name for name in dict.fromkeys((first, *names))}, why, run=folder)
 
 
 def adapters_of_run(folder: Path) -> list[str]:

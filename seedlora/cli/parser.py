@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from seedlora.callbacks import EnsembleProgressBar, JSONLinesLogger, SeedEnsembleCallback, Throughput
+from seedlora.callbacks import EnsembleProgressBar, SeedEnsembleCallback, Throughput
+from seedlora.callbacks.json_lines import JSONLinesLogger, metrics_logger
 from seedlora.cli.errors import UsageError, one_line, plain_message
 from seedlora.cli.train_help import help_text, unknown_option
 from seedlora.datamodules import InstructionDataModule, all_data_modules
@@ -137,7 +138,7 @@ class SeedLoRACLI(LightningCLI):
         return self.callback.ensemble
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer for the next stack of seeds, with its metrics file unless a logger was chosen."""
+        """A trainer for the next stack of seeds, with its metrics file beside whatever logger was chosen."""
         options = self.config_init.trainer
         chosen = options.callbacks or []
         # Each trainer has its own: one that stopped a stack would stop the next one too.
@@ -149,13 +150,14 @@ class SeedLoRACLI(LightningCLI):
         if options.enable_progress_bar is False:  # Lightning adds the defaults itself, and refuses a bar then
             self.trainer_defaults["callbacks"] = []
         kwargs["strategy"] = choose_strategy(options.strategy, accelerator=options.accelerator)
-        self.metrics = None
         if options.logger in (None, True):
-            self.metrics = kwargs["logger"] = JSONLinesLogger(self.ensemble.metrics_path)
+            kwargs["logger"] = JSONLinesLogger(self.ensemble.metrics_path)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
             raise UsageError(f"Lightning's Trainer refuses these options: {one_line(str(error))}") from error
+        self.metrics = None if trainer.fast_dev_run else metrics_logger(trainer, self.ensemble.metrics_path)
+        return trainer
 
 
 def _concrete(kind: type) -> list[type]:

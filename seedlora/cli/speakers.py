@@ -109,7 +109,8 @@ def set_up_speakers(arguments: Mapping[str, Any], console: Console) -> Speakers:
     pick = Sampling(**{key: arguments[key] for key in keys}).picker()
     if arguments["max_new_tokens"] < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {arguments['max_new_tokens']}")
-    choice, others = choose_adapters(arguments["source"]), _names(arguments["compare"])
+    others = _names(arguments["compare"])
+    choice = choose_adapters(arguments["source"]).with_named(others)
     notes = [f"{choice.first} answers, {choice.why}"] if choice.why else []
     for word in others:
         if word not in (*choice.folders, BASE) and "/" not in word and "=" not in word and not Path(word).exists():

@@ -27,25 +27,21 @@ from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.errors import UsageError, one_line, refuse
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.preview import positions_of
-from seedlora.datamodules.preview import packing_advice
-from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
 from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
-from seedlora.records.sweep import SweepRecord
-from seedlora.report.page import write_report
-from seedlora.report.sweep import sweep_table
+from seedlora.report.terminal import told_report
 from seedlora.run.budget import replica_share
-from seedlora.run.conclusion import conclusion
+from seedlora.run.conclusion import conclusion, left_out
 from seedlora.run.cost import PeakMemory, timed, write_cost
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.merging import merge_run
+from seedlora.run.opening import opening
 from seedlora.run.plan import RunPlan, run_plan
-from seedlora.scores.tables import titled_table
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
-from seedlora.utils.progress import plain_console
+from seedlora.utils.progress import plain_console, show
 
 
 def run(words: Sequence[str], *, finished: bool, planning: bool, started: float) -> int:
@@ -176,10 +172,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(config), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
-    console.print(plan.table())
-    console.print(f"prompt: {asked_of_a_server(data.prompt_record())}", highlight=False, markup=False)
-    if sentence := packing_advice(data, plan.padding):
-        console.print(sentence, highlight=False, markup=False)
+    show(console, opening(plan, data))
     return plan
 
 
@@ -199,7 +192,7 @@ def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) 
     trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: peak.forget()))
     trainer.fit(cli.model, datamodule=data)
     seconds = cli.throughput.seconds * accumulate
-    total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    total = timedelta(seconds=round(seconds * plan.steps * plan.passes * plan.share))
     what = "training the seeds" if ensemble.trains_controls else "training"
     n = len(plan.replicas)
     console.print(
@@ -250,16 +243,14 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     ensemble = cli.ensemble
     if cli.trainer.fast_dev_run:
         return
-    for name, reason in ensemble.excluded.items():
-        console.print(f"{name} was left out: {reason}.")
+    show(console, left_out(ensemble))
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
     elif not cli.trainer.limit_test_batches:
         console.print("trainer.limit_test_batches 0 leaves no test rows, so nothing was scored.")
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    for each in conclusion(ensemble):
-        console.print(each, highlight=False)
+    show(console, conclusion(ensemble))
     _show_commands(cli, console)
 
 
@@ -283,35 +274,13 @@ def _show_commands(cli: SeedLoRACLI, console: Console) -> None:
 
 
 def _report(cli: SeedLoRACLI, console: Console) -> None:
-    """Write the report; a fault in it must not cost the run, which is whole by now."""
+    """Write the report, and say what it found out beside the test."""
     run = cli.ensemble.dirpath
     if cli.trainer.fast_dev_run or not cli.trainer.is_global_zero:
         return
-    try:
-        with console.status("Writing the report ..."):
-            found = write_report(run)
-    except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        print(f"train.py: no report: {reason}; the run is whole; try: {_report_command(run)}", file=sys.stderr)  # noqa: T201
-    else:
-        if (sweep := found["sweep"]) is not None:
-            _print_sweep(sweep, console)
-        if (compared := found["train_or_fuse"]) is not None:
-            for sentence in compared["sentences"]:
-                console.print(sentence, highlight=False, markup=False)
-        console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _print_sweep(sweep: SweepRecord, console: Console) -> None:
-    """Print the validation losses over the swept options."""
-    shown, table = sweep_table(sweep), titled_table("Validation loss of the sweep, nats per token")
-    for header in shown.header:
-        table.add_column(header, justify="left" if header == shown.header[0] else "right")
-    for row in shown.rows:
-        table.add_row(*row)
-    console.print(table)
-    for sentence in sweep["sentences"]:
-        console.print(sentence, highlight=False, markup=False)
+    with console.status("Writing the report ..."):
+        told = told_report(run, lambda fault: print(f"train.py: {one_line(fault)}", file=sys.stderr))  # noqa: T201
+    show(console, told)
 
 
 def _hush() -> None:

@@ -7,7 +7,7 @@ these away.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -48,6 +48,24 @@ def validates_after_batch(trainer: pl.Trainer) -> bool:
     """
     loop = trainer.fit_loop
     return bool(trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def validate_after_steps(trainer: pl.Trainer, steps: Collection[int]) -> None:
+    """Have the training loop validate after these optimizer steps too; without any it goes its own way again.
+
+    The loop's ``_should_check_val_fx`` decides it: one that knows the steps is put before it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    vars(loop).pop("_should_check_val_fx", None)
+    if not steps:
+        return
+    own = loop._should_check_val_fx
+
+    def should_validate(fetcher: Any) -> bool:
+        ends_step = not (loop.batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch
+        return own(fetcher) or (trainer.enable_validation and ends_step and trainer.global_step in steps)
+
+    vars(loop)["_should_check_val_fx"] = should_validate
 
 
 def share_limits(trainer: pl.Trainer, *, max_epochs: int | None, max_steps: int) -> None:

@@ -45,7 +45,8 @@ class PlanRecord(TypedDict):
         passes: number of stacks that they are trained in, one after the other.
         budget: `equal` divides the run's steps among the seeds, `full` gives each seed all of them.
         replica: how long each seed trains.
-        steps: optimizer steps of each seed.
+        steps: optimizer steps of each seed that trains to the end.
+        replica_steps: optimizer steps of all replicas together.
         batch: rows of each seed in an optimizer step.
         rows: number of training rows.
         tokens: tokens that each seed sees in training.
@@ -63,6 +64,7 @@ class PlanRecord(TypedDict):
         compile: backend that compiles the layers; null is none.
         controls: the controls that are trained too, in words; null is none.
         scheme: how the replicas share the budget, in words; null where each is trained for itself.
+        means: which means of the weights are written beside the replicas, in words; null where none are.
         processes: number of processes that train.
         left_out: a sentence for each source of rows that are not all used as they are.
         note: what was asked for and does nothing, in words; null is nothing.
@@ -74,6 +76,7 @@ class PlanRecord(TypedDict):
     budget: str
     replica: BudgetRecord
     steps: int
+    replica_steps: NotRequired[int]
     batch: int
     rows: int
     tokens: int
@@ -91,6 +94,7 @@ class PlanRecord(TypedDict):
     compile: str | None
     controls: str | None
     scheme: NotRequired[str | None]
+    means: NotRequired[str | None]
     processes: int
     left_out: NotRequired[list[str]]
     note: str | None

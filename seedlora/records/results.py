@@ -89,6 +89,8 @@ class RunResults(TypedDict):
         domains: for each property of the data, such as `num_terms`, the value that each item has.
         items_sha256: checksum of the test rows in their order; runs with the same one were tested on the same items.
         train_sample: losses on some training rows, the same rows for all that was tested.
+        left_out: why a replica was not tested, by its label: it diverged, or a halving dropped it; only there
+            if one was.
     """
 
     metric: str
@@ -101,6 +103,7 @@ class RunResults(TypedDict):
     domains: NotRequired[dict[str, list[str]]]
     items_sha256: NotRequired[str]
     train_sample: NotRequired[SampleLosses]
+    left_out: NotRequired[dict[str, str]]
 
 
 RESULTS = JSONFile(RESULTS_NAME, RunResults)

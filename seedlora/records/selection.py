@@ -76,6 +76,24 @@ class LossDifference(TypedDict):
     shown: bool
 
 
+class ChoiceRecord(TypedDict):
+    """Tell what was chosen on the validation rows, and how sure that is.
+
+    Attributes:
+        what: what it was chosen as, in words.
+        chosen: name of the best.
+        next: name of the next best that differs.
+        difference: what decides (`by`) of the best minus that of the next: losses, or shares of rows.
+        sentence: the same for people, and whether it is within the noise of these rows.
+    """
+
+    what: str
+    chosen: str
+    next: str
+    difference: LossDifference
+    sentence: str
+
+
 class GainSeed(TypedDict):
     """Describe the control `gain_seed`.
 
@@ -147,6 +165,7 @@ class Selection(TypedDict):
         scores: what the rows say of each adapter.
         against: what the fused adapter's loss is above that of the best seed and of `soup`.
         soup_gain: what the mean seed's loss is above that of soup; null for one seed.
+        choices: what was chosen on these rows, each with the next best.
         controls: the controls that were tuned on these rows.
         subsets: losses by the seeds that are merged; only filled where controls were asked for.
     """
@@ -162,6 +181,7 @@ class Selection(TypedDict):
     scores: dict[str, ValidationScore]
     against: dict[str, LossDifference]
     soup_gain: NotRequired[LossDifference | None]
+    choices: NotRequired[list[ChoiceRecord]]
     controls: Controls
     subsets: list[SubsetRecord]
 

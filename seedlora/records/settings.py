@@ -17,6 +17,8 @@ RunSettings = TypedDict(
         "ensemble.average_every": int | None,
         "ensemble.average_growth": float | None,
         "ensemble.ema": float | None,
+        "ensemble.ema_part": float | None,
+        "ensemble.halving": list[float] | None,
         "ensemble.keep": str,
         "ensemble.outer_learning_rate": float | None,
         "ensemble.patience": int | None,
@@ -46,6 +48,8 @@ KEY_MEANINGS: dict[str, str] = {
     "ensemble.average_every": "steps between two averages of the replicas, with scheme `local`; null is 20, or none.",
     "ensemble.average_growth": "alpha of the rule by which these steps grow; null keeps them equal.",
     "ensemble.ema": "decay of the exponential mean of each replica's weights; null takes none.",
+    "ensemble.ema_part": "part of the steps that such a mean reaches back; null leaves it to `ensemble.ema`.",
+    "ensemble.halving": "parts of the steps after which half of the replicas is dropped; null drops none.",
     "ensemble.keep": "which weights of a seed are kept: of the `last` step, of its `best` validation, or of the fused "
     "adapter's (`best_fused`).",
     "ensemble.outer_learning_rate": "learning rate of the outer step, with scheme `local`; null takes the mean itself.",

@@ -14,6 +14,8 @@ class TrainedRow(TypedDict):
     Attributes:
         steps: optimizer steps.
         stopped: whether it was stopped because its validation loss improved no more.
+        dropped: optimizer step after which it was dropped, as the validation losses of others were lower; it is in
+            `excluded.json` then.
         kept_step: the step whose weights were kept; null where those of the last step are.
         planned: optimizer steps that it was to be trained for.
         ended_by: what ended its training before; only there where something did, such as `trainer.max_time`.
@@ -25,6 +27,7 @@ class TrainedRow(TypedDict):
     steps: int
     stopped: bool
     kept_step: int | None
+    dropped: NotRequired[int]
     planned: NotRequired[int]
     ended_by: NotRequired[str]
     tokens: NotRequired[int]

@@ -62,7 +62,8 @@ def _token_shares(run: StoredRun, plan: PlanRecord) -> list[Share]:
         if len(counts) == n:
             rows.append({"what": what, "all": sum(counts), "one": round(sum(counts) / n)})
         else:
-            rows.append({"what": f"{what}, planned", "all": n * planned, "one": planned})
+            part = plan.get("replica_steps", n * plan["steps"]) / plan["steps"]
+            rows.append({"what": f"{what}, planned", "all": round(part * planned), "one": planned})
     return rows
 
 
@@ -99,14 +100,15 @@ def adapter_rows(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurve
 
 
 def _tokens_seen(run: StoredRun) -> dict[str, int]:
-    """Return the tokens that went into each adapter; those of the fused adapter are those of all seeds.
+    """Return the tokens that went into each adapter; those of the fused adapter are those of all seeds, also of dropped
+    ones.
 
     Where it is not stored how many an adapter has seen, the plan says it, unless a seed may have been stopped.
     """
     seen = {label: row["tokens"] for label, row in run.trained_on.items() if "tokens" in row}
     if all(seed in seen for seed in run.trained):
-        seen |= dict.fromkeys((FUSED, SOUP), sum(seen[seed] for seed in run.trained))
-    if run.cost is None or run.settings.get("ensemble.patience"):
+        seen |= dict.fromkeys((FUSED, SOUP), sum(seen.get(seed, 0) for seed in run.seeds))
+    if run.cost is None or run.settings.get("ensemble.patience") or run.settings.get("ensemble.halving"):
         return seen
     plan, n = run.cost["plan"], len(run.trained)
     times = {

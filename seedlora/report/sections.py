@@ -25,6 +25,7 @@ from seedlora.report.parts import (
 )
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
 from seedlora.report.sweep import sweep_section
+from seedlora.scores.choices import choice_sentences
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
@@ -104,6 +105,7 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
     for label, row in selection["against"].items():
         name = f"{label}, the best seed of these rows" if label == selection["best_seed"] else label
         lines.append(_say_loss_difference(name, row))
+    lines += choice_sentences(selection)
     lines += _say_controls(selection["controls"], trained)
     scores = [[label, f"{row['loss']:.4f}", percent_text(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores)]

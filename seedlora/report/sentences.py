@@ -29,7 +29,8 @@ def left_out(run: StoredRun) -> list[str]:
         if row["stopped"]:
             sentences.append(f"{label} was stopped after step {row['steps']:,}: its validation loss improved no more.")
         if row["kept_step"] is not None:
-            sentences.append(f"Of {label} the weights of step {row['kept_step']:,} were kept, its best validation.")
+            on = "" if run.selection is None else f" on {run.selection['rows']:,} rows"
+            sentences.append(f"Of {label} the weights of step {row['kept_step']:,} were kept, its best validation{on}.")
     if run.selection is not None:
         sentences += _left_out_of_choice(run.selection, run.trained)
     if run.fusion is not None and "compression" in run.fusion:

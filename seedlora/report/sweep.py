@@ -32,13 +32,17 @@ def sweep_record(run: StoredRun, curves: TrainingCurves) -> SweepRecord | None:
     for label, values in own.items():
         row = next((row for row in rows if row["values"] == values), None)
         if row is None:
-            row = {"values": values, "losses": {}, "mean": None}
+            row = {"values": values, "losses": {}, "mean": None, "dropped": {}}
             rows.append(row)
-        if label in losses:
-            row["losses"][f"seed {seed_of(label)}"] = losses[label]
+        seed, trained = f"seed {seed_of(label)}", run.trained_on.get(label)
+        if trained is not None and "dropped" in trained and "validation_loss" in trained:
+            row["dropped"][seed] = {"step": trained["dropped"], "loss": trained["validation_loss"]}
+        elif label in losses:
+            row["losses"][seed] = losses[label]
     for row in rows:
         row["mean"] = sum(row["losses"].values()) / len(row["losses"]) if row["losses"] else None
-    best = min((label for label in own if label in losses), key=losses.__getitem__, default=None)
+    ended = [label for label in own if label in losses and "dropped" not in run.trained_on.get(label, ())]
+    best = min(ended, key=losses.__getitem__, default=None)
     sentence = "No replica was validated, so nothing is said of the swept options."
     if best is not None:
         merged = [f"{label} has {LOSS(losses[label])}" for label in (SOUP, GREEDY) if label in losses]
@@ -48,13 +52,19 @@ def sweep_record(run: StoredRun, curves: TrainingCurves) -> SweepRecord | None:
 
 
 def sweep_table(record: SweepRecord) -> Table:
-    """Make a table of validation losses: a row for each set of values, a column for each seed."""
-    seeds = list(dict.fromkeys(seed for row in record["rows"] for seed in row["losses"]))
-    several = any(len(row["losses"]) > 1 for row in record["rows"])
+    """Make a table of validation losses: a row for each set of values, a column for each seed.
+
+    Of a replica that was dropped it has the loss then, with the step.
+    """
+    there = [{**row["losses"], **row["dropped"]} for row in record["rows"]]
+    seeds = list(dict.fromkeys(seed for row in there for seed in row))
+    several = any(len(row) > 1 for row in there)
     rows = []
     for row in record["rows"]:
         losses, mean = row["losses"], row["mean"]
-        cells = [f"{losses[seed]:.4f}" if seed in losses else "" for seed in seeds]
+        shown = {seed: f"{loss:.4f}" for seed, loss in losses.items()}
+        shown |= {seed: f"{drop['loss']:.4f} dropped at {drop['step']:,}" for seed, drop in row["dropped"].items()}
+        cells = [shown.get(seed, "") for seed in seeds]
         rows.append([values_text(row["values"]), *cells, *(["" if mean is None else f"{mean:.4f}"] if several else [])])
     return Table([", ".join(record["options"]), *seeds, *(["mean"] if several else [])], rows)
 

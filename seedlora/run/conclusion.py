@@ -5,7 +5,13 @@ from __future__ import annotations
 from rich.table import Table
 
 from seedlora.run.ensemble import Ensemble
+from seedlora.scores.choices import choice_sentences
 from seedlora.scores.tables import results_table, verdict
+
+
+def left_out(ensemble: Ensemble) -> list[str]:
+    """Say which replicas and controls were left out, and why."""
+    return [f"{name} was left out: {reason}." for name, reason in ensemble.excluded.items()]
 
 
 def conclusion(ensemble: Ensemble) -> list[Table | str]:
@@ -19,7 +25,7 @@ def conclusion(ensemble: Ensemble) -> list[Table | str]:
         method = ensemble.method_name if ensemble.rule is not None else ""
         told += ["", results_table(ensemble.results, method=method)]
     advice = ensemble.advice
-    told += [*advice["headline"], *advice["sentences"]]
+    told += [*advice["headline"], *advice["sentences"], *choice_sentences(ensemble.folder.selection)]
     if ensemble.results is not None:
         told.append(verdict(ensemble.results))
     return told

@@ -36,11 +36,12 @@ from seedlora.names import (
 )
 from seedlora.records.fusion import AppliedRule
 from seedlora.records.report import Advice
+from seedlora.records.results import RESULTS
 from seedlora.run.controls import best_of, control_replicas, trained_controls
 from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.run.folder import RunFolder, step_of
 from seedlora.scores.advice import advise
-from seedlora.scores.results import Results
+from seedlora.scores.results import Results, stored_results
 from seedlora.selection.comparison import Comparison, rule_of_seeds
 from seedlora.selection.settling import adapters_beside
 from seedlora.training.replicas import Replica
@@ -182,12 +183,20 @@ class Ensemble:
         return self.dirpath / (replica if isinstance(replica, str) else seed_name(replica))
 
     @property
+    def tested(self) -> Results | None:
+        """Return what the last test said, also that of another process; None without one."""
+        if self.results is not None:
+            return self.results
+        record = RESULTS.read(self.dirpath)
+        return None if record is None else stored_results(record, self.trained)
+
+    @property
     def advice(self) -> Advice:
         """Return which adapter to use, by the validation rows and the last test."""
         merged = None
         if self.rule is not None and is_trained(self.fused_path):
             merged = SOUP if self.comparison.is_soup else FUSED
-        return advise(self.folder.selection, self.results, list(self.trained), method=self.method_name, merged=merged)
+        return advise(self.folder.selection, self.tested, list(self.trained), method=self.method_name, merged=merged)
 
     # The next fit
 

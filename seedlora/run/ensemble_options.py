@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.bound_rule import MergeRule
-from seedlora.names import EQUAL_TOKENS, NO_CONTROLS, NO_MERGE, WIDE_BATCHES
+from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, NO_CONTROLS, NO_MERGE, WIDE_BATCHES
+from seedlora.run.halving import HalvingRound, check_parts, halving_rounds
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import Comparison
 from seedlora.training.averaging import averaging_steps
@@ -74,6 +75,8 @@ class EnsembleOptions:
     average_every: int | None = None
     average_growth: float | None = None
     outer_learning_rate: float | None = None
+    halving: Sequence[float] | None = None
+    ema_part: float | None = None
 
     def __post_init__(self) -> None:
         self._check_seeds()
@@ -94,6 +97,8 @@ class EnsembleOptions:
         check_choice("budget", self.budget, BUDGETS)
         check_choice("scheme", self.scheme, SCHEMES)
         self._check_scheme()
+        self._check_means()
+        self._check_halving()
         # Rules and replicas are made here, so that a wrong name or option is known before training and not after it.
         self._check_weights(len(self.replicas))
 
@@ -150,6 +155,31 @@ class EnsembleOptions:
             total, every, growth=self.average_growth, rate=lambda step: options.learning_rate * factor(step)
         )
 
+    def halving_rounds(self, steps: int) -> tuple[HalvingRound, ...]:
+        """Return when replicas that train for so many steps are halved; raises as :func:`halving_rounds`."""
+        return halving_rounds(self.halving or (), steps=steps, n=len(self.replicas))
+
+    def ema_decay(self, steps: int) -> float | None:
+        """Return the decay of the exponential means in a fit of so many steps; None where there are none.
+
+        Raises:
+            ValueError: if the part of the run that a mean is to reach back is less than two steps.
+        """
+        if self.ema_part is None:
+            return self.ema
+        back = self.ema_part * steps
+        if back < 2:
+            raise ValueError(
+                f"ensemble.ema_part {self.ema_part:g} of {steps} steps is {back:g}; a mean must reach back at least 2 "
+                "steps: train for more, or choose a larger part"
+            )
+        return 1 - 1 / back
+
+    @property
+    def takes_means(self) -> bool:
+        """Return whether exponential means of the weights are taken."""
+        return self.ema is not None or self.ema_part is not None
+
     @property
     def one_stack(self) -> str | None:
         """Return the option for which all replicas must be trained at once, for messages, if there is one."""
@@ -157,6 +187,8 @@ class EnsembleOptions:
             return f"ensemble.scheme {self.scheme}"
         if self.controls == EQUAL_TOKENS:
             return f"ensemble.controls {EQUAL_TOKENS}"
+        if self.halving is not None:
+            return "ensemble.halving"
         return f"ensemble.keep {BEST_FUSED}" if self.keep == BEST_FUSED else None
 
     @property
@@ -166,7 +198,9 @@ class EnsembleOptions:
             f"keep {self.keep}": self.keeps_best,
             "patience": self.patience is not None,
             f"scheme {self.scheme}": self.scheme != INDEPENDENT,
+            "halving": self.halving is not None,
             "ema": self.ema is not None,
+            "ema_part": self.ema_part is not None,
             f"controls {self.controls}": self.controls == EQUAL_TOKENS,
         }
         return " and ".join(f"ensemble.{option}" for option, given in asked.items() if given) or None
@@ -183,8 +217,6 @@ class EnsembleOptions:
                 raise ValueError(f"ensemble.{name} must be positive, got {value}")
         if self.trunk is not None and not 0 <= self.trunk <= 1:
             raise ValueError(f"ensemble.trunk is a part of the steps, from 0 to 1, got {self.trunk}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ensemble.ema must be between 0 and 1, 0.99 for example, got {self.ema}")
         if self.keep == BEST_FUSED and self.merge == NO_MERGE:
             raise ValueError(
                 f"ensemble.keep {BEST_FUSED} watches the fused adapter, and with --merge none there is none"
@@ -205,6 +237,36 @@ class EnsembleOptions:
             raise ValueError(
                 f"ensemble.scheme {self.scheme} is of replicas that differ in their seeds alone; leave out "
                 "ensemble.sweep"
+            )
+
+    def _check_means(self) -> None:
+        """Raise ValueError for a decay, or a part of the run, that cannot be, and for both."""
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ensemble.ema must be between 0 and 1, 0.99 for example, got {self.ema}")
+        if self.ema_part is not None and not 0 < self.ema_part <= 1:
+            raise ValueError(f"ensemble.ema_part is a part of the steps, 0.1 for example, got {self.ema_part}")
+        if self.ema is not None and self.ema_part is not None:
+            raise ValueError("ensemble.ema is a decay per step, and ensemble.ema_part sets it; leave out one of them")
+
+    def _check_halving(self) -> None:
+        """Raise ValueError for parts that cannot be, and for what does not go with halving."""
+        if self.halving is None:
+            return
+        check_parts(self.halving, len(self.replicas))
+        if self.scheme != INDEPENDENT:
+            raise ValueError(
+                f"ensemble.halving drops replicas, from which the others learn by ensemble.scheme {self.scheme}; leave "
+                "out one of them"
+            )
+        if self.keep == BEST_FUSED:
+            raise ValueError(
+                f"ensemble.keep {BEST_FUSED} compares validations of one fused adapter, and ensemble.halving changes "
+                "what is fused; take ensemble.keep best, or last"
+            )
+        if self.controls in (ALL_CONTROLS, EQUAL_TOKENS):
+            raise ValueError(
+                f"ensemble.controls {self.controls} trains one seed for the tokens of all, and with ensemble.halving "
+                "the replicas have different ones; take untrained"
             )
 
     def _check_seeds(self) -> None:

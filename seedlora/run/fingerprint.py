@@ -41,8 +41,12 @@ def run_settings(
         "ensemble.average_growth": options.average_growth,
         "ensemble.outer_learning_rate": options.outer_learning_rate,
         "ensemble.ema": options.ema,
-        # What a replica of a scheme learns depends on the others.
-        "replicas of the scheme": [r.name for r in options.replicas] if options.scheme != INDEPENDENT else None,
+        "ensemble.ema_part": options.ema_part,
+        "ensemble.halving": options.halving,
+        # What a replica of a scheme learns, and whether one is dropped, depends on the others.
+        "replicas of the scheme": [r.name for r in options.replicas]
+        if options.scheme != INDEPENDENT or options.halving is not None
+        else None,
         "first seed": options.seeds[0] if options.vary != "both" else None,
         "epochs per seed": share.epochs,
         "steps per seed": share.steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +34,13 @@ class BestValidation:
         return loss < self.loss or math.isnan(self.loss)
 
 
+class Drop(NamedTuple):
+    """Say after which optimizer step a replica was dropped by a halving, and its validation loss then."""
+
+    step: int
+    loss: float
+
+
 @dataclass
 class FitState:
     """Remember what the fit at hand trains, how long, and what has become of it so far.
@@ -41,6 +49,7 @@ class FitState:
         control: the control in training; None while seeds are.
         share: each replica's part of the trainer's epochs or steps.
         best: the best validations of the replicas, by name, if they are watched.
+        dropped: the replicas that a halving left out, by name.
         terminated: whether a SIGTERM has come.
         began: whether a step was begun.
     """
@@ -48,9 +57,10 @@ class FitState:
     control: str | None = None
     share: ReplicaBudget = field(default_factory=ReplicaBudget)
     best: dict[str, BestValidation] = field(default_factory=dict)
+    dropped: dict[str, Drop] = field(default_factory=dict)
     terminated: bool = False
     began: bool = False
 
     def begin(self, control: str | None, share: ReplicaBudget) -> None:
         """Forget the fit before."""
-        self.control, self.share, self.best, self.began = control, share, {}, False
+        self.control, self.share, self.best, self.dropped, self.began = control, share, {}, {}, False

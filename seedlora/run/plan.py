@@ -11,9 +11,11 @@ import lightning.pytorch as pl
 from rich.table import Table
 
 from seedlora.names import EQUAL_TOKENS, OUTER_SEED, WIDE_BATCHES
-from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
+from seedlora.run.budget import ReplicaBudget, replica_share
+from seedlora.run.budget import replica_steps as budgeted_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
+from seedlora.run.halving import replica_steps
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import PlannedData
 
@@ -32,7 +34,8 @@ class RunPlan:
         passes: how many stacks they are trained in, one after the other.
         budget: ``equal`` or ``full``.
         replica: how long each replica trains.
-        steps: optimizer steps of each replica.
+        steps: optimizer steps of each replica that trains to the end.
+        replica_steps: optimizer steps of all replicas together.
         batch: rows of each replica in an optimizer step.
         rows: training rows.
         tokens: that each replica sees in training.
@@ -50,6 +53,7 @@ class RunPlan:
         compile: the backend that compiles the layers.
         controls: those that are trained too, for people.
         scheme: how the replicas share the budget, for people; None if each is trained for itself.
+        means: which means of the weights are written beside the replicas, for people; None if none are.
         processes: that train, each with the memory estimated.
         left_out: what became of rows that are not used as they are, a sentence for each source that has some.
         note: what was asked for and does nothing.
@@ -61,6 +65,7 @@ class RunPlan:
     budget: str
     replica: ReplicaBudget
     steps: int
+    replica_steps: int
     batch: int
     rows: int
     tokens: int
@@ -78,6 +83,7 @@ class RunPlan:
     compile: str | None
     controls: str | None
     scheme: str | None = None
+    means: str | None = None
     processes: int = 1
     left_out: Sequence[str] = ()
     note: str | None = None
@@ -86,6 +92,11 @@ class RunPlan:
     def one(self) -> str:
         """Return what is trained, for people."""
         return "seed" if len(self.replicas) == len(self.seeds) else "replica"
+
+    @property
+    def share(self) -> float:
+        """Return the part of the replicas' steps that is trained: what is dropped on the way leaves out the rest."""
+        return self.replica_steps / (len(self.replicas) * self.steps)
 
     @property
     def _swept(self) -> str:
@@ -115,7 +126,8 @@ class RunPlan:
             "seeds": f"{', '.join(map(str, self.seeds))} in {stacks}" + self._swept,
             "budget": f"{self.budget}: each {self.one} {epochs}{self.steps:,} steps of {self.batch} rows",
             "tokens": (
-                f"{self.tokens:,} per {self.one} ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
+                f"{self.tokens:,} per {self.one} ({self.supervised:,} of them scored), "
+                f"{round(self.share * n * self.tokens):,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
             "adapter": self.adapter,
@@ -128,6 +140,7 @@ class RunPlan:
             "merge": self.merge,
             "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
             "scheme": self.scheme,
+            "means": self.means,
             "controls": self.controls,
             "note": self.note,
         }
@@ -150,7 +163,8 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
     n = len(replicas)
     share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
-    steps = replica_steps(share, trainer, data)
+    steps = budgeted_steps(share, trainer, data)
+    rounds = ensemble.options.halving_rounds(steps)
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
     model = options.outline
@@ -164,6 +178,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         budget=ensemble.options.budget,
         replica=share,
         steps=steps,
+        replica_steps=replica_steps(rounds, steps=steps, n=n),
         batch=sampler.rows_per_step,
         rows=len(rows),
         tokens=int(seen * rows.lengths.mean()),
@@ -181,6 +196,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         compile=options.compile,
         controls=_controls(ensemble, steps, sampler.rows_per_step, int(seen * rows.lengths.mean())),
         scheme=_scheme(ensemble.options, options, n=n, steps=steps, batch=sampler.rows_per_step),
+        means=_means(ensemble.options, steps),
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
@@ -218,9 +234,21 @@ def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int
             "" if options.outer_learning_rate is None else f", with an outer step of {options.outer_learning_rate:g}"
         )
         parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
-    if options.ema is not None:
-        parts.append(f"an exponential mean of each replica's weights, decay {options.ema:g}, is written beside it")
+    if rounds := options.halving_rounds(steps):
+        left = ", ".join(f"{one.left} after step {one.step:,}" for one in rounds)
+        saved = 1 - replica_steps(rounds, steps=steps, n=n) / (n * steps)
+        parts.append(
+            f"halving: of {n} replicas those with the lower validation losses go on, {left}; {saved:.0%} of the tokens "
+            "are saved"
+        )
     return "; ".join(parts) or None
+
+
+def _means(options: EnsembleOptions, steps: int) -> str | None:
+    """Say which means of the weights are written."""
+    if (decay := options.ema_decay(steps)) is None:
+        return None
+    return f"an exponential mean of each replica's weights, decay {decay:g}, is written beside it"
 
 
 def _rows(data: PlannedData) -> str:

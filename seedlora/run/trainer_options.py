@@ -182,7 +182,7 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "precision": TrainerOption(
         MEANING, "`32-true` or mixed; `model.dtype` is that of the base model, so all others are refused"
     ),
-    "logger": TrainerOption(MEANING, "without one, `train.py` writes `metrics.jsonl` into the run's folder"),
+    "logger": TrainerOption(MEANING, "`metrics.jsonl` is written into the run's folder beside it"),
     "callbacks": TrainerOption(
         MEANING,
         "called beside ours; what they watch must be logged; what one of them ends early is merged as it is and said "

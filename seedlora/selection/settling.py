@@ -16,7 +16,8 @@ from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.registry import make_rule
 from seedlora.names import AUTO, AUTO_GAIN, FUSED, GAIN_SEED, GAIN_SOUP, GREEDY, SOUP
-from seedlora.records.selection import CandidateRecord, Controls, NamedRule, Selection, SubsetRecord
+from seedlora.records.selection import CandidateRecord, ChoiceRecord, Controls, NamedRule, Selection, SubsetRecord
+from seedlora.scores.choices import choice_record
 from seedlora.scores.intervals import is_finite, loss_difference
 from seedlora.scores.row_scores import RowScores
 from seedlora.selection.candidates import SCALES, any_method, gain_family, scaled_soups, seed_times_gain, subsets
@@ -163,10 +164,24 @@ def settle(
             "soup_gain": loss_difference(_mean_scores([scores[seed] for seed in seeds]), scores[SOUP])
             if n > 1 and all(is_finite(scores[label]) for label in (*seeds, SOUP))
             else None,
+            "choices": _choices(comparison, choice, best_seed, seeds, scores),
             "controls": controls,
             "subsets": _score_subsets(stacks, seeds, rule, scores, score) if comparison.has_controls and n > 1 else [],
         },
     )
+
+
+def _choices(
+    comparison: Comparison, rule: RuleChoice, best_seed: str, seeds: Sequence[str], scores: Mapping[str, RowScores]
+) -> list[ChoiceRecord]:
+    """Compare what was chosen with what was next: the rule, the greedy soup with plain soup, the best replica."""
+    by, known = comparison.select_by, {**rule.scores, **scores}
+    found = [] if rule.best is None else [choice_record("the rule", rule.best, rule.scores, by=by)]
+    if GREEDY in known and SOUP in known:
+        found.append(choice_record("the greedy soup", GREEDY, {label: known[label] for label in (GREEDY, SOUP)}, by=by))
+    if comparison.compares_greedy:
+        found.append(choice_record("the best replica", best_seed, {seed: scores[seed] for seed in seeds}, by=by))
+    return [each for each in found if each is not None]
 
 
 def _mean_scores(rows: Sequence[RowScores]) -> RowScores:

@@ -76,6 +76,7 @@ def micro_batch_losses(
     token_losses: TokenLosses,
     *,
     dropout_key: Sequence[int] | None,
+    are_one: bool = False,
     reduce: Callable[[Tensor], Tensor],
 ) -> MicroBatchLosses:
     """Compute the losses of the active replicas, whose rows alone are in the forward. All ranks must call it.
@@ -87,14 +88,17 @@ def micro_batch_losses(
         token_losses: under what the stack is routed to.
         dropout_key: what the dropout depends on beside the replica's seed: epoch, batch, rank. ``None`` switches it
             off.
+        are_one: whether the replicas are one, whose rows all draw masks of their own: by the seeds of the rows' orders,
+            as that of the dropout is the same.
         reduce: sums a tensor over the ranks.
     """
     active, positions = replicas.active, replicas.active_positions
+    seeds = [replica.order_seed if are_one else replica.init_seed for replica in active]
     stack.route(
         [replica.name for replica in active],
         lengths=[batch["lengths"][i] for i in positions],
         rows=[batch["rows"][i] for i in positions] if "rows" in batch else (),
-        dropout_keys=None if dropout_key is None else [(replica.init_seed, *dropout_key) for replica in active],
+        dropout_keys=None if dropout_key is None else [(seed, *dropout_key) for seed in seeds],
     )
 
     def rows_of(tensor: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ class SeedLoRAModule(pl.LightningModule):
                 self.stack,
                 self.token_losses,
                 dropout_key=(self.current_epoch, batch_idx, self.global_rank) if self.options.lora_dropout else None,
+                are_one=self.are_one,
                 reduce=partial(self.trainer.strategy.reduce, reduce_op="sum"),
             )
             if not (broken := losses.broken(self.stack)):
@@ -292,14 +293,19 @@ class SeedLoRAModule(pl.LightningModule):
         if broken := [name for name, found in zip(names, ranks, strict=True) if found]:
             self.replicas.exclude(broken, f"weights not finite after step {self.trainer.global_step}")
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
         """Log loss per token and exact match of everything scored.
 
         Rows without a supervised token, which fill up the shares of the ranks, are not counted.
+
+        Returns:
+            What the batch says, for callbacks: :class:`seedlora.training.scoring.BatchScores` by name.
         """
         if not self.scored.adapters:
-            return
-        self._log_scores(self.scorer.score(batch, self.scored), loss="val/loss", match="val/match")
+            return None
+        scores = self.scorer.score(batch, self.scored)
+        self._log_scores(scores, loss="val/loss", match="val/match")
+        return scores._asdict()
 
     def _log_scores(self, scores: BatchScores, *, loss: str, match: str) -> None:
         """Log loss per token and exact match of everything scored, over all batches and ranks."""

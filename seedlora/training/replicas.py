@@ -108,8 +108,8 @@ class ReplicaStates:
     """Holds the replicas of a fit, in their order, and knows which of them train.
 
     A replica is active until it is stopped, because it no longer improves, or diverges. An idle one has its rows left
-    out of the forward and keeps its weights. One that was stopped counts at the end of the fit, one that diverged does
-    not.
+    out of the forward and keeps its weights. One that was stopped counts at the end of the fit, one that is left out,
+    because it diverged or others were better, does not.
 
     Args:
         settings: the replicas, and what is done when one diverges.
@@ -118,8 +118,8 @@ class ReplicaStates:
     def __init__(self, settings: FitSettings) -> None:
         self._replicas, self._on_divergence = settings.replicas, settings.on_divergence
         self._stopped: set[str] = set()
-        #: By name, what was found in which optimizer step.
-        self.diverged: dict[str, str] = {}
+        #: By name, why a replica does not count, and since which optimizer step.
+        self.left_out: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas)
@@ -130,7 +130,7 @@ class ReplicaStates:
     @property
     def idle(self) -> frozenset[str]:
         """Return the names of the replicas that train no more."""
-        return frozenset(self._stopped | self.diverged.keys())
+        return frozenset(self._stopped | self.left_out.keys())
 
     @property
     def active(self) -> tuple[Replica, ...]:
@@ -148,8 +148,12 @@ class ReplicaStates:
         """Make a replica idle that no longer improves."""
         self._stopped.add(name)
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Make replicas idle that do not count at the end, by name why."""
+        self.left_out |= reasons
+
     def exclude(self, names: Iterable[str], why: str) -> None:
-        """Make replicas idle that diverged.
+        """Leave out replicas that diverged.
 
         Raises:
             DivergedError: if a replica that diverges is to end the run.
@@ -159,9 +163,9 @@ class ReplicaStates:
                 f"{', '.join(names)}: {why}; lower {name_option('model.learning_rate')}, or go on without it by "
                 f"{name_option('ensemble.on_divergence', 'exclude')}"
             )
-        self.diverged |= dict.fromkeys(names, why)
+        self.leave_out(dict.fromkeys(names, why))
 
-    def restore(self, *, idle: Iterable[str], diverged: Mapping[str, str]) -> None:
-        """Take up the states of a checkpoint: :attr:`idle` and :attr:`diverged` as they were."""
+    def restore(self, *, idle: Iterable[str], left_out: Mapping[str, str]) -> None:
+        """Take up the states of a checkpoint: :attr:`idle` and :attr:`left_out` as they were."""
         self._stopped |= set(idle)
-        self.diverged |= diverged
+        self.leave_out(left_out)

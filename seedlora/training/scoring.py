@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,6 +64,14 @@ class BatchScores(NamedTuple):
     correct: Bool[Tensor, "N b"]
     tokens: Int[Tensor, "N b"]
     likely: Int[Tensor, "N b T"]
+
+
+#: Takes a batch, labels, and what the batch says of each.
+OnScores: TypeAlias = Callable[[Mapping[str, Tensor], Sequence[str], BatchScores], None]
+
+
+def keep_nothing(batch: Mapping[str, Tensor], labels: Sequence[str], scores: BatchScores) -> None:
+    """Take the scores of a batch for nothing but their sums."""
 
 
 def real_items(items: Tensor) -> Int[Tensor, " I"]:
@@ -132,14 +140,14 @@ class Scorer:
         adapters: Mapping[str, Layers],
         batches: Iterable[Mapping[str, Tensor]],
         *,
-        on_batch: Callable[[], object] = lambda: None,
+        on_scores: OnScores = keep_nothing,
     ) -> dict[str, RowScores]:
         """Score adapters that need not be in the stack, all of them held at once. All ranks must call it.
 
         Args:
             adapters: by label; each is one adapter by layer path.
             batches: as :meth:`score_batches` takes them.
-            on_batch: called after each batch.
+            on_scores: called with each batch, the labels and their scores on this rank.
 
         Returns:
             By label, over all rows of all ranks in the order of their numbers.
@@ -147,7 +155,7 @@ class Scorer:
         for label, layers in adapters.items():
             load_updates(self.stack, label, layers)
         try:
-            return self.score_batches(batches, ScoredLabels({label: label for label in adapters}), on_batch=on_batch)
+            return self.score_batches(batches, ScoredLabels({label: label for label in adapters}), on_scores=on_scores)
         finally:
             for label in adapters:
                 self.stack.unload(label)
@@ -158,7 +166,7 @@ class Scorer:
         batches: Iterable[Mapping[str, Tensor]],
         scored: ScoredLabels,
         *,
-        on_batch: Callable[[], object] = lambda: None,
+        on_scores: OnScores = keep_nothing,
     ) -> dict[str, RowScores]:
         """Score what is in the stack, in eval mode. All ranks must call it.
 
@@ -166,7 +174,7 @@ class Scorer:
             batches: ``input_ids`` and ``labels`` (b, T), and ``items`` (b,), the numbers of the rows; a row with a
                 negative one is not counted.
             scored: what to score.
-            on_batch: called after each batch.
+            on_scores: called with each batch, the labels and their scores on this rank.
 
         Returns:
             By label, over all rows of all ranks in the order of their numbers.
@@ -175,15 +183,27 @@ class Scorer:
         with eval_mode(self.model):
             for given in batches:
                 batch = {key: value.to(self.device) for key, value in given.items()}
-                losses, correct, tokens, _ = self.score(batch, scored)
-                columns.append(torch.cat([batch["items"][None], tokens[:1], losses, correct]).T)
-                on_batch()
-        table = self.gather(torch.cat(columns))
+                scores = self.score(batch, scored)
+                columns.append(rows_of_batch(batch, scores))
+                on_scores(batch, scored.labels, scores)
+        return self.all_rows(columns, scored.labels)
+
+    def all_rows(self, parts: Sequence[Tensor], labels: Sequence[str]) -> dict[str, RowScores]:
+        """Put the rows of all batches and ranks together. All ranks must call it.
+
+        Args:
+            parts: of this rank, as :func:`rows_of_batch` makes them.
+            labels: of what was scored.
+        """
+        table = self.gather(torch.cat([*parts]))
         table = table[real_items(table[:, 0])].cpu()
-        tokens, n = table[:, 1].long(), len(scored.labels)
-        return {
-            label: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, label in enumerate(scored.labels)
-        }
+        tokens, n = table[:, 1].long(), len(labels)
+        return {label: RowScores(table[:, 2 + i], table[:, 2 + n + i] > 0, tokens) for i, label in enumerate(labels)}
+
+
+def rows_of_batch(batch: Mapping[str, Tensor], scores: BatchScores) -> Float[Tensor, "b columns"]:
+    """Return the scores of a batch with a line for each row: number, tokens, then losses and matches by label."""
+    return torch.cat([batch["items"][None], scores.tokens[:1], scores.losses, scores.correct]).T
 
 
 def _by_row(scores: TokenScores, n: int) -> BatchScores:

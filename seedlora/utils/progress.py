@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 
 def plain_console(*, stderr: bool = False, soft_wrap: bool = False, quiet: bool = False) -> Console:
@@ -35,3 +39,9 @@ def progress_bar(
         disable=hidden or not console.is_terminal,
         speed_estimate_period=speed_estimate_period,
     )
+
+
+def show(console: Console, told: Iterable[Table | Text | str]) -> None:
+    """Print tables and sentences one after the other; brackets in a sentence are no markup."""
+    for each in told:
+        console.print(each, highlight=False, markup=False, crop=False)

@@ -121,3 +121,31 @@ def test_a_resume_leaves_a_seed_stopped_that_had_no_patience_left(tiny_llama, tm
     for name in ("seed_1", "seed_2", "fused"):
         file = "adapter_model.safetensors"
         assert (tmp_path / "x" / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
+
+
+@pytest.mark.parametrize(("stop", "seen"), [(4, 1), (6, 2), (8, 2)])
+def test_a_resume_keeps_the_fused_adapters_best_step_to_the_bit(tiny_llama, tmp_path, stop, seen):
+    """Killed before, at and after the best validation, whose weights are in the checkpoint from then on."""
+    losses = {"fused": [3, 1, 2, 4], "seed_1": [4, 3, 2, 1], "seed_2": [1, 2, 3, 4]}
+
+    def fit(name, losses, *, resume=False, callbacks=()):
+        callback = SeedEnsembleCallback(
+            [1, 2], budget="full", keep="best_fused", dirpath=tmp_path / name, resume=resume, ema=0.8
+        )
+        module = Scripted(tiny_llama, dtype="float32", r=4)
+        module.losses, module.weights = losses, []
+        run = make_trainer(callback, max_epochs=1, val_check_interval=0.25, num_sanity_val_steps=0)
+        run.callbacks += callbacks
+        run.fit(module, datamodule=make_data(), ckpt_path=callback.ckpt_path, weights_only=True)
+        return callback
+
+    whole = fit("whole", losses)
+    with pytest.raises(StoppedError, match=f"step {stop} is saved"):
+        fit("killed", losses, callbacks=[Terminate(stop - 1)])  # validations after 3, 6, 9 and 12
+    resumed = fit("killed", {label: values[seen:] for label, values in losses.items()}, resume=True)
+    trained = [json.loads((run.dirpath / "trained.json").read_text()) for run in (resumed, whole)]
+    assert trained[0] == trained[1]
+    assert [row["kept_step"] for row in trained[0].values()] == [6, 6]
+    for name in ("seed_1", "seed_2", "seed_1_ema", "fused"):
+        file = "adapter_model.safetensors"
+        assert (resumed.dirpath / name / file).read_bytes() == (whole.dirpath / name / file).read_bytes()

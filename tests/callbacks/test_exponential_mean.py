@@ -34,7 +34,9 @@ class Weights(pl.Callback):
 
 
 def run(base_model, dirpath, *, merge="none", weights=None, test=False, ensemble=(), **options):
-    callback = SeedEnsembleCallback((1, 2), merge=merge, budget="full", dirpath=dirpath, ema=0.8, **dict(ensemble))
+    callback = SeedEnsembleCallback(
+        (1, 2), merge=merge, budget="full", dirpath=dirpath, **{"ema": 0.8, **dict(ensemble)}
+    )
     module, data = make_module(base_model, **options), make_data()
     trainer = make_trainer(callback, max_epochs=1, **OPTIONS)
     trainer.callbacks += [] if weights is None else [weights]
@@ -104,3 +106,33 @@ def test_all_that_is_trained_has_a_mean(tiny_llama, tmp_path, adapter):
 def test_a_whole_model_has_none(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="ensemble.ema writes an adapter, and model.adapter full has none"):
         run(tiny_llama, tmp_path, adapter="full", learning_rate=1e-4)
+
+
+def test_a_part_of_the_run_is_a_decay_by_its_steps(tiny_llama, tmp_path):
+    """Half of six steps is a mean over three: each weighs two thirds of the one after it."""
+    part = run(tiny_llama, tmp_path / "part", ensemble={"ema": None, "ema_part": 0.5})
+    decay = run(tiny_llama, tmp_path / "decay", ensemble={"ema": 1 - 1 / 3})
+    for name in ("seed_1_ema", "seed_2_ema"):
+        found, wanted = saved(part.dirpath / name), saved(decay.dirpath / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    # a control that trains twice as long has a mean over twice the steps
+    assert part.ensemble.options.ema_decay(12) == 1 - 1 / 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ema": 0.9, "ema_part": 0.1}, "ema is a decay per step, and ensemble.ema_part sets it; leave out one"),
+        ({"ema_part": 1.5}, "ema_part is a part of the steps, 0.1 for example, got 1.5"),
+        ({"ema_part": 0.0}, "ema_part is a part of the steps, 0.1 for example, got 0.0"),
+    ],
+)
+def test_what_is_no_mean_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SeedEnsembleCallback((1, 2), **options)
+
+
+def test_a_part_of_less_than_two_steps_is_refused_before_training(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="ema_part 0.1 of 6 steps is 0.6; a mean must reach back at least 2 steps"):
+        run(tiny_llama, tmp_path / "x", ensemble={"ema": None, "ema_part": 0.1})
+    assert not (tmp_path / "x").exists()

@@ -113,7 +113,7 @@ def test_a_replica_that_is_not_finite_is_left_out_before_it_spoils_the_mean(tiny
         """Before the ensemble looks."""
 
         def on_before_zero_grad(self, trainer, module, optimizer):
-            if trainer.global_step == 2 and "seed_42" not in module.replicas.diverged:
+            if trainer.global_step == 2 and "seed_42" not in module.replicas.left_out:
                 self.interfere(module)
 
     broken = BreakFirst("seed_42", step=-1)

@@ -32,8 +32,8 @@ def test_every_hook_goes_to_every_part_in_order():
 def test_the_parts_are_not_the_trainer_s():
     callback = SeedEnsembleCallback()
     assert callback.state_key == "SeedEnsembleCallback"
-    stopping, others = {"best": {}, "idle": [], "diverged": {}}, {"means": {}, "taken": {}, "outer": None}
-    assert callback.state_dict() == {**stopping, **others}
+    stopping, halving = {"best": {}, "idle": [], "left_out": {}}, {"halvings": 0, "dropped": {}}
+    assert callback.state_dict() == {**stopping, **halving, "means": {}, "taken": {}, "outer": None}
     assert not {*callback.parts} & {*make_trainer(callback).callbacks}
 
 

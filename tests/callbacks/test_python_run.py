@@ -54,6 +54,23 @@ def test_plan_and_verdict_are_printed(tiny_llama, tmp_path, capsys):
     assert said.index(BUDGET) < said.index("Use fused:")
 
 
+def test_what_the_report_finds_out_is_printed_too(tiny_llama, tmp_path, capsys):
+    sweep = {"seeds": [1, 2], "budget": "full", "sweep": {"r": [2, 4]}}
+    run(tiny_llama, tmp_path / "swept", ensemble=sweep, max_epochs=1)
+    said = capsys.readouterr().out
+    assert "Validation loss of the sweep" in said
+    assert said.count("The best replica of the validation rows is seed_") == 1
+    run(tiny_llama, tmp_path / "seeds")
+    assert capsys.readouterr().out.count("Train longer, or fuse? ") == 1
+
+
+def test_another_process_advises_by_the_test_that_there_was(finished):
+    again = SeedEnsembleCallback([1, 2, 3], dirpath=finished)
+    advice = json.loads((finished / "report.json").read_text())["advice"]
+    assert again.ensemble.advice == advice
+    assert again.results.scores.keys() >= {"base", "seed_1", "fused"}
+
+
 def test_nothing_is_printed_of_a_test_that_is_to_be_silent(tiny_llama, tmp_path, capsys):
     callback = SeedEnsembleCallback([1], dirpath=tmp_path / "x")
     trainer, module, data = make_trainer(callback), make_module(tiny_llama), make_data()

@@ -1,4 +1,4 @@
-"""``samples.jsonl`` says what the test's own pass has seen of each row."""
+"""``samples.jsonl`` says what the scoring has seen of each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.helpers.training import make_trainer
 @pytest.fixture(scope="module")
 def tested(tiny_llama, tmp_path_factory):
     """A callback after its test, and the data; sums of one digit are learnt in part."""
-    callback = SeedEnsembleCallback([1, 2], dirpath=tmp_path_factory.mktemp("samples") / "x", budget="full")
+    options = {"budget": "full", "compare": "ties", "controls": "untrained", "ema": 0.9}
+    callback = SeedEnsembleCallback([1, 2], dirpath=tmp_path_factory.mktemp("samples") / "x", **options)
     module, data = make_module(tiny_llama, learning_rate=0.02), make_data()
     trainer = make_trainer(callback, max_epochs=3)
     trainer.fit(module, datamodule=data)
@@ -40,14 +41,15 @@ def test_each_row_is_there_with_its_text(tested):
 
 def test_what_is_right_is_what_the_scores_count(tested):
     samples, items = samples_of(tested[0]), tested[0].results.items
-    assert [*samples[0]["right"]] == ["base", "seed_1", "seed_2", "soup", "fused"]
+    compared = {"seed_1_ema", "ema_soup", "gain_seed", "gain_soup", "greedy_soup", "ties"}
+    assert {"base", "seed_1", "seed_2", "soup", "fused", *compared} <= {*samples[0]["right"]} == items.keys()
     for label, digits in items.items():
         assert "".join("01"[sample["right"][label]] for sample in samples) == digits
         for sample in samples:
             assert sample["right"][label] == (sample["forced"][label] == sample["expected"])
 
 
-@pytest.mark.parametrize("name", ["base", "seed_2", "soup", "fused"])
+@pytest.mark.parametrize("name", ["base", "seed_2", "seed_2_ema", "soup", "fused"])
 def test_the_forced_tokens_are_those_of_peft(tested, tiny_llama, name):
     callback, data = tested
     plain = plain_model(tiny_llama)

@@ -26,10 +26,10 @@ GREEDY = ["--dtype", "float32", "--max_new_tokens", str(TOKENS)]
 @pytest.fixture(scope="module")
 def run(tiny_llama, tmp_path_factory):
     """A run of two seeds that were trained in the style tulu, and what was merged of them."""
-    module = built(tiny_llama, 1, 2, 3)
+    module = built(tiny_llama, 1, 2, 3, 4)
     folder = tmp_path_factory.mktemp("runs") / "run"
     record = json.dumps(prompt_record("tulu", module.tokenizer))
-    for replica, name in zip(module.replicas, ("seed_1", "seed_2", "fused"), strict=True):
+    for replica, name in zip(module.replicas, ("seed_1", "seed_2", "fused", "long_seed_ema"), strict=True):
         factors = module.stack.stored_factors(replica.name)
         write_adapter(folder / name, factors, module.options.lora_config(), files={"prompt.json": record})
     (folder / "run.json").write_text("{}")
@@ -64,6 +64,14 @@ def test_side_by_side(run, tiny_llama, capsys):
             assert text == reference(tiny_llama, None if name == "base" else run / name, request), name
     assert main(words) == 0
     assert f"seed_1: {found[1]['answers']['seed_1']}" in capsys.readouterr().out
+
+
+def test_whatever_a_run_has_can_be_named(run, tiny_llama, capsys):
+    words = ["generate", str(run), "--prompt", "Hello", "--compare", "long_seed_ema", *GREEDY, "--json"]
+    assert main(words) == 0
+    answers = json.loads(capsys.readouterr().out)[0]["answers"]
+    assert list(answers) == ["fused", "long_seed_ema"]
+    assert answers["long_seed_ema"] == reference(tiny_llama, run / "long_seed_ema", "Hello")
 
 
 def test_requests_of_a_file(run, tiny_llama, capsys, monkeypatch):

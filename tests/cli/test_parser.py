@@ -133,3 +133,13 @@ def test_a_config_that_cannot_be_read_is_named(capsys, content):
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.fullmatch(rf"train\.py: error: here/config\.yaml cannot be read: [^;]+{instead}", line)
+
+
+@pytest.mark.parametrize(
+    "logger", [["null"], ["false"], ["lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "x"]]
+)
+def test_the_curves_are_written_whatever_logger_is_chosen(tmp_path, logger):
+    cli = SeedLoRACLI(["--ensemble.dirpath", str(tmp_path), "--trainer.logger", *logger])
+    assert cli.metrics.path == tmp_path / "metrics.jsonl"
+    assert cli.trainer.loggers[-1] is cli.metrics
+    assert len(cli.trainer.loggers) == 1 + (logger[0].endswith("CSVLogger"))

@@ -46,6 +46,22 @@ class TestLightning:
     def test_validates_after_batch_never_without_validation_rows(self):
         assert not lightning_internals.validates_after_batch(trainer(limit_val_batches=0))
 
+    def test_validate_after_steps(self):
+        seen = []
+
+        class Watch(pl.Callback):
+            def on_validation_end(self, trainer, module):
+                seen.append((trainer.global_step, trainer.fit_loop.epoch_loop.batch_idx))
+
+        limits = {"limit_train_batches": 6, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+        chosen = trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[Watch()], **limits)
+        lightning_internals.validate_after_steps(chosen, {1, 5})
+        chosen.fit(BoringModel())
+        # once for each step, as it ends, and at the ends of the epochs
+        assert seen == [(1, 1), (3, 5), (5, 3), (6, 5)]
+        lightning_internals.validate_after_steps(chosen, ())
+        assert "_should_check_val_fx" not in vars(chosen.fit_loop.epoch_loop)
+
     def test_share_limits(self):
         chosen = trainer(max_epochs=6, max_steps=9)
         lightning_internals.share_limits(chosen, max_epochs=2, max_steps=3)

@@ -71,6 +71,7 @@ SWEPT = {"learning_rate": [1e-3, 4e-3, 2e-3], "r": [2, 6, 4], "lora_plus_ratio":
 SCHEMES = {
     "branch": {"scheme": "branch", "ema": 0.9},
     "local": {"scheme": "local", "average_every": 1, "outer_learning_rate": 0.7},
+    "halved": {"halving": [0.67]},
 }
 #: With steps so long that the validation loss soon rises.
 WATCHED = {"learning_rate": 0.02}
@@ -141,7 +142,7 @@ def run(
         assert (weight.dtype == torch.bfloat16) == (module.options.base_dtype == torch.bfloat16)
         metrics |= {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics |= {f"best step of {name}": best.step for name, best in callback.fit_state.best.items()}
-        metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.diverged)}
+        metrics |= {f"stopped {name}": True for name in module.replicas.idle - set(module.replicas.left_out)}
     trainer.test(module, datamodule=data, verbose=False)
     scores = callback.results.scores
     return metrics | {f"test/{label}": [score.value, score.n] for label, score in scores.items()}

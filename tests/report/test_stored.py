@@ -10,8 +10,8 @@ import yaml
 
 from seedlora.adapters import adapter as adapter_file
 from seedlora.adapters.adapter import adapter_sha256
-from seedlora.cli import training_run as cli
 from seedlora.merge import record
+from seedlora.report import terminal
 from seedlora.report.facts import facts
 from seedlora.report.figures import figures
 from seedlora.report.training_curves import POINTS
@@ -103,7 +103,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsy
     def fail(_run):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(cli, "write_report", fail)
+    monkeypatch.setattr(terminal, "write_report", fail)
     assert train_into(tmp_path / "run", tiny_llama, "--merge", "soup", "--data.num_val", "0") == 0
     assert "train.py: no report: RuntimeError: no ink; the run is whole" in capsys.readouterr().err
     assert (tmp_path / "run" / "results.json").is_file()

@@ -16,10 +16,10 @@ def test_a_stopped_replica_and_one_that_diverged_are_idle():
     assert states.idle == {"seed_1", "seed_3"}
     assert states.active == replicas(2)
     assert states.active_positions == [1]
-    assert states.diverged == {"seed_3": "loss not finite in step 2"}
+    assert states.left_out == {"seed_3": "loss not finite in step 2"}
     again = ReplicaStates(FitSettings(replicas(1, 2, 3)))
-    again.restore(idle=sorted(states.idle), diverged=states.diverged)
-    assert (again.idle, again.diverged, tuple(again)) == (states.idle, states.diverged, tuple(states))
+    again.restore(idle=sorted(states.idle), left_out=states.left_out)
+    assert (again.idle, again.left_out, tuple(again)) == (states.idle, states.left_out, tuple(states))
 
 
 def test_a_replica_that_diverges_ends_the_run_unless_it_is_excluded():

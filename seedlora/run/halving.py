@@ -1,0 +1,93 @@
+"""Successive halving: after which steps the worse half of the replicas is dropped, and who that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class HalvingRound(NamedTuple):
+    """Say after which optimizer step replicas are dropped, and how many go on if none was lost before."""
+
+    step: int
+    left: int
+
+
+def survivors(n: int) -> int:
+    """Return how many of n replicas go on: half of them, the one in the middle too.
+
+    >>> [survivors(n) for n in (6, 3, 2, 1)]
+    [3, 2, 1, 1]
+    """
+    return math.ceil(n / 2)
+
+
+def check_parts(parts: Sequence[float], n: int) -> None:
+    """Raise ValueError unless these are ascending parts of a run after which n replicas can be halved."""
+    if not parts or not all(0 < part < 1 for part in parts) or sorted(set(parts)) != list(parts):
+        raise ValueError(
+            "ensemble.halving is a list of parts of the steps between 0 and 1, ascending, [0.25, 0.5] for example; got "
+            f"{list(parts)}"
+        )
+    left = n
+    for done, part in enumerate(parts):
+        if left == 1:
+            raise ValueError(
+                f"ensemble.halving {part:g} would drop nobody: of {n} replica{'' if n == 1 else 's'} one is left "
+                f"{'by then' if done else 'from the start'}; leave it out"
+            )
+        left = survivors(left)
+
+
+def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[HalvingRound, ...]:
+    """Return the halvings of n replicas that train for so many steps.
+
+    Raises:
+        ValueError: if two of them, or one and the start or the end, are the same step.
+
+    Example:
+        >>> halving_rounds([0.25, 0.5], steps=12, n=6)
+        (HalvingRound(step=3, left=3), HalvingRound(step=6, left=2))
+    """
+    rounds: list[HalvingRound] = []
+    step, left = 0, n
+    for part in parts:
+        before, step, left = step, round(part * steps), survivors(left)
+        if not before < step < steps:
+            raise ValueError(
+                f"ensemble.halving {list(parts)}: {part:g} of {steps} steps is step {step}, which must be after step "
+                f"{before} and before the last; train for more steps, or choose other parts"
+            )
+        rounds.append(HalvingRound(step, left))
+    return tuple(rounds)
+
+
+def replica_steps(rounds: Sequence[HalvingRound], *, steps: int, n: int) -> int:
+    """Return the optimizer steps of all replicas together.
+
+    >>> replica_steps(halving_rounds([0.25, 0.5], steps=12, n=6), steps=12, n=6)
+    39
+    """
+    total, before, left = 0, 0, n
+    for one in rounds:
+        total, before, left = total + left * (one.step - before), one.step, one.left
+    return total + left * (steps - before)
+
+
+class Halved(NamedTuple):
+    """Hold who goes on and who is dropped, each with the lowest loss first."""
+
+    kept: Sequence[str]
+    dropped: Sequence[str]
+
+
+def halve(losses: Mapping[str, float]) -> Halved:
+    """Drop the replicas with the highest losses, of equals the later ones; no number is the highest.
+
+    >>> halve({"a": 2.0, "b": float("nan"), "c": 1.0, "d": 2.0})
+    Halved(kept=['c', 'a'], dropped=['d', 'b'])
+    """
+    ranked = sorted(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name])
+    left = survivors(len(ranked))
+    return Halved(ranked[:left], ranked[left:])
