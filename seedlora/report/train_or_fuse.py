@@ -64,13 +64,25 @@ def train_or_fuse_record(run: StoredRun, curves: TrainingCurves) -> TrainOrFuseR
 def _slope(run: StoredRun, curves: TrainingCurves, plan: PlanRecord) -> Estimate | None:
     """Estimate s from the seeds that were trained to the end."""
     rate = _rate(run, plan["steps"])
-    validated = curves["validation"]
-    by_step = [{int(step): loss for step, loss in validated[seed]} for seed in run.trained if seed in validated]
+    by_step = [_validated(run, curves, seed, plan["steps"]) for seed in run.trained]
     ended = [curve for curve in by_step if plan["steps"] in curve]
     if rate is None or not ended:
         return None
     steps = sorted(set.intersection(*map(set, ended)))
     return fall_per_efold(steps, [[curve[step] for step in steps] for curve in ended], rate)
+
+
+def _validated(run: StoredRun, curves: TrainingCurves, seed: str, end: int) -> dict[int, float]:
+    """Return the validation losses of a seed by step; that of its last weights is the selection's, if none is later.
+
+    The selection reads the same rows, after the last step, which the validations in training need not meet.
+    """
+    found = {int(step): loss for step, loss in curves["validation"].get(seed, [])}
+    trained = run.trained_on.get(seed)
+    if run.selection is None or trained is None or trained["steps"] != end or trained["kept_step"] not in (None, end):
+        return found
+    scored = run.selection["scores"].get(seed)
+    return found if scored is None or not found else {end: scored["loss"], **found}
 
 
 def _loss_ratio(seeds: Sequence[str], curves: TrainingCurves) -> float | None:

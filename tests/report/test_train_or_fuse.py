@@ -39,6 +39,14 @@ def test_the_sentence_follows_from_the_curves_and_the_validation_rows(tiny_llama
     for sentence in found["sentences"]:
         assert sentence in printed
     check_numbers(tmp_path)
+    # Validations in training need not meet the last step: the selection scores the last weights on the same rows.
+    for name in ("metrics.jsonl", f"metrics-{LONG_SEED}.jsonl"):
+        lines = (tmp_path / name).read_text().splitlines()
+        last = max(i for i, line in enumerate(lines) if '"val/loss_' in line)
+        (tmp_path / name).write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i != last))
+    without = write_report(tmp_path)
+    assert [len(without["training"]["validation"][seed]) for seed in seeds] == [len(curves[seed]) - 1 for seed in seeds]
+    assert without["train_or_fuse"]["slope"] == pytest.approx(found["slope"], rel=1e-4)
 
 
 def test_what_cannot_be_said_is_said_so(stored, run):
