@@ -102,5 +102,5 @@ def test_all_that_is_trained_has_a_mean(tiny_llama, tmp_path, adapter):
 
 
 def test_a_whole_model_has_none(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ensemble.ema writes an adapter, and model.adapter full has none"):
+    with pytest.raises(ValueError, match="ema writes an adapter, and adapter='full' has none"):
         run(tiny_llama, tmp_path, adapter="full", learning_rate=1e-4)

@@ -86,7 +86,7 @@ def test_train_py_tests_the_run_again(finished, tmp_path, capsys):
 
 def test_the_report_has_curves_and_the_command_that_makes_the_run_again(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert report["reproduce"]["command"].startswith("python train.py --config ")
+    assert report["reproduce"]["command"].startswith("python -m seedlora train --config ")
     assert [*report["training"]["train"]] == ["seed_1", "seed_2", "seed_3"]
     assert len((finished / "metrics.jsonl").read_text().splitlines()) >= 12
 
