@@ -171,8 +171,8 @@ def render_preview(facts: Preview, *, eos: str, colours: bool = True) -> Group:
     for first, last, rows in facts.histogram:
         bar = "█" * max(1, round(_BAR * rows / most)) if rows else ""
         lines.append(f"{first:>{width}} to {last:>{width}} {bar:<{_BAR}} {rows:,}")
-    said = f"{left}trained on{right}"
-    legend = Text.assemble(("prompt", "dim"), ", ", (said, "bold green"), ", ", (eos, "bold reverse"))
+    trained = f"{left}trained on{right}"
+    legend = Text.assemble(("prompt", "dim"), ", ", (trained, "bold green"), ", ", (eos, "bold reverse"))
     return Group(*panels, legend, table, Text("tokens of a row\n" + "\n".join(lines)))
 
 

@@ -25,7 +25,7 @@ from seedlora.merge.adapter_folders import merge_folders
 from seedlora.model.weight_files import WeightFiles
 from tests.serving.models import save_adapter
 
-TOKENS = 24
+TOKENS = 16
 QUESTIONS = (
     *("What is 17 + 25?", "Name three colours.", "Write a haiku about the sea.", "Who wrote Hamlet?"),
     *("Translate 'good morning' into French.", "What is the capital of Japan?", "List two prime numbers above 50."),

@@ -46,11 +46,12 @@ def test_peft_answers_as_the_product(folders):
     prompts = prompts_of(reference)
     for name, folder in folders.items():
         model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        said = []
-        for prompt in prompts:
-            ids = reference.tokenizer(prompt.text, add_special_tokens=False, return_tensors="pt")
-            new = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
-            said.append(reference.tokenizer.decode(new, skip_special_tokens=True))
+        tokenizer, said = reference.tokenizer, []
+        for start in range(0, len(prompts), 10):
+            texts = [prompt.text for prompt in prompts[start : start + 10]]
+            ids = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+            new = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)[:, ids["input_ids"].shape[1] :]
+            said += tokenizer.batch_decode(new, skip_special_tokens=True)
         check_same(reference, name, prompts, said, gap=ROUNDING)
 
 
