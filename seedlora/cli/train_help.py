@@ -19,9 +19,8 @@ from seedlora.cli.option_words import SHORT
 from seedlora.utils.spelling import closest
 
 USAGE = """\
-Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter.
-
-usage: python -m seedlora train ..., or python train.py ... in a checkout
+Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter:
+python -m seedlora train ..., or python train.py ... in a checkout
 
   --merge seedlora                          SmolLM2-135M on embedded data, seeds 11, 42, 202
   --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6

@@ -65,7 +65,7 @@ class Outline:
             if not matched:
                 kinds = dict.fromkeys(path.rpartition(".")[2] for path in self.modules)
                 raise ValueError(
-                    f"{name_option('model.modules_to_save', name)}: base model '{self.config.name_or_path}' has no "
+                    f"{name_option('model.modules_to_save')} {name}: base model '{self.config.name_or_path}' has no "
                     f"such module that holds weights itself; it has {', '.join(kinds)}"
                 )
             if set(matched) & set(self.tied):
