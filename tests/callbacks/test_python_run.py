@@ -115,6 +115,14 @@ def test_callbacks_and_loggers_are_named_beside_the_options(tiny_llama, tmp_path
     assert [type(each) for each in trainer.loggers] == [CSVLogger, JSONLinesLogger]
 
 
+def test_what_lightning_adds_by_itself_is_not_named(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback([1], dirpath=tmp_path / "x")
+    added = {"logger": True, "enable_checkpointing": True, "default_root_dir": tmp_path / "logs"}
+    trainer = make_trainer(callback, max_epochs=1, **added)
+    trainer.fit(make_module(tiny_llama), datamodule=make_data())
+    assert "Not in it" not in (tmp_path / "x" / "config.yaml").read_text()
+
+
 def test_a_fit_that_goes_on_repeats_no_metrics(tiny_llama, tmp_path):
     stopped = SeedEnsembleCallback([1], dirpath=tmp_path / "x", checkpoint_every_n_steps=5)
     options = {"max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
