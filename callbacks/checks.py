@@ -16,6 +16,7 @@ from seedlora.run.stack_data import StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
+from seedlora.training.optimizer_choice import OptimizerChoice
 from seedlora.utils.options import name_option
 
 
@@ -89,6 +90,7 @@ class Checks(pl.Callback):
         """
         ensemble = self._ensemble
         check_adapter(ensemble, module)
+        check_optimizer(ensemble, trainer, module.options.optimizer_choice)
         share = replica_share(ensemble.options, trainer, control=ensemble.next_control)
         merged = [] if ensemble.rule is None else [SOUP if ensemble.comparison.chooses else FUSED]
         if not trainer.fast_dev_run:
@@ -143,17 +145,37 @@ class Checks(pl.Callback):
         self._is_open = True
 
 
+def check_optimizer(ensemble: Ensemble, trainer: pl.Trainer, choice: OptimizerChoice) -> None:
+    """Raise ValueError if an optimizer would let replicas learn of each other, or gets parts of what it needs whole."""
+    asked, options = name_option("model.optimizer", choice.name), ensemble.options
+    if not choice.traits.is_elementwise and not holds_whole_adapters(trainer):
+        raise ValueError(
+            f"{asked} looks at whole tensors, which DeepSpeed and fsdp2 cut into parts; use ddp, or an optimizer that "
+            "goes by elements, such as adamw"
+        )
+    if choice.traits.is_per_tensor or len(ensemble.replicas) == 1:
+        return
+    mixes = f"{asked} looks at several tensors together, so replicas of one stack would learn of each other"
+    if (reason := options.one_stack) is not None:
+        raise ValueError(f"{mixes}, and {reason} trains them at once; use another optimizer")
+    if isinstance(options.stack_size, int) and options.stack_size > 1:
+        stack = name_option("ensemble.stack_size")
+        raise ValueError(f"{mixes}; leave out {stack} {options.stack_size}, and they are trained one after the other")
+
+
 def check_adapter(ensemble: Ensemble, module: SeedLoRAModule) -> None:
     """Raise ValueError if this kind of adapter cannot do what was asked of the ensemble."""
     options, comparison = module.options, ensemble.comparison
     adapter = options.adapter
     _check_sweep(ensemble, options)
     if options.is_full_finetuning and ensemble.options.takes_means:
-        raise ValueError(f"ensemble.ema writes an adapter, and model.adapter {adapter} has none; leave it out")
+        full = name_option("model.adapter", adapter)
+        raise ValueError(f"{name_option('ensemble.ema')} writes an adapter, and {full} has none; leave it out")
     if options.adds_dense and ensemble.options.keep == BEST_FUSED:
         raise ValueError(
-            f"ensemble.keep {BEST_FUSED}: the fused adapter is not validated in training with model.adapter {adapter}, "
-            "whose updates have full rank; use ensemble.keep best"
+            f"{name_option('ensemble.keep', BEST_FUSED)}: the fused adapter is not validated in training with "
+            f"{name_option('model.adapter', adapter)}, whose updates have full rank; use "
+            f"{name_option('ensemble.keep', 'best')}"
         )
     if options.adds_dense and (reason := comparison.validated_for) is not None:
         raise ValueError(
@@ -186,16 +208,17 @@ def _check_sweep(ensemble: Ensemble, options: ModelOptions) -> None:
     swept = ensemble.options.sweep or {}
     if "warmup_ratio" in swept and options.warmup_steps is not None:
         raise ValueError(
-            f"ensemble.sweep warmup_ratio does nothing with model.warmup_steps {options.warmup_steps}, which overrides "
-            "it; leave out one of them"
+            f"{name_option('ensemble.sweep')} warmup_ratio does nothing with "
+            f"{name_option('model.warmup_steps', options.warmup_steps)}, which overrides it; leave out one of them"
         )
     if options.starts_at_weights and (ranks := [option for option in ("r", "lora_alpha") if option in swept]):
         raise ValueError(
-            f"ensemble.sweep {ranks[0]}: with model.adapter {options.adapter} all replicas start at the same factors "
-            "of the weights, which are of one r and one lora_alpha; sweep another option, or train lora"
+            f"{name_option('ensemble.sweep')} {ranks[0]}: with {name_option('model.adapter', options.adapter)} all "
+            "replicas start at the same factors of the weights, which are of one r and one lora_alpha; sweep another "
+            "option, or train lora"
         )
     for replica in ensemble.replicas:
         try:
             options.of_replica(replica.options)
         except ValueError as error:
-            raise ValueError(f"ensemble.sweep, for {replica.name}: {error}") from None
+            raise ValueError(f"{name_option('ensemble.sweep')}, for {replica.name}: {error}") from None

@@ -7,6 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from rich.progress import BarColumn
+
+#: Columns of a terminal that description, batches, times and speed take beside bar and metrics.
+_BESIDE = 45
+#: Width of the bar, and in a terminal of fewer than so many columns.
+_BAR, _SHORT_BAR, _NARROW = 40, 10, 140
 
 
 class EnsembleProgressBar(RichProgressBar):
@@ -29,7 +35,29 @@ class EnsembleProgressBar(RichProgressBar):
             short["val fused"] = fused.item()
         if speed is not None:
             short["tok/s"] = f"{float(speed):,.0f}"
-        return short
+        return self._fitting(short)
+
+    @property
+    def _bar_width(self) -> int:
+        return _SHORT_BAR if self._lines.width < _NARROW else _BAR
+
+    def _fitting(self, shown: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics that stand in one line: where not all do, one training loss, the mean, and no speed."""
+        room = self._lines.width - _BESIDE - self._bar_width
+        texts = (f"{name}: {value if isinstance(value, str) else '0.000'} " for name, value in shown.items())
+        if sum(map(len, texts)) <= room:
+            return shown
+        losses = [value for name, value in shown.items() if name not in ("val fused", "tok/s")]
+        mean = {"loss": sum(losses) / len(losses)} if losses else {}
+        return mean | {name: value for name, value in shown.items() if name == "val fused"}
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Return Lightning's columns, with a short bar in a narrow terminal."""
+        columns = super().configure_columns(trainer)
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = self._bar_width
+        return columns
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print a line where no bar can be seen."""

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from seedlora.callbacks.callback_of_parts import CallbackOfParts
@@ -25,6 +26,9 @@ from seedlora.training.module import SeedLoRAModule
 from seedlora.utils.files import write_text
 from seedlora.utils.progress import plain_console, show
 from seedlora.utils.say import say
+
+#: The name of Lightning's own logger.
+_LOGS = "lightning_logs"
 
 
 class RunStart(pl.Callback):
@@ -46,7 +50,7 @@ class RunStart(pl.Callback):
         if stage != "fit" or trainer.fast_dev_run:
             return
         ensemble, data = self._ensemble, trainer.datamodule
-        own = [*_own_callbacks(trainer), *trainer.loggers]
+        own = [*_own_callbacks(trainer), *_own_loggers(trainer)]
         if not trainer.loggers:
             trainer.log_every_n_steps = 1  # the report draws curves, and nobody asked for fewer points
         self._metrics = metrics_logger(trainer, ensemble.metrics_path)
@@ -93,6 +97,13 @@ def _console() -> Console:
 
 
 def _own_callbacks(trainer: pl.Trainer) -> Sequence[pl.Callback]:
-    """Return the callbacks of a Trainer beside the ensemble and what only shows."""
+    """Return the callbacks of a Trainer beside the ensemble, what only shows, and what Lightning adds by itself."""
     shown = (CallbackOfParts, ProgressBar, ModelSummary)
-    return [callback for callback in trainer.callbacks if not isinstance(callback, shown)]
+    added = ModelCheckpoint().state_key
+    own = [callback for callback in trainer.callbacks if not isinstance(callback, shown)]
+    return [callback for callback in own if callback.state_key != added]
+
+
+def _own_loggers(trainer: pl.Trainer) -> Sequence[Logger]:
+    """Return the loggers of a Trainer beside the one that Lightning makes where none is given."""
+    return [each for each in trainer.loggers if (each.name, each.save_dir) != (_LOGS, trainer.default_root_dir)]

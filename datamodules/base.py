@@ -39,6 +39,7 @@ from seedlora.datamodules.rows import (
     tokenise_in_chunks,
 )
 from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,11 +102,16 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             ("max_length", max_length),
         ):
             if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+                raise ValueError(f"{name_option(f'data.{name}')} must be at least 1, got {value}")
         if on_long_row not in ON_LONG_ROW:
-            raise ValueError(f"Unknown data.on_long_row '{on_long_row}'; choose one of {', '.join(ON_LONG_ROW)}")
+            raise ValueError(
+                f"Unknown {name_option('data.on_long_row')} '{on_long_row}'; choose one of {', '.join(ON_LONG_ROW)}"
+            )
         if pack_tokens is not None and pack_tokens < max_length:
-            raise ValueError(f"data.pack_tokens {pack_tokens} must hold a row of data.max_length {max_length} tokens")
+            raise ValueError(
+                f"{name_option('data.pack_tokens')} {pack_tokens} must hold a row of "
+                f"{name_option('data.max_length')} {max_length} tokens"
+            )
         if style != AUTO:
             check_style(style)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -194,8 +200,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         longest = max((int(rows.lengths.max()) for rows in self.rows.values() if len(rows)), default=0)
         if positions is not None and longest > positions:
             raise ValueError(
-                f"a row has {longest:,} tokens, the base model only {positions:,} positions; give data.max_length "
-                f"{positions} or less: longer rows are cut, or left out with data.on_long_row drop"
+                f"a row has {longest:,} tokens, the base model only {positions:,} positions; give "
+                f"{name_option('data.max_length')} {positions} or less: longer rows are cut, or left out with "
+                f"{name_option('data.on_long_row', 'drop')}"
             )
 
     def _tokenise(self, source: str, record: PromptRecord) -> Iterator[Chunk]:
@@ -316,13 +323,15 @@ class _Found:
     def nothing(self, where: str, error: Exception) -> None:
         """Count a row that has no answer to learn."""
         if self.strict:
-            raise ValueError(f"{where}: {error}; data.strict is true")
+            raise ValueError(f"{where}: {error}; {name_option('data.strict')} is true")
         self.empty += 1
 
     def unread(self, where: str, names: Sequence[str]) -> None:
         """Count what a row holds and nobody reads."""
         if names and self.strict:
-            raise ValueError(f"{where}: not used: {', '.join(dict.fromkeys(names))}; data.strict is true")
+            raise ValueError(
+                f"{where}: not used: {', '.join(dict.fromkeys(names))}; {name_option('data.strict')} is true"
+            )
         self.unused.update(set(names))
 
     def counts(self) -> Counts:

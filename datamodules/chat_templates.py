@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from seedlora.datamodules.conversations import Composed, Turn
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,10 +34,13 @@ _NOW = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
 _OPEN_TAG = re.compile(r"<(\w+)>\s*$")
 _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*)</think>", re.DOTALL)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_REWRITES = (
-    "the chat template renders the beginning of a conversation differently once it goes on, so what the model says "
-    "cannot be told from the rest; choose another data.style"
-)
+
+
+def _rewriting() -> ValueError:
+    return ValueError(
+        "the chat template renders the beginning of a conversation differently once it goes on, so what the model says "
+        f"cannot be told from the rest; choose another {name_option('data.style')}"
+    )
 
 
 def chat_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -95,7 +99,9 @@ def on_a_fixed_day(template: str, today: str | None) -> str:
     day = datetime.fromisoformat(today)
     fixed = _NOW.sub(lambda call: repr(day.strftime(call[2])), template)
     if re.search(r"strftime_now\s*\(", fixed):
-        raise ValueError("the chat template writes a date in a way that cannot be fixed; choose another data.style")
+        raise ValueError(
+            f"the chat template writes a date in a way that cannot be fixed; choose another {name_option('data.style')}"
+        )
     return fixed
 
 
@@ -157,7 +163,8 @@ class _Writing:
                     continue
                 if turn.role != "system":
                     raise ValueError(
-                        f"the chat template leaves out turn {i + 1}, of the {turn.role}; choose another data.style"
+                        f"the chat template leaves out turn {i + 1}, of the {turn.role}; choose another "
+                        f"{name_option('data.style')}"
                     )
                 found.append("system turns, which the chat template does not write")
             for call in turn.more.get("tool_calls") or ():
@@ -186,10 +193,10 @@ class _Writing:
         """Return what the model says after a prompt that opens its thinking, where the whole text has no such place."""
         answer, tag = self.turns[-1], _OPEN_TAG.search(prompt)
         if tag is None or answer.more.get("tool_calls") or not self.text.startswith(prompt[: tag.start()]):
-            raise ValueError(_REWRITES)
+            raise _rewriting()
         opening, close, content = tag[0].rstrip(), f"</{tag[1]}>", answer.content
         if not _is_in(content.rpartition(close)[2], _without_spaces(self.text[tag.start() :])):
-            raise ValueError(_REWRITES)
+            raise _rewriting()
         if content.lstrip().startswith(opening):
             return content.lstrip()[len(opening) :].removeprefix(tag[0][len(opening) :])
         return content if close in content else f"{_reasoning(answer)}\n{close}\n\n{content}"
@@ -201,7 +208,7 @@ class _Writing:
         if self.text.startswith(whole) and whole.startswith(prompt):
             begin, end = len(prompt), len(whole.removesuffix(closing))
         elif turn.more.get("tool_calls"):
-            raise ValueError(_REWRITES)
+            raise _rewriting()
         else:
             begin, end = self._place(i)
             begin = len(prompt) if self.text.startswith(prompt) else begin
@@ -218,7 +225,7 @@ class _Writing:
         turns = [*self.turns[:i], replace(self.turns[i], content=_PLACEHOLDER), *self.turns[i + 1 :]]
         before, found, after = self._render(turns).partition(_PLACEHOLDER)
         if not found or not (self.text.startswith(before) and self.text.endswith(after)):
-            raise ValueError(_REWRITES)
+            raise _rewriting()
         return len(before), len(self.text) - len(after)
 
     def _closing(self, i: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from seedlora.datamodules.rows import Chunk, Counts, TokenRows
+from seedlora.utils.options import name_option
 
 
 def check_mix(mix: Mapping[str, float]) -> None:
@@ -17,12 +18,13 @@ def check_mix(mix: Mapping[str, float]) -> None:
         >>> check_mix({"b.jsonl": 0})
         Traceback (most recent call last):
             ...
-        ValueError: data.mix gives b.jsonl the weight 0; a weight says how often each row is taken: 2, 1, 0.5
+        ValueError: mix gives b.jsonl the weight 0; a weight says how often each row is taken: 2, 1, 0.5
     """
     for path, weight in mix.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(
-                f"data.mix gives {path} the weight {weight}; a weight says how often each row is taken: 2, 1, 0.5"
+                f"{name_option('data.mix')} gives {path} the weight {weight}; a weight says how often each row is "
+                "taken: 2, 1, 0.5"
             )
 
 

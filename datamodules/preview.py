@@ -20,6 +20,7 @@ from seedlora.datamodules import InstructionDataModule, all_data_modules
 from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.datamodules.rows import Counts
 from seedlora.datamodules.sampler import ReplicaSampler
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -119,7 +120,7 @@ def packing_advice(data: InstructionDataModule, padding: float) -> str | None:
     packed = ReplicaSampler(rows, seeds=_SEEDS, batch_size=data.batch_size, pack_tokens=tokens).padding()
     if packed > padding / 2:
         return None
-    return f"{padding:.0%} of a forward is padding; data.pack_tokens {tokens} would leave {packed:.0%}"
+    return f"{padding:.0%} of a forward is padding; {name_option('data.pack_tokens', tokens)} would leave {packed:.0%}"
 
 
 def _pieces(data: InstructionDataModule, row: int) -> list[tuple[str, bool]]:
@@ -132,13 +133,23 @@ def _pieces(data: InstructionDataModule, row: int) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(part.tolist()), bool(said[0])) for part, said in parts]
 
 
-def render_preview(facts: Preview, *, eos: str) -> Group:
-    """Lay out the facts for a terminal: prompts dim, what is trained on bright, end tokens reversed."""
+def render_preview(facts: Preview, *, eos: str, colours: bool = True) -> Group:
+    """Lay out the facts for a terminal: prompts dim, what is trained on bright, end tokens reversed.
+
+    Args:
+        facts: to be shown.
+        eos: the end token.
+        colours: whether there are any; what is trained on stands between guillemets otherwise.
+    """
+    left, right = ("", "") if colours else ("«", "»")
     panels = []
     for number, row in enumerate(facts.rows, start=1):
         text = Text()
-        for piece, said in row:
+        before = False
+        for piece, said in [*row, ("", False)]:
+            text.append("" if said == before else left if said else right)
             text.append(piece, "dim" if not said else "bold reverse" if piece == eos else "bold green")
+            before = said
         panels.append(Panel(text, title=f"training row {number}", title_align="left"))
     table = Table(title=f"{facts.data}, style {facts.style}", title_justify="left", show_header=False)
     shortest, median, high, longest = facts.lengths
@@ -160,7 +171,8 @@ def render_preview(facts: Preview, *, eos: str) -> Group:
     for first, last, rows in facts.histogram:
         bar = "█" * max(1, round(_BAR * rows / most)) if rows else ""
         lines.append(f"{first:>{width}} to {last:>{width}} {bar:<{_BAR}} {rows:,}")
-    legend = Text.assemble(("prompt", "dim"), ", ", ("trained on", "bold green"), ", ", (eos, "bold reverse"))
+    trained = f"{left}trained on{right}"
+    legend = Text.assemble(("prompt", "dim"), ", ", (trained, "bold green"), ", ", (eos, "bold reverse"))
     return Group(*panels, legend, table, Text("tokens of a row\n" + "\n".join(lines)))
 
 
@@ -197,7 +209,9 @@ def main(
     if options.json:
         print(json.dumps(asdict(facts), indent=2))  # noqa: T201 - what --json asks for
     else:
-        Console(markup=False, emoji=False).print(render_preview(facts, eos=data.tokenizer.eos_token))
+        console = Console(markup=False, emoji=False)
+        colours = console.color_system is not None
+        console.print(render_preview(facts, eos=data.tokenizer.eos_token, colours=colours))
     return 0
 
 

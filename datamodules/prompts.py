@@ -31,6 +31,7 @@ from seedlora.datamodules.conversations import Turn as Turn
 from seedlora.datamodules.conversations import check_text as check_text
 from seedlora.datamodules.conversations import check_turns as check_turns
 from seedlora.datamodules.conversations import exchange as exchange
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +139,10 @@ def prompt_record(style: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     templates: dict[str, Any]
     if style == CHAT:
         if (found := chat_record(tokenizer)) is None:
-            raise ValueError(f"data.style chat: the tokenizer has no chat template; choose one of {', '.join(STYLES)}")
+            raise ValueError(
+                f"{name_option('data.style', 'chat')}: the tokenizer has no chat template; choose one of "
+                f"{', '.join(STYLES)}"
+            )
         templates = found
     else:
         templates = asdict(STYLES[style])
@@ -243,7 +247,9 @@ def _beyond_plain_text(style: str, turns: Sequence[Turn]) -> list[str]:
     for i, turn in enumerate(turns):
         if turn.role == "tool" or turn.more.get("tool_calls"):
             what = "tool_calls" if turn.role == "assistant" else "what a tool gave back"
-            raise ValueError(f"turn {i + 1} holds {what}, which style {style} cannot write; data.style chat may")
+            raise ValueError(
+                f"turn {i + 1} holds {what}, which style {style} cannot write; {name_option('data.style', 'chat')} may"
+            )
     return [f"{key}, which style {style} does not write" for key in dict.fromkeys(key for t in turns for key in t.more)]
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from seedlora.datamodules.conversations import Turn
+from seedlora.utils.options import name_option
 
 #: Columns of a request and of its response, in the order in which they are looked for.
 PAIRS = (
@@ -117,7 +118,8 @@ def conversation_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None = N
     known = ", ".join(sorted({" and ".join(pair) for pair in PAIRS}))
     raise ValueError(
         f"neither messages or conversations, nor a request and a response ({known}) are among its columns "
-        f"{', '.join(sorted(map(str, row))) or '(none)'}; data.prompt_field and data.response_field name others"
+        f"{', '.join(sorted(map(str, row))) or '(none)'}; {name_option('data.prompt_field')} and "
+        f"{name_option('data.response_field')} name others"
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seedlora.datamodules.row_files import KINDS, Row, files_below, format_of, import_optional, read_rows
+from seedlora.utils.options import name_option
 
 #: Words in a path that say what its rows are for; constraints.jsonl is not for training, latest.jsonl is no test.
 _WORDS = {
@@ -51,7 +52,9 @@ class Source:
     def __post_init__(self) -> None:
         if self.path is None:
             if self.hub is None:
-                raise ValueError("data.path is missing: this data set is on no hub; give a file or folder")
+                raise ValueError(
+                    f"{name_option('data.path')} is missing: this data set is on no hub; give a file or folder"
+                )
         elif not self.files:
             what = "holds no file of rows" if self.path.is_dir() else "is no file or folder"
             raise ValueError(f"{self.option} '{self.path}' {what}; give {KINDS}, or a folder with such files")
@@ -64,7 +67,7 @@ class Source:
     @property
     def option(self) -> str:
         """Return what a user calls the path."""
-        return "data.path" if self.split == "train" else f"data.{self.split}_path"
+        return name_option("data.path" if self.split == "train" else f"data.{self.split}_path")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -120,7 +123,8 @@ class Source:
             if hub.constants.HF_HUB_OFFLINE and not offline:
                 reason = f"{hub.constants.ENDPOINT} does not answer"
             raise OSError(
-                f"{self.hub} could not be read from the hub ({reason}); download it and give data.path FILE_OR_FOLDER"
+                f"{self.hub} could not be read from the hub ({reason}); download it and give "
+                f"{name_option('data.path', 'FILE_OR_FOLDER')}"
             ) from None
         finally:
             hub.constants.HF_HUB_OFFLINE = offline

@@ -17,6 +17,7 @@ from seedlora.datamodules.mixing import check_mix, one_after_the_other, taken_by
 from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.rows import TokenRows
 from seedlora.datamodules.sources import Source
+from seedlora.utils.options import name_option
 
 ON_BAD_ROW = ("error", "skip")
 #: Options that do not decide what the rows say.
@@ -99,12 +100,15 @@ class TableDataModule(InstructionDataModule):
         self.save_hyperparameters()
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ValueError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must leave rows to train on"
+                f"{name_option('data.val_fraction')} {val_fraction} and {name_option('data.test_fraction')} "
+                f"{test_fraction} must leave rows to train on"
             )
         if num_train is not None and num_train < 1:
-            raise ValueError(f"data.num_train must be at least 1, got {num_train}")
+            raise ValueError(f"{name_option('data.num_train')} must be at least 1, got {num_train}")
         if on_bad_row not in ON_BAD_ROW:
-            raise ValueError(f"Unknown data.on_bad_row '{on_bad_row}'; choose one of {', '.join(ON_BAD_ROW)}")
+            raise ValueError(
+                f"Unknown {name_option('data.on_bad_row')} '{on_bad_row}'; choose one of {', '.join(ON_BAD_ROW)}"
+            )
         self.on_bad_row, self.strict, self.num_train = on_bad_row, strict, num_train
         self.split_seed, self.mix = split_seed, dict(mix or {})
         check_mix(self.mix)
@@ -131,6 +135,16 @@ class TableDataModule(InstructionDataModule):
         """Give the rows of a source."""
         return self.files[source].rows()
 
+    def domains(self, split: str) -> dict[str, list[str]]:
+        """Return of which data set each row is, where several are mixed and the split is drawn from them."""
+        if not self.mix or f"{split}_path" in self.files:
+            return {}
+        paths = [str(self.source.path or self.hub), *self.mix]
+        short = [Path(path).name for path in paths]
+        names = short if len({*short}) == len(short) else paths
+        sets = np.searchsorted(self._ends, self.rows[split].numbers, side="right")
+        return {"data set": [names[place] for place in sets]}
+
     def split(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
         """Draw the splits from the training sources, the rows left out included; or take the files given for them.
 
@@ -138,6 +152,7 @@ class TableDataModule(InstructionDataModule):
             ValueError: if there are fewer than ``num_train`` rows to train on.
         """
         parts = [rows[name] for name in ("", *self.mix)]
+        self._ends = np.cumsum([part.counts.read for part in parts])
         found = parts[0]
         if self.mix:
             known = [[part.sha256(), sha256(part.numbers.tobytes()).hexdigest(), part.counts.read] for part in parts]
@@ -150,13 +165,15 @@ class TableDataModule(InstructionDataModule):
         kept[found.numbers] = np.arange(len(found))
         val, test, train = (kept[part][kept[part] >= 0] for part in drawn)
         if self.mix:
-            ends = np.cumsum([part.counts.read for part in parts])
-            sets = np.searchsorted(ends, found.numbers[train], side="right")
+            sets = np.searchsorted(self._ends, found.numbers[train], side="right")
             train = taken_by_weight(train, sets, [1.0, *self.mix.values()], self.split_seed)
             train = np.random.default_rng([self.split_seed, len(parts)]).permutation(train)
         if self.num_train is not None:
             if len(train) < self.num_train:
-                raise ValueError(f"data.num_train asks for {self.num_train} rows, there are {len(train)} to train on")
+                raise ValueError(
+                    f"{name_option('data.num_train')} asks for {self.num_train} rows, there are {len(train)} to train "
+                    "on"
+                )
             train = train[: self.num_train]
         chosen = {"train": train, "val": val, "test": test}
         own = {split: rows[f"{split}_path"] for split in SPLITS if f"{split}_path" in rows}

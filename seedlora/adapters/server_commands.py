@@ -128,8 +128,7 @@ PY"""
         [ServedAdapter(adapter.name, adapter, rank)],
         chat_template=chat_template_file(adapter),
     )
-    before, after = words[: words.index("--lora-modules")], words[words.index("--lora-modules") :]
-    return f"{load}\n# serve it with vLLM\n{shlex.join(before)} \\\n    {shlex.join(after)}"
+    return f"{load}\n# serve it with vLLM\n{shown(words)}"
 
 
 def _load(base_model: str, adapter: Path, auto_class: str) -> str:

@@ -129,8 +129,8 @@ def merge(arguments: Mapping[str, Any]) -> None:
     request = _Request.of(arguments)
     if request.method == GREEDY:
         raise ValueError(
-            f"{GREEDY} chooses among adapters by a score on validation rows, which a run has: python train.py --merge "
-            f"{GREEDY}; of adapters from elsewhere, --method soup takes those that are given"
+            f"{GREEDY} chooses among adapters by a score on validation rows, which a run has: python -m seedlora train "
+            f"--merge {GREEDY}; of adapters from elsewhere, --method soup takes those that are given"
         )
     make_rule(request.method, request.options)
     _check_into_base(request)

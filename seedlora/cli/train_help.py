@@ -19,17 +19,18 @@ from seedlora.cli.option_words import SHORT
 from seedlora.utils.spelling import closest
 
 USAGE = """\
-Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter.
+Train LoRA replicas of one task with different seeds as one stack, and merge them into one adapter:
+python -m seedlora train ..., or python train.py ... in a checkout
 
-  python train.py --merge seedlora                     SmolLM2-135M on embedded data, seeds 11, 42, 202
-  python train.py --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
-  python train.py --config configs/default.yaml --model.r 16
-  python train.py --merge auto --compare ties,knots_ties   the method that is best on validation rows; others beside it
-  python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
-  python train.py --merge seedlora --resume            go on with the newest unfinished run
-  python train.py --merge seedlora --plan              what the run will take, measured on a few steps
-  python train.py --evaluate gsm8k --evaluate.limit 100    then score all adapters on GSM8K
-  python train.py test --ensemble.dirpath RUN          score a finished run again, without training
+  --merge seedlora                          SmolLM2-135M on embedded data, seeds 11, 42, 202
+  --merge soup --ensemble.seeds "[1,2,3]" --trainer.max_epochs 6
+  --config configs/default.yaml --model.r 16
+  --merge auto --compare ties,knots_ties    the method that is best on validation rows; others beside it
+  --merge seedlora --controls               one seed for all tokens, one of all ranks, and other controls
+  --merge seedlora --resume                 go on with the newest unfinished run
+  --merge seedlora --plan                   what the run will take, measured on a few steps
+  --evaluate gsm8k --evaluate.limit 100     then score all adapters on GSM8K
+  test --ensemble.dirpath RUN               score a finished run again, without training
 """
 TRAINER_SHOWN = ("max_epochs", "max_steps", "accelerator", "devices", "strategy", "accumulate_grad_batches")
 #: Beginnings of options that are groups of others, and read a file of them by themselves.

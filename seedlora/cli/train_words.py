@@ -42,6 +42,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
     """
     words = [with_underscores(word) for word in with_home(argv) if word != "--plan"]
     words = expand_short_options(options_of_finished_run(words[1:]) if argv[:1] == ["test"] else words)
+    words = keep_class(words, "--model.optimizer")
     for file in values_of(words, "--config"):
         check_config(Path(file))
     for word in words:
@@ -60,7 +61,7 @@ def options_of_finished_run(argv: Sequence[str]) -> list[str]:
     """Return the options of ``test``: those of the run in ``--ensemble.dirpath``, then those given."""
     given = values_of(argv, "--ensemble.dirpath")
     if not given:
-        raise UsageError("test needs the run to score: python train.py test --ensemble.dirpath RUN")
+        raise UsageError("test needs the run to score: python -m seedlora train test --ensemble.dirpath RUN")
     file = Path(given[-1]) / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{given[-1]} holds no run: it has no config.yaml")
@@ -100,6 +101,26 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file}: evaluate is called evaluate.task now")
     if old := [key for key in found if str(key).startswith("evaluate_")]:
         raise UsageError(f"{file}: {old[0]} is called {old[0].replace('_', '.', 1)} now")
+
+
+def keep_class(argv: Sequence[str], option: str) -> list[str]:
+    """Write a class that has options of its own so that the parser adds them to it, in the place of taking them alone.
+
+    Example:
+        >>> keep_class(["--model.optimizer", "SGD", "--model.optimizer.momentum", "0.9"], "--model.optimizer")
+        ['--model.optimizer={class_path: SGD}', '--model.optimizer.momentum', '0.9']
+    """
+    words = list(argv)
+    if not any(word.startswith(f"{option}.") for word in words):
+        return words
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            words[i : i + 2] = [f"{option}={words[i + 1]}"]
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == option and equals and not value.startswith("{"):
+            words[i] = f"{option}={{class_path: {value}}}"
+    return words
 
 
 def expand_short_options(argv: Sequence[str]) -> list[str]:

@@ -41,6 +41,7 @@ from seedlora.run.opening import opening
 from seedlora.run.plan import RunPlan, run_plan
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
+from seedlora.utils.options import name_option
 from seedlora.utils.progress import plain_console, show
 
 
@@ -112,7 +113,8 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
         time.sleep(1)  # for the watch, which knows more
         _stopped(cli, "the connection to another process was lost")
         return 1
-    took = Text(f"{time.monotonic() - started:.0f} s in all; everything is in", "dim")
+    since = "since it was resumed" if cli.ensemble.options.resume and not finished else "in all"
+    took = Text(f"{time.monotonic() - started:.0f} s {since}; everything is in", "dim")
     console.print(took, str(cli.ensemble.dirpath), highlight=False)
     return code
 
@@ -247,7 +249,7 @@ def _test(cli: SeedLoRACLI, console: Console) -> None:
     if not cli.datamodule.rows["test"]:
         console.print("There are no test rows, so nothing was scored.")
     elif not cli.trainer.limit_test_batches:
-        console.print("trainer.limit_test_batches 0 leaves no test rows, so nothing was scored.")
+        console.print(f"{name_option('trainer.limit_test_batches', 0)} leaves no test rows, so nothing was scored.")
     else:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     show(console, conclusion(ensemble))

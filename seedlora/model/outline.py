@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from seedlora.model.loading import check_causal, load_config
+from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -64,13 +65,13 @@ class Outline:
             if not matched:
                 kinds = dict.fromkeys(path.rpartition(".")[2] for path in self.modules)
                 raise ValueError(
-                    f"model.modules_to_save {name}: base model '{self.config.name_or_path}' has no such module that "
-                    f"holds weights itself; it has {', '.join(kinds)}"
+                    f"{name_option('model.modules_to_save')} {name}: base model '{self.config.name_or_path}' has no "
+                    f"such module that holds weights itself; it has {', '.join(kinds)}"
                 )
             if set(matched) & set(self.tied):
                 matched += self.tied
             found |= {path: self.modules[path] for path in matched}
-        self.check_row_order(found, "model.modules_to_save")
+        self.check_row_order(found, name_option("model.modules_to_save"))
         return found
 
     def check_row_order(self, paths: Iterable[str], option: str) -> None:
@@ -96,11 +97,13 @@ class Outline:
             try:
                 found = {path: shape for path, shape in self.linear.items() if re.fullmatch(target_modules, path)}
             except re.error as error:
-                raise ValueError(f"model.target_modules '{target_modules}' is no regular expression: {error}") from None
+                raise ValueError(
+                    f"{name_option('model.target_modules', target_modules)} is no regular expression: {error}"
+                ) from None
             if not found:
                 raise ValueError(
-                    f"model.target_modules '{target_modules}' matches the whole path of no linear layer, for example "
-                    f"{next(iter(self.linear))}; give a list of endings, {ALL_LINEAR}, or another expression"
+                    f"{name_option('model.target_modules', target_modules)} matches the whole path of no linear layer, "
+                    f"for example {next(iter(self.linear))}; give a list of endings, {ALL_LINEAR} or another expression"
                 )
             return found
         ends = tuple(target_modules)
@@ -108,8 +111,8 @@ class Outline:
         if missing := set(ends) - {end for found in matched.values() for end in found}:
             kinds = sorted({path.rpartition(".")[2] for path in self.linear})
             raise ValueError(
-                f"model.target_modules {', '.join(sorted(missing))}: base model '{self.config.name_or_path}' has no "
-                f"such linear layer; it has {', '.join(kinds)}"
+                f"{name_option('model.target_modules')} {', '.join(sorted(missing))}: base model "
+                f"'{self.config.name_or_path}' has no such linear layer; it has {', '.join(kinds)}"
             )
         return {path: shape for path, shape in self.linear.items() if matched[path]}
 

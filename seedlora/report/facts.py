@@ -195,7 +195,7 @@ def _reproduction(stored: StoredRun, sha256: dict[str, str]) -> Reproduction:
     # The folder as the run was started, which is not where it is read from.
     started = Path(str(stored.options.dirpath or stored.name))
     folder = started if started.name == stored.name else stored.name
-    command = f"python train.py --config {folder}/config.yaml --ensemble.dirpath NEW"
+    command = f"python -m seedlora train --config {folder}/config.yaml --ensemble.dirpath NEW"
     options: dict[str, object] = {}
     if stored.fusion is not None:
         use = stored.fusion.get("use", {})

@@ -176,11 +176,13 @@ def _training(report: Report, drawings: Drawings) -> Section:
     ]
     lines = ["Losses are in nats per token."] if training["train"] or rows else []
     if rows:
-        lines[0] += " The table has the validation loss after the last step, and the lowest of the training."
+        lines[0] += (
+            " The table has the loss of each adapter's last validation, after which step it was, and the lowest of all."
+        )
     return Section(
         "Training",
         lines,
-        tables=[Table(["adapter", "last step", "validation loss", "lowest"], rows)] if rows else [],
+        tables=[Table(["adapter", "step", "validation loss", "lowest"], rows)] if rows else [],
         pictures=[
             *drawings.picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
             *drawings.picture(

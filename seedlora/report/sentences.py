@@ -14,7 +14,7 @@ from seedlora.scores.wording import LOSS, LOSS_CHANGE, LOSSES, difference_in_poi
 
 ANSWERED_BY_OTHERS = (
     "Tasks were scored by generation before the seeds were merged anew, and {} answered with other weights: these "
-    "scores are not shown. train.py test --evaluate scores the adapters of today."
+    "scores are not shown. python -m seedlora train test --evaluate scores the adapters of today."
 )
 
 
@@ -77,7 +77,7 @@ def missing(run: StoredRun, tests: Sequence[TestSet], curves: TrainingCurves) ->
     elif run.results is None or "train_sample" not in run.results:
         sentences.append(
             "No training rows were scored beside the test, so only what was trained has a training loss; "
-            "train.py test --ensemble.dirpath and this folder scores them."
+            "python -m seedlora train test --ensemble.dirpath and this folder scores them."
         )
     if run.cost is None:
         sentences.append("The plan and the versions of the libraries are not stored.")

@@ -47,6 +47,7 @@ from seedlora.selection.settling import adapters_beside
 from seedlora.training.replicas import Replica
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Layers, Stacks, join_stacks, select_adapters
+from seedlora.utils.options import name_option
 from seedlora.utils.places import expanded
 
 
@@ -268,8 +269,8 @@ class Ensemble:
         """Raise ValueError if all replicas must be trained at once and are not."""
         if (reason := self.options.one_stack) is not None and (self.stack_size or len(self.names)) < len(self.names):
             raise ValueError(
-                f"{reason} trains all {len(self.names)} replicas at once, and ensemble.stack_size is "
-                f"{self.stack_size}; leave it out"
+                f"{reason} trains all {len(self.names)} replicas at once, and "
+                f"{name_option('ensemble.stack_size')} is {self.stack_size}; leave it out"
             )
 
     # What was trained

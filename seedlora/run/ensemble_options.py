@@ -184,69 +184,80 @@ class EnsembleOptions:
     def one_stack(self) -> str | None:
         """Return the option for which all replicas must be trained at once, for messages, if there is one."""
         if self.scheme != INDEPENDENT:
-            return f"ensemble.scheme {self.scheme}"
+            return name_option("ensemble.scheme", self.scheme)
         if self.controls == EQUAL_TOKENS:
-            return f"ensemble.controls {EQUAL_TOKENS}"
+            return name_option("ensemble.controls", EQUAL_TOKENS)
         if self.halving is not None:
-            return "ensemble.halving"
-        return f"ensemble.keep {BEST_FUSED}" if self.keep == BEST_FUSED else None
+            return name_option("ensemble.halving")
+        return name_option("ensemble.keep", BEST_FUSED) if self.keep == BEST_FUSED else None
 
     @property
     def whole_adapters(self) -> str | None:
         """Return the options that read or write the adapters in training, for messages, if there are some."""
         asked = {
-            f"keep {self.keep}": self.keeps_best,
+            "keep": self.keeps_best,
             "patience": self.patience is not None,
-            f"scheme {self.scheme}": self.scheme != INDEPENDENT,
+            "scheme": self.scheme != INDEPENDENT,
             "halving": self.halving is not None,
             "ema": self.ema is not None,
             "ema_part": self.ema_part is not None,
-            f"controls {self.controls}": self.controls == EQUAL_TOKENS,
+            "controls": self.controls == EQUAL_TOKENS,
         }
-        return " and ".join(f"ensemble.{option}" for option, given in asked.items() if given) or None
+        given = [
+            name_option(f"ensemble.{option}", getattr(self, option)) for option, is_given in asked.items() if is_given
+        ]
+        return " and ".join(given) or None
 
     def _check_scheme(self) -> None:
         """Raise ValueError for what does not go with the scheme, and for numbers out of range."""
         if self.trunk is not None and self.scheme != BRANCH:
-            raise ValueError(f"ensemble.trunk is of scheme {BRANCH}, and ensemble.scheme is {self.scheme}")
+            given = f"{name_option('ensemble.scheme')} is {self.scheme}"
+            raise ValueError(f"{name_option('ensemble.trunk')} is of scheme {BRANCH}, and {given}")
         own = {name: getattr(self, name) for name in ("average_every", "average_growth", "outer_learning_rate")}
         for name, value in own.items():
             if value is not None and self.scheme != LOCAL:
-                raise ValueError(f"ensemble.{name} is of scheme {LOCAL}, and ensemble.scheme is {self.scheme}")
+                given = f"{name_option('ensemble.scheme')} is {self.scheme}"
+                raise ValueError(f"{name_option(f'ensemble.{name}')} is of scheme {LOCAL}, and {given}")
             if value is not None and value <= 0:
-                raise ValueError(f"ensemble.{name} must be positive, got {value}")
+                raise ValueError(f"{name_option(f'ensemble.{name}')} must be positive, got {value}")
         if self.trunk is not None and not 0 <= self.trunk <= 1:
-            raise ValueError(f"ensemble.trunk is a part of the steps, from 0 to 1, got {self.trunk}")
+            raise ValueError(f"{name_option('ensemble.trunk')} is a part of the steps, from 0 to 1, got {self.trunk}")
         if self.keep == BEST_FUSED and self.merge == NO_MERGE:
             raise ValueError(
-                f"ensemble.keep {BEST_FUSED} watches the fused adapter, and with --merge none there is none"
+                f"{name_option('ensemble.keep', BEST_FUSED)} watches the fused adapter, and with "
+                f"{name_option('ensemble.merge', NO_MERGE)} there is none"
             )
         if self.controls == EQUAL_TOKENS and self.sweep:
             raise ValueError(
-                f"ensemble.controls {EQUAL_TOKENS} has the rows of all seeds, and with ensemble.sweep several replicas "
-                "have the same ones; leave out one of them"
+                f"{name_option('ensemble.controls', EQUAL_TOKENS)} has the rows of all seeds, and with "
+                f"{name_option('ensemble.sweep')} several replicas have the same ones; leave out one of them"
             )
         if self.scheme == INDEPENDENT:
             return
         if self.vary == "init":
             raise ValueError(
-                f"ensemble.scheme {self.scheme} starts all replicas at the same weights, so their orders must differ: "
-                "ensemble.vary init does not go with it; take order, or both"
+                f"{name_option('ensemble.scheme', self.scheme)} starts all replicas at the same weights, so their "
+                f"orders must differ: {name_option('ensemble.vary', 'init')} does not go with it; take order, or both"
             )
         if self.sweep:
             raise ValueError(
-                f"ensemble.scheme {self.scheme} is of replicas that differ in their seeds alone; leave out "
-                "ensemble.sweep"
+                f"{name_option('ensemble.scheme', self.scheme)} is of replicas that differ in their seeds alone; leave "
+                f"out {name_option('ensemble.sweep')}"
             )
 
     def _check_means(self) -> None:
         """Raise ValueError for a decay, or a part of the run, that cannot be, and for both."""
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ensemble.ema must be between 0 and 1, 0.99 for example, got {self.ema}")
+            raise ValueError(f"{name_option('ensemble.ema')} must be between 0 and 1, 0.99 for example, got {self.ema}")
         if self.ema_part is not None and not 0 < self.ema_part <= 1:
-            raise ValueError(f"ensemble.ema_part is a part of the steps, 0.1 for example, got {self.ema_part}")
+            raise ValueError(
+                f"{name_option('ensemble.ema_part')} is a part of the steps, 0.1 for example, got {self.ema_part}"
+            )
         if self.ema is not None and self.ema_part is not None:
-            raise ValueError("ensemble.ema is a decay per step, and ensemble.ema_part sets it; leave out one of them")
+            raise ValueError(
+                f"{name_option('ensemble.ema')} is a decay per step, and {name_option('ensemble.ema_part')} sets it; "
+                "leave out one of them"
+            )
 
     def _check_halving(self) -> None:
         """Raise ValueError for parts that cannot be, and for what does not go with halving."""
@@ -255,18 +266,19 @@ class EnsembleOptions:
         check_parts(self.halving, len(self.replicas))
         if self.scheme != INDEPENDENT:
             raise ValueError(
-                f"ensemble.halving drops replicas, from which the others learn by ensemble.scheme {self.scheme}; leave "
-                "out one of them"
+                f"{name_option('ensemble.halving')} drops replicas, from which the others learn by "
+                f"{name_option('ensemble.scheme', self.scheme)}; leave out one of them"
             )
         if self.keep == BEST_FUSED:
             raise ValueError(
-                f"ensemble.keep {BEST_FUSED} compares validations of one fused adapter, and ensemble.halving changes "
-                "what is fused; take ensemble.keep best, or last"
+                f"{name_option('ensemble.keep', BEST_FUSED)} compares validations of one fused adapter, and "
+                f"{name_option('ensemble.halving')} changes what is fused; take "
+                f"{name_option('ensemble.keep', 'best')}, or last"
             )
         if self.controls in (ALL_CONTROLS, EQUAL_TOKENS):
             raise ValueError(
-                f"ensemble.controls {self.controls} trains one seed for the tokens of all, and with ensemble.halving "
-                "the replicas have different ones; take untrained"
+                f"{name_option('ensemble.controls', self.controls)} trains one seed for the tokens of all, and with "
+                f"{name_option('ensemble.halving')} the replicas have different ones; take untrained"
             )
 
     def _check_seeds(self) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from seedlora.utils.options import name_option
+
 
 class HalvingRound(NamedTuple):
     """Say after which optimizer step replicas are dropped, and how many go on if none was lost before."""
@@ -27,15 +29,15 @@ def check_parts(parts: Sequence[float], n: int) -> None:
     """Raise ValueError unless these are ascending parts of a run after which n replicas can be halved."""
     if not parts or not all(0 < part < 1 for part in parts) or sorted(set(parts)) != list(parts):
         raise ValueError(
-            "ensemble.halving is a list of parts of the steps between 0 and 1, ascending, [0.25, 0.5] for example; got "
-            f"{list(parts)}"
+            f"{name_option('ensemble.halving')} is a list of parts of the steps between 0 and 1, ascending, "
+            f"[0.25, 0.5] for example; got {list(parts)}"
         )
     left = n
     for done, part in enumerate(parts):
         if left == 1:
             raise ValueError(
-                f"ensemble.halving {part:g} would drop nobody: of {n} replica{'' if n == 1 else 's'} one is left "
-                f"{'by then' if done else 'from the start'}; leave it out"
+                f"{name_option('ensemble.halving')}: {part:g} would drop nobody: of {n} replica"
+                f"{'' if n == 1 else 's'} one is left {'by then' if done else 'from the start'}; leave it out"
             )
         left = survivors(left)
 
@@ -56,8 +58,8 @@ def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[Halvi
         before, step, left = step, round(part * steps), survivors(left)
         if not before < step < steps:
             raise ValueError(
-                f"ensemble.halving {list(parts)}: {part:g} of {steps} steps is step {step}, which must be after step "
-                f"{before} and before the last; train for more steps, or choose other parts"
+                f"{name_option('ensemble.halving', list(parts))}: {part:g} of {steps} steps is step "
+                f"{step}, which must be after step {before} and before the last; train for more steps, or choose other parts"
             )
         rounds.append(HalvingRound(step, left))
     return tuple(rounds)

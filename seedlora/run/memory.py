@@ -62,11 +62,13 @@ def memory_estimate(
     stage: int = 0,
     processes: int = 1,
     gathered: int = 0,
+    state_bytes: int = 8,
 ) -> Memory:
     """Estimate the bytes that a training step needs, beside Python and its libraries.
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
-    for AdamW's two moments. Activations kept for the backward pass of a Llama-like layer, per token:
+    for AdamW's two moments, or what another optimizer keeps. Activations kept for the backward pass of a Llama-like
+    layer, per token:
     ``base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden``: the inputs of the adapters, queries, keys, values and
     what comes out of the attention, the feed-forward's parts, and the two norms' float32. An attention that keeps its
     scores adds them in the model's dtype and in float32. For each supervised token two
@@ -107,6 +109,7 @@ def memory_estimate(
         stage: of ZeRO; FSDP2 is 3.
         processes: that share.
         gathered: parameters of the base model that are whole at once in stage 3.
+        state_bytes: that the optimizer keeps of each trained weight.
 
     Returns:
         What one process holds.
@@ -118,7 +121,7 @@ def memory_estimate(
     if all_logits:
         logits = supervised * vocabulary * (2 * base_bytes + 12)
     base = int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes)
-    state = 12 if stage in (1, 2) else 8
+    state = state_bytes + (4 if stage in (1, 2) else 0)
     return Memory(
         base=base // processes + gathered * base_bytes if stage == 3 else base,
         adapters=4 * trainable + 4 * trainable // (processes if stage >= 2 else 1) + 4 * frozen,
@@ -213,6 +216,7 @@ def step_memory(
         stage=shared.stage,
         processes=shared.processes,
         gathered=model.parameters - body + 2 * body // config.num_hidden_layers,
+        state_bytes=options.optimizer_choice.traits.state_bytes,
     )
 
 
@@ -227,7 +231,8 @@ def attention_scores(options: ModelOptions, tokens: int, device: torch.device | 
 def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackDataModule) -> None:
     """Decide the stack size of an ensemble where its options leave it open; whole models go one by one.
 
-    A stack of them would take their memory together and no less time: they share no product.
+    A stack of them would take their memory together and no less time: they share no product. And so do replicas of an
+    optimizer that looks at several tensors at once.
 
     Args:
         ensemble: whose :attr:`~seedlora.run.ensemble.Ensemble.stack_size` is set, once.
@@ -240,7 +245,9 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOpt
     """
     if ensemble.stack_size is not None:
         return
-    if ensemble.options.stack_size == AUTO:
+    if not options.optimizer_choice.traits.is_per_tensor:
+        ensemble.stack_size = 1
+    elif ensemble.options.stack_size == AUTO:
         if not isinstance(data, PlannedData):
             raise ValueError(
                 f"{name_option('ensemble.stack_size')} {AUTO} needs a data module with `rows`, `counts` and "

@@ -73,9 +73,9 @@ def python_config(
     objects: list[str] = []
     plain = json.loads(json.dumps(sections, default=lambda value: _as_text(value, objects)))
     reasons = [*_only_in_python(module, data), *(f"{name} is no plain value" for name in objects)]
-    lines = ["# Of a run from Python: python train.py --config with this file starts the same one."]
+    lines = ["# Of a run from Python: python -m seedlora train --config with this file starts the same one."]
     if reasons:
-        lines = ["# A record of a run from Python, which python train.py --config cannot start."]
+        lines = ["# A record of a run from Python, which python -m seedlora train --config cannot start."]
         plain = {FROM_PYTHON: "; ".join(reasons), **plain}
     if names := ", ".join(dict.fromkeys(type(each).__name__ for each in besides)):
         lines.append(f"# Not in it: {names}.")

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from seedlora.names import SCHEDULES, SWEPT, replica_name
 from seedlora.training.replicas import Replica, ReplicaOptions
+from seedlora.utils.options import name_option
 
 #: How swept options go with the seeds: each value with each seed, or one value per seed.
 SWEEP_MODES = ("cross", "zip")
@@ -36,15 +37,15 @@ def planned_replicas(
         for option, given in values.items():
             if len(given) != len(seeds):
                 raise ValueError(
-                    f"ensemble.sweep_mode zip gives each of the {len(seeds)} seeds its own value: ensemble.sweep "
-                    f"{option} must have {len(seeds)} values, got {len(given)}"
+                    f"{name_option('ensemble.sweep_mode', 'zip')} gives each of the {len(seeds)} seeds its own value: "
+                    f"{name_option('ensemble.sweep')} {option} must have {len(seeds)} values, got {len(given)}"
                 )
         rows = zip(*values.values(), strict=True) if values else [()] * len(seeds)
         chosen = [(seed, dict(zip(values, row, strict=True))) for seed, row in zip(seeds, rows, strict=True)]
     else:
         for option, given in values.items():
             if repeated := sorted({value for value in given if given.count(value) > 1}, key=str):
-                raise ValueError(f"ensemble.sweep {option} has {repeated[0]} more than once")
+                raise ValueError(f"{name_option('ensemble.sweep')} {option} has {repeated[0]} more than once")
         sets = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
         chosen = [(seed, options) for options in sets for seed in seeds]
     first = seeds[0] if seeds else 0
@@ -68,9 +69,11 @@ def checked_sweep(sweep: Sweep) -> dict[str, list[float | int | str]]:
     found: dict[str, list[float | int | str]] = {}
     for option, given in sweep.items():
         if option not in SWEPT:
-            raise ValueError(f"ensemble.sweep {option} cannot be swept; choose from {', '.join(SWEPT)}")
+            raise ValueError(
+                f"{name_option('ensemble.sweep')} {option} cannot be swept; choose from {', '.join(SWEPT)}"
+            )
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-            raise ValueError(f"ensemble.sweep {option} must be a list of values, got {given!r}")
+            raise ValueError(f"{name_option('ensemble.sweep')} {option} must be a list of values, got {given!r}")
         found[option] = [_checked_value(option, value) for value in given]
     return found
 
@@ -79,7 +82,8 @@ def _checked_value(option: str, value: object) -> float | int | str:
     """Return a value in the type of its option: YAML reads 1e-3 as text."""
     if option == "lr_scheduler":
         if value not in SCHEDULES:
-            raise ValueError(f"ensemble.sweep {option} must be of {', '.join(SCHEDULES)}, got {value!r}")
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"{name_option('ensemble.sweep')} {option} must be of {known}, got {value!r}")
         return str(value)
     try:
         number = float(str(value)) if not isinstance(value, bool) else None
@@ -87,5 +91,5 @@ def _checked_value(option: str, value: object) -> float | int | str:
         number = None
     if number is None or (option == "r" and number != int(number)):
         kind = "whole numbers" if option == "r" else "numbers"
-        raise ValueError(f"ensemble.sweep {option} must be {kind}, got {value!r}")
+        raise ValueError(f"{name_option('ensemble.sweep')} {option} must be {kind}, got {value!r}")
     return int(number) if option == "r" else number

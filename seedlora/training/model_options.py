@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -19,6 +19,7 @@ from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules
 from seedlora.model.quantization import check_quantization
 from seedlora.names import FULL, SCHEDULES
+from seedlora.training.optimizer_choice import OptimizerChoice, optimizer_choice
 from seedlora.training.replicas import ReplicaOptions
 from seedlora.utils.options import name_option
 from seedlora.utils.patterns import pattern_key
@@ -77,6 +78,7 @@ class ModelOptions:
     dtype: str = "auto"
     gradient_checkpointing: bool = False
     compile: str | None = None
+    optimizer: str | Mapping[str, Any] = "adamw"
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -87,6 +89,7 @@ class ModelOptions:
         self._check_patterns_are_positive()
         if self.compile is not None:
             self._check_compile(self.compile)
+        self._check_optimizer(self.optimizer_choice)
 
     def _check_ranges(self) -> None:
         require(self.r >= 1, f"{name_option('model.r')} must be at least 1, got {self.r}")
@@ -173,7 +176,22 @@ class ModelOptions:
             "would break each graph into pieces; leave out one of them",
         )
 
+    def _check_optimizer(self, choice: OptimizerChoice) -> None:
+        _ = choice.traits  # takes a few steps
+        if self.adapter in ("dora", FULL) or self.modules_to_save:
+            choice.check_vectors()
+        require(
+            self.weight_decay == 0 or choice.takes_weight_decay,
+            f"{name_option('model.optimizer', choice.name)} has no weight decay, and "
+            f"{name_option('model.weight_decay')} is {self.weight_decay}",
+        )
+
     # What follows from them
+
+    @property
+    def optimizer_choice(self) -> OptimizerChoice:
+        """Return the class of the optimizer with its options."""
+        return optimizer_choice(self.optimizer)
 
     def of_replica(self, own: ReplicaOptions) -> ModelOptions:
         """Return the options of a replica, which has some of its own.
@@ -261,8 +279,9 @@ class ModelOptions:
     @property
     def display_text(self) -> str:
         """Describe what is trained, for people."""
+        by = "" if self.optimizer == ModelOptions.optimizer else f"; by {self.optimizer_choice.text}"
         if self.is_full_finetuning:
-            return "no adapter, every weight in full, in float32"
+            return f"no adapter, every weight in full, in float32{by}"
         text = f"{self.adapter}, r {self.r}, lora_alpha {self.lora_alpha:g}"
         if self.rank_pattern or self.alpha_pattern:
             text += ", other ones by pattern"
@@ -271,7 +290,7 @@ class ModelOptions:
         text += f", on {len(self.targets)} layers"
         if full := self.full_modules:
             text += f"; {', '.join(dict.fromkeys(path.rpartition('.')[2] for path in full))} in full"
-        return text
+        return text + by
 
     @property
     def averaged_text(self) -> str:

@@ -65,10 +65,10 @@ class SeedLoRAModule(pl.LightningModule):
         modules_to_save: modules that each replica trains in full beside its adapter, in float32, by the endings of
             their names: ``embed_tokens``, ``lm_head``, norms. Where head and embedding are one matrix (tied), naming
             either trains one copy for both. They are averaged where adapters are merged.
-        learning_rate: of AdamW, at the top of the schedule.
+        learning_rate: of the optimizer, at the top of the schedule.
         lora_plus_ratio: the learning rate of B is so many times that of A; above 1 it is LoRA+ (Hayou et al., arXiv
             2402.12354, who take 16). DoRA's magnitudes learn like A.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
         lr_scheduler: ``cosine`` or ``linear`` (both to 0), or ``constant``, after the warm-up.
         warmup_ratio: part of the steps in which the rate grows linearly from near 0.
         warmup_steps: the same as a number of steps; it overrides the ratio.
@@ -77,6 +77,9 @@ class SeedLoRAModule(pl.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: the backend by which ``torch.compile`` compiles each decoder layer for training, ``inductor`` for
             example; default: none.
+        optimizer: ``adamw`` or another class of torch.optim by its name; ``adamw8bit`` or another of bitsandbytes; or
+            as Lightning has it, ``class_path`` and ``init_args``: ``{class_path: torch.optim.RMSprop, init_args:
+            {momentum: 0.9}}``.
 
     Raises:
         ValueError: for values out of range; the message names them.
@@ -112,6 +115,7 @@ class SeedLoRAModule(pl.LightningModule):
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
         compile: str | None = None,  # noqa: A002 - torch's word for it
+        optimizer: str | dict[str, Any] = "adamw",
     ) -> None:
         super().__init__()
         rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
@@ -135,6 +139,7 @@ class SeedLoRAModule(pl.LightningModule):
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            optimizer=optimizer,
         )
         # Lightning saves the arguments as they are named here, into checkpoints too: as plain lists.
         target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -343,7 +348,7 @@ class SeedLoRAModule(pl.LightningModule):
         return self.answerer(batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Make AdamW over all replicas, and the schedules of their learning rates."""
+        """Make the optimizer over all replicas, and the schedules of their learning rates."""
         groups = parameter_groups(self.stack, self.replicas, self.options)
         optimizer = make_optimizer(groups)
         total = self.fit_settings.total_steps or int(self.trainer.estimated_stepping_batches)

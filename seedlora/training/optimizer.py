@@ -61,16 +61,13 @@ def parameter_groups(
     return groups
 
 
-def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
-    """Make AdamW over all replicas, which it treats element by element: none of them knows of the others."""
-    return torch.optim.AdamW(
+def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """Make one optimizer over all replicas, which handles each tensor by itself: none of them knows of the others."""
+    return groups[0].options.optimizer_choice.make(
         [
             {"params": group.parameters, "lr": group.learning_rate, "weight_decay": group.options.weight_decay}
             for group in groups
-        ],
-        lr=groups[0].learning_rate,
-        weight_decay=groups[0].options.weight_decay,
-        fused=True,
+        ]
     )
 
 

@@ -85,12 +85,12 @@ def test_a_resumed_branch_gives_the_bits_of_one_that_was_not_killed(tiny_llama, 
     ("options", "message"),
     [
         ({"scheme": "tree"}, "Unknown scheme 'tree'; choose one of independent, branch, local"),
-        ({"trunk": 0.5}, "ensemble.trunk is of scheme branch, and ensemble.scheme is independent"),
-        ({"scheme": "branch", "trunk": 1.5}, "ensemble.trunk is a part of the steps, from 0 to 1, got 1.5"),
-        ({"scheme": "branch", "vary": "init"}, "so their orders must differ: ensemble.vary init does not go with it"),
-        ({"scheme": "branch", "sweep": {"r": [4]}}, "replicas that differ in their seeds alone; leave out ens"),
-        ({"ema": 1}, "ensemble.ema must be between 0 and 1, 0.99 for example, got 1"),
-        ({"keep": "best_fused", "merge": "none"}, "watches the fused adapter, and with --merge none there is none"),
+        ({"trunk": 0.5}, "trunk is of scheme branch, and scheme is independent"),
+        ({"scheme": "branch", "trunk": 1.5}, "trunk is a part of the steps, from 0 to 1, got 1.5"),
+        ({"scheme": "branch", "vary": "init"}, "so their orders must differ: vary='init' does not go with it"),
+        ({"scheme": "branch", "sweep": {"r": [4]}}, "replicas that differ in their seeds alone; leave out sweep"),
+        ({"ema": 1}, "ema must be between 0 and 1, 0.99 for example, got 1"),
+        ({"keep": "best_fused", "merge": "none"}, "watches the fused adapter, and with merge='none' there is none"),
     ],
 )
 def test_what_does_not_go_with_a_scheme_is_refused_by_name(options, message):
@@ -101,8 +101,8 @@ def test_what_does_not_go_with_a_scheme_is_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("ensemble", "message"),
     [
-        ({"scheme": "branch", "stack_size": 1}, "ensemble.scheme branch trains all 2 replicas at once, and"),
-        ({"keep": "best_fused", "stack_size": 1}, "ensemble.keep best_fused trains all 2 replicas at once"),
+        ({"scheme": "branch", "stack_size": 1}, "scheme='branch' trains all 2 replicas at once, and"),
+        ({"keep": "best_fused", "stack_size": 1}, "keep='best_fused' trains all 2 replicas at once"),
     ],
 )
 def test_what_a_scheme_cannot_do_is_refused_before_training(tiny_llama, tmp_path, ensemble, message):
@@ -115,8 +115,8 @@ def test_what_a_scheme_cannot_do_is_refused_before_training(tiny_llama, tmp_path
 @pytest.mark.parametrize(
     ("ensemble", "message"),
     [
-        ({"scheme": "branch"}, "ensemble.scheme branch: that reads and writes the"),
-        ({"ema": 0.9, "keep": "best"}, "ensemble.keep best and ensemble.ema: that reads"),
+        ({"scheme": "branch"}, "scheme='branch': that reads and writes the"),
+        ({"ema": 0.9, "keep": "best"}, "keep='best' and ema=0.9: that reads"),
     ],
 )
 def test_a_scheme_needs_whole_adapters(tiny_llama, tmp_path, ensemble, message):

@@ -118,7 +118,7 @@ def test_a_resumed_wide_batch_gives_the_same_bits(everything, tiny_llama, tmp_pa
 
 
 def test_rows_of_all_seeds_do_not_go_with_a_sweep_or_passes(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ensemble.controls equal_tokens has the rows of all seeds, and with ensemble"):
+    with pytest.raises(ValueError, match="controls='equal_tokens' has the rows of all seeds, and with sweep"):
         SeedEnsembleCallback(SEEDS, controls="equal_tokens", sweep={"r": [4]})
-    with pytest.raises(ValueError, match="ensemble.controls equal_tokens trains all 2 replicas at once"):
+    with pytest.raises(ValueError, match="controls='equal_tokens' trains all 2 replicas at once"):
         fit(tmp_path, tiny_llama, stack_size=1)

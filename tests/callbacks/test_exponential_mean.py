@@ -104,7 +104,7 @@ def test_all_that_is_trained_has_a_mean(tiny_llama, tmp_path, adapter):
 
 
 def test_a_whole_model_has_none(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ensemble.ema writes an adapter, and model.adapter full has none"):
+    with pytest.raises(ValueError, match="ema writes an adapter, and adapter='full' has none"):
         run(tiny_llama, tmp_path, adapter="full", learning_rate=1e-4)
 
 
@@ -122,7 +122,7 @@ def test_a_part_of_the_run_is_a_decay_by_its_steps(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ema": 0.9, "ema_part": 0.1}, "ema is a decay per step, and ensemble.ema_part sets it; leave out one"),
+        ({"ema": 0.9, "ema_part": 0.1}, "ema is a decay per step, and ema_part sets it; leave out one"),
         ({"ema_part": 1.5}, "ema_part is a part of the steps, 0.1 for example, got 1.5"),
         ({"ema_part": 0.0}, "ema_part is a part of the steps, 0.1 for example, got 0.0"),
     ],

@@ -141,11 +141,11 @@ def test_one_seed_with_the_outer_step_is_a_control(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"average_every": 5}, "ensemble.average_every is of scheme local, and ensemble.scheme is independent"),
-        ({"scheme": "branch", "outer_learning_rate": 0.7}, "ensemble.outer_learning_rate is of scheme local, and ens"),
-        ({"scheme": "local", "average_every": 0}, "ensemble.average_every must be positive, got 0"),
-        ({"scheme": "local", "trunk": 0.5}, "ensemble.trunk is of scheme branch, and ensemble.scheme is local"),
-        ({"scheme": "local", "vary": "init"}, "ensemble.scheme local starts all replicas at the same weights, so"),
+        ({"average_every": 5}, "average_every is of scheme local, and scheme is independent"),
+        ({"scheme": "branch", "outer_learning_rate": 0.7}, "outer_learning_rate is of scheme local, and sch"),
+        ({"scheme": "local", "average_every": 0}, "average_every must be positive, got 0"),
+        ({"scheme": "local", "trunk": 0.5}, "trunk is of scheme branch, and scheme is local"),
+        ({"scheme": "local", "vary": "init"}, "scheme='local' starts all replicas at the same weights, so"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(options, message):

@@ -103,7 +103,7 @@ def test_train_py_tests_the_run_again(finished, tmp_path, capsys):
 
 def test_the_report_has_curves_and_the_command_that_makes_the_run_again(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert report["reproduce"]["command"].startswith("python train.py --config ")
+    assert report["reproduce"]["command"].startswith("python -m seedlora train --config ")
     assert [*report["training"]["train"]] == ["seed_1", "seed_2", "seed_3"]
     assert len((finished / "metrics.jsonl").read_text().splitlines()) >= 12
 
@@ -130,6 +130,14 @@ def test_callbacks_and_loggers_are_named_beside_the_options(tiny_llama, tmp_path
     trainer.fit(make_module(tiny_llama), datamodule=make_data())
     assert "# Not in it: EarlyStopping, CSVLogger.\n" in (tmp_path / "x" / "config.yaml").read_text()
     assert [type(each) for each in trainer.loggers] == [CSVLogger, JSONLinesLogger]
+
+
+def test_what_lightning_adds_by_itself_is_not_named(tiny_llama, tmp_path):
+    callback = SeedEnsembleCallback([1], dirpath=tmp_path / "x")
+    added = {"logger": True, "enable_checkpointing": True, "default_root_dir": tmp_path / "logs"}
+    trainer = make_trainer(callback, max_epochs=1, **added)
+    trainer.fit(make_module(tiny_llama), datamodule=make_data())
+    assert "Not in it" not in (tmp_path / "x" / "config.yaml").read_text()
 
 
 def test_a_fit_that_goes_on_repeats_no_metrics(tiny_llama, tmp_path):

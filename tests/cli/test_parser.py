@@ -50,7 +50,7 @@ from tests.helpers.paths import ROOT
         (["--data.style", "fancy"], "Unknown prompt style 'fancy'; choose one of alpaca, alpaca_split, chat"),
         (["--data.num_trian", "5"], "unknown option --data.num_trian; --data.help NAME shows"),
         (["--data.batch_size", "2.5"], "--data.batch_size takes a whole number, got 2.5"),
-        (["--data.batch_size", "0"], "train.py: error: data.batch_size must be at least 1, got 0"),
+        (["--data.batch_size", "0"], "train.py: error: --data.batch_size must be at least 1, got 0"),
         (["--data", "InstructionData"], "this data module needs --data.path"),
         (["--data", "InstructonData"], "unknown data module 'InstructonData'; did you mean InstructionData?"),
         (["--data", "gsm8k"], "unknown data module 'gsm8k'; did you mean GSM8K?"),

@@ -11,6 +11,7 @@ from seedlora import datamodules
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.train import main
 from seedlora.cli.train_help import check_option, help_text, option_names, train_options
+from seedlora.cli.train_words import keep_class
 from tests.helpers.train_options import recorded_options, text_of
 
 
@@ -96,3 +97,21 @@ def test_the_last_of_two_counts(monkeypatch):
     assert main(["--merge", "sedlora", "--merge=ties"]) == 0
     assert main(["--merge=ties", "--merge", "sedlora"]) == 2
     assert told == [["--ensemble.merge", "sedlora", "--ensemble.merge=ties"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.optimizer", "SGD"], ["--model.optimizer", "SGD"]),
+        (
+            ["--model.optimizer.momentum", "0.9", "--model.optimizer=SGD"],
+            ["--model.optimizer.momentum", "0.9", "--model.optimizer={class_path: SGD}"],
+        ),
+        (
+            ["--model.optimizer", "{class_path: SGD}", "--model.optimizer.momentum=0.9"],
+            ["--model.optimizer={class_path: SGD}", "--model.optimizer.momentum=0.9"],
+        ),
+    ],
+)
+def test_a_class_is_kept_beside_options_of_its_own(words, expected):
+    assert keep_class(words, "--model.optimizer") == expected

@@ -342,18 +342,18 @@ def test_a_chat_that_its_template_refuses_is_a_bad_row(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "no.jsonl"}, "data.path 'no.jsonl' is no file or folder"),
-        ({"on_bad_row": "hide"}, "Unknown data.on_bad_row 'hide'; choose one of error, skip"),
-        ({"on_long_row": "hide"}, "Unknown data.on_long_row 'hide'; choose one of cut, drop"),
+        ({"path": "no.jsonl"}, "path 'no.jsonl' is no file or folder"),
+        ({"on_bad_row": "hide"}, "Unknown on_bad_row 'hide'; choose one of error, skip"),
+        ({"on_long_row": "hide"}, "Unknown on_long_row 'hide'; choose one of cut, drop"),
         ({"style": "fancy"}, "Unknown prompt style 'fancy'"),
         ({"val_fraction": 0.9, "test_fraction": 0.1}, "must leave rows to train on"),
-        ({"num_train": 0}, "data.num_train must be at least 1, got 0"),
-        ({"pack_tokens": 511}, "data.pack_tokens 511 must hold a row of data.max_length 512 tokens"),
+        ({"num_train": 0}, "num_train must be at least 1, got 0"),
+        ({"pack_tokens": 511}, "pack_tokens 511 must hold a row of max_length 512 tokens"),
     ],
 )
 def test_bad_options_are_refused_when_the_data_is_configured(tmp_path, options, message):
     write(tmp_path / "rows.jsonl", rows_of(1))
     with pytest.raises(ValueError, match=message):
         InstructionData(**{"path": "rows.jsonl", **options})
-    with pytest.raises(ValueError, match="data.path is missing: this data set is on no hub"):
+    with pytest.raises(ValueError, match="path is missing: this data set is on no hub"):
         Commonsense170k()

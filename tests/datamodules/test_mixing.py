@@ -40,7 +40,7 @@ def test_files_of_their_own_are_the_splits_and_nothing_is_set_aside(load):
     assert set(data.counts) == {"", "val_path", "test_path"}
     half = load(val_path="val.jsonl", test_fraction=0.5)
     assert [len(half.rows[split]) for split in ("train", "val", "test")] == [5, 3, 5]
-    with pytest.raises(ValueError, match=r"data.val_path 'no.jsonl' is no file or folder"):
+    with pytest.raises(ValueError, match=r"val_path 'no.jsonl' is no file or folder"):
         load(val_path="no.jsonl")
 
 
@@ -65,7 +65,16 @@ def test_rows_set_aside_are_not_trained_on_however_often_they_would_be_taken(loa
     assert not train & test
 
 
+def test_each_row_that_is_set_aside_knows_its_data_set(load):
+    data = load(mix={"b.jsonl": 3, "c.jsonl": 1}, val_fraction=0.25, test_fraction=0.5)
+    for split in ("val", "test"):
+        assert data.domains(split) == {"data set": [f"{text[0]}.jsonl" for text in texts(data, split)]}
+    assert set(data.domains("test")["data set"]) == {"a.jsonl", "b.jsonl", "c.jsonl"}
+    assert load(test_fraction=0.5).domains("test") == {}
+    assert load(mix={"b.jsonl": 1}, test_path="test.jsonl").domains("test") == {}
+
+
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), True])
 def test_a_weight_that_takes_nothing_is_refused(load, weight):
-    with pytest.raises(ValueError, match=r"data.mix gives b.jsonl the weight .*; a weight says how often"):
+    with pytest.raises(ValueError, match=r"mix gives b.jsonl the weight .*; a weight says how often"):
         load(mix={"b.jsonl": weight})

@@ -59,7 +59,7 @@ def test_the_preview_shows_rows_splits_and_bad_rows(run):
     assert code == 0
     for text in (
         "training row 3",
-        "\u00e9<eos>",
+        "«\u00e9<eos>»",
         "10 train",
         "1 unreadable (first: rows.jsonl, line 11: column 'prompt'",
         "█",
@@ -75,7 +75,7 @@ def test_the_preview_shows_rows_splits_and_bad_rows(run):
         (["--data.pth", "x"], "unknown option --data.pth"),
         (["--data", "Nope"], "unknown data module 'Nope'; choose one of CodeFeedback, "),
         (["--data.style", "fancy"], "error: Unknown prompt style 'fancy'"),
-        (["--data.path", "nowhere.jsonl"], "error: data.path 'nowhere.jsonl' is no file or folder"),
+        (["--data.path", "nowhere.jsonl"], "error: path 'nowhere.jsonl' is no file or folder"),
     ],
 )
 def test_bad_requests_are_one_sentence(run, options, message):
@@ -93,7 +93,7 @@ def test_much_padding_names_the_option_that_helps_with_what_it_leaves(run, tmp_p
     facts = json.loads(printed.out)
     (sentence,) = facts["advice"]
     assert facts["padding"] > 0.5
-    assert sentence.startswith(f"{facts['padding']:.0%} of a forward is padding; data.pack_tokens 366 would leave ")
+    assert sentence.startswith(f"{facts['padding']:.0%} of a forward is padding; pack_tokens=366 would leave ")
     _, printed = run("--json", "--data.max_length", "256", "--data.pack_tokens", "366")
     assert json.loads(printed.out)["advice"] == []
 

@@ -107,7 +107,7 @@ def test_what_nobody_reads_is_said_once_with_a_count_or_refused(load, row, unuse
     assert data.counts[""].unused == unused
     if unused:
         assert f"not used: {next(iter(sorted(unused)))} (1 rows)" in data.counts[""].sentence()
-        with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not used: .*; data.strict is true"):
+        with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not used: .*; strict is true"):
             load(row, style="plain", strict=True)
     else:
         assert load(row, style="plain", strict=True).rows["train"]

@@ -33,7 +33,7 @@ def test_a_number_that_is_not_in_report_json_is_found(compared):
         (f"<td>{seed}</td>", f"<td>{seed + 1}</td>"),
         ("Mean seed ", "Mean seed 12.3, "),
         ("paired by item,", "paired by item 7,"),
-        ("<pre>python train.py", "<pre>python train.py --model.r 4"),
+        ("<pre>python -m seedlora train", "<pre>python -m seedlora train --model.r 4"),
         (best, ">[7]</text>"),  # in the heat map
     ):
         assert place in html, place

@@ -47,18 +47,18 @@ def test_a_name_is_known_for_a_replica_of_its_seed(values):
 @pytest.mark.parametrize(
     ("sweep", "mode", "message"),
     [
-        ({"dtype": ["float32"]}, "cross", "ensemble.sweep dtype cannot be swept; choose from learning_rate, r, lora_a"),
-        ({"r": 8}, "cross", "ensemble.sweep r must be a list of values, got 8"),
-        ({"r": []}, "cross", r"ensemble.sweep r must be a list of values, got \[\]"),
-        ({"r": [8, 8.5]}, "cross", "ensemble.sweep r must be whole numbers, got 8.5"),
-        ({"learning_rate": ["fast"]}, "cross", "ensemble.sweep learning_rate must be numbers, got 'fast'"),
+        ({"dtype": ["float32"]}, "cross", "sweep dtype cannot be swept; choose from learning_rate, r, lora_a"),
+        ({"r": 8}, "cross", "sweep r must be a list of values, got 8"),
+        ({"r": []}, "cross", r"sweep r must be a list of values, got \[\]"),
+        ({"r": [8, 8.5]}, "cross", "sweep r must be whole numbers, got 8.5"),
+        ({"learning_rate": ["fast"]}, "cross", "sweep learning_rate must be numbers, got 'fast'"),
         (
             {"lr_scheduler": ["step"]},
             "cross",
-            "ensemble.sweep lr_scheduler must be of cosine, linear, constant, got",
+            "sweep lr_scheduler must be of cosine, linear, constant, got",
         ),
-        ({"learning_rate": ["1e-3", 0.001]}, "cross", "ensemble.sweep learning_rate has 0.001 more than once"),
-        ({"r": [4, 8]}, "zip", "gives each of the 3 seeds its own value: ensemble.sweep r must have 3 values, got 2"),
+        ({"learning_rate": ["1e-3", 0.001]}, "cross", "sweep learning_rate has 0.001 more than once"),
+        ({"r": [4, 8]}, "zip", "gives each of the 3 seeds its own value: sweep r must have 3 values, got 2"),
         ({"r": [4]}, "product", "Unknown sweep_mode 'product'; choose one of cross, zip"),
     ],
 )

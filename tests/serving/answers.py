@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -24,14 +25,22 @@ from seedlora.merge.adapter_folders import merge_folders
 from seedlora.model.weight_files import WeightFiles
 from tests.serving.models import save_adapter
 
-TOKENS = 24
+TOKENS = 16
 QUESTIONS = (
     *("What is 17 + 25?", "Name three colours.", "Write a haiku about the sea.", "Who wrote Hamlet?"),
     *("Translate 'good morning' into French.", "What is the capital of Japan?", "List two prime numbers above 50."),
     *("Explain gravity to a child.", "What is 9 * 8 - 5?", "Give a synonym of 'quick'.", "Complete: once upon a time"),
     *("Is water wet?", "Sort: 3, 1, 2.", "What is the boiling point of water?", "Spell 'necessary'."),
     *("What comes after Tuesday?", "Write a Python function that adds.", "What is 100 / 7?", "Say hello."),
-    "Why is the sky blue?",
+    *("Why is the sky blue?", "How many legs has a spider?", "Name a river in Africa.", "What is 12 squared?"),
+    *("Write the word 'cat' backwards.", "Who painted the Mona Lisa?", "What is the opposite of 'cold'?"),
+    *("Give the plural of 'mouse'.", "Which planet is the largest?", "What is 7 + 8 * 2?", "Define 'entropy'."),
+    *("List the vowels.", "What do bees make?", "Translate 'thank you' into Spanish.", "Is 91 a prime number?"),
+    *("Name the seasons.", "What is half of 86?", "Who discovered penicillin?", "Rhyme with 'light'."),
+    *("How many minutes has a day?", "What is the chemical symbol of gold?", "Write a title for a book on bread."),
+    *("Say 'yes' in German.", "What is 3 to the power of 4?", "Name an instrument with strings.", "What is ice?"),
+    *("Count from five to nine.", "Which sea lies north of Africa?", "Shorten 'do not'.", "What is 250 - 75?"),
+    "Tell me a fact about whales.",
 )
 
 
@@ -57,6 +66,19 @@ def save_run(run: Path, base: str, *, std: float) -> Path:
     merge_folders(seeds, run / "fused", method="seedlora")
     merge_folders(seeds, run / "soup", method="soup")
     return run
+
+
+def save_kinds(folder: Path, base: str, *, std: float) -> dict[str, Path]:
+    """Write what else is served, by name: a fused adapter of rank 8, and plain LoRA made of rsLoRA and of DoRA."""
+    shape = {"r": 8, "lora_alpha": 16, "std": std}
+    seeds = [save_adapter(folder / "of" / f"seed_{i}", base, **shape, seed=i) for i in (1, 2, 3)]
+    rslora = save_adapter(folder / "of" / "rslora", base, **shape | {"std": std / 2}, use_rslora=True, seed=4)
+    dora = save_adapter(folder / "of" / "dora", base, **shape, use_dora=True, seed=5)
+    return {
+        "reduced": merge_folders(seeds, folder / "reduced", method="seedlora", options={"rank": 8}),
+        "rslora": merge_folders([rslora], folder / "rslora", method="soup"),
+        "dora": merge_folders([dora], folder / "dora", method="soup", options={"rank": 64}, base=base),
+    }
 
 
 def free_port() -> int:
@@ -100,6 +122,16 @@ def answers(generator, name: str, prompts: list[Prompt]) -> list[str]:
     return [found[i] for i in range(len(prompts))]
 
 
+def completion(url: str, prompt: str, **more: object) -> str:
+    """A greedy answer of a server that is asked as any program asks it."""
+    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **more}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.loads(answer.read())["choices"][0]["text"]
+
+
 class Reference:
     """The product's own answers over one base model in float32, and how near another token was where two part.
 
@@ -136,6 +168,16 @@ class Reference:
         self.generator._route([self.generator._adapters[name]])
         logits = self.model(torch.tensor([start + ours[:same]])).logits[0, -1]
         return float(logits[ours[same]] - logits[theirs[same]])
+
+
+def check_same(
+    reference: Reference, name: str, prompts: list[Prompt], theirs: list[str], *, gap: float, ties: int = 3
+) -> None:
+    """Print how many answers are equal; fail unless the others part where two tokens are as good as equally likely."""
+    gaps = reference.differences(name, prompts, theirs)
+    print(f"{name}: {len(prompts) - len(gaps)} of {len(prompts)} answers are the same; gaps {gaps}")
+    assert all(found < gap for found in gaps), f"{name}: {gaps}"
+    assert len(gaps) <= ties, name
 
 
 def prompts_of(reference: Reference) -> list[Prompt]:

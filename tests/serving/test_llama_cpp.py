@@ -26,13 +26,15 @@ from seedlora.evaluation.endpoint import EndpointGenerator
 from seedlora.merge.into_base import merge_into_base
 from seedlora.model.embedded import embedded_folder
 from tests.serving.answers import (
-    TOKENS,
     Reference,
     answers,
     cache_of,
+    check_same,
+    completion,
     free_port,
     make_or_skip,
     prompts_of,
+    save_kinds,
     save_run,
     started,
 )
@@ -132,16 +134,16 @@ def model(request, llama_cpp, tmp_path_factory):
 
 
 def test_the_served_answers_are_the_products_own(model, record_property):
-    """Fused, soup, a seed, and an adapter of several ranks under rsLoRA; float32 throughout, so only ties may part."""
+    """Of all kinds, an adapter of several ranks under rsLoRA among them; float32 throughout, so only ties may part."""
     base, run, odd, base_gguf = model
     folders = {"fused": run / "fused", "soup": run / "soup", "seed_1": run / "seed_1", "odd": odd}
+    folders |= save_kinds(run.parent / "kinds", base, std=0.05 if base == str(embedded_folder()) else 0.3)
     reference = Reference(base, folders)
     prompts = prompts_of(reference)
     assert json.loads((run / "fused" / "adapter_config.json").read_text())["r"] in (24, 25)
     for name, folder in folders.items():
         with served_adapter(folder, base_gguf) as url:
             theirs = answers(EndpointGenerator(url, models={name: name}, concurrency=1), name, prompts)
-        gaps = reference.differences(name, prompts, theirs)
         # As users start it, keys and values are kept in float16. Random text is no measure: it does not come back as
         # the same tokens, so where two answers part cannot be found.
         if name == "fused" and base == str(embedded_folder()):
@@ -150,11 +152,9 @@ def test_the_served_answers_are_the_products_own(model, record_property):
             loose = reference.differences(name, prompts, other)
             print(f"{name}, the server's defaults: {len(prompts) - len(loose)} of {len(prompts)}; gaps {loose}")
             assert all(gap < ROUNDING_BF16 for gap in loose)
-        print(f"{name}: {len(prompts) - len(gaps)} of {len(prompts)} answers are the same; gaps {gaps}")
-        assert all(gap < ROUNDING for gap in gaps), f"{name}: {gaps}"
-        assert len(gaps) <= 2
+        check_same(reference, name, prompts, theirs, gap=ROUNDING)
         without = answers(reference.generator, "base", prompts)
-        assert sum(a != b for a, b in zip(theirs, without, strict=True)) >= 15, "the adapter changes nothing"
+        assert sum(a != b for a, b in zip(theirs, without, strict=True)) >= 35, "the adapter changes nothing"
 
 
 def test_rows_in_the_order_of_transformers_give_other_answers(model, monkeypatch):
@@ -171,7 +171,7 @@ def test_rows_in_the_order_of_transformers_give_other_answers(model, monkeypatch
     out.unlink()
     same = len(prompts) - len(reference.differences("seed_3", prompts, theirs))
     print(f"not reordered: {same} of {len(prompts)} answers are the same")
-    assert same <= 10
+    assert same <= 25
 
 
 @contextmanager
@@ -199,23 +199,14 @@ def test_a_run_is_served_whole_and_only_the_first_adapter_is_applied(model):
         theirs = answers(EndpointGenerator(url, models={"fused": "fused"}, concurrency=1), "fused", prompts)
         with urllib.request.urlopen(f"{url}/lora-adapters") as answer:
             loaded = json.loads(answer.read())
-        asked = [completion(url, prompt.text, loaded, "seed_2") for prompt in prompts]
+        scales = [{"id": entry["id"], "scale": 1.0} for entry in loaded if Path(entry["path"]).stem == "seed_2"]
+        asked = [completion(url, prompt.text, lora=scales) for prompt in prompts]
     assert [(Path(entry["path"]).stem, entry["scale"]) for entry in loaded] == [
         ("fused", 1.0),
         *((name, 0.0) for name in ("soup", "seed_1", "seed_2", "seed_3")),
     ]
     for name, said in (("fused", theirs), ("seed_2", asked)):
         assert all(gap < ROUNDING for gap in reference.differences(name, prompts, said)), name
-
-
-def completion(url: str, prompt: str, loaded: list[dict], name: str) -> str:
-    scales = [{"id": entry["id"], "scale": 1.0} for entry in loaded if Path(entry["path"]).stem == name]
-    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "lora": scales}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return json.loads(answer.read())["choices"][0]["text"]
 
 
 def test_a_whole_model_by_llama_cpps_own_tools(model, llama_cpp, tmp_path):
@@ -234,11 +225,9 @@ def test_a_whole_model_by_llama_cpps_own_tools(model, llama_cpp, tmp_path):
     size = out.stat().st_size
     with served_file(out) as url:
         theirs = answers(EndpointGenerator(url, models={"base": out.name}, concurrency=1), "base", prompts)
-    gaps = reference.differences("base", prompts, theirs)
-    print(f"whole model: {len(prompts) - len(gaps)} of {len(prompts)} answers are the same; gaps {gaps}")
     in_float32 = json.loads((merged / "config.json").read_text())["dtype"] == "float32"
-    assert len(gaps) <= (2 if in_float32 else 8)
-    assert all(gap < (ROUNDING if in_float32 else ROUNDING_BF16) for gap in gaps)
+    gap, ties = (ROUNDING, 3) if in_float32 else (ROUNDING_BF16, 20)
+    check_same(reference, "base", prompts, theirs, gap=gap, ties=ties)
     assert main([*words, "--quantize", "Q8_0"]) == 0
     assert out.stat().st_size < 0.6 * size
     with served_file(out) as url:
