@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
+from seedlora.model.attention import attention_kernel
 from seedlora.model.head_losses import chunk_rows
-from seedlora.model.loading import attention_kernel
 from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO

@@ -15,7 +15,7 @@ from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
-from seedlora.run.stack_data import PlannedData
+from seedlora.run.stack_data import JoinsRows, PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -38,6 +38,7 @@ class RunPlan:
         tokens: that each replica sees in training.
         supervised: of these, scored.
         padding: part of the tokens of a forward that is padding.
+        packing: how rows share a forward and why, for people; None where the data module does not say.
         trainable: parameters of one replica, their mean where the replicas differ.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
@@ -81,6 +82,7 @@ class RunPlan:
     processes: int = 1
     left_out: Sequence[str] = ()
     note: str | None = None
+    packing: str | None = None
 
     @property
     def one(self) -> str:
@@ -118,6 +120,7 @@ class RunPlan:
                 f"{self.tokens:,} per {self.one} ({self.supervised:,} of them scored), {n * self.tokens:,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
+            "rows": self.packing,
             "adapter": self.adapter,
             "trainable": f"{self.trainable:,} parameters per {self.one}, {n * self.trainable:,} in all",
             "memory": (
@@ -169,6 +172,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
+        packing=data.packing.why if isinstance(data, JoinsRows) else None,
         trainable=round(sum(sizes) / n),
         base_parameters=model.parameters,
         memory=memory(stack),

@@ -21,6 +21,7 @@ from seedlora.distributed.clipping import clip_gradients
 from seedlora.distributed.lightning_internals import attached_trainer
 from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
 from seedlora.distributed.strategies import prepare_strategy, step_scale
+from seedlora.model.attention import AUTO, Documents
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
 from seedlora.training.answering import Answer, Answerer
@@ -77,6 +78,9 @@ class SeedLoRAModule(pl.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: the backend by which ``torch.compile`` compiles each decoder layer for training, ``inductor`` for
             example; default: none.
+        attention: the kernel of attention: ``sdpa`` (torch's own), ``eager`` (plain products), ``flash_attention_2``,
+            ``flash_attention_3`` or ``flex_attention``, as transformers has them; ``auto`` is sdpa, and for short rows
+            on a CPU eager, which is faster there.
 
     Raises:
         ValueError: for values out of range; the message names them.
@@ -112,6 +116,7 @@ class SeedLoRAModule(pl.LightningModule):
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
         compile: str | None = None,  # noqa: A002 - torch's word for it
+        attention: str = AUTO,
     ) -> None:
         super().__init__()
         rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
@@ -135,6 +140,7 @@ class SeedLoRAModule(pl.LightningModule):
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
+            attention=attention,
         )
         # Lightning saves the arguments as they are named here, into checkpoints too: as plain lists.
         target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -213,10 +219,14 @@ class SeedLoRAModule(pl.LightningModule):
             release_engine(self.trainer)
 
     def forward(
-        self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Int[Tensor, "M T"],
+        keep: Tensor,
+        position_ids: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Float[Tensor, "S V"]:
         """Return the logits at the positions kept: :meth:`seedlora.training.losses.TokenLosses.logits`."""
-        return self.token_losses.forward(input_ids, keep, position_ids)
+        return self.token_losses.forward(input_ids, keep, position_ids, documents)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Return the sum of the replicas' losses over one micro-batch, normalised over the optimizer step.
