@@ -18,9 +18,11 @@ LENGTHS = (3, 150, 1, 300, 17)
 CPU = torch.device("cpu")
 
 
-def heads(dtype=torch.float64, tokens=sum(LENGTHS)):
+def heads():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, h, tokens, 8, dtype=dtype, generator=generator).requires_grad_() for h in (6, 2, 2)]
+    return [
+        torch.randn(1, h, sum(LENGTHS), 8, dtype=torch.float64, generator=generator).requires_grad_() for h in (6, 2, 2)
+    ]
 
 
 def by_mask(query, key, value, documents, scaling, window):

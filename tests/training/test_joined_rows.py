@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.packing import choose_packing
 from seedlora.datamodules.rows import ReplicaRows
 from seedlora.training.micro_batch import micro_batch_losses
-from tests.helpers.models import SEEDS, built
+from tests.helpers.models import SEEDS, built, make_data, make_module
 from tests.helpers.packing import TASK, prepared, sampler_of
 from tests.helpers.precision import SAME
-from tests.helpers.training import largest_difference, trained_updates
+from tests.helpers.training import OPTIONS, make_trainer, saved
 
 #: Rows of many lengths.
 ROWS = {**TASK, "max_length": 128, "batch_size": 4}
@@ -40,10 +41,25 @@ def losses_of_a_step(module, data, **options):
 @pytest.mark.parametrize("idle", [(), ("seed_42",)])
 def test_joined_and_unpacked_losses_are_the_same(module, idle):
     data = prepared(module)
-    module.replicas.idle.update(idle)
+    for name in idle:
+        module.replicas.stop(name)
     joined = losses_of_a_step(module, data, joined=True)
     torch.testing.assert_close(joined, losses_of_a_step(module, data), rtol=SAME, atol=0)
     assert joined.unique().numel() == len(SEEDS) - len(idle)
+
+
+def trained(base_model, dirpath, seeds, rows, **options):
+    """The saved weights of each seed."""
+    callback = SeedEnsembleCallback(seeds, dirpath=dirpath, budget="full", merge="none")
+    data = make_data(**rows)
+    make_trainer(callback, max_epochs=1, **OPTIONS).fit(make_module(base_model, **options), datamodule=data)
+    assert data.packing.joined == ("pack_tokens" not in rows)
+    return {seed: saved(callback.adapter_path(seed)) for seed in seeds}
+
+
+def difference(found, wanted):
+    """The largest relative difference of any weight."""
+    return max(float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted)
 
 
 @pytest.mark.usefixtures("float64")
@@ -61,12 +77,13 @@ def test_joined_and_unpacked_losses_are_the_same(module, idle):
 def test_a_replica_of_a_joined_stack_equals_its_standalone_run_and_the_unpacked_one(
     tiny_llama, tmp_path, dropout, options
 ):
-    run = partial(trained_updates, tiny_llama, dropout=dropout, module_options=options)
-    stacked = run(tmp_path / "stack", SEEDS, data_options=ROWS)
-    assert largest_difference(stacked[42], run(tmp_path / "alone", [42], data_options=ROWS)[42]) < SAME
+    run = partial(trained, tiny_llama, lora_dropout=dropout, **options)
+    stacked = run(tmp_path / "stack", SEEDS, ROWS)
+    alone = run(tmp_path / "alone", [42], ROWS)
+    assert difference(stacked[42], alone[42]) < SAME
     if not dropout:
-        unpacked = run(tmp_path / "unpacked", SEEDS, data_options={**ROWS, "pack_tokens": None})
-        assert all(largest_difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
+        unpacked = run(tmp_path / "unpacked", SEEDS, {**ROWS, "pack_tokens": None})
+        assert all(difference(stacked[seed], unpacked[seed]) < SAME for seed in SEEDS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
