@@ -51,7 +51,7 @@ def block_attention(
         scaling: of the scores.
         window: the most tokens that one sees, itself among them; default all before it.
     """
-    out: Tensor = _BlockAttention.apply(query, key, value, tuple(lengths), scaling, window)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockAttention.apply(query, key, value, tuple(lengths), scaling, window)
     return out
 
 

@@ -120,6 +120,10 @@ class Packing(Protocol):
     """Say how the training rows share a forward."""
 
     @property
+    def joined(self) -> bool:
+        """Return whether they follow each other without padding."""
+
+    @property
     def why(self) -> str:
         """Return what was chosen and why, for people."""
 
