@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from seedlora.adapters.blockwise_update import LONG_BLOCK, BlockwiseUpdate
 from seedlora.model.quantization import dequantized_weight
 from seedlora.utils.random_streams import stream_seed
 
@@ -121,19 +122,18 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: obj
     x = x_MTK.reshape(-1, shape[-1])
     # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
     y = self.base_layer(x, *args, **kwargs)
-    a_RK, b_DR, ranks, scales, gain = _join_blocks(self, y)
-    if not sum(ranks):
+    joined = _join_blocks(self, y)
+    gain = joined.gain
+    if not sum(joined.ranks):
         return y.view(*shape[:-1], -1)
     x = x.to(y.dtype)
     if route.dropout_keys is not None:
         x = _dropout(self, x.view(shape), route).view(x.shape)
-    h = torch.mm(x, a_RK.t())
-    h = (h.view(_blocks_shape(route, h)) * _block_mask(route, ranks, scales, y)).view(h.shape)
-    y = y.addmm_(h, b_DR.t())
+    y = _add_adapters(y, x, joined, route)
     if gain is not None:
         # As in PEFT, the product with W that DoRA scales is of the input after dropout.
         dropped = route.dropout_keys is not None and any(_dropout_rate(self, name) for name in route.names)
-        adapted = self.base_layer(x, *args, **kwargs).addmm_(h, b_DR.t()) if dropped else y
+        adapted = _add_adapters(self.base_layer(x, *args, **kwargs), x, joined, route) if dropped else y
         if (bias := self.get_base_layer().bias) is not None:
             adapted = adapted - bias
         if route.tokens:
@@ -142,6 +142,22 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: obj
         else:
             y = torch.addcmul(y.view(n, -1, y.shape[-1]), adapted.view(n, -1, y.shape[-1]), gain)
     return y.view(*shape[:-1], -1)
+
+
+def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> Tensor:
+    """Add to the outputs of the base layer those of each block's adapter, in place; y (M T, D), x (M T, K).
+
+    Short blocks go through the columns of all adapters in one product, and those of others are zeroed. Long ones on a
+    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/train.py --profile``).
+    """
+    a_RK, b_DR, ranks, scales, _ = joined
+    sizes = route.tokens or (len(x) // len(route.names),) * len(route.names)
+    if len(sizes) > 1 and max(sizes) >= LONG_BLOCK and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        added: Tensor = BlockwiseUpdate.apply(y, x, a_RK, b_DR, ranks, scales, sizes)
+        return added
+    h = torch.mm(x, a_RK.t())
+    h = (h.view(_blocks_shape(route, h)) * _block_mask(route, ranks, scales, y)).view(h.shape)
+    return y.addmm_(h, b_DR.t())
 
 
 def _join_blocks(layer: LoraLayer, like: Tensor) -> JoinedBlocks:
