@@ -90,6 +90,19 @@ class Padding:
     real: Int[Tensor, " T"]
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Say that each row holds the tokens that documents begin with, once, and then what follows them in each.
+
+    Args:
+        tokens: that the documents begin with.
+        documents: of a row, all of one length.
+    """
+
+    tokens: int
+    documents: int
+
+
 def documents_attention(
     module: nn.Module,  # noqa: ARG001 - transformers gives it
     query: Float[Tensor, "M H T K"],
@@ -97,7 +110,7 @@ def documents_attention(
     value: Float[Tensor, "M G T K"],
     attention_mask: Tensor | None,  # noqa: ARG001 - transformers gives it
     *,
-    documents: Documents | None = None,
+    documents: Documents | SharedPrefix | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: object,
@@ -113,13 +126,15 @@ def documents_attention(
         key: of the rows.
         value: of the rows.
         attention_mask: none: transformers makes none for a name that has no masks.
-        documents: that are in the row, if there is one; default: each row is one.
+        documents: that are in the row, if there is one, or in each; default: each row is one.
         scaling: of the scores; default ``K ** -0.5``.
         sliding_window: the most tokens that one sees, itself among them; default all.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(documents, SharedPrefix):
+        return after_prefix(query, key, value, documents, scaling, sliding_window), None
     rows, longest = len(query), query.shape[2] if documents is None else documents.longest
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = (longest,) if documents is None else documents.lengths
         out = [
@@ -161,6 +176,39 @@ def padded(
 
     out = _causal(batch(query), batch(key), batch(value), scaling, window)
     return out.transpose(1, 2).flatten(0, 1)[places.real][None]
+
+
+def after_prefix(
+    query: Tensor, key: Tensor, value: Tensor, documents: SharedPrefix, scaling: float, window: int | None
+) -> Tensor:
+    """Compute the attention of a prefix, and of what follows it in each document."""
+    p, n = documents.tokens, documents.documents
+    first = _with_mask(query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling, window)
+
+    def rest(x: Tensor) -> Tensor:
+        return x[:, :, p:].unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
+
+    def whole(x: Tensor) -> Tensor:
+        prefix = x[:, None, :, :p].expand(-1, n, -1, -1, -1).flatten(0, 1)
+        return torch.cat([prefix, rest(x)], dim=2)
+
+    out = _with_mask(rest(query), whole(key), whole(value), scaling, window)
+    out = out.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, out], dim=2).transpose(1, 2)
+
+
+def _with_mask(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Compute causal attention where the queries are the last of the tokens; short rows on a CPU as ``eager`` does."""
+    before = k.shape[2] - q.shape[2]
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+    if window is not None:
+        seen = seen.triu(before - window + 1)
+    if attention_kernel(q.device, k.shape[2]) != "eager":
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (torch.matmul(q, k.mT) * scaling).masked_fill_(~seen, torch.finfo(q.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.matmul(weights, v)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from seedlora.model.attention import Documents
+from seedlora.model.attention import Documents, SharedPrefix
 from seedlora.model.head_losses import head_losses, is_frozen_matrix
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class TokenLosses:
         input_ids: Int[Tensor, "M T"],
         labels: Int[Tensor, "M T"],
         position_ids: Int[Tensor, "M T"] | None = None,
-        documents: Documents | None = None,
+        documents: Documents | SharedPrefix | None = None,
         *,
         greedy: bool = True,
     ) -> TokenScores:
@@ -124,7 +124,7 @@ class TokenLosses:
         input_ids: Int[Tensor, "M T"],
         keep: Bool[Tensor, "M T"],
         position_ids: Int[Tensor, "M T"] | None = None,
-        documents: Documents | None = None,
+        documents: Documents | SharedPrefix | None = None,
     ) -> Float[Tensor, "S V"]:
         """Return the logits at the positions kept, one after the other.
 
@@ -133,7 +133,8 @@ class TokenLosses:
             keep: whose next-token logits are wanted.
             position_ids: for rows that hold several samples: they restart with each, and attention stays within one.
                 transformers makes its masks so when it is given positions and no mask.
-            documents: of one row that has no padding; their attention needs no mask then.
+            documents: of one row that has no padding, or that begin alike in each row; their attention needs no mask
+                then.
         """
         return self._module(input_ids, keep, position_ids, documents)
 
@@ -142,7 +143,7 @@ class TokenLosses:
         input_ids: Tensor,
         keep: Tensor,
         position_ids: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: Documents | SharedPrefix | None = None,
     ) -> Float[Tensor, "S V"]:
         """Compute what :meth:`logits` returns; the LightningModule calls it."""
         at = keep.flatten().nonzero()[:, 0]
@@ -159,7 +160,7 @@ class TokenLosses:
         before_head: Callable[[Tensor], Tensor],
         input_ids: Tensor,
         position_ids: Tensor | None,
-        documents: Documents | None,
+        documents: Documents | SharedPrefix | None,
     ) -> Float[Tensor, "S V"]:
         """Return the model's logits of the hidden states that ``before_head`` lets through.
 
@@ -180,7 +181,7 @@ class TokenLosses:
         input_ids: Tensor,
         tokens: NextTokens,
         position_ids: Tensor | None,
-        documents: Documents | None,
+        documents: Documents | SharedPrefix | None,
         *,
         greedy: bool,
     ) -> KeptScores:

@@ -21,7 +21,7 @@ from seedlora.distributed.clipping import clip_gradients
 from seedlora.distributed.lightning_internals import attached_trainer
 from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
 from seedlora.distributed.strategies import prepare_strategy, step_scale
-from seedlora.model.attention import AUTO, Documents
+from seedlora.model.attention import AUTO, Documents, SharedPrefix
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
 from seedlora.training.answering import Answer, Answerer
@@ -168,7 +168,8 @@ class SeedLoRAModule(pl.LightningModule):
     @property
     def scorer(self) -> Scorer:
         """Return what scores the adapters of the stack, on the module's device and all ranks."""
-        return Scorer(self.model, self.stack, self.token_losses, device=self.device, gather=self._gather)
+        shares_prefix = self.options.reason_not_to_pack is None
+        return Scorer(self.model, self.stack, self.token_losses, self.device, self._gather, shares_prefix=shares_prefix)
 
     def _gather(self, rows: Tensor) -> Tensor:
         return rows if attached_trainer(self) is None else self.all_gather(rows).reshape(-1, rows.shape[1])
@@ -223,7 +224,7 @@ class SeedLoRAModule(pl.LightningModule):
         input_ids: Int[Tensor, "M T"],
         keep: Tensor,
         position_ids: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: Documents | SharedPrefix | None = None,
     ) -> Float[Tensor, "S V"]:
         """Return the logits at the positions kept: :meth:`seedlora.training.losses.TokenLosses.logits`."""
         return self.token_losses.forward(input_ids, keep, position_ids, documents)

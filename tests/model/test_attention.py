@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seedlora.model import attention
-from seedlora.model.attention import DOCUMENTS, KEEPS_DOCUMENTS_APART, Documents, choose_attention
+from seedlora.model.attention import DOCUMENTS, KEEPS_DOCUMENTS_APART, Documents, SharedPrefix, choose_attention
 from seedlora.model.block_attention import block_attention
 from tests.helpers.precision import SAME
 
@@ -84,7 +84,7 @@ def small(family):
     given = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
     config = AutoConfig.for_model(family, **sizes, **given, head_dim=8)
     if getattr(config, "sliding_window", None) is not None:
-        config.sliding_window = 20
+        config.sliding_window = 15
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
 
@@ -99,6 +99,13 @@ def test_the_logits_of_joined_documents_are_those_of_each_alone(family):
     documents = Documents(lengths, CPU)
     joined = model(input_ids=ids, position_ids=positions, use_cache=False, documents=documents).logits[0]
     torch.testing.assert_close(joined, torch.cat(alone), rtol=SAME, atol=SAME)
+    rows = torch.cat([ids[:, :20], ids[:, 20:40], ids[:, 10:30]]).view(3, 20)
+    rows[:, :9] = rows[0, :9]
+    row = torch.cat([rows[0, :9], rows[:, 9:].flatten()])[None]
+    places = torch.cat([torch.arange(9), torch.arange(9, 20).repeat(3)])[None]
+    after = model(input_ids=row, position_ids=places, use_cache=False, documents=SharedPrefix(9, documents=3)).logits
+    whole = model(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(after[0, 9:].view(3, 11, -1), whole[:, 9:], rtol=SAME, atol=SAME)
     again = model(input_ids=ids[:, :5], use_cache=False).logits[0]
     torch.testing.assert_close(again, alone[0], rtol=SAME, atol=SAME)
 
