@@ -148,7 +148,7 @@ def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> T
     """Add to the outputs of the base layer those of each block's adapter, in place; y (M T, D), x (M T, K).
 
     Short blocks go through the columns of all adapters in one product, and those of others are zeroed. Long ones on a
-    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/train.py --profile``).
+    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/kernels.py``).
     """
     a_RK, b_DR, ranks, scales, _ = joined
     sizes = route.tokens or (len(x) // len(route.names),) * len(route.names)

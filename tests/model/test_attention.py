@@ -10,8 +10,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seedlora.model import attention
-from seedlora.model.attention import DOCUMENTS, KEEPS_DOCUMENTS_APART, Documents, SharedPrefix, choose_attention
+from seedlora.model.attention import (
+    DOCUMENTS,
+    KEEPS_DOCUMENTS_APART,
+    Documents,
+    SharedPrefix,
+    check_attention,
+    choose_attention,
+    reason_not_to_pack,
+)
 from seedlora.model.block_attention import block_attention
+from seedlora.model.loading import load_model
+from seedlora.utils.transformers_internals import attention_implementation
 from tests.helpers.precision import SAME
 
 LENGTHS = (3, 150, 1, 300, 17)
@@ -108,6 +118,35 @@ def test_the_logits_of_joined_documents_are_those_of_each_alone(family):
     torch.testing.assert_close(after[0, 9:].view(3, 11, -1), whole[:, 9:], rtol=SAME, atol=SAME)
     again = model(input_ids=ids[:, :5], use_cache=False).logits[0]
     torch.testing.assert_close(again, alone[0], rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "message"),
+    [
+        ("llama", "flash_attention_2", "needs the package flash-attn and a GPU"),
+        ("llama", "flash_attention_3", "needs the package flash-attn and a GPU"),
+        ("codegen", "flex_attention", "transformers has no such attention for models of type codegen"),
+    ],
+)
+def test_an_attention_that_is_not_here_is_refused_by_name(family, name, message):
+    with pytest.raises(ValueError, match=name) as refused:
+        check_attention(name, AutoConfig.for_model(family), torch.bfloat16)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
+def test_a_model_has_the_attention_asked_for(tiny_llama, name):
+    check_attention(name, AutoConfig.from_pretrained(tiny_llama), torch.float32)
+    model = load_model(tiny_llama, dtype=torch.float32, attention=name)
+    assert attention_implementation(model.config) == ("eager" if name == "eager" else "sdpa")
+
+
+def test_models_and_options_that_do_not_take_joined_rows_say_why():
+    llama, gemma = AutoConfig.for_model("llama"), AutoConfig.for_model("gemma2")
+    assert reason_not_to_pack(llama, "auto", compiled=False) is None
+    assert reason_not_to_pack(gemma, "auto", compiled=False).endswith("of type gemma2 keep packed rows apart")
+    assert reason_not_to_pack(llama, "flex_attention", compiled=False).startswith("flex_attention is asked for")
+    assert reason_not_to_pack(llama, "auto", compiled=True) == "compiled layers take rows of few shapes"
 
 
 def test_long_rows_on_a_cpu_in_bfloat16_go_through_blocks_and_generation_does_not(tiny_llama, monkeypatch):
