@@ -181,9 +181,12 @@ def padded(
 def after_prefix(
     query: Tensor, key: Tensor, value: Tensor, documents: SharedPrefix, scaling: float, window: int | None
 ) -> Tensor:
-    """Compute the attention of a prefix, and of what follows it in each document."""
+    """Compute the attention of a prefix, and of what follows it in each document.
+
+    The prefix meets the keys of a whole document too, though it sees none but its own: sums over as many numbers are
+    rounded as they are where each document is whole, and so the same bits come out.
+    """
     p, n = documents.tokens, documents.documents
-    first = _with_mask(query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling, window)
 
     def rest(x: Tensor) -> Tensor:
         return x[:, :, p:].unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
@@ -192,14 +195,15 @@ def after_prefix(
         prefix = x[:, None, :, :p].expand(-1, n, -1, -1, -1).flatten(0, 1)
         return torch.cat([prefix, rest(x)], dim=2)
 
-    out = _with_mask(rest(query), whole(key), whole(value), scaling, window)
+    keys, values = whole(key), whole(value)
+    first = _with_mask(query[:, :, :p], keys[::n], values[::n], 0, scaling, window)
+    out = _with_mask(rest(query), keys, values, p, scaling, window)
     out = out.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, out], dim=2).transpose(1, 2)
 
 
-def _with_mask(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Compute causal attention where the queries are the last of the tokens; short rows on a CPU as ``eager`` does."""
-    before = k.shape[2] - q.shape[2]
+def _with_mask(q: Tensor, k: Tensor, v: Tensor, before: int, scaling: float, window: int | None) -> Tensor:
+    """Compute causal attention of queries that have so many tokens before them; short rows on a CPU as ``eager``."""
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
     if window is not None:
         seen = seen.triu(before - window + 1)

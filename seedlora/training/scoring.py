@@ -134,9 +134,8 @@ class Scorer:
         row = torch.cat([ids[0, :prefix], ids[:, prefix:].flatten()])
         wanted = torch.cat([labels[0, :prefix], labels[:, prefix:].flatten()])
         positions = torch.cat([places[:prefix], places[prefix:].repeat(rows)])
-        found = self.token_losses(
-            *(each.expand(n, -1) for each in (row, wanted, positions)), SharedPrefix(prefix, documents=rows)
-        )
+        row, wanted, positions = (each.expand(n, -1) for each in (row, wanted, positions))
+        found = self.token_losses(row, wanted, positions, SharedPrefix(prefix, documents=rows))
 
         def whole(each: Tensor, empty: float) -> Tensor:
             rest = each[:, prefix:].reshape(n * rows, -1)
