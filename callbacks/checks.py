@@ -12,7 +12,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
-from seedlora.run.stack_data import StackDataModule
+from seedlora.run.stack_data import JoinsRows, StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
@@ -50,6 +50,8 @@ class Checks(pl.Callback):
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
+        if isinstance(data, JoinsRows):
+            data.reason_not_to_pack = module.options.reason_not_to_pack
         self.check_fit(trainer, module, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from seedlora.datamodules.cache import cached_rows
 from seedlora.datamodules.chat_templates import chat_record
 from seedlora.datamodules.conversations import Composed, NothingToLearnError, Turn, check_turns
+from seedlora.datamodules.packing import AUTO, Packing, choose_packing
 from seedlora.datamodules.prompts import CHAT, PromptRecord, check_style, compose, prompt_record, trains_on_prompts
 from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.row_forms import Columns
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 Batch: TypeAlias = dict[str, object]
 _Item = TypeVar("_Item")
 SPLITS = ("train", "val", "test")
-#: The style that is chosen by rows and tokenizer.
-AUTO = "auto"
 
 
 class InstructionDataModule(pl.LightningDataModule, ABC):
@@ -65,9 +64,10 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         eval_batch_size: rows in one forward when scoring; each row is scored by every adapter at once.
         max_length: tokens; what happens to longer rows is ``on_long_row``.
         on_long_row: ``cut`` them to ``max_length``, or ``drop`` them.
-        pack_tokens: put rows one after the other into rows of at most so many tokens, without any seeing another: no
-            time is spent on padding. The rows of an optimizer step stay the same. Default: each row on its own, with
-            rows of like length together.
+        pack_tokens: put rows one after the other, without any seeing another, so that no time is spent on padding. The
+            rows of an optimizer step stay the same. ``auto`` puts all rows of a forward into one, with no padding at
+            all, where the model can keep them apart and much would be padding otherwise; a number makes rows of at most
+            so many tokens; with ``None`` each row is on its own, with rows of like length together.
         style: how a conversation is worded, one of :data:`~seedlora.datamodules.prompts.STYLES`, or ``chat`` for the
             tokenizer's own chat template; ``auto`` takes ``chat`` for chats where there is such a template, else
             ``alpaca``.
@@ -92,7 +92,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         eval_batch_size: int,
         max_length: int,
         on_long_row: str,
-        pack_tokens: int | None,
+        pack_tokens: int | str | None,
         style: str,
     ) -> None:
         super().__init__()
@@ -107,17 +107,22 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(
                 f"Unknown {name_option('data.on_long_row')} '{on_long_row}'; choose one of {', '.join(ON_LONG_ROW)}"
             )
-        if pack_tokens is not None and pack_tokens < max_length:
+        packs = name_option("data.pack_tokens")
+        if isinstance(pack_tokens, str) and pack_tokens != AUTO:
+            raise ValueError(f"{packs} must be {AUTO}, a number of tokens or null, got '{pack_tokens}'")
+        if isinstance(pack_tokens, int) and pack_tokens < max_length:
             raise ValueError(
-                f"{name_option('data.pack_tokens')} {pack_tokens} must hold a row of "
-                f"{name_option('data.max_length')} {max_length} tokens"
+                f"{packs} {pack_tokens} must hold a row of {name_option('data.max_length')} {max_length} tokens"
             )
         if style != AUTO:
             check_style(style)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
+        #: Why rows must not follow each other without padding; None if they may. Whoever trains knows the model.
+        self.reason_not_to_pack: str | None = "nothing is known of the model"
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._packing: tuple[object, Packing] | None = None
         #: The splits, once set up.
         self.rows: dict[str, TokenRows] = {}
         #: What became of the rows of each source.
@@ -253,14 +258,32 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             self.tokenizer = self.trainer.lightning_module.tokenizer
         return self.tokenizer
 
+    @property
+    def packing(self) -> Packing:
+        """Return how the training rows share a forward; the same on every rank and for every stack."""
+        trainer = self.trainer
+        slots = trainer.accumulate_grad_batches * trainer.world_size if trainer else 1
+        asked = (self.pack_tokens, self.batch_size, slots, self.reason_not_to_pack)
+        if self._packing is None or self._packing[0] != asked:
+            found = choose_packing(
+                self.rows["train"],
+                self.pack_tokens,
+                batch_size=self.batch_size,
+                slots=slots,
+                refused=self.reason_not_to_pack,
+            )
+            self._packing = asked, found
+        return self._packing[1]
+
     def train_dataloader(self) -> ReplicaLoader:
         """Return a loader of micro-batches for the replicas of :attr:`seeds`."""
-        trainer = self.trainer
+        trainer, packing = self.trainer, self.packing
         sampler = ReplicaSampler(
             self.rows["train"],
             seeds=self.seeds,
             batch_size=self.batch_size,
-            pack_tokens=self.pack_tokens,
+            pack_tokens=packing.pack_tokens,
+            joined=packing.joined,
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from seedlora.datamodules import InstructionDataModule, all_data_modules
+from seedlora.datamodules.packing import AUTO
 from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.datamodules.rows import Counts
 from seedlora.datamodules.sampler import ReplicaSampler
@@ -49,6 +50,7 @@ class Preview:
         lengths: shortest, median, 95th percentile and longest training row.
         histogram: per bucket its first and last length and its rows.
         padding: part of the tokens of a forward that is padding, for three seeds; ``None`` if the rows fill no batch.
+        packing: how the rows of a forward share it, and why; ``None`` likewise.
         advice: what an option would mend, a sentence each.
     """
 
@@ -63,6 +65,7 @@ class Preview:
     lengths: tuple[int, int, int, int]
     histogram: list[tuple[int, int, int]]
     padding: float | None
+    packing: str | None
     advice: list[str]
 
 
@@ -84,7 +87,8 @@ def preview(data: InstructionDataModule, *, rows: int = 3, positions: int | None
     heights, _ = np.histogram(train.lengths, edges)
     data.seeds = _SEEDS
     record = data.prompt_record()
-    padding = None if len(train) < data.batch_size else data.train_dataloader().sampler.padding()
+    fills = len(train) >= data.batch_size
+    padding = data.train_dataloader().sampler.padding() if fills else None
     advice = [sentence] if padding is not None and (sentence := packing_advice(data, padding)) else []
     try:
         data.check_positions(positions)
@@ -102,20 +106,23 @@ def preview(data: InstructionDataModule, *, rows: int = 3, positions: int | None
         lengths=(shortest, median, high, longest),
         histogram=[(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], heights, strict=False)],
         padding=padding,
+        packing=data.packing.why if fills else None,
         advice=advice,
     )
 
 
 def packing_advice(data: InstructionDataModule, padding: float) -> str | None:
-    """Say what packing would save, measured on the training rows; None if they are packed, or it saves little.
+    """Say which option would save padding, measured on the training rows; None if none would save much.
 
     Args:
         data: whose rows are set up.
         padding: part of the tokens of a forward that is padding now.
     """
     rows = data.rows["train"]
-    if data.pack_tokens is not None or padding < _MUCH_PADDING:
+    if isinstance(data.pack_tokens, int) or padding < _MUCH_PADDING:
         return None
+    if data.reason_not_to_pack is None:
+        return f"{padding:.0%} of a forward is padding; data.pack_tokens {AUTO} would leave none"
     tokens = max(data.max_length, 2 * int(rows.lengths.max()))
     packed = ReplicaSampler(rows, seeds=_SEEDS, batch_size=data.batch_size, pack_tokens=tokens).padding()
     if packed > padding / 2:
@@ -164,7 +171,7 @@ def render_preview(facts: Preview, *, eos: str, colours: bool = True) -> Group:
     for sentence in facts.advice:
         table.add_row("advice", sentence)
     if facts.padding is not None:
-        table.add_row("padding", f"{facts.padding:.1%} of the tokens of a forward of three seeds")
+        table.add_row("padding", f"{facts.padding:.1%} of the tokens of a forward of three seeds; {facts.packing}")
     most = max(rows for _, _, rows in facts.histogram)
     width = len(str(longest))
     lines = []
@@ -182,6 +189,7 @@ def main(
     load_tokenizer: Callable[[str], PreTrainedTokenizerBase],
     default_model: str,
     load_positions: Callable[[str], int | None] = lambda _model: None,
+    reason_not_to_pack: Callable[[str], str | None] = lambda _model: "nothing is known of the model",
 ) -> int:
     """Run ``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
 
@@ -190,6 +198,7 @@ def main(
         load_tokenizer: gives the tokenizer of a model.
         default_model: the model if none is named.
         load_positions: gives the number of positions of a model, None where there is no limit.
+        reason_not_to_pack: says why rows must not be joined for a model, None if they may.
 
     Returns:
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
@@ -198,8 +207,9 @@ def main(
         parser = _parser(default_model)
         options = parser.parse_args(list(argv))
         data = parser.instantiate(options).data
-        data.tokenizer = load_tokenizer(options["model.base_model"])
-        facts = preview(data, rows=options.rows, positions=load_positions(options["model.base_model"]))
+        model = options["model.base_model"]
+        data.tokenizer, data.reason_not_to_pack = load_tokenizer(model), reason_not_to_pack(model)
+        facts = preview(data, rows=options.rows, positions=load_positions(model))
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         if cause := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):

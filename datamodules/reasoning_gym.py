@@ -71,7 +71,7 @@ class ReasoningGym(InstructionDataModule):
         eval_batch_size: int = 32,
         max_length: int = 512,
         on_long_row: str = "cut",
-        pack_tokens: int | None = None,
+        pack_tokens: int | str | None = "auto",
         style: str = "plain",
     ) -> None:
         super().__init__(

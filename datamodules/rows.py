@@ -36,11 +36,13 @@ class MicroBatch(NamedTuple):
         rows: ``N`` tuples of row numbers.
         num_items: per replica, the supervised tokens of the whole optimizer step: all micro-batches, all ranks.
         packs: per replica, how many of its rows follow each other in one row of the batch; ``None``: each has its own.
+        joined: all rows of all replicas follow each other in one row, and nothing is padded.
     """
 
     rows: tuple[tuple[int, ...], ...]
     num_items: tuple[int, ...]
     packs: tuple[tuple[int, ...], ...] | None = None
+    joined: bool = False
 
     def groups(self) -> list[list[list[int]]]:
         """Return, for each replica, the row numbers of each row of the batch."""
@@ -377,12 +379,17 @@ class ReplicaRows(Dataset[dict[str, object]]):
     An item holds ``input_ids`` and ``labels`` of shape (N, b, T), ``num_items`` of shape (N,), and ``lengths``, the
     tokens of each replica's longest row: what T would be if it were trained alone. Packed rows come with
     ``position_ids`` of shape (N, b, T) and with ``rows``, what b would be if a replica were trained alone.
+
+    Joined rows have no padding: ``input_ids``, ``labels`` and ``position_ids`` are of shape (tokens,), one replica
+    after the other, and ``documents`` holds, for each replica, the tokens of each of its rows.
     """
 
     def __init__(self, rows: TokenRows) -> None:
         self.rows = rows
 
     def __getitem__(self, index: MicroBatch) -> dict[str, object]:
+        if index.joined:
+            return self._joined(index)
         replicas = index.groups()
         n, most = len(replicas), max(map(len, replicas))
         # A replica that has fewer rows gets empty ones, which are all padding.
@@ -398,6 +405,16 @@ class ReplicaRows(Dataset[dict[str, object]]):
         if index.packs is not None:
             batch |= {"position_ids": packed.positions.view(n, most, -1), "rows": tuple(map(len, replicas))}
         return batch
+
+    def _joined(self, index: MicroBatch) -> dict[str, object]:
+        packed = self.rows.packed([[row for rows in index.rows for row in rows]])
+        return {
+            "input_ids": packed.input_ids[0],
+            "labels": packed.labels[0],
+            "position_ids": packed.positions[0],
+            "num_items": torch.tensor(index.num_items),
+            "documents": tuple(tuple(self.rows.lengths[list(rows)].tolist()) for rows in index.rows),
+        }
 
 
 class EvalRows(Dataset[dict[str, object]]):

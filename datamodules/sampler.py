@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from seedlora.datamodules.rows import MicroBatch, TokenRows
 
+#: Optimizer steps that are looked at for what is said of all.
+_LOOKED_AT = 50
+
 
 class ReplicaSampler(Sampler[MicroBatch]):
     """Micro-batches for a stack of replicas, each in the order of its own seed.
@@ -22,7 +25,9 @@ class ReplicaSampler(Sampler[MicroBatch]):
     micro-batches of one length are padded least. Rows that do not fill a last step are left out of that epoch.
 
     With ``pack_tokens`` the rows of a step are instead put one after the other into packs of nearly equal length (the
-    longest first, each into the pack that is shortest so far), as few packs per micro-batch as hold them.
+    longest first, each into the pack that is shortest so far), as few packs per micro-batch as hold them. ``joined``
+    puts all rows of a micro-batch into one row, and deals those of a step so that micro-batches have nearly as many
+    tokens.
 
     A replica's order does not depend on what it is stacked with; the set of rows of a step depends on
     ``accumulate * world_size`` only through their product.
@@ -33,6 +38,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         batch_size: rows of one replica in one forward on one rank.
         accumulate: micro-batches of one optimizer step.
         pack_tokens: the most tokens of a pack; ``None`` packs nothing.
+        joined: see above; ``pack_tokens`` is not asked then.
         rank: of this process, of ``world_size``.
         world_size: processes that share a step.
         epoch: where to begin; Lightning moves it on with :meth:`set_epoch`.
@@ -48,6 +54,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         seeds: Sequence[int],
         batch_size: int,
         pack_tokens: int | None = None,
+        joined: bool = False,
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -55,7 +62,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
     ) -> None:
         self.lengths, self.num_items = rows.lengths, rows.num_items
         self.seeds = tuple(seeds)
-        self.batch_size, self.accumulate, self.pack_tokens = batch_size, accumulate, pack_tokens
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.pack_tokens, self.joined = pack_tokens, joined
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = epoch, 0
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
@@ -118,7 +126,11 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     @property
     def most_tokens(self) -> int:
-        """Return the tokens of one replica in a large micro-batch, padding included."""
+        """Return the tokens of one replica in a large micro-batch, padding included; the same on every rank."""
+        if self.joined:
+            steps = range(min(_LOOKED_AT, self.steps))
+            dealt = (self._dealt(self.order(seed, step)) for seed in self.seeds for step in steps)
+            return max(int(self.lengths[part].sum()) for parts in dealt for part in parts)
         longest = self.batch_size * int(self.lengths.max())
         return longest if self.pack_tokens is None else min(longest, self.packs_per_micro_batch * self.pack_tokens)
 
@@ -129,27 +141,38 @@ class ReplicaSampler(Sampler[MicroBatch]):
         assert self.pack_tokens is not None
         micro_batches = self.accumulate * self.world_size
         for per_micro_batch in range(self.packs_per_micro_batch, self.batch_size + 1):
-            shortest: list[tuple[int, int]] = [(0, i) for i in range(micro_batches * per_micro_batch)]
-            packs: list[list[int]] = [[] for _ in shortest]
-            for row in reversed(rows.tolist()):
-                tokens, i = shortest[0]
-                heapq.heapreplace(shortest, (tokens + int(self.lengths[row]), i))
-                packs[i].append(row)
-            if max(shortest)[0] <= self.pack_tokens:
-                # packs of like length together, as rows are without packing
-                return [packs[i] for _, i in sorted(shortest)]
+            packs = self._balanced(rows, micro_batches * per_micro_batch)
+            if self.lengths[packs[-1]].sum() <= self.pack_tokens:
+                return packs
         raise AssertionError("a pack of one row always fits")
+
+    def _balanced(self, rows: np.ndarray, parts: int) -> list[list[int]]:
+        """Divide the rows of a step into parts of nearly equal length, the shortest part first."""
+        shortest: list[tuple[int, int]] = [(0, i) for i in range(parts)]
+        found: list[list[int]] = [[] for _ in shortest]
+        for row in reversed(rows.tolist()):
+            tokens, i = shortest[0]
+            heapq.heapreplace(shortest, (tokens + int(self.lengths[row]), i))
+            found[i].append(row)
+        # parts of like length together, as rows are without packing
+        return [found[i] for _, i in sorted(shortest)]
+
+    def _dealt(self, rows: np.ndarray) -> list[list[int]]:
+        """Deal the rows of a step to the micro-batches of all ranks, where they are not packed."""
+        slots = self.accumulate * self.world_size
+        return self._balanced(rows, slots) if self.joined else rows.reshape(slots, -1).tolist()
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Give what this rank sees in one optimizer step."""
         orders = [self.order(seed, step) for seed in self.seeds]
         num_items = tuple(int(self.num_items[rows].sum()) for rows in orders)
-        packs = None if self.pack_tokens is None else [self.packs(rows) for rows in orders]
+        is_packed = self.pack_tokens is not None and not self.joined
+        packs = [self.packs(rows) for rows in orders] if is_packed else []
+        dealt = [] if is_packed else [self._dealt(rows) for rows in orders]
         for micro in range(self.accumulate):
             slot = micro * self.world_size + self.rank
-            if packs is None:
-                part = slice(slot * self.batch_size, (slot + 1) * self.batch_size)
-                yield MicroBatch(tuple(tuple(rows[part].tolist()) for rows in orders), num_items)
+            if not is_packed:
+                yield MicroBatch(tuple(tuple(parts[slot]) for parts in dealt), num_items, joined=self.joined)
             else:
                 sizes = [len(each) // (self.accumulate * self.world_size) for each in packs]
                 mine = [each[slot * size : (slot + 1) * size] for each, size in zip(packs, sizes, strict=True)]
@@ -162,8 +185,10 @@ class ReplicaSampler(Sampler[MicroBatch]):
             skipped = start % self.accumulate if step == start // self.accumulate else 0
             yield from islice(self.micro_batches(step), skipped, None)
 
-    def padding(self, *, steps: int = 50) -> float:
+    def padding(self, *, steps: int = _LOOKED_AT) -> float:
         """Return the share of padding among the tokens in the forwards of the first ``steps`` optimizer steps."""
+        if self.joined:
+            return 0.0
         real = total = 0
         for step in range(min(steps, self.steps)):
             for micro in self.micro_batches(step):

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from seedlora.datamodules.base import AUTO, SPLITS, InstructionDataModule
+from seedlora.datamodules.base import SPLITS, InstructionDataModule
 from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.packing import AUTO
 from seedlora.datamodules.row_files import Row
 from seedlora.datamodules.row_forms import conversation_of, is_chat, tools_of
 from seedlora.datamodules.rows import IGNORED, Chunk, TokenRows, joined, token_chunk
@@ -37,7 +38,8 @@ class StackData(InstructionDataModule):
         eval_batch_size: rows in one forward when scoring.
         max_length: tokens of a row; what happens to longer rows is ``on_long_row``.
         on_long_row: ``cut`` them to ``max_length``, or ``drop`` them.
-        pack_tokens: put rows one after the other into rows of at most so many tokens; default: each on its own.
+        pack_tokens: put rows one after the other without padding where that pays (``auto``), or into rows of at most so
+            many tokens; with ``None`` each is on its own.
         style: how rows are worded, as for ``InstructionData``. Batches of tokens are worded already: it then says how,
             for whoever serves the adapter; without it the record of the prompt is empty.
         strict: end the run where a row holds something that nobody reads.
@@ -58,7 +60,7 @@ class StackData(InstructionDataModule):
         eval_batch_size: int = 16,
         max_length: int = 512,
         on_long_row: str = "cut",
-        pack_tokens: int | None = None,
+        pack_tokens: int | str | None = "auto",
         style: str = "auto",
         strict: bool = False,
     ) -> None:

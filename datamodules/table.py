@@ -53,7 +53,8 @@ class TableDataModule(InstructionDataModule):
         eval_batch_size: rows in one forward when scoring.
         max_length: tokens of a row; what happens to longer rows is ``on_long_row``.
         on_long_row: ``cut`` them to ``max_length``, or ``drop`` them.
-        pack_tokens: put rows one after the other into rows of at most so many tokens; default: each on its own.
+        pack_tokens: put rows one after the other without padding where that pays (``auto``), or into rows of at most so
+            many tokens; with ``None`` each is on its own.
         style: ``plain``, ``alpaca``, ``alpaca_split``, ``tulu``, ``llm_adapters``, or ``chat`` for the tokenizer's own
             template; default: the data set's own.
 
@@ -82,7 +83,7 @@ class TableDataModule(InstructionDataModule):
         eval_batch_size: int = 16,
         max_length: int = 512,
         on_long_row: str = "cut",
-        pack_tokens: int | None = None,
+        pack_tokens: int | str | None = "auto",
         style: str | None = None,
         strict: bool = False,
         val_path: str | None = None,

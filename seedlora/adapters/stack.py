@@ -63,7 +63,8 @@ ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save")
 class AdapterStack:
     """Routes blocks of rows through the adapters of ``model``.
 
-    The first ``M / N`` rows of every forward go through the first name routed, the next through the second, and so on.
+    The first ``M / N`` rows of every forward go through the first name routed, the next through the second, and so on;
+    or, of one row, the first so many tokens.
     An adapter is a PEFT adapter of the model (trainable or not), one put here by :meth:`load`, or ``None`` for the
     base model alone.
 
@@ -157,6 +158,7 @@ class AdapterStack:
         *,
         lengths: Sequence[int] = (),
         rows: Sequence[int] = (),
+        tokens: Sequence[int] = (),
         dropout_keys: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         """Choose the adapters of the next forwards, one per block of rows.
@@ -165,6 +167,7 @@ class AdapterStack:
             names: one adapter per block, ``None`` for the base model.
             lengths: tokens of each block before it was padded to the length of the stack; only dropout needs them.
             rows: rows of each block before it was filled up to the size of the others; only dropout needs them.
+            tokens: of each block, where the forward has one row that holds them all, one after the other.
             dropout_keys: one tuple of integers per block, for example (seed, epoch, batch). The adapter's dropout is a
                 pure function of it and of the layer, so that an adapter drops the same entries whether it is trained
                 alone or in a stack, before or after a resume. ``None`` switches dropout off.
@@ -178,6 +181,8 @@ class AdapterStack:
                 raise KeyError(f"no adapter '{name}' in this stack; there are {', '.join(known) or 'none'}")
         self._route.names = tuple(names)
         self._route.lengths, self._route.rows = tuple(lengths), tuple(rows)
+        if self._route.tokens != tuple(tokens):
+            self._route.tokens, self._route.blocks = tuple(tokens), {}
         self._route.joined = None if self._route.joined is None else {}
         self._route.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
 
@@ -185,7 +190,8 @@ class AdapterStack:
     def head_sees(self, keep_MT: Tensor) -> Iterator[None]:
         """Give the head, inside the block, the positions kept alone, one after the other, in the order of the rows."""
         if self.modules:
-            self._route.kept = tuple(keep_MT.view(len(self._route.names), -1).sum(1).tolist())
+            blocks = self._route.split(keep_MT.flatten()[None], dim=1)
+            self._route.kept = tuple(torch.stack([block.sum() for block in blocks]).tolist())
         try:
             yield
         finally:

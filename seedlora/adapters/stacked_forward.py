@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from seedlora.adapters.blockwise_update import LONG_BLOCK, BlockwiseUpdate
 from seedlora.model.quantization import dequantized_weight
 from seedlora.utils.random_streams import stream_seed
 
@@ -59,6 +60,8 @@ class Route:
     names: tuple[str | None, ...] = ()
     lengths: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
+    #: Of each block, where the forward has one row that holds them all; empty where each has rows of its own.
+    tokens: tuple[int, ...] = ()
     dropout_keys: tuple[tuple[int, ...], ...] | None = None
     #: Rows of the forward at hand.
     batch: int = 0
@@ -69,6 +72,10 @@ class Route:
     weights: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     joined: dict[str, JoinedBlocks] | None = None
+
+    def split(self, x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Divide a tensor into the blocks, along its rows, or along its tokens where there is one row."""
+        return x.split(list(self.tokens) or x.shape[dim] // len(self.names), dim=dim)
 
 
 def full_module_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
@@ -81,6 +88,8 @@ def full_module_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
 
     if n == 1 or not any(own):
         return run_with(own[0], x)
+    if route.tokens and not (self.stack_is_head and route.kept):
+        return torch.cat([run_with(*pair) for pair in zip(own, route.split(x, dim=1), strict=True)], dim=1)
     if rows == 1 < route.batch:  # positions that are the same for all rows
         each = [run_with(weights, x) for weights in own]
         return torch.cat([y.expand(route.batch // n, *y.shape[1:]) for y in each])
@@ -108,28 +117,47 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: obj
     """Compute the output of an adapted layer: each block of rows through the base weight and its own adapter."""
     route: Route = self.stack_route
     n, shape = len(route.names), x_MTK.shape
-    if n == 0 or shape[0] % n:
+    if n == 0 or (sum(route.tokens) != shape[:-1].numel() if route.tokens else shape[0] % n):
         raise RuntimeError(f"{shape[0]} rows cannot be split into blocks for {n} routed adapters")
     x = x_MTK.reshape(-1, shape[-1])
     # Two dimensions, so that y is no view: autograd then lets the adapters add to it in place.
     y = self.base_layer(x, *args, **kwargs)
-    a_RK, b_DR, ranks, scales, gain = _join_blocks(self, y)
-    if not sum(ranks):
+    joined = _join_blocks(self, y)
+    gain = joined.gain
+    if not sum(joined.ranks):
         return y.view(*shape[:-1], -1)
     x = x.to(y.dtype)
     if route.dropout_keys is not None:
         x = _dropout(self, x.view(shape), route).view(x.shape)
-    h = torch.mm(x, a_RK.t())
-    h = (h.view(n, -1, sum(ranks)) * _block_mask(route, ranks, scales, y)).view(h.shape)
-    y = y.addmm_(h, b_DR.t())
+    y = _add_adapters(y, x, joined, route)
     if gain is not None:
         # As in PEFT, the product with W that DoRA scales is of the input after dropout.
         dropped = route.dropout_keys is not None and any(_dropout_rate(self, name) for name in route.names)
-        adapted = self.base_layer(x, *args, **kwargs).addmm_(h, b_DR.t()) if dropped else y
+        adapted = _add_adapters(self.base_layer(x, *args, **kwargs), x, joined, route) if dropped else y
         if (bias := self.get_base_layer().bias) is not None:
             adapted = adapted - bias
-        y = torch.addcmul(y.view(n, -1, y.shape[-1]), adapted.view(n, -1, y.shape[-1]), gain)
+        if route.tokens:
+            blocks = zip(route.split(y), route.split(adapted), gain, strict=True)
+            y = torch.cat([torch.addcmul(*block) for block in blocks])
+        else:
+            y = torch.addcmul(y.view(n, -1, y.shape[-1]), adapted.view(n, -1, y.shape[-1]), gain)
     return y.view(*shape[:-1], -1)
+
+
+def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> Tensor:
+    """Add to the outputs of the base layer those of each block's adapter, in place; y (M T, D), x (M T, K).
+
+    Short blocks go through the columns of all adapters in one product, and those of others are zeroed. Long ones on a
+    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/kernels.py``).
+    """
+    a_RK, b_DR, ranks, scales, _ = joined
+    sizes = route.tokens or (len(x) // len(route.names),) * len(route.names)
+    if len(sizes) > 1 and max(sizes) >= LONG_BLOCK and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        added: Tensor = BlockwiseUpdate.apply(y, x, a_RK, b_DR, ranks, scales, sizes)
+        return added
+    h = torch.mm(x, a_RK.t())
+    h = (h.view(_blocks_shape(route, h)) * _block_mask(route, ranks, scales, y)).view(h.shape)
+    return y.addmm_(h, b_DR.t())
 
 
 def _join_blocks(layer: LoraLayer, like: Tensor) -> JoinedBlocks:
@@ -222,8 +250,8 @@ def _dora_gain(layer: LoraLayer, parts: Sequence[Block | None], a_RK: Tensor) ->
 
 
 def _block_mask(route: Route, ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
-    """Return each block's scaling on its own columns and zero elsewhere, shape (N, 1, R); built once per
-    kind of layer.
+    """Return each block's scaling on its own columns and zero elsewhere, shape (N, 1, R), or (T, R) where the blocks
+    are the tokens of one row; built once per kind of layer.
     """
     if torch.compiler.is_compiling():  # the graph of one layer is that of others only if it leaves nothing behind
         return _build_block_mask(ranks, scales, like)
@@ -231,8 +259,16 @@ def _block_mask(route: Route, ranks: tuple[int, ...], scales: tuple[float, ...],
     if key not in route.blocks:
         # Training uses it too, which takes no tensor made in inference mode.
         with torch.inference_mode(False):
-            route.blocks[key] = _build_block_mask(ranks, scales, like)
+            mask = _build_block_mask(ranks, scales, like)
+            if route.tokens:
+                tokens = torch.tensor(route.tokens).to(like.device)
+                mask = mask[:, 0].repeat_interleave(tokens, dim=0, output_size=sum(route.tokens))
+            route.blocks[key] = mask
     return route.blocks[key]
+
+
+def _blocks_shape(route: Route, h: Tensor) -> tuple[int, ...]:
+    return tuple(h.shape) if route.tokens else (len(route.names), -1, h.shape[-1])
 
 
 def _build_block_mask(ranks: tuple[int, ...], scales: tuple[float, ...], like: Tensor) -> Tensor:
@@ -244,12 +280,14 @@ def _dropout(layer: LoraLayer, x_MTK: Tensor, route: Route) -> Tensor:
     """Apply inverted dropout per block, each from its own stream and over its own rows and length."""
     assert route.dropout_keys is not None
     keep = torch.ones_like(x_MTK)
-    rows = x_MTK.shape[0] // len(route.names)
+    # Tokens of one row are blocks as they are; rows are drawn for without what they are filled up with.
+    blocks = route.split(keep[0] if route.tokens else keep)
     for i, (name, key) in enumerate(zip(route.names, route.dropout_keys, strict=True)):
         if p := _dropout_rate(layer, name):
             generator = torch.Generator(x_MTK.device).manual_seed(stream_seed(*key, layer.stack_index))
-            own = route.rows[i] if route.rows else rows
-            block = keep[i * rows : i * rows + own, : route.lengths[i] if route.lengths else None]
+            block = blocks[i]
+            if not route.tokens:
+                block = block[: route.rows[i] if route.rows else None, : route.lengths[i] if route.lengths else None]
             draw = torch.empty(block.shape, device=x_MTK.device).bernoulli_(1 - p, generator=generator)
             block.copy_(draw.div_(1 - p))
     return x_MTK * keep

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from seedlora.datamodules.preview import main as preview
+from seedlora.model.attention import AUTO, reason_not_to_pack
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_config, load_tokenizer
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
         load_tokenizer=load_tokenizer,
         default_model=EMBEDDED,
         load_positions=lambda model: positions_of(load_config(model)),
+        reason_not_to_pack=lambda model: reason_not_to_pack(load_config(model).get_text_config(), AUTO, compiled=False),
     )
 
 

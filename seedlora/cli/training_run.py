@@ -157,6 +157,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
         largest = int(rows.tokens.max()) if len(rows) else 0
         check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
     data.check_positions(positions_of(module.options.outline.config))
+    data.reason_not_to_pack = module.options.reason_not_to_pack
     cli.callback.check_fit(trainer, module, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     ensemble.check_stack()

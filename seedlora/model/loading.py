@@ -8,14 +8,15 @@ can be reached. Its weights differ from the hub's by that quantisation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from seedlora.model.attention import AUTO, choose_attention
 from seedlora.model.embedded import EMBEDDED, embedded_folder, without_progress_bars
 from seedlora.model.weight_files import MODEL_FILES, WeightFiles
 from seedlora.records.cost import BaseIdentity
@@ -23,13 +24,10 @@ from seedlora.utils.hub import hub, local_folder, parse_hub_name
 from seedlora.utils.options import name_option
 from seedlora.utils.places import expanded
 from seedlora.utils.torch_internals import cpu_multiplies_bfloat16
-from seedlora.utils.transformers_internals import attention_implementation, hub_commit
+from seedlora.utils.transformers_internals import hub_commit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-#: Tokens up to which a row is short for `attention`.
-_SHORT_ROW = 256
 
 
 def resolve_base_model(base_model: str) -> str:
@@ -151,11 +149,16 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(resolve_base_model(base_model), trust_remote_code=False)
 
 
-def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(base_model: str, *, dtype: torch.dtype, attention: str = AUTO) -> PreTrainedModel:
     """Load the base model onto the CPU, with frozen weights and without dropout of its own.
 
     The base's own dropout (GPT-2 has some) is switched off: it would draw from one stream for all replicas of a stack,
     and a replica would then differ from its standalone run. The adapters' dropout is untouched.
+
+    Args:
+        base_model: as :func:`resolve_base_model` takes it.
+        dtype: of the weights.
+        attention: one of :data:`~seedlora.model.attention.ATTENTIONS`.
 
     Raises as :func:`load_config`.
     """
@@ -167,12 +170,14 @@ def load_model(base_model: str, *, dtype: torch.dtype) -> PreTrainedModel:
             setattr(config, key, 0.0)
     with _naming_base(base_model), without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_base_model(base_model), config=config, dtype=dtype, trust_remote_code=False
+            resolve_base_model(base_model),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            attn_implementation=None if attention == AUTO else attention,
         )
     model.config.use_cache = False
-    # Families with an attention of their own (Gemma 2 caps its scores) keep it.
-    if dtype == torch.bfloat16 and attention_implementation(model.config) == "sdpa":
-        model.base_model.register_forward_pre_hook(_choose_attention, with_kwargs=True)
+    choose_attention(model, dtype, attention)
     return model.requires_grad_(False)
 
 
@@ -185,25 +190,6 @@ def fast_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
-
-
-def attention_kernel(device: torch.device, tokens: int) -> str:
-    """Return the attention kernel for bfloat16: ``eager`` for short rows on a CPU, ``sdpa`` otherwise.
-
-    PyTorch's fused CPU kernel spends 27 ms where the plain products take 5 in a bfloat16 backward over 12 rows of 29
-    tokens, which is over a quarter of a training step. From 256 tokens the plain products' matrices of scores leave
-    the processor's caches, and at 512 they take twice the time and all the memory. A single token, in generation, has
-    no backward, and grouped heads in the fused kernel without copies: 6 ms against 55 for 80 rows over 250 tokens.
-    """
-    return "eager" if device.type == "cpu" and 1 < tokens <= _SHORT_ROW else "sdpa"
-
-
-def _choose_attention(decoder: PreTrainedModel, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    inputs = next(tensor for tensor in given if isinstance(tensor, Tensor))
-    wanted = attention_kernel(inputs.device, inputs.shape[1])
-    if attention_implementation(decoder.config) != wanted:
-        decoder.set_attn_implementation(wanted)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class PlanRecord(TypedDict):
         processes: number of processes that train.
         left_out: a sentence for each source of rows that are not all used as they are.
         note: what was asked for and does nothing, in words; null is nothing.
+        packing: how rows share a forward and why, in words; null where the data does not say.
     """
 
     seeds: list[int]
@@ -98,6 +99,7 @@ class PlanRecord(TypedDict):
     processes: int
     left_out: NotRequired[list[str]]
     note: str | None
+    packing: NotRequired[str | None]
 
 
 def replica_count(plan: PlanRecord) -> int:

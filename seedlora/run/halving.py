@@ -59,7 +59,8 @@ def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[Halvi
         if not before < step < steps:
             raise ValueError(
                 f"{name_option('ensemble.halving', list(parts))}: {part:g} of {steps} steps is step "
-                f"{step}, which must be after step {before} and before the last; train for more steps, or choose other parts"
+                f"{step}, which must be after step {before} and before the last; train for more steps, or choose "
+                "other parts"
             )
         rounds.append(HalvingRound(step, left))
     return tuple(rounds)

@@ -11,12 +11,13 @@ import lightning.pytorch as pl
 import torch
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
+from seedlora.model.attention import AUTO as AUTO_ATTENTION
+from seedlora.model.attention import attention_kernel
 from seedlora.model.head_losses import chunk_rows
-from seedlora.model.loading import attention_kernel
 from seedlora.model.quantization import QUANTIZATIONS
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
-from seedlora.run.stack_data import PlannedData, StackDataModule
+from seedlora.run.stack_data import JoinsRows, PlannedData, StackDataModule
 from seedlora.training.replicas import Replica
 from seedlora.utils.options import name_option
 
@@ -150,7 +151,10 @@ def memory_of(
     """
     sizes = sorted((trainable_parameters(options.of_replica(replica.options)) for replica in replicas), reverse=True)
     rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding_of(trainer)
-    longest, supervised = int(rows.lengths.max()), data.batch_size * rows.num_items.mean()
+    supervised = data.batch_size * rows.num_items.mean()
+    # The attention of joined rows keeps no scores.
+    joined = isinstance(data, JoinsRows) and data.packing.joined
+    longest = 0 if joined else int(rows.lengths.max())
     return lambda stack: step_memory(
         options,
         stack,
@@ -181,7 +185,7 @@ def step_memory(
         stack: replicas trained at once.
         tokens: of one forward, padding included.
         supervised: of these, scored.
-        longest: tokens of the longest row.
+        longest: tokens of the longest row for which attention may keep its scores; 0 if there is none.
         shared: what the strategy deals out. In stage 3 two decoder layers are whole at once, the one that computes and
             the next, and what is outside of them, the head among it, which then takes all logits at once.
         device: that trains. Default: a GPU, if there is one.
@@ -223,7 +227,10 @@ def step_memory(
 def attention_scores(options: ModelOptions, tokens: int, device: torch.device | None = None) -> int:
     """Count the scores that attention keeps of one token in one layer, for rows of so many tokens; 0 if none."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.base_dtype != torch.bfloat16 or attention_kernel(device, tokens) != "eager":
+    kernel = options.attention
+    if kernel == AUTO_ATTENTION and options.base_dtype == torch.bfloat16:
+        kernel = attention_kernel(device, tokens)
+    if kernel != "eager":
         return 0
     return int(options.outline.text_config.num_attention_heads) * tokens
 

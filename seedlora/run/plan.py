@@ -17,7 +17,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.halving import replica_steps
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
-from seedlora.run.stack_data import PlannedData
+from seedlora.run.stack_data import JoinsRows, PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -41,6 +41,7 @@ class RunPlan:
         tokens: that each replica sees in training.
         supervised: of these, scored.
         padding: part of the tokens of a forward that is padding.
+        packing: how rows share a forward and why, for people; None where the data module does not say.
         trainable: parameters of one replica, their mean where the replicas differ.
         base_parameters: of the frozen model.
         memory: estimate for one stack.
@@ -87,6 +88,7 @@ class RunPlan:
     processes: int = 1
     left_out: Sequence[str] = ()
     note: str | None = None
+    packing: str | None = None
 
     @property
     def one(self) -> str:
@@ -130,6 +132,7 @@ class RunPlan:
                 f"{round(self.share * n * self.tokens):,} in all; "
                 f"{self.padding:.0%} padding beside them"
             ),
+            "rows": self.packing,
             "adapter": self.adapter,
             "trainable": f"{self.trainable:,} parameters per {self.one}, {n * self.trainable:,} in all",
             "memory": (
@@ -184,6 +187,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         tokens=int(seen * rows.lengths.mean()),
         supervised=int(seen * rows.num_items.mean()),
         padding=sampler.padding(),
+        packing=data.packing.why if isinstance(data, JoinsRows) else None,
         trainable=round(sum(sizes) / n),
         base_parameters=model.parameters,
         memory=memory(stack),

@@ -116,6 +116,30 @@ class CountsTokens(Protocol):
         """Return the tokens that a replica has seen after so many steps, and how many of them were scored."""
 
 
+class Packing(Protocol):
+    """Say how the training rows share a forward."""
+
+    @property
+    def joined(self) -> bool:
+        """Return whether they follow each other without padding."""
+
+    @property
+    def why(self) -> str:
+        """Return what was chosen and why, for people."""
+
+
+@runtime_checkable
+class JoinsRows(Protocol):
+    """Offer to put all rows of a forward one after the other, without padding, where the model can take them."""
+
+    #: Why it must not; None if it may. Whoever trains knows the model.
+    reason_not_to_pack: str | None
+
+    @property
+    def packing(self) -> Packing:
+        """Return what was chosen."""
+
+
 class PlannedSampler(Protocol):
     """Offer, as a sampler, the shape of the batches."""
 

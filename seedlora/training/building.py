@@ -55,7 +55,7 @@ class StackedModel:
 def load_base(options: ModelOptions) -> FrozenBase:
     """Load the base model, quantise it, and find where adapters start on it."""
     return prepare_base(
-        load_model(options.base_model, dtype=options.base_dtype),
+        load_model(options.base_model, dtype=options.base_dtype, attention=options.attention),
         options.lora_config(),
         adapter=options.adapter,
         quantization=options.quantization,

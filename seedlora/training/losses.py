@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from seedlora.model.attention import Documents, SharedPrefix
 from seedlora.model.head_losses import head_losses, is_frozen_matrix
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class TokenLosses:
         input_ids: Int[Tensor, "M T"],
         labels: Int[Tensor, "M T"],
         position_ids: Int[Tensor, "M T"] | None = None,
+        documents: Documents | SharedPrefix | None = None,
         *,
         greedy: bool = True,
     ) -> TokenScores:
@@ -111,13 +113,18 @@ class TokenLosses:
             input_ids: as :meth:`logits` takes them.
             labels: token ids; :data:`IGNORED` where nothing is scored.
             position_ids: likewise.
+            documents: likewise.
             greedy: whether to tell which token is the most likely.
         """
         tokens = next_tokens(labels)
-        return tokens.scatter(*self._kept_scores(input_ids, tokens, position_ids, greedy=greedy))
+        return tokens.scatter(*self._kept_scores(input_ids, tokens, position_ids, documents, greedy=greedy))
 
     def logits(
-        self, input_ids: Int[Tensor, "M T"], keep: Bool[Tensor, "M T"], position_ids: Int[Tensor, "M T"] | None = None
+        self,
+        input_ids: Int[Tensor, "M T"],
+        keep: Bool[Tensor, "M T"],
+        position_ids: Int[Tensor, "M T"] | None = None,
+        documents: Documents | SharedPrefix | None = None,
     ) -> Float[Tensor, "S V"]:
         """Return the logits at the positions kept, one after the other.
 
@@ -126,14 +133,22 @@ class TokenLosses:
             keep: whose next-token logits are wanted.
             position_ids: for rows that hold several samples: they restart with each, and attention stays within one.
                 transformers makes its masks so when it is given positions and no mask.
+            documents: of one row that has no padding, or that begin alike in each row; their attention needs no mask
+                then.
         """
-        return self._module(input_ids, keep, position_ids)
+        return self._module(input_ids, keep, position_ids, documents)
 
-    def forward(self, input_ids: Tensor, keep: Tensor, position_ids: Tensor | None = None) -> Float[Tensor, "S V"]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        keep: Tensor,
+        position_ids: Tensor | None = None,
+        documents: Documents | SharedPrefix | None = None,
+    ) -> Float[Tensor, "S V"]:
         """Compute what :meth:`logits` returns; the LightningModule calls it."""
         at = keep.flatten().nonzero()[:, 0]
         with self._stack.head_sees(keep):
-            return self._logits_behind(lambda hidden: hidden.flatten(0, 1)[at], input_ids, position_ids)
+            return self._logits_behind(lambda hidden: hidden.flatten(0, 1)[at], input_ids, position_ids, documents)
 
     @property
     def _head(self) -> nn.Module:
@@ -141,7 +156,11 @@ class TokenLosses:
         return head
 
     def _logits_behind(
-        self, before_head: Callable[[Tensor], Tensor], input_ids: Tensor, position_ids: Tensor | None
+        self,
+        before_head: Callable[[Tensor], Tensor],
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        documents: Documents | SharedPrefix | None,
     ) -> Float[Tensor, "S V"]:
         """Return the model's logits of the hidden states that ``before_head`` lets through.
 
@@ -152,12 +171,19 @@ class TokenLosses:
         try:
             if position_ids is None:
                 return self._model(input_ids=input_ids).logits
-            return self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            given = {} if documents is None else {"documents": documents}
+            return self._model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **given).logits
         finally:
             hook.remove()
 
     def _kept_scores(
-        self, input_ids: Tensor, tokens: NextTokens, position_ids: Tensor | None, *, greedy: bool
+        self,
+        input_ids: Tensor,
+        tokens: NextTokens,
+        position_ids: Tensor | None,
+        documents: Documents | SharedPrefix | None,
+        *,
+        greedy: bool,
     ) -> KeptScores:
         """Score the tokens from chunks of logits where the model's logits are those of its head.
 
@@ -173,13 +199,13 @@ class TokenLosses:
                 caught.append(hidden.flatten(0, 1)[at])
                 return caught[0][:1].detach()
 
-            logits = self._logits_behind(catch, input_ids, position_ids)
+            logits = self._logits_behind(catch, input_ids, position_ids, documents)
             if self.head_is_last is None:
                 with torch.no_grad():
                     self.head_is_last = torch.equal(logits.float(), head(caught[0][:1]).float())
             if self.head_is_last:
                 assert isinstance(head, nn.Linear)
                 return KeptScores(*head_losses(caught[0], head, targets, greedy=greedy))
-        logits = self.logits(input_ids, keep, position_ids)
+        logits = self.logits(input_ids, keep, position_ids, documents)
         losses = cross_entropy(logits.float(), targets, reduction="none")
         return KeptScores(losses, logits.argmax(-1) if greedy else None)

@@ -1,6 +1,6 @@
 """The forward of a training step: the losses of the active replicas over one micro-batch.
 
-Shape legend: ``N`` replicas, ``n`` of them active, ``b`` rows of each, ``T`` tokens.
+Shape legend: ``N`` replicas, ``n`` of them active, ``b`` rows of each, ``T`` tokens; ``M`` rows of the forward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from seedlora.model.attention import Documents
 from seedlora.training.losses import TokenLosses
 from seedlora.training.replicas import Replica, ReplicaStates
 
@@ -20,23 +21,43 @@ if TYPE_CHECKING:
 
 
 class TrainingBatch(TypedDict):
-    """Holds a micro-batch of all replicas: a block of rows for each.
+    """Holds a micro-batch of all replicas: a block of rows for each, or of tokens.
 
     Attributes:
-        input_ids: padded on the right.
-        labels: as :class:`seedlora.training.losses.TokenLosses` takes them.
+        input_ids: (N, b, T), padded on the right; of joined rows (T,), one replica after the other.
+        labels: as :class:`seedlora.training.losses.TokenLosses` takes them, in the same shape.
         num_items: tokens scored of each replica in the whole optimizer step, on all ranks.
-        lengths: tokens of each replica's longest row: what T would be if it were trained alone.
-        position_ids: of packed rows, which hold several samples.
+        lengths: tokens of each replica's longest row: what T would be if it were trained alone; not of joined rows.
+        position_ids: of packed and joined rows, which hold several samples.
         rows: of packed rows: what b would be if the replica were trained alone.
+        documents: of joined rows: per replica, the tokens of each of its samples.
     """
 
-    input_ids: Int[Tensor, "N b T"]
-    labels: Int[Tensor, "N b T"]
+    input_ids: Int[Tensor, "*N_b T"]
+    labels: Int[Tensor, "*N_b T"]
     num_items: Int[Tensor, " N"]
-    lengths: Sequence[int]
-    position_ids: NotRequired[Int[Tensor, "N b T"]]
+    lengths: NotRequired[Sequence[int]]
+    position_ids: NotRequired[Int[Tensor, "*N_b T"]]
     rows: NotRequired[Sequence[int]]
+    documents: NotRequired[Sequence[Sequence[int]]]
+
+
+class ForwardInputs(NamedTuple):
+    """Holds the active replicas' part of a micro-batch, as :class:`seedlora.training.losses.TokenLosses` takes it.
+
+    Attributes:
+        input_ids: of the forward.
+        labels: likewise.
+        position_ids: likewise; None where each row holds one sample.
+        documents: of joined rows.
+        blocks: tokens of each replica, padding included.
+    """
+
+    input_ids: Int[Tensor, "M T"]
+    labels: Int[Tensor, "M T"]
+    position_ids: Int[Tensor, "M T"] | None
+    documents: Documents | None
+    blocks: Sequence[int]
 
 
 class MicroBatchLosses(NamedTuple):
@@ -94,26 +115,57 @@ def micro_batch_losses(
     """
     active, positions = replicas.active, replicas.active_positions
     seeds = [replica.order_seed if are_one else replica.init_seed for replica in active]
+    inputs = (_joined_inputs if "documents" in batch else _row_inputs)(batch, positions)
     stack.route(
         [replica.name for replica in active],
-        lengths=[batch["lengths"][i] for i in positions],
+        lengths=[batch["lengths"][i] for i in positions] if "lengths" in batch else (),
         rows=[batch["rows"][i] for i in positions] if "rows" in batch else (),
+        tokens=() if inputs.documents is None else inputs.blocks,
         dropout_keys=None if dropout_key is None else [(seed, *dropout_key) for seed in seeds],
     )
-
-    def rows_of(tensor: Tensor) -> Tensor:
-        return (tensor if len(active) == len(tensor) else tensor[positions]).flatten(0, 1)
-
-    losses, _, keep, _ = token_losses(
-        rows_of(batch["input_ids"]),
-        rows_of(batch["labels"]),
-        rows_of(batch["position_ids"]) if "position_ids" in batch else None,
-        greedy=False,
-    )
-    sums, tokens = losses.view(len(active), -1).sum(1), keep.view(len(active), -1).sum(1)
+    losses, _, keep, _ = token_losses(*inputs[:4], greedy=False)
+    sums, tokens = _block_sums(losses, inputs.blocks), _block_sums(keep, inputs.blocks)
     # On the CPU from here on, where looking at a number and logging it does not wait for the device once more.
     shown = reduce(torch.stack([sums.detach(), tokens.to(sums.dtype)])).cpu()
     return MicroBatchLosses(active, sums, shown, keep.numel())
+
+
+def _row_inputs(batch: TrainingBatch, positions: Sequence[int]) -> ForwardInputs:
+    """Return the blocks of rows at these positions."""
+
+    def rows_of(tensor: Tensor) -> Tensor:
+        return (tensor if len(positions) == len(tensor) else tensor[positions]).flatten(0, 1)
+
+    found = [rows_of(batch[key]) for key in ("input_ids", "labels")]
+    packed = rows_of(batch["position_ids"]) if "position_ids" in batch else None
+    block = found[0].numel() // len(positions)
+    return ForwardInputs(found[0], found[1], packed, None, (block,) * len(positions))
+
+
+def _joined_inputs(batch: TrainingBatch, positions: Sequence[int]) -> ForwardInputs:
+    """Return the blocks of tokens at these positions, as one row."""
+    documents = batch["documents"]
+    sizes = [sum(each) for each in documents]
+
+    def row_of(tensor: Tensor) -> Tensor:
+        if len(positions) < len(sizes):
+            blocks = tensor.split(sizes)
+            tensor = torch.cat([blocks[i] for i in positions])
+        return tensor[None]
+
+    ids = row_of(batch["input_ids"])
+    lengths = tuple(length for i in positions for length in documents[i])
+    blocks = [sizes[i] for i in positions]
+    return ForwardInputs(
+        ids, row_of(batch["labels"]), row_of(batch["position_ids"]), Documents(lengths, ids.device), blocks
+    )
+
+
+def _block_sums(values: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Sum up values by token over the tokens of each replica."""
+    if len(set(blocks)) == 1:
+        return values.view(len(blocks), -1).sum(1)
+    return torch.stack([block.sum() for block in values.flatten().split(list(blocks))])
 
 
 def no_loss(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from seedlora.adapters.model_card import base_note
+from seedlora.model.attention import ATTENTIONS, AUTO, check_attention, reason_not_to_pack
 from seedlora.model.compilation import check_backend
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_base_model
@@ -79,6 +80,7 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     compile: str | None = None
     optimizer: str | Mapping[str, Any] = "adamw"
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -123,6 +125,7 @@ class ModelOptions:
             ("adapter", self.adapter, ADAPTERS),
             ("lr_scheduler", self.lr_scheduler, SCHEDULES),
             ("dtype", self.dtype, DTYPES),
+            ("attention", self.attention, ATTENTIONS),
         ):
             require(
                 value in allowed,
@@ -277,6 +280,12 @@ class ModelOptions:
         return {"quantization": self.quantization, "backend": self.compile, "full": full}
 
     @property
+    def reason_not_to_pack(self) -> str | None:
+        """Say why rows must not follow each other without padding in this model; None if they may."""
+        compiled = self.compile is not None
+        return reason_not_to_pack(self.outline.text_config, self.attention, compiled=compiled)
+
+    @property
     def display_text(self) -> str:
         """Describe what is trained, for people."""
         by = "" if self.optimizer == ModelOptions.optimizer else f"; by {self.optimizer_choice.text}"
@@ -352,7 +361,9 @@ class ModelOptions:
             ValueError: if it has not.
             OSError: if it cannot be read.
         """
-        check_base(self.base_model, load_config(self.base_model))
+        config = load_config(self.base_model)
+        check_base(self.base_model, config)
+        check_attention(self.attention, config, self.base_dtype)
         targets = self.targets
         self._check_full_modules(targets)
         self._check_patterns_match(targets)

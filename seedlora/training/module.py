@@ -21,6 +21,7 @@ from seedlora.distributed.clipping import clip_gradients
 from seedlora.distributed.lightning_internals import attached_trainer
 from seedlora.distributed.sharded import is_partitioned, release_engine, shard_model
 from seedlora.distributed.strategies import prepare_strategy, step_scale
+from seedlora.model.attention import AUTO, Documents, SharedPrefix
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
 from seedlora.training.answering import Answer, Answerer
@@ -80,6 +81,9 @@ class SeedLoRAModule(pl.LightningModule):
         optimizer: ``adamw`` or another class of torch.optim by its name; ``adamw8bit`` or another of bitsandbytes; or
             as Lightning has it, ``class_path`` and ``init_args``: ``{class_path: torch.optim.RMSprop, init_args:
             {momentum: 0.9}}``.
+        attention: the kernel of attention: ``sdpa`` (torch's own), ``eager`` (plain products), ``flash_attention_2``,
+            ``flash_attention_3`` or ``flex_attention``, as transformers has them; ``auto`` is sdpa, and for short rows
+            on a CPU eager, which is faster there.
 
     Raises:
         ValueError: for values out of range; the message names them.
@@ -116,6 +120,7 @@ class SeedLoRAModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         compile: str | None = None,  # noqa: A002 - torch's word for it
         optimizer: str | dict[str, Any] = "adamw",
+        attention: str = AUTO,
     ) -> None:
         super().__init__()
         rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
@@ -140,6 +145,7 @@ class SeedLoRAModule(pl.LightningModule):
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
             optimizer=optimizer,
+            attention=attention,
         )
         # Lightning saves the arguments as they are named here, into checkpoints too: as plain lists.
         target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -167,7 +173,8 @@ class SeedLoRAModule(pl.LightningModule):
     @property
     def scorer(self) -> Scorer:
         """Return what scores the adapters of the stack, on the module's device and all ranks."""
-        return Scorer(self.model, self.stack, self.token_losses, device=self.device, gather=self._gather)
+        shares_prefix = self.options.reason_not_to_pack is None
+        return Scorer(self.model, self.stack, self.token_losses, self.device, self._gather, shares_prefix=shares_prefix)
 
     def _gather(self, rows: Tensor) -> Tensor:
         return rows if attached_trainer(self) is None else self.all_gather(rows).reshape(-1, rows.shape[1])
@@ -218,10 +225,14 @@ class SeedLoRAModule(pl.LightningModule):
             release_engine(self.trainer)
 
     def forward(
-        self, input_ids: Int[Tensor, "M T"], keep: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Int[Tensor, "M T"],
+        keep: Tensor,
+        position_ids: Tensor | None = None,
+        documents: Documents | SharedPrefix | None = None,
     ) -> Float[Tensor, "S V"]:
         """Return the logits at the positions kept: :meth:`seedlora.training.losses.TokenLosses.logits`."""
-        return self.token_losses.forward(input_ids, keep, position_ids)
+        return self.token_losses.forward(input_ids, keep, position_ids, documents)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Return the sum of the replicas' losses over one micro-batch, normalised over the optimizer step.

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
+from seedlora.model.attention import SharedPrefix
 from seedlora.model.loading import eval_mode
 from seedlora.scores.row_scores import RowScores
 from seedlora.training.live_updates import load_updates
-from seedlora.training.losses import TokenLosses, TokenScores, next_tokens
+from seedlora.training.losses import IGNORED, TokenLosses, TokenScores, next_tokens
 from seedlora.updates.stacks import Layers
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Adapters that are scored in one forward.
 ADAPTERS_PER_FORWARD = 8
+#: Tokens that rows must begin with alike so that these go through the model once.
+LEAST_PREFIX = 4
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,14 @@ def keep_nothing(batch: Mapping[str, Tensor], labels: Sequence[str], scores: Bat
     """Take the scores of a batch for nothing but their sums."""
 
 
+def common_prefix(ids: Int[Tensor, "b T"], labels: Int[Tensor, "b T"]) -> int:
+    """Count the tokens that all rows begin with, as long as nothing is scored in them or at the token after them."""
+    if len(ids) == 1:
+        return 0
+    alike = (ids == ids[0]).all(0) & (labels == IGNORED).all(0)
+    return max(0, int(alike.cumprod(0).sum()) - 1)
+
+
 def real_items(items: Tensor) -> Int[Tensor, " I"]:
     """Return where the items are, in their order; those that fill up the shares of the ranks have negative numbers."""
     order = items.argsort()
@@ -90,6 +101,7 @@ class Scorer:
         token_losses: under what the stack is routed to.
         device: of the model.
         gather: puts the rows of all ranks one after the other.
+        shares_prefix: whether tokens that all rows of a batch begin with go through the model once for each adapter.
     """
 
     model: PeftModel
@@ -97,6 +109,7 @@ class Scorer:
     token_losses: TokenLosses
     device: torch.device
     gather: Callable[[Tensor], Tensor]
+    shares_prefix: bool = False
 
     def score(self, batch: Mapping[str, Tensor], scored: ScoredLabels) -> BatchScores:
         """Score every label on the same rows, :data:`ADAPTERS_PER_FORWARD` adapters in one pass over the base model.
@@ -116,7 +129,28 @@ class Scorer:
     def _score_adapters(self, ids: Tensor, labels: Tensor, names: Sequence[str | None]) -> BatchScores:
         n = len(names)
         self.stack.route(names)
+        if self.shares_prefix and (prefix := common_prefix(ids, labels)) >= LEAST_PREFIX:
+            return _by_row(self._scores_after_prefix(ids, labels, n, prefix), n)
         return _by_row(self.token_losses(ids.repeat(n, 1), labels.repeat(n, 1)), n)
+
+    def _scores_after_prefix(self, ids: Tensor, labels: Tensor, n: int, prefix: int) -> TokenScores:
+        """Score rows that begin alike, ``n`` times: each row of the forward holds the beginning, and then what follows
+        it in each of them.
+        """
+        rows, tokens = ids.shape
+        places = torch.arange(tokens, device=ids.device)
+        row = torch.cat([ids[0, :prefix], ids[:, prefix:].flatten()])
+        wanted = torch.cat([labels[0, :prefix], labels[:, prefix:].flatten()])
+        positions = torch.cat([places[:prefix], places[prefix:].repeat(rows)])
+        row, wanted, positions = (each.expand(n, -1) for each in (row, wanted, positions))
+        found = self.token_losses(row, wanted, positions, SharedPrefix(prefix, documents=rows))
+
+        def whole(each: Tensor, empty: float) -> Tensor:
+            rest = each[:, prefix:].reshape(n * rows, -1)
+            return torch.cat([rest.new_full((n * rows, prefix), empty), rest], dim=1)
+
+        losses, right, keep, likely = found
+        return TokenScores(whole(losses, 0), whole(right, True), whole(keep, False), whole(likely, -1))
 
     def _score_mixture(self, ids: Tensor, labels: Tensor, names: Sequence[str | None]) -> BatchScores:
         r"""Score a mixture of adapters by a forward of each, whose whole logits are needed.

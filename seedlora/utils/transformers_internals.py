@@ -20,6 +20,18 @@ def attention_implementation(config: PretrainedConfig) -> str:
     return config._attn_implementation
 
 
+def supports_attention(config: PretrainedConfig, name: str) -> bool:
+    """Tell whether the causal language model of a configuration has an attention kernel, by its name.
+
+    ``_supports_sdpa``, ``_supports_flash_attn`` and ``_supports_flex_attn`` of the class say so; it need not be built.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = "_supports_flash_attn" if name.startswith("flash") else flags.get(name)
+    return flag is None or bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], flag, False))
+
+
 def set_model_name(config: PretrainedConfig, name: str) -> None:
     """Set the name that is written into a saved configuration, in place of the folder that the model was read from.
 

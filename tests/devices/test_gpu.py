@@ -17,6 +17,7 @@ import torch
 
 from seedlora.callbacks import Throughput
 from seedlora.merge.registry import METHODS
+from seedlora.model.attention import Documents, by_varlen_kernel, padded
 from seedlora.run.cost import PeakMemory
 from seedlora.run.memory import memory_of
 from tests.helpers import strategies_job
@@ -74,6 +75,40 @@ def test_a_replica_of_a_stack_is_its_standalone_run(tiny_llama, tmp_path, option
     stack = fit(tiny_llama, tmp_path / "stack", [1, 2, 3], on=ON, trainer=SAME_BITS, test=False, **options)
     alone = fit(tiny_llama, tmp_path / "alone", [2], on=ON, trainer=SAME_BITS, test=False, **options)
     assert_alike(stack.dirpath, alone.dirpath, 2)
+
+
+def test_the_kernel_for_rows_of_any_lengths_equals_the_padded_one():
+    if not CUDA:
+        pytest.skip("torch has that kernel for CUDA devices alone")
+    lengths = (5, 300, 1, 77)
+    documents, found = Documents(lengths, DEVICE), []
+    for compute in (padded, by_varlen_kernel):
+        generator = torch.Generator().manual_seed(0)
+        given = [
+            torch.randn(1, h, sum(lengths), 64, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+            for h in (9, 3, 3)
+        ]
+        for window in (None, 100):
+            out = compute(*given, documents, 0.125, window)
+            out.float().square().sum().backward()
+            found.append(out)
+        found += [each.grad for each in given]
+    for wanted, got in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_joined_rows_train_as_rows_on_their_own(tiny_llama, tmp_path, dtype):
+    rows = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 12}, "max_length": 128, "batch_size": 4}
+    made = {}
+    for pack_tokens in ("auto", None):
+        folder = tmp_path / str(pack_tokens)
+        data = {**rows, "pack_tokens": pack_tokens}
+        made[pack_tokens] = fit(tiny_llama, folder, [1, 2], on=ON, data=data, test=False, dtype=dtype)
+    noise = 1e-4 if dtype == "float32" else 0.2
+    joined, alone = (weights(run, "seed_2") for run in made.values())
+    for key, wanted in alone.items():
+        assert (joined[key] - wanted).norm() <= noise * wanted.norm(), key
 
 
 def test_the_device_changes_nothing_but_rounding(tiny_llama, tmp_path):

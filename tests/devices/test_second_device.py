@@ -15,10 +15,13 @@ from seedlora.merge.registry import METHODS
 from tests.helpers.fits import assert_close, fit, fused_on, weights
 from tests.helpers.interventions import Poison
 from tests.helpers.models import built
+from tests.helpers.packing import TASK
 from tests.helpers.precision import SAME, assert_trained_alike, in_float64
 from tests.helpers.second_device import CPU, DEVICE, OnDevice, on_second_device, second_device
 
 SMALL = {"num_train": 8, "num_val": 4, "num_test": 4}
+#: Rows of such lengths that they are joined.
+LENGTHS = {**TASK, "max_length": 128}
 ON_CPU = {"accelerator": lambda: "cpu"}
 ON_DEVICE = {"strategy": on_second_device}
 KINDS = {
@@ -97,10 +100,11 @@ def test_adapters_of_each_kind_train_as_on_the_cpu(tiny_llama, tmp_path, kind):
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_run_with_packs_and_seeds_that_end_early_gives_what_the_cpu_gives(tiny_llama, tmp_path):
+@pytest.mark.parametrize("rows", [{"pack_tokens": 512}, LENGTHS], ids=["packs", "joined"])
+def test_a_run_with_packs_and_seeds_that_end_early_gives_what_the_cpu_gives(tiny_llama, tmp_path, rows):
     options = {
         "ensemble": {"on_divergence": "exclude", "patience": 1, "keep": "best", "checkpoint_every_n_steps": 1},
-        "data": {**SMALL, "pack_tokens": 512},
+        "data": {**SMALL, **rows},
         "lora_dropout": 0.1,
     }
     trainer = {"val_check_interval": 1, "callbacks": [Poison("seed_2", 1)]}

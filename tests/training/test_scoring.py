@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from seedlora.training.scoring import ScoredLabels
-from tests.helpers.models import built, make_data
+from seedlora.training.scoring import ScoredLabels, common_prefix
+from tests.helpers.models import SEEDS, built, make_data, moved_in_all
+from tests.helpers.precision import SAME
 
 TASK = {"task": "chain_sum", "task_options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
 
@@ -83,3 +86,25 @@ def test_more_adapters_than_fit_into_one_forward_score_the_same(tiny_llama, monk
         parts = module.scorer.score({"input_ids": ids, "labels": labels}, scored)
     assert torch.allclose(whole[0], parts[0], rtol=1e-5)
     assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", [{}, {"adapter": "dora"}, {"modules_to_save": ["lm_head", "norm"]}], ids=str)
+def test_rows_that_begin_alike_are_scored_as_whole_rows_are(tiny_llama, options):
+    module = moved_in_all(tiny_llama, *SEEDS, **options)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (5, 30), generator=generator)
+    ids[:, :12] = ids[0, :12]
+    labels = ids.where(torch.arange(30) >= torch.tensor([[14], [20], [12], [29], [13]]), -100)
+    labels[1, 25:] = -100  # padding
+    scored = ScoredLabels({"base": None, **{f"seed_{seed}": f"seed_{seed}" for seed in SEEDS}})
+    scorer = module.scorer
+    assert scorer.shares_prefix
+    assert common_prefix(ids, labels) == 11
+    found = [
+        replace(scorer, shares_prefix=shares).score({"input_ids": ids, "labels": labels}, scored)
+        for shares in (True, False)
+    ]
+    for name, shared, whole in zip(found[0]._fields, *found, strict=True):
+        torch.testing.assert_close(shared, whole, rtol=SAME, atol=SAME, msg=name)
+    assert found[1].losses.unique().numel() == 5 * len(scored.labels)

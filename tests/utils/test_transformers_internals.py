@@ -17,6 +17,13 @@ class TestTransformers:
         model.set_attn_implementation("eager")
         assert transformers_internals.attention_implementation(model.config) == "eager"
 
+    def test_supports_attention(self, tiny_llama):
+        config = AutoConfig.from_pretrained(tiny_llama)
+        names = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+        assert all(transformers_internals.supports_attention(config, name) for name in names)
+        assert not transformers_internals.supports_attention(AutoConfig.for_model("codegen"), "flex_attention")
+        assert transformers_internals.supports_attention(AutoConfig.for_model("codegen"), "eager")
+
     def test_set_model_name(self, tiny_llama):
         config = AutoConfig.from_pretrained(tiny_llama)
         transformers_internals.set_model_name(config, "chosen")
