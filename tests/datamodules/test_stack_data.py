@@ -121,7 +121,7 @@ def test_chats_take_the_chat_template(tokenizer):
         ([{"input_ids": [1, 2], "labels": [2]}], {}, r"gives labels of shape \(1,\) to input_ids of \(2,\)"),
         ([{"prompt": "a"}], {}, "Given, train row 1: no column 'response'"),
         ([], {}, "Given gave no training rows"),
-        (ROWS, {"strict": True}, "train row 1: not used: column id; data.strict is true"),
+        (ROWS, {"strict": True}, "train row 1: not used: column id; strict is true"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tokenizer, rows, options, message):

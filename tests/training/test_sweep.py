@@ -135,12 +135,12 @@ def test_a_sweep_is_merged_and_its_greedy_soup_is_scored_beside(tiny_llama, tmp_
         (
             {"adapter": "pissa"},
             {"r": [2, 4]},
-            "ensemble.sweep r: with model.adapter pissa all replicas start at the sam",
+            "sweep r: with adapter='pissa' all replicas start at the sam",
         ),
         (
             {"warmup_steps": 3},
             {"warmup_ratio": [0, 0.1]},
-            "ensemble.sweep warmup_ratio does nothing with model.warmup_s",
+            "sweep warmup_ratio does nothing with warmup_s",
         ),
         ({}, {"learning_rate": [1e-3, -1]}, "for seed_1_lrm1: learning_rate must be positive, got -1.0"),
         (
