@@ -9,8 +9,8 @@ from typing import Any
 from seedlora.cli.command_parser import CommandParser, run_command
 from seedlora.cli.terminal import counting_bar, layer_counter, number_table, print_json
 from seedlora.records.settings import SETTINGS
+from seedlora.report.comparison_sections import runs_table
 from seedlora.report.page import write_comparison, write_report
-from seedlora.report.sections import runs_table
 from seedlora.report.weights import LAYERS, LAYERS_HELP
 from seedlora.utils.progress import plain_console
 
@@ -54,7 +54,7 @@ def report(arguments: Mapping[str, Any]) -> None:
             console.print(f"  {sentence}", highlight=False, markup=False, soft_wrap=True)
     if several is not None:
         # The page has all columns; these fit into a terminal.
-        rows, shown = runs_table(several["runs"]), ("run", "method", "mean seed", "fused", "against mean seed")
+        rows, shown = runs_table(several), ("run", "method", "mean seed", "fused", "against mean seed")
         table = number_table(*shown)
         for row in rows.rows:
             table.add_row(*(row[rows.header.index(name)] for name in shown))
