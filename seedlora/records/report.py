@@ -446,6 +446,7 @@ class RunRow(TypedDict):
         against_mean_seed: fused adapter against mean seed.
         mean_cosine: cosine of two seeds' updates, mean over the pairs.
         use: label of what the run advises to use; null where nothing was trained.
+        used: score of that.
         tokens: tokens that all seeds were trained on; null where that is not known.
         seconds: how long the whole run took; null where that is not known.
         verdict: verdict of the run's own report.
@@ -465,6 +466,7 @@ class RunRow(TypedDict):
     against_mean_seed: AdapterComparison | None
     mean_cosine: float | None
     use: str | None
+    used: AdapterScore | None
     tokens: float | None
     seconds: float | None
     verdict: str
@@ -476,6 +478,7 @@ class ComparisonReport(TypedDict):
     Attributes:
         title: of the page.
         differing: names of the settings that differ.
+        best: what the runs advise to use, in the order of their scores; null where the test items are not the same.
         runs: what is known of each run.
         verdict: the comparisons in words.
         paired: fused adapters of two runs on the same items.
@@ -485,6 +488,7 @@ class ComparisonReport(TypedDict):
 
     title: str
     differing: list[str]
+    best: str | None
     runs: list[RunRow]
     verdict: str
     paired: list[RunComparison]

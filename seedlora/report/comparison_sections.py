@@ -17,6 +17,9 @@ from seedlora.report.parts import (
     points_text,
 )
 
+#: Settings that tell the rows of two runs apart, and say nothing else.
+CHECKSUMS = ("sha256 of the train rows", "sha256 of the val rows")
+
 
 def comparison_sections(report: ComparisonReport) -> list[Section]:
     """Return the sections of a comparison, in order."""
@@ -42,22 +45,24 @@ def runs_table(report: ComparisonReport) -> Table:
     def setting(name: str) -> Callable[[RunRow], str]:
         return lambda row: row["settings"].get(name, "")
 
+    checksums = [name for name in report["differing"] if name in CHECKSUMS]
     columns: dict[str, Callable[[RunRow], str]] = {
         "run": lambda row: row["run"],
-        **{name: setting(name) for name in report["differing"]},
         "method": lambda row: row["method"] or "",
-        "seeds": lambda row: str(row["seeds"]),
-        "use": lambda row: row["use"] or "",
-        "n": lambda row: count_text(row["n"]),
-        "base": lambda row: _score_text(row["base"]),
+        **{name: setting(name) for name in report["differing"] if name not in CHECKSUMS},
+        "fused": lambda row: _score_text(row["fused"]),
+        "against mean seed": lambda row: points_text(row["against_mean_seed"]),
         "mean seed": lambda row: percent_text(row["mean_seed"]),
         "spread": lambda row: percent_text(row["seed_spread"]),
         "soup": lambda row: _score_text(row["soup"]),
-        "fused": lambda row: _score_text(row["fused"]),
-        "against mean seed": lambda row: points_text(row["against_mean_seed"]),
+        "base": lambda row: _score_text(row["base"]),
+        "n": lambda row: count_text(row["n"]),
+        "use": lambda row: row["use"] or "",
+        "seeds": lambda row: str(row["seeds"]),
         "cosine": lambda row: number_text(row["mean_cosine"]),
         "tokens": lambda row: "" if row["tokens"] is None else amount_text(row["tokens"]),
         "time": lambda row: "" if row["seconds"] is None else duration_text(row["seconds"]),
+        **{name: setting(name) for name in checksums},
     }
     return make_table(columns, report["runs"], caption="Settings that differ, scores and cost", sortable=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -60,7 +59,8 @@ def _example(sample: Sample) -> ExampleItem:
         "answers": [
             {
                 "adapter": label,
-                "text": _around_difference(text.removesuffix(end), expected),
+                # An end token among the others ends what the adapter says by itself.
+                "text": _around_difference(text.partition(end)[0] if end else text, expected),
                 "right": sample["right"][label],
             }
             for label, text in sample["forced"].items()
@@ -74,7 +74,8 @@ def _around_difference(text: str, expected: str) -> str:
     >>> _around_difference("x" * 400 + "b" * 90, "x" * 500) == "…" + "x" * 160 + "b" * 60 + "…"
     True
     """
-    place = len(os.path.commonprefix([text, expected]))
+    shorter = min(len(text), len(expected))
+    place = next((i for i in range(shorter) if text[i] != expected[i]), shorter)
     start, stop = max(0, place - _BEFORE), place + _AFTER
     return f"{'…' if start else ''}{text[start:stop]}{'…' if stop < len(text) else ''}"
 
@@ -110,4 +111,10 @@ def _grouped(row: ExampleItem) -> list[Answer]:
     groups: dict[tuple[str, bool], list[str]] = {}
     for answer in row["answers"]:
         groups.setdefault((answer["text"], answer["right"]), []).append(answer["adapter"])
-    return [Answer(labels, text, right) for (text, right), labels in groups.items()]
+    return [Answer(labels, _visible(text), right) for (text, right), labels in groups.items()]
+
+
+def _visible(text: str) -> str:
+    """Write an answer so that an empty one and line breaks before it are seen."""
+    stripped = text.lstrip("\n")
+    return "↵" * (len(text) - len(stripped)) + stripped if text else "(nothing)"

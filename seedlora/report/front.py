@@ -60,9 +60,8 @@ def front_record(
 def title_of(front: Front) -> str:
     """Name a run by what was trained on what, and when."""
     model = "SeedLoRA" if front["model"] is None else front["model"]
-    return ", ".join(
-        [f"{model} on {front['data']}", *([] if front["started"] is None else [_in_words(front["started"])])]
-    )
+    what = f"{model} on {front['data']}"
+    return what if front["started"] is None else f"{what}, {_in_words(front['started'])}"
 
 
 def _in_words(day: str) -> str:

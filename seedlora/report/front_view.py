@@ -85,14 +85,11 @@ def front_of_run(report: Report, drawings: Drawings) -> FrontView:
 
 def front_of_comparison(report: ComparisonReport, drawings: Drawings) -> FrontView:
     """Return the first screen of a comparison of several runs."""
-    caption = (
-        f"Fused adapter minus mean seed in points, paired by item, with {report['confidence_percent']} % intervals"
-    )
+    caption = f"Fused adapter minus mean seed, paired by item, with {report['confidence_percent']} % intervals"
     differing = ", ".join(report["differing"])
     settings = f"The runs differ in {differing}." if differing else "The runs have the same settings."
-    return FrontView(
-        title=report["title"], lines=[report["verdict"], settings], pictures=drawings.picture("runs", caption)
-    )
+    lines = [*([] if report["best"] is None else [report["best"]]), report["verdict"], settings]
+    return FrontView(title=report["title"], lines=lines, pictures=drawings.picture("runs", caption))
 
 
 def _train_or_fuse(verdict: str, sentences: Sequence[str]) -> Said:
@@ -108,12 +105,9 @@ def _about(report: Report) -> str:
     """Say what kind of run it is."""
     parts = []
     if (plan := report["cost"]) is not None:
-        noun = (
-            "replicas" if replica_count(plan) != len(plan["seeds"]) else "seeds" if len(plan["seeds"]) > 1 else "seed"
-        )
-        listed = ", ".join(map(str, plan["seeds"]))
-        several = f"{replica_count(plan)} {noun} of " if noun == "replicas" else ""
-        parts.append(f"{several}{'seed' if len(plan['seeds']) == 1 else 'seeds'} {listed}")
+        listed = f"{'seed' if len(plan['seeds']) == 1 else 'seeds'} {', '.join(map(str, plan['seeds']))}"
+        swept = replica_count(plan) != len(plan["seeds"])
+        parts.append(f"{replica_count(plan)} replicas of {listed}" if swept else listed)
         parts.append(f"{plan['rows']:,} rows, {plan['steps']:,} steps each")
     if report["method"] is not None and report["merged"] is not None:
         parts.append(f"merged by {report['method']}")
@@ -126,24 +120,18 @@ def _cost(report: Report) -> list[str]:
     if front["tokens"] is not None:
         amounts.append(f"{amount_text(front['tokens'])} tokens")
     if front["seconds"] is not None:
-        amounts.append(duration_text(front["seconds"]))
+        amounts.append(f"{duration_text(front['seconds'])} before the test")
     if front["peak_gib"] is not None:
-        amounts.append(f"{front['peak_gib']:.2f} GiB at most")
+        amounts.append(f"{front['peak_gib']:.2f} GiB")
     return amounts
 
 
 def _picture(report: Report, drawings: Drawings) -> list[Picture]:
     """Return one figure: the scores, or else the losses of the training."""
+    caption = "Validation loss" if report["training"]["validation"] else "Training loss"
     if report["tests"]:
-        return drawings.picture(
-            "front",
-            f"Right test items in percent, with {CONFIDENCE_PERCENT} % intervals; dotted: mean seed"
-            if report["tests"][0]["mean_seed"] is not None
-            else f"Right test items in percent, with {CONFIDENCE_PERCENT} % intervals",
-        )
-    return drawings.picture(
-        "front", "Validation loss over the steps" if report["training"]["validation"] else "Training loss"
-    )
+        caption = f"Right test items, with {CONFIDENCE_PERCENT} % intervals"
+    return drawings.picture("front", caption)
 
 
 def front_labels(report: Report) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from seedlora.records.report import COMPARISON_REPORT, REPORT, ComparisonReport, Report
 from seedlora.report.comparison_sections import comparison_sections
@@ -101,6 +102,12 @@ def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out:
     return report
 
 
+def _unbroken(text: str) -> Markup:
+    """Escape a sentence, and keep together what the end of a line would tear apart: ``95 %``, ``n = 80``, options."""
+    text = text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
+    return Markup(re.sub(r"(--[\w.]+)", r'<span class="option">\1</span>', str(escape(text))))  # noqa: S704 - escaped
+
+
 def _write_pages(
     folder: Path,
     front: FrontView,
@@ -128,7 +135,7 @@ def _write_pages(
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     environment.filters["inline"] = lambda text: " ".join(str(text).split())
-    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
+    environment.filters["unbroken"] = _unbroken
     shown = [section for section in sections if not section.is_empty]
     for name in (HTML_NAME, MARKDOWN_NAME):
         text = environment.get_template(f"{name}.j2").render(

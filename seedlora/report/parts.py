@@ -35,6 +35,11 @@ class Table:
     caption: str = ""
     sortable: bool = False
 
+    @property
+    def adapters(self) -> bool:
+        """Return whether the rows are adapters, which have colours."""
+        return self.header[0] in ("adapter", "control", "cosine")
+
 
 @dataclass(frozen=True)
 class Picture:

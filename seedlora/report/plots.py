@@ -23,7 +23,6 @@ from seedlora.report.drawing import (
     COLOURS,
     GREY,
     HEIGHT,
-    INK,
     PALE,
     Interval,
     Palette,
@@ -39,6 +38,7 @@ from seedlora.report.drawing import (
     shorten,
     text_colour,
 )
+from seedlora.report.svg import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

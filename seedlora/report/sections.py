@@ -25,6 +25,7 @@ from seedlora.report.parts import (
 )
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
 from seedlora.report.sweep import sweep_section
+from seedlora.scores.train_or_fuse import UNKNOWN
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
@@ -52,10 +53,11 @@ def _train_or_fuse(record: TrainOrFuseRecord | None) -> Section:
     if record is None:
         return Section("")
     note = (
-        "Soup of n seeds costs what one seed costs that is trained n times as long. Soup is expected to be better where "
-        "its gain over the mean seed is more than what a seed's loss falls by in n times the steps."
+        "Soup of n seeds costs what one seed costs that is trained n times as long. Soup is expected to be better "
+        "where its gain over the mean seed is more than what a seed's loss falls by in n times the steps."
     )
-    return Section("Train longer, or fuse?", items=record["sentences"], notes=[note], gist=record["verdict"])
+    gist = record["verdict"] if record["verdict"] != UNKNOWN else "cannot be said"
+    return Section("Train longer, or fuse?", items=record["sentences"], notes=[note], gist=gist)
 
 
 def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings) -> list[Section]:
@@ -90,7 +92,7 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
         ),
     ]
     subsets = _subsets(selection["subsets"], drawings) if selection["subsets"] else Section("")
-    gist = f"best seed {selection['best_seed']}" if selection["best_seed"] else ""
+    gist = f"best of the seeds: {selection['best_seed']}" if selection["best_seed"] else ""
     return [Section("On the validation rows", lines, tables, pictures, notes=notes, gist=gist), subsets]
 
 
@@ -130,8 +132,8 @@ def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
 def _subsets(rows: Sequence[SubsetRecord], drawings: Drawings) -> Section:
     """Show losses by the seeds that are merged."""
     note = (
-        "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they are many. "
-        "In the figure lines join the means."
+        "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where there are "
+        "many. In the figure lines join the means."
     )
     header = ["seeds", *(f"{label}, loss" for label in rows[0]["loss"])]
     cells = [[", ".join(row["seeds"]), *(f"{loss:.4f}" for loss in row["loss"].values())] for row in rows]
@@ -184,7 +186,11 @@ def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[
     merged = report["merged"] is not None
     spectra, counted = weights["spectra"], weights["distributions"]
     gain = ["The gain is the norm of the fused update over that of the seeds' mean."] if merged else []
-    notes = ["The effective rank is the exponential of the entropy of the singular values.", *gain]
+    notes = [
+        "The effective rank is the exponential of the entropy of the singular values.",
+        *gain,
+        f"The layer in the middle is {spectra['path']}; the entries are those of {', '.join(counted['layers'])}.",
+    ]
     middle = [
         [label, number_text(spectra["effective_rank"].get(label)), number_text(std)]
         for label, std in counted["std"].items()
@@ -193,23 +199,17 @@ def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[
         *drawings.picture("spectra", f"Singular values in {spectra['path']}", "It is the layer in the middle."),
         *drawings.picture(
             "distributions",
-            f"Distribution of the {counted['entries']:,} entries of each update",
+            f"Distribution of {counted['entries']:,} entries of each update",
             f"They are those of {', '.join(counted['layers'])}.",
         ),
         *drawings.picture("gains", "Gain of the merge in every layer"),
     ]
-    caption = (
-        f"Effective rank in {spectra['path']}, and standard deviation of the entries in {_named(counted['layers'])}"
-    )
+    caption = "Effective rank of a layer in the middle, and standard deviation of entries"
     tables = [
         _modules_table(weights["modules"], merged=merged),
         Table(["adapter", "effective rank", "standard deviation"], middle, caption=caption, sortable=True),
     ]
     return [alike, Section("Weights", tables=tables, pictures=pictures, notes=notes)]
-
-
-def _named(layers: Sequence[str]) -> str:
-    return ", ".join(layers) if len(layers) < 5 else f"{len(layers)} layers of that depth"
 
 
 def _modules_table(rows: Sequence[ModuleRow], *, merged: bool) -> Table:

@@ -15,7 +15,7 @@ from seedlora.records.results import RESULTS
 from seedlora.report.outcomes import OWN_TEST, adjust_table, pair_record
 from seedlora.scores.intervals import paired_difference
 from seedlora.scores.results import item_outcomes
-from seedlora.scores.wording import difference_in_points, judge
+from seedlora.scores.wording import PERCENT, difference_in_points, judge
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> ComparisonReport:
     return {
         "title": _title(reports),
         "differing": list(settings[0]),
+        "best": _best(rows),
         "runs": rows,
         "verdict": " ".join(map(_verdict_of_pair, paired)) or "No two of these runs were tested on the same items.",
         "paired": paired,
@@ -101,6 +102,16 @@ def read_items(folder: str | Path) -> dict[str, np.ndarray]:
     return {} if results is None else item_outcomes(results.get("items", {}))
 
 
+def _best(rows: Sequence[RunRow]) -> str | None:
+    """Rank what the runs advise to use, where all were tested on the same items."""
+    tested = [(row["run"], row["use"], score["value"]) for row in rows if (score := row["used"]) is not None]
+    if len(tested) < len(rows) or len({row["items_sha256"] for row in rows}) > 1 or rows[0]["items_sha256"] is None:
+        return None
+    ranked = sorted(tested, key=lambda each: -each[2])
+    said = ", then ".join(f"{use} of {run} with {PERCENT(value)} %" for run, use, value in ranked)
+    return f"Of what the runs advise, most of the same items are right by {said}. These items picked the first."
+
+
 def _verdict_of_pair(row: RunComparison) -> str:
     return (
         f"{row['run']} against {row['against']}, fused adapters on the same {row['n']:,} items: "
@@ -128,6 +139,7 @@ def _run_row(report: Report, settings: dict[str, str]) -> RunRow:
         "against_mean_seed": next((row for row in comparisons if row["against"] == MEAN_SEED), None),
         "mean_cosine": _mean_cosine(report),
         "use": report["front"]["adapter"],
+        "used": scores.get(report["front"]["adapter"] or ""),
         "tokens": report["front"]["tokens"],
         "seconds": report["front"]["seconds"],
         "verdict": report["verdict"],
