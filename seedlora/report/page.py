@@ -108,6 +108,11 @@ def _unbroken(text: str) -> Markup:
     return Markup(re.sub(r"(--[\w.]+)", r'<span class="option">\1</span>', str(escape(text))))  # noqa: S704 - escaped
 
 
+def _breakable(name: str) -> Markup:
+    """Escape a name, and let a line end within it: after the points and underscores of an option."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))  # noqa: S704 - escaped
+
+
 def _write_pages(
     folder: Path,
     front: FrontView,
@@ -136,6 +141,7 @@ def _write_pages(
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     environment.filters["inline"] = lambda text: " ".join(str(text).split())
     environment.filters["unbroken"] = _unbroken
+    environment.filters["breakable"] = _breakable
     shown = [section for section in sections if not section.is_empty]
     for name in (HTML_NAME, MARKDOWN_NAME):
         text = environment.get_template(f"{name}.j2").render(
