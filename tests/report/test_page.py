@@ -71,9 +71,7 @@ def test_the_page_can_be_read_by_anybody(which, request):
         if tag == "button":
             assert attributes["type"] == "button"
     # Beside the names of XML's own spaces, which nobody loads.
-    assert set(
-        re.findall(r"(?:https?:)?//[\w.]+[^\s\"'<)]*", re.sub(r"<script>.*?</script>", "", text, flags=re.S))
-    ) == {
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) == {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
@@ -83,7 +81,7 @@ def test_the_page_can_be_read_by_anybody(which, request):
 
 def test_names_prompts_and_answers_are_escaped(stored, tmp_path):
     bad = "<script>alert('\\\\')</script>{{ 7 * 7 }}"
-    run = shutil.copytree(stored, tmp_path / "a <b>run</b> & more")
+    run = shutil.copytree(stored, tmp_path / "a <b>run & more")
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for line in lines:
         line |= {"prompt": bad, "expected": bad, "forced": dict.fromkeys(line["forced"], bad + "!")}
@@ -93,7 +91,7 @@ def test_names_prompts_and_answers_are_escaped(stored, tmp_path):
     assert text.count("<script>") == 1
     assert "alert(" in text
     assert "&lt;script&gt;alert(&#39;" in text
-    assert "a &lt;b&gt;run&lt;/b&gt; &amp; more" in text
+    assert "a &lt;b&gt;run &amp; more" in text
     assert "<b>run" not in text
     found = json.loads((run / "report.json").read_text())
     assert found["examples"]["shown"][0]["prompt"] == bad
