@@ -80,9 +80,16 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
     scores = [[label, f"{row['loss']:.4f}", percent_text(row["match"])] for label, row in selection["scores"].items()]
     tables = [Table(["adapter", "loss", "match"], scores, caption="Validation loss and exact matches", sortable=True)]
     if selection["candidates"]:
-        tables.append(_rules_table("rule", selection["candidates"]))
+        tables.append(
+            _rules_table("rule", "The rules that were tried, on the validation rows", selection["candidates"])
+        )
     if GAIN_SOUP in selection["controls"]:
-        tables.append(_rules_table(f"tried for {GAIN_SOUP}", selection["controls"][GAIN_SOUP]["candidates"]))
+        first = f"tried for {GAIN_SOUP}"
+        tables.append(
+            _rules_table(
+                first, f"What was {first}, on the validation rows", selection["controls"][GAIN_SOUP]["candidates"]
+            )
+        )
     pictures = [
         *drawings.picture("gain-curve", "Validation loss over the gain on the mean update"),
         *drawings.picture(
@@ -116,7 +123,7 @@ def _say_controls(controls: Controls, trained: Sequence[str]) -> list[str]:
     return lines
 
 
-def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
+def _rules_table(first: str, caption: str, rows: Sequence[CandidateRecord]) -> Table:
     return make_table(
         {
             first: lambda row: row["name"],
@@ -124,7 +131,7 @@ def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
             "match": lambda row: percent_text(row["match"]),
         },
         rows,
-        caption="The rules that were tried, on the validation rows",
+        caption=caption,
         sortable=True,
     )
 

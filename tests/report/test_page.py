@@ -62,6 +62,8 @@ def test_the_page_can_be_read_by_anybody(which, request):
     contents = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     parts = [attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "section"]
     assert contents == [f"#{part}" for part in parts]
+    regions = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "region"]
+    assert len(regions) == len(set(regions))
     for tag, attributes in page.elements:
         if tag == "svg" or attributes.get("role") == "region":
             assert attributes["aria-label"].strip()
