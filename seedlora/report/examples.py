@@ -14,6 +14,8 @@ from seedlora.report.parts import Answer, Example, Section, count_text
 SHOWN = 12
 #: Letters of a prompt, and of an answer before and after its first difference.
 _PROMPT, _BEFORE, _AFTER = 600, 160, 60
+#: Characters that no page can show.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 #: A token that ends an answer, as text.
 _END = re.compile(r"(?:<\|[\w ]+\|>|</?\w+>)\s*$")
 
@@ -117,4 +119,4 @@ def _grouped(row: ExampleItem) -> list[Answer]:
 def _visible(text: str) -> str:
     """Write an answer so that an empty one and line breaks before it are seen."""
     stripped = text.lstrip("\n")
-    return "↵" * (len(text) - len(stripped)) + stripped if text else "(nothing)"
+    return "↵" * (len(text) - len(stripped)) + _CONTROLS.sub("\ufffd", stripped) if text else "(nothing)"

@@ -8,7 +8,7 @@ import { pathToFileURL } from "node:url";
 
 const [, , executablePath, file, pictures] = process.argv;
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const browser = await puppeteer.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu"] });
+const browser = await puppeteer.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"] });
 
 /** What sticks out of the window without a box of its own to scroll in. */
 function overflow() {
