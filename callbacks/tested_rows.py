@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from seedlora.distributed.gathering import gathered
 from seedlora.names import SAMPLES_NAME
+from seedlora.records.samples import Sample
 from seedlora.run.ensemble import Ensemble
 from seedlora.training.losses import next_tokens
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.scoring import BatchScores
 from seedlora.utils.files import write_json_lines
-
-
-class Sample(TypedDict):
-    """Hold a test row, and what each adapter takes for its answer.
-
-    Attributes:
-        item: number of the row.
-        prompt: the text before the answer.
-        expected: the answer.
-        right: by adapter, whether greedy decoding gives the answer exactly.
-        forced: by adapter, the most likely token after the true ones before it, at each place of the answer, as text.
-            It is the adapter's own answer where it is right, and up to its first wrong token elsewhere.
-    """
-
-    item: int
-    prompt: str
-    expected: str
-    right: dict[str, bool]
-    forced: dict[str, str]
 
 
 class TestedRows(pl.Callback):

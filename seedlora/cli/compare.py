@@ -12,8 +12,9 @@ from seedlora.cli.comparing import compare_with_bar, print_rank_note
 from seedlora.cli.terminal import format_numbers, number_table, print_json
 from seedlora.merge.adapter_comparison import AdapterComparison
 from seedlora.names import FUSED
-from seedlora.report.drawing import Palette, standalone
+from seedlora.report.drawing import Palette
 from seedlora.report.figures import weight_figures
+from seedlora.report.svg import standalone
 from seedlora.report.weights import LAYERS, LAYERS_HELP, weight_facts
 from seedlora.updates.diagnostics import module_facts
 from seedlora.utils.files import write_text

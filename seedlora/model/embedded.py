@@ -21,6 +21,8 @@ _GGUF = PackagedFile(
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "give a local folder as the base model instead of the embedded one",
 )
+#: What people call it.
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 #: Under this name in the cache folder, once it is converted.
 EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-bf16-1"
 

@@ -125,6 +125,7 @@ class CostRecord(TypedDict):
     """Tell what a run was going to do, by which libraries, and what it took.
 
     Attributes:
+        started: when the run was started first, with the time zone.
         plan: what was to be trained.
         versions: versions of Python and of the libraries.
         base: what tells the base model from another.
@@ -133,6 +134,7 @@ class CostRecord(TypedDict):
         peak_bytes: most memory that was held while seeds were trained, beside what was held before.
     """
 
+    started: NotRequired[str]
     plan: PlanRecord
     versions: dict[str, str]
     base: BaseIdentity

@@ -6,6 +6,7 @@ from typing import NotRequired, TypedDict
 
 from seedlora.names import REPORT_NAME
 from seedlora.records.cost import BaseIdentity, PlanRecord
+from seedlora.records.front import Examples, Front
 from seedlora.records.json_file import JSONFile
 from seedlora.records.results import LossRecord, SampleLosses, ScoreRecord
 from seedlora.records.selection import Selection
@@ -370,7 +371,9 @@ class Report(TypedDict):
 
     Attributes:
         run: name of the run's folder.
-        title: what was trained on what, by which seeds, and how long it took.
+        title: what was trained on what, and when.
+        front: what the first screen says.
+        examples: test items with the answers to them; null where these are not stored.
         method: the merge method; null where nothing is known of it.
         merged: label of what was made of the seeds: `fused`, or `soup` for plain soup; null if nothing was.
         seeds: labels of all seeds that were to be trained.
@@ -398,6 +401,8 @@ class Report(TypedDict):
 
     run: str
     title: str
+    front: Front
+    examples: Examples | None
     method: str | None
     merged: str | None
     seeds: list[str]
@@ -428,28 +433,42 @@ class RunRow(TypedDict):
 
     Attributes:
         run: name of the run.
+        settings: values of the settings that differ between the runs, by their names.
         method: its merge method.
         seeds: number of seeds that were trained.
         n: number of test items; null without a test.
         items_sha256: checksum of the test items.
+        base: score of the base model.
         mean_seed: mean score of the seeds.
         seed_spread: standard deviation of the seeds' scores.
+        soup: score of soup.
         fused: score of the fused adapter.
         against_mean_seed: fused adapter against mean seed.
         mean_cosine: cosine of two seeds' updates, mean over the pairs.
+        use: label of what the run advises to use; null where nothing was trained.
+        used: score of that.
+        tokens: tokens that all seeds were trained on; null where that is not known.
+        seconds: how long the whole run took; null where that is not known.
         verdict: verdict of the run's own report.
     """
 
     run: str
+    settings: dict[str, str]
     method: str | None
     seeds: int
     n: int | None
     items_sha256: str | None
+    base: AdapterScore | None
     mean_seed: float | None
     seed_spread: float | None
+    soup: AdapterScore | None
     fused: AdapterScore | None
     against_mean_seed: AdapterComparison | None
     mean_cosine: float | None
+    use: str | None
+    used: AdapterScore | None
+    tokens: float | None
+    seconds: float | None
     verdict: str
 
 
@@ -457,6 +476,9 @@ class ComparisonReport(TypedDict):
     """Put several runs side by side.
 
     Attributes:
+        title: of the page.
+        differing: names of the settings that differ.
+        best: what the runs advise to use, in the order of their scores; null where the test items are not the same.
         runs: what is known of each run.
         verdict: the comparisons in words.
         paired: fused adapters of two runs on the same items.
@@ -464,6 +486,9 @@ class ComparisonReport(TypedDict):
         missing: what is not there, a sentence each.
     """
 
+    title: str
+    differing: list[str]
+    best: str | None
     runs: list[RunRow]
     verdict: str
     paired: list[RunComparison]

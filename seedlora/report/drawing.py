@@ -7,7 +7,8 @@ data gives the same bytes.
 from __future__ import annotations
 
 import io
-import re
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,53 +31,63 @@ from seedlora.names import (
     WIDE_SEED,
     ema_name,
 )
+from seedlora.report.svg import GRID, HOVER, INK, fit_into_page
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31")
-#: Stand-ins, replaced by the page's own colours.
-INK, GRID = "#010203", "#040506"
+_MORE = (
+    "8778F0 007800 785A87 969600 B43C3C 1E7869 1E96B4 964BB4 F06969 B46969 7878B4 2D96F0 5A5AC3 C3875A 4B960F B469D2 "
+    "69875A 7896C3 3C78E1 697800 875A5A 4B6987 D24B5A A569A5 A587D2 B47800 1E874B 4B8787 969669 E15A87 A54B00 A54B69 "
+    "E17800 B48787 7869D2 5AA55A 69693C 4B87C3 D269C3 C34B1E 6987E1 A53C96 D2695A B4693C C35AA5 966978 A55A4B 1EA5A5"
+)
+#: Further ones for whatever else is drawn: each as far as it can be from those before it (in OKLab), with a contrast of
+#: 3 to 1 on a white page and on a dark one.
+MORE_COLOURS = tuple(f"#{digits}" for digits in _MORE.split())
 GREY, PALE = "#8a8a8a", "#b9b9b9"
 
 
 class ControlStyle(NamedTuple):
-    """Hold how a control that is trained is drawn, in matplotlib's words."""
+    """Hold how a control that is trained is drawn beside its colour, in matplotlib's words."""
 
-    colour: str
     line: str
     marker: str
 
 
 #: The controls that are trained, with what is kept or chosen of their trainings.
 CONTROL_STYLES = {
-    LONG_SEED: ControlStyle("#C0408A", "--", "s"),
-    LONG_SEED_BEST: ControlStyle("#C0408A", "-.", "*"),
-    LONG_SEED_EMA: ControlStyle("#C0408A", ":", "P"),
-    WIDE_SEED: ControlStyle("#999933", ":", "^"),
-    OUTER_SEED: ControlStyle("#B0703C", "--", "X"),
-    WIDE_BATCH: ControlStyle("#6A7FA8", "-", "^"),
+    LONG_SEED: ControlStyle("--", "s"),
+    LONG_SEED_BEST: ControlStyle("-.", "*"),
+    LONG_SEED_EMA: ControlStyle(":", "P"),
+    WIDE_SEED: ControlStyle(":", "^"),
+    OUTER_SEED: ControlStyle("--", "X"),
+    WIDE_BATCH: ControlStyle("-", "^"),
     **{
-        name: ControlStyle("#6A7FA8", line, marker)
+        name: ControlStyle(line, marker)
         for name, line, marker in zip(WIDE_BATCHES, (":", "--", "-."), "v<>", strict=True)
     },
 }
-#: The other controls and the methods have pairs of a colour and a marker, the same in every report.
+#: The other controls and the methods have a marker, the same in every report.
 _OTHERS = (
     *dict.fromkeys(label for label in (*MEANING, *METHOD_TABLE) if label not in (*CONTROL_STYLES, EMA_SOUP)),
     EMA_SOUP,
 )
-OTHER_COLOURS = ("#CC6677", "#2F9E8F", "#8A7BD8", "#8C8C2E", "#B0703C", "#4F93C9")
+#: A colour of its own for each of all these, the same in every report; the rest is for seeds from the eighth on.
+_OWN_COLOURS = dict(zip((*CONTROL_STYLES, *_OTHERS), MORE_COLOURS, strict=False))
+_SEED_COLOURS = (*COLOURS, *MORE_COLOURS[len(_OWN_COLOURS) :])
 _OTHER_MARKERS = ("<", ">", "*", "d", "p")
 MARKERS = {
     **{label: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, label in enumerate(_OTHERS)},
     **{label: style.marker for label, style in CONTROL_STYLES.items()},
     **{FUSED: "D", SOUP: "D"},
 }
-#: Lines and markers of seeds: from the eighth on the colours come again, with the next of each.
+#: Lines and markers of seeds: each seven have the next of each.
 SEED_LINES, SEED_MARKERS = ("-", "--", ":", "-."), ("o", "v", "P", "X")
 #: Line and marker of a seed's exponential mean.
 MEAN_LINE, MEAN_MARKER = "--", "s"
@@ -86,6 +97,8 @@ WIDTH, HEIGHT = 4.6, 3.0
 _CHARACTER, _HANDLE = 0.068, 0.36
 #: Letters of a name down the side.
 _LONGEST = 28
+#: Points of a curve that show their value under the pointer.
+HOVERED = 24
 #: Settings of matplotlib, which has a literal type of all their names.
 _STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
@@ -130,6 +143,10 @@ class Interval:
         """Return how far the interval reaches above the number."""
         return self.high - self.value
 
+    def text(self, form: str) -> str:
+        """Write the number with its interval, as :func:`format` takes the form."""
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
 
 @dataclass(frozen=True)
 class Palette:
@@ -143,13 +160,12 @@ class Palette:
 
     @cached_property
     def colours(self) -> dict[str, str]:
-        """Return colours by label: Okabe and Ito's for seeds, greys for soup and base, the ink for the fused one."""
+        """Return colours by label, no two alike: greys for soup and base, the ink for the fused adapter."""
+        seeds = {seed: _SEED_COLOURS[i % len(_SEED_COLOURS)] for i, seed in enumerate(self.seeds)}
         return {
-            **{seed: COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
-            # An exponential mean has its seed's colour, and a marker and a line of its own.
-            **{ema_name(seed): COLOURS[i % len(COLOURS)] for i, seed in enumerate(self.seeds)},
-            **{label: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, label in enumerate(_OTHERS)},
-            **{label: style.colour for label, style in CONTROL_STYLES.items()},
+            **seeds,
+            **{ema_name(seed): _faded(colour) for seed, colour in seeds.items()},
+            **_OWN_COLOURS,
             SOUP: GREY,
             BASE: PALE,
             FUSED: INK,
@@ -178,6 +194,11 @@ class Palette:
         return list(self.seeds).index(label) // len(COLOURS) if label in self.seeds else 0
 
 
+def _faded(colour: str) -> str:
+    """Return a colour half way to grey: that of an exponential mean beside its seed."""
+    return "#" + "".join(f"{(int(colour[i : i + 2], 16) + 0x80) // 2:02X}" for i in (1, 3, 5))
+
+
 def draw_svg(name: str, draw: Callable[[Axes], None], *, height: float = HEIGHT) -> str:
     """Draw, and make the SVG fit to stand in a page among others: its ids are its own, its colours the page's.
 
@@ -193,22 +214,7 @@ def draw_svg(name: str, draw: Callable[[Axes], None], *, height: float = HEIGHT)
         draw(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r" +\n", "\n", text)
-    return text.replace(INK, "currentColor").replace(GRID, "var(--line)")
-
-
-def standalone(svg: str) -> str:
-    """Make a figure a file of its own: black on white, in no page's colours."""
-    return (
-        svg.replace("currentColor", "#000000")
-        .replace("var(--line)", "#d9dce0")
-        .replace("<svg", '<svg style="background: white"', 1)
-    )
+    return fit_into_page(buffer.getvalue(), name)
 
 
 @contextmanager
@@ -222,10 +228,35 @@ def own_style() -> Iterator[None]:
         yield
 
 
-def draw_interval(axes: Axes, place: int, drawn: Interval, colour: str, marker: str = MARKERS[FUSED]) -> None:
-    """Draw a number with its interval, across, at a place down the side."""
+def hover(artist: Artist, *texts: str) -> None:
+    """Have a drawn thing show a text under the pointer: one for all of it, or one for each of its marks."""
+    artist.set_gid(HOVER + json.dumps(texts))
+
+
+def hover_points(axes: Axes, curve: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    """Have points of a curve show a text each under the pointer, at most :data:`HOVERED` of them, the last included."""
+    step = -(-len(curve) // HOVERED)
+    chosen = range((len(curve) - 1) % step, len(curve), step)
+    x, y = zip(*(curve[i] for i in chosen), strict=True)
+    (points,) = axes.plot(x, y, linestyle="none", marker="o", markersize=8, alpha=0, label="_points")
+    hover(points, *(texts[i] for i in chosen))
+
+
+def draw_interval(
+    axes: Axes, place: int, drawn: Interval, colour: str, text: str, marker: str = MARKERS[FUSED]
+) -> None:
+    """Draw a number with its interval, across, at a place down the side; the pointer shows its text."""
     spread = [[drawn.below], [drawn.above]]
-    axes.errorbar([drawn.value], [place], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
+    container = axes.errorbar([drawn.value], [place], xerr=spread, fmt=marker, color=colour, markersize=5, capsize=3)
+    hover_bars(container, text)
+
+
+def hover_bars(container: ErrorbarContainer, text: str) -> None:
+    """Have a mark with its bars show a text under the pointer."""
+    mark, _, bars = container.lines
+    for artist in (mark, *bars):
+        if artist is not None:
+            hover(artist, text)
 
 
 def shorten(name: str) -> str:
@@ -264,6 +295,20 @@ def draw_scale(axes: Axes, mesh: QuadMesh, label: str) -> Axes:
     bar.outline.set_visible(False)
     bar.ax.locator_params(axis="x", nbins=6)
     return bar.ax
+
+
+def colour_range(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return the ends of a heat map's colours: those of the values, but at least so far apart.
+
+    Numbers that are nearly the same look so then.
+
+    >>> colour_range([0.190, 0.193], 0.2)
+    (0.0915, 0.2915)
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite), max(finite)
+    missing = max(0.0, least - (high - low)) / 2
+    return low - missing, high + missing
 
 
 def text_colour(value: float, low: float, high: float) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from seedlora.adapters.adapter import WEIGHTS_NAME, AdapterError, is_model
@@ -18,9 +17,12 @@ from seedlora.merge.record import hash_inputs
 from seedlora.names import EVALUATION_FOLDER, FUSED
 from seedlora.records.evaluation import EVALUATION_SETTINGS
 from seedlora.records.report import Report, Reproduction, WeightRecord
+from seedlora.records.samples import read_samples
 from seedlora.report.costs import adapter_rows, ensemble_shares
+from seedlora.report.examples import choose_examples
+from seedlora.report.front import front_record, title_of
 from seedlora.report.outcomes import describe_tests
-from seedlora.report.sentences import ANSWERED_BY_OTHERS, further_comparisons, left_out, missing, verdict_of
+from seedlora.report.sentences import ANSWERED_BY_OTHERS, further_comparisons, left_out, missing
 from seedlora.report.stored import StoredRun, read_run
 from seedlora.report.sweep import sweep_record
 from seedlora.report.train_or_fuse import train_or_fuse_record
@@ -57,9 +59,14 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
     results = None if stored.results is None else stored_results(stored.results, stored.trained)
     adapters = _describe_adapters(stored, digests, layers, on_layer)
     advised = advise(stored.selection, results, stored.trained, method=stored.method, merged=stored.merged)
+    shares = ensemble_shares(stored)
+    front = front_record(stored, tests, curves, advised, shares)
+    verdict = (front["helped"], front["sure"], front["compared"])
     return {
         "run": stored.name,
-        "title": _title(stored),
+        "title": title_of(front),
+        "front": front,
+        "examples": choose_examples(read_samples(stored.folder)),
         "method": stored.method,
         "merged": stored.merged,
         "seeds": list(stored.seeds),
@@ -76,7 +83,7 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "cost": None if stored.cost is None else stored.cost["plan"],
         "took": {} if stored.cost is None else stored.cost["took"],
         "trained_on": dict(stored.trained_on),
-        "shares": ensemble_shares(stored),
+        "shares": shares,
         "missing": [
             *missing(stored, tests, curves),
             *(["Cosines, spectra and gains are of adapters; these seeds are whole models."] if adapters.whole else []),
@@ -87,20 +94,8 @@ def facts(run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], ob
         "more": further_comparisons(stored),
         "reproduce": _reproduction(stored, adapters.sha256),
         "adapters": adapter_rows(stored, tests, curves),
-        "verdict": " ".join([*([] if stored.pending else advised["headline"]), verdict_of(stored, tests, curves)]),
+        "verdict": " ".join(sentence for sentence in verdict if sentence),
     }
-
-
-def _title(stored: StoredRun) -> str:
-    """Name the run by what was trained on what, and how long it took."""
-    if stored.cost is None:
-        return f"SeedLoRA run {stored.name}"
-    plan, took = stored.cost["plan"], sum(sum(phases.values()) for phases in stored.cost["took"].values())
-    model, data = plan["model"].rstrip("/").rpartition("/")[2], plan["data"].partition(";")[0]
-    seeds = ", ".join(seed.removeprefix("seed_") for seed in stored.seeds)
-    noun = "seed" if len(stored.seeds) == 1 else "seeds"
-    after = f", {timedelta(seconds=round(took))} (h:mm:ss)" if took else ""
-    return f"{model} on {data}; {noun} {seeds}{after}; run {stored.name}"
 
 
 def _adapter_folders(stored: StoredRun) -> list[Path]:
@@ -192,10 +187,7 @@ def _describe_adapters(
 
 def _reproduction(stored: StoredRun, sha256: dict[str, str]) -> Reproduction:
     """Return what it takes to make the run again."""
-    # The folder as the run was started, which is not where it is read from.
-    started = Path(str(stored.options.dirpath or stored.name))
-    folder = started if started.name == stored.name else stored.name
-    command = f"python -m seedlora train --config {folder}/config.yaml --ensemble.dirpath NEW"
+    command = f"python -m seedlora train --config {stored.started_as}/config.yaml --ensemble.dirpath NEW"
     options: dict[str, object] = {}
     if stored.fusion is not None:
         use = stored.fusion.get("use", {})

@@ -9,6 +9,7 @@ from seedlora.records.report import AdapterRow, Report, WeightRecord
 from seedlora.records.results import LossRecord
 from seedlora.records.selection import Selection
 from seedlora.report.drawing import Interval, Palette
+from seedlora.report.front_view import front_labels
 from seedlora.report.plots import (
     Dot,
     against_score,
@@ -31,6 +32,10 @@ def figures(report: Report) -> dict[str, str]:
     """Draw all figures that a run's report allows, as SVG by name."""
     palette = Palette(report["seeds"])
     drawn: dict[str, str] = {}
+    if report["tests"]:
+        drawn["front"] = scores("front", report["tests"][0], palette, front_labels(report))
+    elif curves := report["training"]["validation"] or report["training"]["train"]:
+        drawn["front"] = losses("front", curves, palette)
     for i, test in enumerate(report["tests"]):
         drawn[f"scores-{i}"] = scores(f"scores-{i}", test, palette)
         if len(rows := [row for row in test["comparisons"] if row["against"] == MEAN_SEED]) > 2:

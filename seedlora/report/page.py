@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 
 from seedlora.records.report import COMPARISON_REPORT, REPORT, ComparisonReport, Report
-from seedlora.report.drawing import INK, Palette
+from seedlora.report.comparison_sections import comparison_sections
+from seedlora.report.drawing import Palette
 from seedlora.report.facts import facts
+from seedlora.report.figures import figures
+from seedlora.report.front_view import FrontView, front_of_comparison, front_of_run
 from seedlora.report.parts import Drawings, Section
 from seedlora.report.plots import run_differences
-from seedlora.report.sections import paired_table, runs_table, sections
+from seedlora.report.sections import sections
 from seedlora.report.several_runs import ComparedRun, compare_runs, read_items
+from seedlora.report.svg import INK
 from seedlora.report.weights import LAYERS
 from seedlora.utils.files import write_text
 
+HTML_NAME, MARKDOWN_NAME = "report.html", "report.md"
+#: Makes a page load itself again, and keeps what was open. Only a page of a run in training has it.
+RELOAD = """<noscript><meta http-equiv="refresh" content="5"></noscript>
+<script>
+(() => {
+  const parts = [...document.querySelectorAll("details")], kept = sessionStorage.getItem(location.pathname);
+  if (kept) kept.split("").forEach((state, i) => { if (parts[i]) parts[i].open = state === "1"; });
+  setTimeout(() => {
+    sessionStorage.setItem(location.pathname, parts.map((part) => (part.open ? "1" : "0")).join(""));
+    location.reload();
+  }, 5000);
+})();
+</script>
+"""
+
 
 def write_report(
-    run: str | Path, *, layers: str = LAYERS, on_layer: Callable[[str], object] = lambda _path: None
+    run: str | Path,
+    *,
+    layers: str = LAYERS,
+    on_layer: Callable[[str], object] = lambda _path: None,
+    reload: bool = False,
 ) -> Report:
     """Write ``report.json``, ``report.md`` and ``report.html`` into a run's folder; the same run gives the same bytes.
 
@@ -28,6 +53,7 @@ def write_report(
         run: the folder, of a finished or an unfinished run.
         layers: whose entries are counted, as in :func:`seedlora.report.facts.facts`.
         on_layer: called with each layer's path when it is done.
+        reload: whether the page loads itself again every few seconds, for a run in training.
 
     Returns:
         The content of ``report.json``.
@@ -38,9 +64,17 @@ def write_report(
     report = facts(run, layers=layers, on_layer=on_layer)
     colours = Palette(report["seeds"]).colours
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
-    _write_pages(Path(run), report["title"], report["verdict"], sections(report), on_page)
+    drawings = Drawings(figures(report))
+    _write_pages(Path(run), front_of_run(report, drawings), sections(report, drawings), on_page, reload=reload)
     REPORT.write(Path(run), report)
     return report
+
+
+def stop_reloading(run: Path) -> None:
+    """Take out of a run's page what makes it load itself again."""
+    page = run / HTML_NAME
+    if page.is_file() and RELOAD in (text := page.read_text(encoding="utf-8")):
+        write_text(page, text.replace(RELOAD, ""))
 
 
 def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out: str | Path) -> ComparisonReport:
@@ -60,42 +94,41 @@ def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out:
         runs = [{**run, "run": str(path.relative_to(above))} for run, path in zip(runs, paths, strict=True)]
     compared = [ComparedRun(run, read_items(folder)) for run, folder in zip(runs, folders, strict=True)]
     report = compare_runs(compared)
+    picture = run_differences("runs", report["runs"])
+    drawings = Drawings({} if picture is None else {"runs": picture})
     # Rows are runs, which have no colours, whatever they are called.
-    _write_pages(Path(out), f"{len(runs)} SeedLoRA runs", report["verdict"], _comparison_sections(report), {})
+    _write_pages(Path(out), front_of_comparison(report, drawings), comparison_sections(report), {})
     COMPARISON_REPORT.write(Path(out), report)
     return report
 
 
-def _comparison_sections(report: ComparisonReport) -> list[Section]:
-    """Return the sections of a comparison of several runs, in order."""
-    picture = run_differences("runs", report["runs"])
-    drawings = Drawings({} if picture is None else {"runs": picture})
-    line = (
-        "Scores are in percent, differences in points with intervals of "
-        f"{report['confidence_percent']} %, paired by item. The spread is the standard deviation of the seeds' scores, "
-        "the cosine the mean over pairs of seeds. Two runs stand against each other where they were tested on the same "
-        "items."
-    )
-    tables = [runs_table(report["runs"]), *([paired_table(report["paired"])] if report["paired"] else [])]
-    pictures = drawings.picture("runs", "Fused adapter against mean seed, paired by item.")
-    return [
-        Section("Verdicts", items=[f"{row['run']}: {row['verdict']}" for row in report["runs"]]),
-        Section("Scores", [line], tables, pictures),
-        Section("What is missing", items=report["missing"]),
-    ]
+def _unbroken(text: str) -> Markup:
+    """Escape a sentence, and keep together what the end of a line would tear apart: ``95 %``, ``n = 80``, options."""
+    text = text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
+    return Markup(re.sub(r"(--[\w.]+)", r'<span class="option">\1</span>', str(escape(text))))  # noqa: S704 - escaped
+
+
+def _breakable(name: str) -> Markup:
+    """Escape a name, and let a line end within it: after the points and underscores of an option."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))  # noqa: S704 - escaped
 
 
 def _write_pages(
-    folder: Path, title: str, verdict: str, sections: Sequence[Section], colours: Mapping[str, str]
+    folder: Path,
+    front: FrontView,
+    sections: Sequence[Section],
+    colours: Mapping[str, str],
+    *,
+    reload: bool = False,
 ) -> None:
     """Write ``report.html`` and ``report.md``.
 
     Args:
         folder: to write into.
-        title: of the page.
-        verdict: its first sentence.
-        sections: of the page; empty ones are left out.
+        front: the first screen.
+        sections: what follows; empty ones are left out.
         colours: of adapters, by label.
+        reload: whether the page loads itself again.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("seedlora.report", "."),
@@ -106,10 +139,15 @@ def _write_pages(
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
+    environment.filters["inline"] = lambda text: " ".join(str(text).split())
+    environment.filters["unbroken"] = _unbroken
+    environment.filters["breakable"] = _breakable
     shown = [section for section in sections if not section.is_empty]
-    for name in ("report.html", "report.md"):
+    for name in (HTML_NAME, MARKDOWN_NAME):
         text = environment.get_template(f"{name}.j2").render(
-            title=title, verdict=verdict, sections=shown, colours=colours
+            front=front,
+            sections=shown,
+            colours=colours,
+            reload=Markup(RELOAD if reload else ""),  # noqa: S704 - written above
         )
         write_text(folder / name, text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,22 +23,30 @@ from seedlora.report.drawing import (
     COLOURS,
     GREY,
     HEIGHT,
-    INK,
     PALE,
     Interval,
     Palette,
+    colour_range,
     draw_interval,
     draw_legend,
     draw_scale,
     draw_svg,
+    hover,
+    hover_bars,
+    hover_points,
     name_rows,
     shorten,
     text_colour,
 )
+from seedlora.report.svg import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: Numbers under the pointer: shares and differences between them in percent, losses.
+PERCENT_FORM, POINTS_FORM, LOSS_FORM = ".1f", "+.1f", ".3f"
+#: Points in percent that the colours of a heat map reach over at least.
+_LEAST_POINTS = 20
 #: More sub-domains than this stand below each other.
 _MOST_ACROSS = 12
 #: More adapters than this leave no room for a number in each cell.
@@ -51,13 +60,22 @@ def in_percent(row: ScoreRecord | PairedDifference) -> Interval:
     return Interval(100 * row["value"], 100 * row["low"], 100 * row["high"])
 
 
-def scores(name: str, test: TestSet, palette: Palette) -> str:
-    """Draw the score of each adapter with its interval."""
-    rows = test["scores"]
+def scores(name: str, test: TestSet, palette: Palette, only: Collection[str] | None = None) -> str:
+    """Draw the score of each adapter with its interval.
+
+    Args:
+        name: of the figure.
+        test: whose scores.
+        palette: how each is drawn.
+        only: the labels that are drawn. Default: all.
+    """
+    rows = [row for row in test["scores"] if only is None or row["adapter"] in only]
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            draw_interval(axes, i, in_percent(row), palette.colour(row["adapter"]), palette.marker(row["adapter"]))
+            label, drawn = row["adapter"], in_percent(row)
+            text = f"{label}: {drawn.text(PERCENT_FORM)}"
+            draw_interval(axes, i, drawn, palette.colour(label), text, palette.marker(label))
         if test["mean_seed"] is not None:
             axes.axvline(100 * test["mean_seed"], color=INK, linewidth=0.8, linestyle=":")
         name_rows(axes, [row["adapter"] for row in rows])
@@ -71,7 +89,9 @@ def methods(name: str, rows: Sequence[AdapterComparison], palette: Palette) -> s
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            draw_interval(axes, i, in_percent(row), palette.colour(row["adapter"]), palette.marker(row["adapter"]))
+            label, drawn = row["adapter"], in_percent(row)
+            text = f"{label}: {drawn.text(POINTS_FORM)}"
+            draw_interval(axes, i, drawn, palette.colour(label), text, palette.marker(label))
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         name_rows(axes, [row["adapter"] for row in rows])
         axes.set_xlabel("difference from the mean seed (points)")
@@ -90,11 +110,12 @@ def domains(name: str, test: TestSet) -> str:
     places = [[(x, y) if across is names else (y, x) for x in across] for y in down]
     cells = [[percents[place] for place in line] for line in places]
     shown = [*(value for line in cells for value in line), *([] if chance is None else [chance])]
-    low, high = min(shown), max(shown)
+    low, high = colour_range(shown, _LEAST_POINTS)
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
         mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        hover(mesh, *(f"{label}, {domain}: {percents[domain, label]:.1f}" for line in places for domain, label in line))
         for i, line in enumerate(places):
             for j, place in enumerate(line):
                 value = percents[place]
@@ -134,6 +155,13 @@ class Dot:
         """Return where it stands."""
         return self.place.value if isinstance(self.place, Interval) else self.place
 
+    @property
+    def place_text(self) -> str:
+        """Write where it stands."""
+        if isinstance(self.place, Interval):
+            return self.place.text(LOSS_FORM)
+        return f"{self.place:,}" if isinstance(self.place, int) else f"{self.place:{LOSS_FORM}}"
+
 
 def against_score(
     name: str, dots: Sequence[Dot], label: str, palette: Palette, *, lines: int, counts: bool = False
@@ -156,7 +184,7 @@ def against_score(
             # Those at the same place stand side by side.
             aside = 0.02 * width * places[:i].count(dot.x)
             spread = dot.place if isinstance(dot.place, Interval) else None
-            axes.errorbar(
+            container = axes.errorbar(
                 [dot.x + aside],
                 [dot.score.value],
                 yerr=[[dot.score.below], [dot.score.above]],
@@ -169,6 +197,7 @@ def against_score(
                 markersize=5,
                 linestyle="none",
             )
+            hover_bars(container, f"{dot.adapter}: {dot.score.text(PERCENT_FORM)} at {dot.place_text}")
         axes.set(xlabel=label, ylabel="right items (%)")
         if counts:
             axes.set_xlim(0, None)
@@ -191,6 +220,8 @@ def gain_curve(name: str, rows: Sequence[CandidateRecord]) -> str:
             x, y = zip(*start, *own, strict=True)
             part = "all layers" if layers == "all" else f"{layers} only"
             axes.plot(x, y, marker="o^s"[i % 3], color=(INK, GREY, PALE)[i % 3], label=part, markersize=4)
+            points = list(zip(x, y, strict=True))
+            hover_points(axes, points, [f"{part}, p {p:g}: {loss:.4f}" for p, loss in points])
         axes.set(
             xlabel="power p of the gain (0: soup, 1/2: the norm is kept)", ylabel="validation loss\n(nats per token)"
         )
@@ -204,7 +235,9 @@ def candidate_losses(name: str, rows: Sequence[CandidateRecord], chosen: str) ->
 
     def draw(axes: Axes) -> None:
         for i, row in enumerate(rows):
-            axes.plot([row["loss"]], [i], marker="D", markersize=5, color=INK if row["name"] == chosen else GREY)
+            colour = INK if row["name"] == chosen else GREY
+            (mark,) = axes.plot([row["loss"]], [i], marker="D", markersize=5, color=colour)
+            hover(mark, f"{row['name']}: {row['loss']:.4f}")
         name_rows(axes, [row["name"] for row in rows])
         axes.set_xlabel("validation loss (nats per token)")
 
@@ -220,8 +253,10 @@ def subset_losses(name: str, rows: Sequence[SubsetRecord], palette: Palette) -> 
             shift = 0.06 * (i - (len(labels) - 1) / 2)
             colour, means = palette.colour(label), []
             for n in range(1, most + 1):
-                losses = [row["loss"][label] for row in rows if len(row["seeds"]) == n]
-                axes.plot([n + shift] * len(losses), losses, ".", color=colour, markersize=5)
+                chosen = [row for row in rows if len(row["seeds"]) == n]
+                losses = [row["loss"][label] for row in chosen]
+                (marks,) = axes.plot([n + shift] * len(losses), losses, ".", color=colour, markersize=5)
+                hover(marks, *(f"{label} of {', '.join(row['seeds'])}: {row['loss'][label]:.4f}" for row in chosen))
                 means.append(sum(losses) / len(losses))
             axes.plot([n + shift for n in range(1, most + 1)], means, color=colour, label=label, linewidth=1.2)
         axes.set(xlabel="seeds fused", ylabel="validation loss (nats per token)")
@@ -242,6 +277,8 @@ def swept_losses(name: str, sweep: SweepRecord) -> str:
             places = [place for place, row in enumerate(rows) if seed in row["losses"]]
             found, colour = [rows[place]["losses"][seed] for place in places], COLOURS[i % len(COLOURS)]
             axes.plot(places, found, marker="o^sDv"[i % 5], markersize=4, label=seed, color=colour)
+            shown = [f"{seed}, {texts[place]}: {loss:.4f}" for place, loss in zip(places, found, strict=True)]
+            hover_points(axes, list(zip(places, found, strict=True)), shown)
         axes.set_xticks(range(len(rows)), texts, rotation=40 if turned else 0, ha="right" if turned else "center")
         axes.set(xlabel=", ".join(sweep["options"]), ylabel="validation loss\n(nats per token)")
         draw_legend(axes)
@@ -260,6 +297,8 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
             width = 2.0 if label == FUSED else 1.2
             colour, line = palette.colour(label), palette.line(label)
             axes.plot(x, y, marker=marker, label=label, linewidth=width, color=colour, linestyle=line)
+            points = [(step, loss) for step, loss in curve]
+            hover_points(axes, points, [f"{label}, step {step:,.0f}: {loss:.4f}" for step, loss in points])
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.locator_params(axis="x", integer=True)
         draw_legend(axes)
@@ -267,18 +306,37 @@ def losses(name: str, curves: Mapping[str, Sequence[Sequence[float]]], palette: 
     return draw_svg(name, draw)
 
 
-def heat_map(name: str, layers: Sequence[LayerRow], values: Sequence[float | None], label: str) -> str:
-    """Draw one number of every layer: module types down, depth across."""
+def heat_map(
+    name: str, layers: Sequence[LayerRow], values: Sequence[float | None], label: str, *, least: float = 0.2
+) -> str:
+    """Draw one number of every layer: module types down, depth across.
+
+    Args:
+        name: of the figure.
+        layers: what the numbers are of.
+        values: the numbers.
+        label: of the scale.
+        least: that the scale reaches over, so that numbers which are nearly the same look so.
+    """
     modules = list(dict.fromkeys(row["module"] for row in layers))
     depths = sorted({row["layer"] for row in layers})
     cells = [[float("nan")] * len(depths) for _ in modules]
+    low, high = colour_range([value for value in values if value is not None], least)
     for row, value in zip(layers, values, strict=True):
         if value is not None:
             cells[modules.index(row["module"])][depths.index(row["layer"])] = value
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2)
+        mesh = axes.pcolormesh(cells, cmap="cividis", edgecolors="face", linewidth=0.2, vmin=low, vmax=high)
+        hover(
+            mesh,
+            *(
+                f"layer {depth}, {module}" + (f": {value:.3f}" if math.isfinite(value) else "")
+                for module, line in zip(modules, cells, strict=True)
+                for depth, value in zip(depths, line, strict=True)
+            ),
+        )
         step = -(-len(depths) // 8)
         places = range(0, len(depths), step)
         axes.set_xticks([place + 0.5 for place in places], [str(depths[place]) for place in places])
@@ -294,8 +352,7 @@ def heat_map(name: str, layers: Sequence[LayerRow], values: Sequence[float | Non
 def cosine_matrix(name: str, labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
     """Draw the cosine of every pair of adapters, each taken as one vector; the scale leaves out the diagonal."""
     apart = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
-    # Cosines that are nearly the same look so.
-    low, high = min(apart), max(*apart, min(apart) + 0.05)
+    low, high = colour_range(apart, 0.2)
 
     def draw(axes: Axes) -> None:
         axes.grid(visible=False)
@@ -323,6 +380,8 @@ def spectra(name: str, values: Mapping[str, Sequence[float]], palette: Palette) 
         for label, row in values.items():
             colour, line = palette.colour(label), palette.line(label)
             axes.plot(range(1, 1 + len(row)), row, marker=".", label=label, color=colour, linestyle=line)
+            points = [(i, value) for i, value in enumerate(row, 1)]
+            hover_points(axes, points, [f"{label}, {i}: {value:.3g}" for i, value in points])
         axes.set(xlabel="index", ylabel="singular value of the update", ylim=(0, None))
         axes.locator_params(axis="x", integer=True)
         draw_legend(axes)
@@ -336,7 +395,8 @@ def distributions(name: str, counted: Distributions, palette: Palette) -> str:
     def draw(axes: Axes) -> None:
         for label, density in counted["density"].items():
             colour, line, width = palette.colour(label), palette.line(label), 2.0 if label == FUSED else 1.2
-            axes.stairs(density, counted["edges"], label=label, linewidth=width, color=colour, linestyle=line)
+            steps = axes.stairs(density, counted["edges"], label=label, linewidth=width, color=colour, linestyle=line)
+            hover(steps, f"{label}: standard deviation {counted['std'][label]:.3g}")
         axes.set(xlabel="entry of the update", ylabel="density", ylim=(0, None))
         axes.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=False)
         axes.locator_params(nbins=6)
@@ -352,8 +412,9 @@ def run_differences(name: str, runs: Sequence[RunRow]) -> str | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for i, (_, row) in enumerate(rows):
-            draw_interval(axes, i, in_percent(row), INK)
+        for i, (run, row) in enumerate(rows):
+            drawn = in_percent(row)
+            draw_interval(axes, i, drawn, INK, f"{run}: {drawn.text(POINTS_FORM)}")
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         name_rows(axes, [shorten(run) for run, _ in rows])
         axes.set_xlabel("fused minus mean seed (points)")

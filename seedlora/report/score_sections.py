@@ -32,11 +32,12 @@ def sections_of_tests(report: Report, drawings: Drawings) -> list[Section]:
 
 def _scores(test: TestSet, drawings: Drawings, place: int) -> Section:
     """Show scores and comparisons of one test set."""
-    lines = [f"Scored: {test['metric']}; n = {test['n']:,}. Scores are in percent, with {CONFIDENCE_PERCENT} % Wilson "]
-    lines[0] += "intervals."
+    spread = ""
     if test["seed_spread"] is not None:
-        spread = f"standard deviation of the seeds {percent_text(test['seed_spread'])} points"
-        lines[0] += f" Mean seed {percent_text(test['mean_seed'])}, {spread}."
+        spread = f" Mean seed {percent_text(test['mean_seed'])}, standard deviation of the seeds "
+        spread += f"{percent_text(test['seed_spread'])} points."
+    lines = [f"Scored: {test['metric']}; n = {test['n']:,}.{spread}"]
+    notes = [f"Scores are in percent, with {CONFIDENCE_PERCENT} % Wilson intervals."]
     tables = [
         make_table(
             {
@@ -46,23 +47,32 @@ def _scores(test: TestSet, drawings: Drawings, place: int) -> Section:
                 "interval": lambda row: PERCENT.between(row["low"], row["high"]),
             },
             test["scores"],
+            caption=f"Right items of {test['n']:,}",
+            sortable=True,
         )
     ]
     scored = {row["adapter"] for row in test["scores"]}
     if controls := [(label, meaning) for label, meaning in MEANING.items() if label in scored]:
-        tables.append(Table(["control", "what it is"], controls, words=True))
+        tables.append(Table(["control", "what it is"], controls, words=True, caption="The controls"))
     if test["comparisons"]:
-        lines.append(_say_differences(test))
+        notes.append(_say_differences(test))
         tables.append(_comparison_table(test))
     if test["by_right_seeds"]:
-        lines.append("The last table sorts the items by how many seeds get them right, and counts who else does.")
         tables.append(_right_seeds_table(test["by_right_seeds"]))
-    against = "Difference of each method and control from the mean seed, paired by item, with its interval."
     pictures = [
-        *drawings.picture(f"scores-{place}", "Score of each adapter with its interval."),
-        *drawings.picture(f"methods-{place}", against),
+        *drawings.picture(f"scores-{place}", "Score of each adapter"),
+        *drawings.picture(f"methods-{place}", "Difference from the mean seed, paired by item"),
     ]
-    return Section(f"Scores: {test['name']}", lines, tables, pictures)
+    return Section(
+        f"Scores: {test['name']}", lines, tables, pictures, notes=notes, unfolded=place == 0, gist=_best(test)
+    )
+
+
+def _best(test: TestSet) -> str:
+    """Name what gets most of the items."""
+    most = max(row["right"] for row in test["scores"])
+    best = [row["adapter"] for row in test["scores"] if row["right"] == most]
+    return f"most right: {', '.join(best)}" if most and len(best) < 4 else ""
 
 
 def _say_differences(test: TestSet) -> str:
@@ -90,7 +100,8 @@ def _comparison_table(test: TestSet) -> Table:
     if test["tasks"] > 1:
         columns["Holm"] = lambda row: number_text(row["p_value_holm"])
     columns["Holm (table)"] = lambda row: number_text(row["p_value_holm_table"])
-    return make_table(columns, sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED))
+    rows = sorted(test["comparisons"], key=lambda row: row["adapter"] != FUSED)
+    return make_table(columns, rows, caption="Differences in points, paired by item", sortable=True)
 
 
 def _right_seeds_table(rows: list[RightSeeds]) -> Table:
@@ -101,6 +112,7 @@ def _right_seeds_table(rows: list[RightSeeds]) -> Table:
             [str(row["right_seeds"]), count_text(row["items"]), *(count_text(row["right"][label]) for label in labels)]
             for row in rows
         ],
+        caption="Items by how many seeds get them right, and who else does",
     )
 
 
@@ -110,9 +122,9 @@ def _domains(test: TestSet, drawings: Drawings, place: int) -> Section:
     if not rows:
         return Section("")
     several = rows[0]["best_seed"] is not None
-    lines = ["One item counts once under each property that the data names."]
+    notes = ["One item counts once under each property that the data names."]
     if several:
-        lines.append(
+        notes.append(
             "The lead is the best seed's score minus the mean seed's, in points; by chance is the mean lead when each "
             "item's outcomes are dealt to the seeds anew, p the share of deals that lead as far. No adjustment is made "
             "for the number of rows."
@@ -126,12 +138,13 @@ def _domains(test: TestSet, drawings: Drawings, place: int) -> Section:
         "p": lambda row: number_text(row["p_value"]),
     }
     chance = "" if test["chance"] is None else f" The line in the scale is chance, {percent_text(test['chance'])}."
-    caption = f"Right items by sub-domain; in brackets all that get most.{chance}"
+    note = f"In brackets are all that get most.{chance}"
+    caption = "Lead of the best seed in each sub-domain"
     return Section(
         f"Who is right where: {test['name']}",
-        lines,
-        [make_table(columns, rows)] if several else [],
-        drawings.picture(f"domains-{place}", caption),
+        tables=[make_table(columns, rows, caption=caption, sortable=True)] if several else [],
+        pictures=drawings.picture(f"domains-{place}", "Right items in percent by sub-domain", note),
+        notes=notes,
     )
 
 
@@ -140,18 +153,18 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
     sample = report["train_sample"]
     over = "the training loss, mean of the last tenth of the steps"
     if sample is not None:
-        over = f"the loss on {sample['rows']:,} training rows, the same for all; intervals of both"
+        over = f"the loss on {sample['rows']:,} training rows, the same for all"
     pictures = [
         *drawings.picture(
             "budget",
-            "Score over the tokens that went into an adapter; soup and the fused one have those of all seeds. Those "
-            "with the same tokens stand side by side.",
+            "Score over the tokens that went into an adapter",
+            "Soup and the fused one have the tokens of all seeds. Those with the same tokens stand side by side.",
         ),
-        *drawings.picture("loss-score", f"Score over {over}."),
+        *drawings.picture("loss-score", f"Score over {over}"),
     ]
     if not pictures:
         return Section("")
-    lines = [
+    notes = [
         "Losses are in nats per token. That of the last steps is the mean over the last tenth of an adapter's "
         "training, each step on its own rows."
     ]
@@ -161,7 +174,7 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
     }
     if sample is not None:
         columns["loss on training rows"] = lambda row: loss_text(row["sample_loss"])
-        lines.append(
+        notes.append(
             f"After the test all were scored on the same {sample['rows']:,} rows ({sample['tokens']:,} tokens), drawn "
             "from the training rows: some of them may be rows that an adapter did not get to. Intervals are of "
             f"{CONFIDENCE_PERCENT} %, over rows. All adapters share the rows, so a difference between two "
@@ -169,4 +182,5 @@ def cost_and_score(report: Report, drawings: Drawings) -> Section:
         )
     columns["loss of the last steps"] = lambda row: "" if row["train_loss"] is None else LOSS(row["train_loss"])
     columns["tokens"] = lambda row: count_text(row["tokens"])
-    return Section("Cost, loss and score", lines, [make_table(columns, report["adapters"])], pictures)
+    table = make_table(columns, report["adapters"], caption="What went into each adapter, and its score", sortable=True)
+    return Section("Cost, loss and score", tables=[table], pictures=pictures, notes=notes)

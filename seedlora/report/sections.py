@@ -1,17 +1,18 @@
-"""The sections of a report, in order; and the tables of a comparison of several runs."""
+"""The sections of a report, in order."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from seedlora.names import GAIN_SEED, GAIN_SOUP, GREEDY
+from seedlora.names import FUSED, GAIN_SEED, GAIN_SOUP, GREEDY
 from seedlora.records.cost import BaseIdentity, PlanRecord, replica_count
-from seedlora.records.report import ModuleRow, Report, RunComparison, RunRow, Share, WeightRecord
+from seedlora.records.report import ModuleRow, Report, Share, WeightRecord
 from seedlora.records.results import SampleLosses
 from seedlora.records.selection import CandidateRecord, Controls, LossDifference, Selection, SubsetRecord
+from seedlora.records.train_or_fuse import TrainOrFuseRecord
 from seedlora.records.training import TrainedRow
-from seedlora.report.figures import figures
+from seedlora.report.examples import examples_section
 from seedlora.report.parts import (
     Drawings,
     Section,
@@ -21,25 +22,21 @@ from seedlora.report.parts import (
     make_table,
     number_text,
     percent_text,
-    points_text,
 )
 from seedlora.report.score_sections import cost_and_score, sections_of_tests
 from seedlora.report.sweep import sweep_section
 from seedlora.scores.choices import choice_sentences
+from seedlora.scores.train_or_fuse import UNKNOWN
 from seedlora.scores.wording import LOSS_CHANGE, LOSSES, interval_text, judge
 
 
-def sections(report: Report) -> list[Section]:
+def sections(report: Report, drawings: Drawings) -> list[Section]:
     """Return the sections of a report, in order; some may be empty."""
-    drawings = Drawings(figures(report))
     return [
-        _advice(report),
+        examples_section(report["examples"]),
         sweep_section(report["sweep"], drawings),
-        Section(
-            "Train longer, or fuse?",
-            items=[] if report["train_or_fuse"] is None else report["train_or_fuse"]["sentences"],
-        ),
         *sections_of_tests(report, drawings),
+        _train_or_fuse(report["train_or_fuse"]),
         *([] if report["selection"] is None else _selection(report["selection"], report["trained"], drawings)),
         cost_and_score(report, drawings),
         _training(report, drawings),
@@ -52,49 +49,24 @@ def sections(report: Report) -> list[Section]:
     ]
 
 
-def runs_table(rows: Sequence[RunRow]) -> Table:
-    """Show several runs, one row each."""
-    return make_table(
-        {
-            "run": lambda row: row["run"],
-            "method": lambda row: row["method"] or "",
-            "seeds": lambda row: str(row["seeds"]),
-            "n": lambda row: count_text(row["n"]),
-            "mean seed": lambda row: percent_text(row["mean_seed"]),
-            "spread": lambda row: percent_text(row["seed_spread"]),
-            "fused": lambda row: percent_text(None if row["fused"] is None else row["fused"]["value"]),
-            "against mean seed": lambda row: points_text(row["against_mean_seed"]),
-            "cosine": lambda row: number_text(row["mean_cosine"]),
-        },
-        rows,
+def _train_or_fuse(record: TrainOrFuseRecord | None) -> Section:
+    """Show the numbers behind the verdict on training longer."""
+    if record is None:
+        return Section("")
+    note = (
+        "Soup of n seeds costs what one seed costs that is trained n times as long. Soup is expected to be better "
+        "where its gain over the mean seed is more than what a seed's loss falls by in n times the steps."
     )
-
-
-def paired_table(rows: Sequence[RunComparison]) -> Table:
-    """Show the fused adapters of two runs on the same items, one row for each pair."""
-    return make_table(
-        {
-            "fused adapter of": lambda row: row["run"],
-            "against that of": lambda row: row["against"],
-            "difference": points_text,
-            "p": lambda row: number_text(row["p_value"]),
-            "Holm (table)": lambda row: number_text(row["p_value_holm_table"]),
-        },
-        rows,
-    )
-
-
-def _advice(report: Report) -> Section:
-    lines = [*report["advice"].get("headline", ()), *report["advice"]["sentences"]]
-    return Section("Which adapter to use", lines)
+    gist = record["verdict"] if record["verdict"] != UNKNOWN else "cannot be said"
+    return Section("Train longer, or fuse?", items=record["sentences"], notes=[note], gist=gist)
 
 
 def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings) -> list[Section]:
     """Show what the validation rows decided, and what they say of the outcome."""
     by = {"loss": "the lowest loss", "match": "most exact matches"}[selection["by"]]
-    lines = [
-        f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at.",
-        "Losses are in nats per token; match is the share of rows that greedy decoding answers exactly, in percent.",
+    lines = [f"{selection['rows']:,} rows, {selection['tokens']:,} tokens; best is {by}. No test item was looked at."]
+    notes = [
+        "Losses are in nats per token; match is the share of rows that greedy decoding answers exactly, in percent."
     ]
     if (chosen := selection["chosen"]) is not None:
         tried = len(selection["candidates"])
@@ -108,19 +80,29 @@ def _selection(selection: Selection, trained: Sequence[str], drawings: Drawings)
     lines += choice_sentences(selection)
     lines += _say_controls(selection["controls"], trained)
     scores = [[label, f"{row['loss']:.4f}", percent_text(row["match"])] for label, row in selection["scores"].items()]
-    tables = [Table(["adapter", "loss", "match"], scores)]
+    tables = [Table(["adapter", "loss", "match"], scores, caption="Validation loss and exact matches", sortable=True)]
     if selection["candidates"]:
-        tables.append(_rules_table("rule", selection["candidates"]))
+        tables.append(
+            _rules_table("rule", "The rules that were tried, on the validation rows", selection["candidates"])
+        )
     if GAIN_SOUP in selection["controls"]:
-        tables.append(_rules_table(f"tried for {GAIN_SOUP}", selection["controls"][GAIN_SOUP]["candidates"]))
+        first = f"tried for {GAIN_SOUP}"
+        tables.append(
+            _rules_table(
+                first, f"What was {first}, on the validation rows", selection["controls"][GAIN_SOUP]["candidates"]
+            )
+        )
     pictures = [
-        *drawings.picture("gain-curve", "Validation loss over the gain on the mean update."),
+        *drawings.picture("gain-curve", "Validation loss over the gain on the mean update"),
         *drawings.picture(
-            "candidates", "Validation loss of the rules that were tried; what was chosen in the text's colour."
+            "candidates",
+            "Validation loss of the rules that were tried",
+            "What was chosen is drawn in the text's colour.",
         ),
     ]
     subsets = _subsets(selection["subsets"], drawings) if selection["subsets"] else Section("")
-    return [Section("On the validation rows", lines, tables, pictures), subsets]
+    gist = f"best of the seeds: {selection['best_seed']}" if selection["best_seed"] else ""
+    return [Section("On the validation rows", lines, tables, pictures, notes=notes, gist=gist), subsets]
 
 
 def _say_loss_difference(name: str, row: LossDifference) -> str:
@@ -143,7 +125,7 @@ def _say_controls(controls: Controls, trained: Sequence[str]) -> list[str]:
     return lines
 
 
-def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
+def _rules_table(first: str, caption: str, rows: Sequence[CandidateRecord]) -> Table:
     return make_table(
         {
             first: lambda row: row["name"],
@@ -151,18 +133,22 @@ def _rules_table(first: str, rows: Sequence[CandidateRecord]) -> Table:
             "match": lambda row: percent_text(row["match"]),
         },
         rows,
+        caption=caption,
+        sortable=True,
     )
 
 
 def _subsets(rows: Sequence[SubsetRecord], drawings: Drawings) -> Section:
     """Show losses by the seeds that are merged."""
-    line = (
-        "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where they are many."
+    note = (
+        "Validation loss, in nats per token, of every subset of the seeds, or of some of each size where there are "
+        "many. In the figure lines join the means."
     )
     header = ["seeds", *(f"{label}, loss" for label in rows[0]["loss"])]
     cells = [[", ".join(row["seeds"]), *(f"{loss:.4f}" for loss in row["loss"].values())] for row in rows]
-    caption = "Validation loss by the number of seeds fused; lines join the means."
-    return Section("How many seeds", [line], [Table(header, cells)], drawings.picture("subsets", caption))
+    tables = [Table(header, cells, caption="Validation loss of subsets of the seeds", sortable=True)]
+    pictures = drawings.picture("subsets", "Validation loss by the number of seeds fused")
+    return Section("How many seeds", tables=tables, pictures=pictures, notes=[note])
 
 
 def _training(report: Report, drawings: Drawings) -> Section:
@@ -174,21 +160,20 @@ def _training(report: Report, drawings: Drawings) -> Section:
         [label, count_text(end["step"]), f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
-    lines = ["Losses are in nats per token."] if training["train"] or rows else []
-    if rows:
-        lines[0] += (
-            " The table has the loss of each adapter's last validation, after which step it was, and the lowest of all."
-        )
+    caption = "Validation loss after the last step, and the lowest of the training"
+    header = ["adapter", "last step", "validation loss", "lowest"]
+    shown = training["train"] or rows
     return Section(
         "Training",
-        lines,
-        tables=[Table(["adapter", "step", "validation loss", "lowest"], rows)] if rows else [],
+        tables=[Table(header, rows, caption=caption, sortable=True)] if rows else [],
         pictures=[
-            *drawings.picture("train", f"Training loss of each adapter on the rows of its step.{averaged}"),
+            *drawings.picture("train", "Training loss", f"Each adapter on the rows of its step.{averaged}"),
             *drawings.picture(
-                "validation", "Validation loss of each adapter, and of the seeds fused as they were then."
+                "validation", "Validation loss", "Each adapter, and the seeds fused as they were after that step."
             ),
         ],
+        notes=["Losses are in nats per token."] if shown else [],
+        gist=", ".join(f"{label} {end['last']:.4f}" for label, end in training["ends"].items() if label == FUSED),
     )
 
 
@@ -196,42 +181,44 @@ def _weights(weights: WeightRecord, report: Report, drawings: Drawings) -> list[
     """Show how alike the seeds are, and what their weights look like."""
     seeds = report["trained"]
     cosines = [[seed, *(f"{value:.3f}" for value in row)] for seed, row in zip(seeds, weights["cosines"], strict=False)]
-    line = "Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."
+    note = "Cosines of the updates, each adapter taken as one vector; those of unrelated adapters are near zero."
     several = len(seeds) > 1
     alike = Section(
         "How alike the seeds are",
-        [line] if several else [],
-        [Table(["cosine", *seeds], cosines)] if several else [],
-        [
-            *drawings.picture("pairs", "Cosine of every pair of seeds."),
-            *drawings.picture("cosines", "Cosine in every layer, mean over the pairs of seeds."),
+        tables=[Table(["cosine", *seeds], cosines, caption="Cosine of two seeds' updates")] if several else [],
+        pictures=[
+            *drawings.picture("pairs", "Cosine of every pair of seeds"),
+            *drawings.picture("cosines", "Cosine in every layer, mean over the pairs of seeds"),
         ],
+        notes=[note] if several else [],
     )
     merged = report["merged"] is not None
     spectra, counted = weights["spectra"], weights["distributions"]
-    gain = " The gain is the norm of the fused update over that of the seeds' mean." if merged else ""
-    lines = [
-        "Means over the layers of each module type. The effective rank is the exponential of the entropy of the "
-        f"singular values.{gain}",
-        f"Below, each adapter's effective rank in {spectra['path']}, the layer in the middle, and the standard "
-        f"deviation of its entries in {', '.join(counted['layers'])}.",
+    gain = ["The gain is the norm of the fused update over that of the seeds' mean."] if merged else []
+    notes = [
+        "The effective rank is the exponential of the entropy of the singular values.",
+        *gain,
+        f"The layer in the middle is {spectra['path']}; the entries are those of {', '.join(counted['layers'])}.",
     ]
     middle = [
         [label, number_text(spectra["effective_rank"].get(label)), number_text(std)]
         for label, std in counted["std"].items()
     ]
     pictures = [
-        *drawings.picture("spectra", f"Singular values in {spectra['path']}, the layer in the middle."),
+        *drawings.picture("spectra", f"Singular values in {spectra['path']}", "It is the layer in the middle."),
         *drawings.picture(
-            "distributions", f"All {counted['entries']:,} entries of each update in the layers named above."
+            "distributions",
+            f"Distribution of {counted['entries']:,} entries of each update",
+            f"They are those of {', '.join(counted['layers'])}.",
         ),
-        *drawings.picture("gains", "Gain of the merge in every layer."),
+        *drawings.picture("gains", "Gain of the merge in every layer"),
     ]
+    caption = "Effective rank of a layer in the middle, and standard deviation of entries"
     tables = [
         _modules_table(weights["modules"], merged=merged),
-        Table(["adapter", "effective rank", "standard deviation"], middle),
+        Table(["adapter", "effective rank", "standard deviation"], middle, caption=caption, sortable=True),
     ]
-    return [alike, Section("Weights", lines, tables, pictures)]
+    return [alike, Section("Weights", tables=tables, pictures=pictures, notes=notes)]
 
 
 def _modules_table(rows: Sequence[ModuleRow], *, merged: bool) -> Table:
@@ -246,7 +233,7 @@ def _modules_table(rows: Sequence[ModuleRow], *, merged: bool) -> Table:
     columns["effective rank"] = lambda row: number_text(row["effective_rank"])
     if merged:
         columns["fused"] = lambda row: number_text(row["merged_effective_rank"])
-    return make_table(columns, rows)
+    return make_table(columns, rows, caption="Means over the layers of each module type", sortable=True)
 
 
 def _cost(report: Report) -> Section:
@@ -258,9 +245,9 @@ def _cost(report: Report) -> Section:
     }
     amounts = _amounts(report["cost"], report["train_sample"])
     tables = [
-        Table(["what", "how much"], amounts) if amounts else None,
+        Table(["what", "how much"], amounts, caption="The plan") if amounts else None,
         _times_table(report["took"]) if report["took"] else None,
-        make_table(shares, report["shares"]) if report["shares"] else None,
+        make_table(shares, report["shares"], caption="All seeds beside one") if report["shares"] else None,
         _trained_table(report["trained_on"]) if report["trained_on"] else None,
     ]
     return Section("Cost", tables=[table for table in tables if table is not None])
@@ -291,7 +278,7 @@ def _times_table(took: Mapping[str, Mapping[str, float]]) -> Table:
         [label, *(f"{times[phase]:,.1f}" if phase in times else "" for phase in phases)]
         for label, times in took.items()
     ]
-    return Table(["wall time, seconds", *phases], cells)
+    return Table(["wall time, seconds", *phases], cells, caption="Where the time went")
 
 
 def _trained_table(rows: Mapping[str, TrainedRow]) -> Table:
@@ -304,7 +291,7 @@ def _trained_table(rows: Mapping[str, TrainedRow]) -> Table:
     }
     if any(row["kept_step"] is not None for row in rows.values()):
         columns["step kept"] = lambda row: count_text(row[1]["kept_step"])
-    return make_table(columns, rows.items())
+    return make_table(columns, rows.items(), caption="How long each adapter was trained")
 
 
 def _reproduction(report: Report) -> list[Section]:
@@ -315,15 +302,22 @@ def _reproduction(report: Report) -> list[Section]:
         option = ", ".join(f"{key}={value}" for key, value in record["options"].items())
         lines.append(f"Merge method: {report['method']}{f' ({option})' if option else ''}.")
     tables = [
-        (["library", "version"], list(record["versions"].items())),
-        (["base model", "what tells it from another"], _identity(record["base"]) if record["base"] else []),
-        (["adapter", "sha256 of the weights"], list(record["sha256"].items())),
+        ("Libraries", ["library", "version"], list(record["versions"].items())),
+        (
+            "The base model",
+            ["base model", "what tells it from another"],
+            _identity(record["base"]) if record["base"] else [],
+        ),
+        ("The adapters", ["adapter", "sha256 of the weights"], list(record["sha256"].items())),
     ]
     settings = [(key, json.dumps(value)) for key, value in record["settings"].items()]
     return [
         Section("How to reproduce", lines, code=record["command"]),
-        Section("Versions and hashes", tables=[Table(header, rows, words=True) for header, rows in tables if rows]),
-        Section("Settings", tables=[Table(["setting", "value"], settings, words=True)]),
+        Section(
+            "Versions and hashes",
+            tables=[Table(header, rows, words=True, caption=caption) for caption, header, rows in tables if rows],
+        ),
+        Section("Settings", tables=[Table(["setting", "value"], settings, words=True, caption="Settings of the run")]),
     ]
 
 

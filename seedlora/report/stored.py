@@ -83,6 +83,12 @@ class StoredRun:
         return self.folder.resolve().name
 
     @property
+    def started_as(self) -> Path:
+        """Return the folder as the run was started, which need not be where it is read from."""
+        started = Path(str(self.options.dirpath or self.name))
+        return started if started.name == self.name else Path(self.name)
+
+    @property
     def method(self) -> str | None:
         """Return the merge method: the one that fused, or else the one that was asked for."""
         return (self.fusion["method"] if self.fusion is not None else None) or self.options.merge

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from seedlora.names import GREEDY, SOUP, seed_of
 from seedlora.records.report import TrainingCurves
 from seedlora.records.sweep import SweepRecord, SweepRow
@@ -52,7 +50,7 @@ def sweep_record(run: StoredRun, curves: TrainingCurves) -> SweepRecord | None:
 
 
 def sweep_table(record: SweepRecord) -> Table:
-    """Make a table of validation losses: a row for each set of values, a column for each seed.
+    """Make a table of validation losses: a row for each set of values, a column for each option and each seed.
 
     Of a replica that was dropped it has the loss then, with the step.
     """
@@ -65,23 +63,32 @@ def sweep_table(record: SweepRecord) -> Table:
         shown = {seed: f"{loss:.4f}" for seed, loss in losses.items()}
         shown |= {seed: f"{drop['loss']:.4f} dropped at {drop['step']:,}" for seed, drop in row["dropped"].items()}
         cells = [shown.get(seed, "") for seed in seeds]
-        rows.append([values_text(row["values"]), *cells, *(["" if mean is None else f"{mean:.4f}"] if several else [])])
-    return Table([", ".join(record["options"]), *seeds, *(["mean"] if several else [])], rows)
+        values = [_value_text(value) for value in row["values"].values()]
+        rows.append([*values, *cells, *(["" if mean is None else f"{mean:.4f}"] if several else [])])
+    header = [*record["options"], *seeds, *(["mean"] if several else [])]
+    return Table(header, rows, caption="Validation loss by the options that are swept", sortable=True)
 
 
-def values_text(values: Mapping[str, float | str]) -> str:
-    """Write the values of one row.
+def _value_text(value: float | str) -> str:
+    """Write a value.
 
-    >>> values_text({"learning_rate": 0.002, "r": 16, "lr_scheduler": "linear"})
-    '0.002, 16, linear'
+    >>> [_value_text(value) for value in (0.002, 16, "linear")]
+    ['0.002', '16', 'linear']
     """
-    return ", ".join(value if isinstance(value, str) else f"{value:g}" for value in values.values())
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def sweep_section(record: SweepRecord | None, drawings: Drawings) -> Section:
     """Show what was swept; empty if nothing was."""
     if record is None:
         return Section("")
-    lines = ["Validation loss, in nats per token, by the options that are swept.", *record["sentences"]]
-    picture = drawings.picture("sweep", "Validation loss over the swept options; a line for each seed.")
-    return Section("What was swept", lines, [sweep_table(record)], picture)
+    picture = drawings.picture("sweep", "Validation loss over the swept options", "A line for each seed.")
+    return Section(
+        "What was swept",
+        record["sentences"],
+        [sweep_table(record)],
+        picture,
+        notes=["Losses are in nats per token."],
+        gist="" if record["best"] is None else f"best {record['best']}",
+        unfolded=True,
+    )

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -51,7 +52,9 @@ def write_cost(run: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
     except ValueError as error:
         resume = name_option("ensemble.resume", True)
         raise ValueError(f"{error}; without it {resume} does not know what the run has cost so far") from None
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
     cost: CostRecord = {
+        "started": now if before is None else before.get("started", now),
         "plan": cast("PlanRecord", asdict(plan)),
         "versions": {"python": python_version(), **versions},
         "base": model_identity(plan.model),

@@ -47,6 +47,16 @@ def leave_folder(folder: Path, own: OwnerRecord) -> None:
             file.unlink()
 
 
+def is_at_work(folder: Path) -> bool:
+    """Return whether a process owns a folder and has not certainly ended.
+
+    Raises:
+        ValueError: if the file that names it cannot be read.
+    """
+    owner = _read(folder / OWNER.name)
+    return owner is not None and not is_gone(owner)
+
+
 def _take(file: Path, own: OwnerRecord) -> None:
     """Put our record into a file that is not there, or whose owner is gone."""
     while not _create(file, own):

@@ -14,7 +14,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.prose, self.code, self.ids, self.links = [], [], [], []
+        self.prose, self.code, self.ids, self.links, self.hovers, self.elements = [], [], [], [], [], []
         self.tables, self.pictures, self.inside = [], {}, []
         self.feed(text)
 
@@ -22,7 +22,8 @@ class Page(HTMLParser):
         attributes = dict(attrs)
         self.ids += [value for name, value in attrs if name == "id"]
         self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag in ("meta", "br", "use", "path", "image", "rect"):
+        self.elements.append((tag, attributes))
+        if tag in ("meta", "br", "wbr"):
             return
         self.inside.append(tag)
         if tag == "table":
@@ -34,6 +35,10 @@ class Page(HTMLParser):
         elif tag == "g" and "figure_1" in attributes.get("id", ""):
             self.pictures[attributes["id"].removesuffix("-figure_1")] = []
 
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
     def handle_endtag(self, tag):
         if tag in self.inside:
             while self.inside.pop() != tag:
@@ -44,12 +49,14 @@ class Page(HTMLParser):
         if "svg" in self.inside:
             if self.inside[-1] in ("text", "tspan"):
                 self.pictures[list(self.pictures)[-1]].append(data)
-        elif "table" in self.inside:
+            elif self.inside[-1] == "title":
+                self.hovers.append(data)
+        elif "table" in self.inside and "caption" not in self.inside:
             if {"th", "td"} & set(self.inside):
                 self.tables[-1][-1][-1] += data
         elif "pre" in self.inside:
             self.code.append(data)
-        elif "style" not in self.inside:
+        elif not {"style", "script"} & set(self.inside):
             self.prose.append(data)
 
 
@@ -75,14 +82,33 @@ def check_page(found, tables, allowed, html, markdown_text, pictures):
     assert own_tables == wanted
     for name, texts in pictures.items():
         assert [text for text in page.pictures[name] if text.strip("[]-0123456789.") == ""][: len(texts)] == texts, name
-    command = found.get("reproduce", {}).get("command")
-    assert [text.strip() for text in page.code] == ([command] if command else [])
+    commands = [each["line"] for each in found.get("front", {}).get("commands", [])]
+    if again := found.get("reproduce", {}).get("command"):
+        commands.append(again)
+    assert [text.strip() for text in page.code] == commands
+    known = written(found)
+    assert [number for text in page.hovers for number in NUMBER.findall(text) if number.rstrip(",") not in known] == []
     sentences = sorted(strings(found), key=len, reverse=True)
     for text in (" ".join(page.prose), "\n".join(own_prose)):
         for sentence in sentences:
             if len(sentence) > 1:
                 text = text.replace(sentence, " ")
         assert [number for number in NUMBER.findall(text) if number.rstrip(",") not in allowed] == []
+
+
+def written(value):
+    """All numbers of a record, in the forms that figures show under the pointer; of a list the places too."""
+    if isinstance(value, dict):
+        keys = {text for key in value for text in NUMBER.findall(key)}
+        return keys.union(*(written(each) for each in value.values()))
+    if isinstance(value, list):
+        return {str(i + 1) for i in range(len(value))}.union(*(written(each) for each in value))
+    if isinstance(value, str):
+        return set(NUMBER.findall(value))
+    if value is None or isinstance(value, bool):
+        return set()
+    forms = (format(100 * value, ".1f"), *(format(value, form) for form in (".4f", ".3f", ".3g", ",.0f", "g")))
+    return {form.lstrip("-") for form in forms}
 
 
 def strings(value):
@@ -133,8 +159,8 @@ def run_tables(found, meaning):
     if sweep := found["sweep"]:
         seeds = list(sweep["rows"][0]["losses"])
         losses = lambda r: [format(loss, ".4f") for loss in (*r["losses"].values(), r["mean"])]  # noqa: E731
-        values = lambda r: ", ".join(f"{v:g}" for v in r["values"].values())  # noqa: E731
-        add([", ".join(sweep["options"]), *seeds, "mean"], [[values(r), *losses(r)] for r in sweep["rows"]])
+        values = lambda r: [f"{v:g}" for v in r["values"].values()]  # noqa: E731
+        add([*sweep["options"], *seeds, "mean"], [[*values(r), *losses(r)] for r in sweep["rows"]])
     for test in found["tests"]:
         scores = test["scores"]
         rows = [[r["adapter"], str(r["right"]), share(r["value"])] for r in scores]
@@ -240,7 +266,27 @@ def run_numbers(found):
         allowed |= {count(selection["rows"]), count(selection["tokens"]), str(len(selection["candidates"]))}
         rows = selection["against"].values()
         allowed |= {format(abs(row[key]), ".4f") for row in rows for key in ("value", "low", "high")}
-    return allowed | {f"{found['weights']['distributions']['entries']:,}"}
+    return allowed | front_numbers(found) | {f"{found['weights']['distributions']['entries']:,}"}
+
+
+def front_numbers(found):
+    """What the first screen says, and the line about the test items that are shown."""
+    front, plan, examples = found["front"], found["cost"], found["examples"]
+    scores = [front[key]["value"] for key in ("before", "after") if front[key]]
+    minutes = divmod(round(front["seconds"]), 60)
+    alike = examples["tested"] - examples["apart"] - examples["base_apart"]
+    return {
+        *(share(score) for score in scores),
+        *map(str, plan["seeds"]),
+        *map(count, (len(plan["replicas"]), plan["rows"], plan["steps"], front["tokens"])),
+        *map(count, (examples["tested"], examples["apart"], examples["base_apart"], alike, len(examples["shown"]))),
+        *(number for text in strings(examples) for number in NUMBER.findall(text)),
+        *(str(row["item"]) for row in examples["shown"]),
+        *map(str, minutes),
+        format(front["peak_gib"], ".2f"),
+        # beside the titles of sections
+        *(format(end["last"], ".4f") for end in found["training"]["ends"].values()),
+    }
 
 
 def heat_maps(found):
@@ -260,15 +306,21 @@ def heat_maps(found):
 
 def comparison_tables(found):
     """The tables of the page about several runs."""
+    value = lambda score: share(score and score["value"])  # noqa: E731
+    checksums = [name for name in found["differing"] if name.startswith("sha256")]
+    settings = [name for name in found["differing"] if name not in checksums]
     runs = [
         [
-            *(row["run"], row["method"] or "", str(row["seeds"]), count(row["n"])),
-            *(share(row["mean_seed"]), share(row["seed_spread"]), share(row["fused"] and row["fused"]["value"])),
-            *(points(row["against_mean_seed"]), short(row["mean_cosine"])),
+            *(row["run"], row["method"] or "", *(row["settings"][name] for name in settings)),
+            *(value(row["fused"]), points(row["against_mean_seed"])),
+            *(share(row["mean_seed"]), share(row["seed_spread"]), value(row["soup"]), value(row["base"])),
+            *(count(row["n"]), row["use"], str(row["seeds"]), short(row["mean_cosine"]), count(row["tokens"])),
+            *(f"{row['seconds']:.0f} s", *(row["settings"][name] for name in checksums)),
         ]
         for row in found["runs"]
     ]
-    tables = [(["run", "method", "seeds", "n", "mean seed", "spread", "fused", "against mean seed", "cosine"], runs)]
+    scores = ["fused", "against mean seed", "mean seed", "spread", "soup", "base", "n", "use", "seeds", "cosine"]
+    tables = [(["run", "method", *settings, *scores, "tokens", "time", *checksums], runs)]
     if found["paired"]:
         header = ["fused adapter of", "against that of", "difference", "p", "Holm (table)"]
         keys = ("p_value", "p_value_holm_table")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
 from seedlora.report.page import write_report
+from tests.helpers.report_page import Page
 from tests.helpers.report_runs import check_numbers
 
 
@@ -43,3 +45,55 @@ def test_a_number_that_is_not_in_report_json_is_found(compared):
         assert place in text, place
         with pytest.raises(AssertionError):
             check_numbers(compared, text=text.replace(place, other, 1))
+
+
+@pytest.mark.parametrize("which", ["stored", "compared"])
+def test_the_page_can_be_read_by_anybody(which, request):
+    """One heading of the first order, a name for each figure and region, no dead link, nothing from the network."""
+    text = (request.getfixturevalue(which) / "report.html").read_text()
+    page = Page(text)
+    tags = [tag for tag, _ in page.elements]
+    assert len(text.encode()) < 2**20
+    assert tags.count("h1") == tags.count("main") == tags.count("nav") == tags.count("header") == 1
+    assert ("html", {"lang": "en"}) in page.elements
+    assert len(page.ids) == len(set(page.ids))
+    assert {link for link in page.links if link[0] != "#"} == {link for link in page.links if link.startswith("data:")}
+    assert {link[1:] for link in page.links if link[0] == "#"} <= set(page.ids)
+    contents = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    parts = [attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "section"]
+    assert contents == [f"#{part}" for part in parts]
+    regions = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "region"]
+    assert len(regions) == len(set(regions))
+    for tag, attributes in page.elements:
+        if tag == "svg" or attributes.get("role") == "region":
+            assert attributes["aria-label"].strip()
+            assert (attributes["role"], attributes.get("tabindex")) in (("img", None), ("region", "0"))
+        if tag == "th":
+            assert attributes == {"scope": "col"}
+        if tag == "button":
+            assert attributes["type"] == "button"
+    # Beside the names of XML's own spaces, which nobody loads.
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in text
+    assert "fetch(" not in text
+
+
+def test_names_prompts_and_answers_are_escaped(stored, tmp_path):
+    bad = "<script>alert('\\\\')</script>{{ 7 * 7 }}"
+    run = shutil.copytree(stored, tmp_path / "a <b>run & more")
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"prompt": bad, "expected": bad, "forced": dict.fromkeys(line["forced"], bad + "!")}
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run)
+    text = (run / "report.html").read_text()
+    assert text.count("<script>") == 1
+    assert "alert(" in text
+    assert "&lt;script&gt;alert(&#39;" in text
+    assert "a &lt;b&gt;run &amp; more" in text
+    assert "<b>run" not in text
+    found = json.loads((run / "report.json").read_text())
+    assert found["examples"]["shown"][0]["prompt"] == bad

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from matplotlib.figure import Figure
 
 from seedlora.merge.registry import METHODS
-from seedlora.names import TRAINED_CONTROLS
-from seedlora.report.drawing import WIDTH, Palette, draw_legend, own_style
+from seedlora.names import MEANING, TRAINED_CONTROLS, ema_name
+from seedlora.report.drawing import WIDTH, Palette, colour_range, draw_legend, own_style
 from seedlora.report.figures import figures
 from seedlora.report.page import write_report
 from seedlora.report.plots import domains, run_differences
@@ -28,7 +29,7 @@ def test_the_page_stands_alone_and_its_figures_share_colours(stored):
     found = json.loads((stored / "report.json").read_text())
     drawn = figures(found)
     weights = ["pairs", "cosines", "spectra", "distributions", "gains"]
-    assert list(drawn) == ["scores-0", "train", "validation", "loss-score", *weights]
+    assert list(drawn) == ["front", "scores-0", "train", "validation", "loss-score", *weights]
     palette = Palette(SEEDS).colours
     assert len({palette[seed] for seed in SEEDS}) == 3
     for name in ("scores-0", "train", "validation", "loss-score", "spectra", "distributions"):
@@ -39,8 +40,9 @@ def test_the_page_stands_alone_and_its_figures_share_colours(stored):
 def test_the_figures_of_a_comparison(compared):
     found = json.loads((compared / "report.json").read_text())
     drawn = figures(found)
-    assert list(drawn)[:9] == [
+    assert list(drawn)[:10] == [
         *(
+            "front",
             "scores-0",
             "methods-0",
             "domains-0",
@@ -128,12 +130,28 @@ def test_sixteen_seeds_and_controls_can_be_told_apart():
     palette = Palette(seeds)
     drawn_as_lines = [*seeds, "soup", "base", "fused", *TRAINED_CONTROLS]
     assert len({(palette.colour(label), palette.line(label)) for label in drawn_as_lines}) == len(drawn_as_lines)
-    # Whatever is compared, in a figure of dots: the fused adapter and soup are the text's colour and grey.
-    others = {*METHODS, *CONTROLS} - {"soup"}
-    assert len({(palette.colour(label), palette.marker(label)) for label in {*seeds, *others}}) == 16 + len(others)
+    # No two labels share a colour, whatever is compared; from the eighth seed on lines and markers differ too.
+    labels = [*seeds, *map(ema_name, seeds), *METHODS, *MEANING, *TRAINED_CONTROLS, "soup", "base", "fused"]
+    assert len({palette.colour(label) for label in labels}) == len(set(labels))
     assert len({(palette.colour(label), palette.marker(label)) for label in seeds}) == 16
-    kinds = ("seed_0", "long_seed", "outer_seed", "wide_seed", "wide_batch")
-    assert len({palette.colour(label) for label in kinds}) == len(kinds)
+
+
+def test_numbers_that_are_nearly_the_same_have_nearly_the_same_colour():
+    low, high = colour_range([0.190, 0.193], 0.2)
+    assert (low, high) == pytest.approx((0.0915, 0.2915))
+    assert colour_range([0.0, 1.0, float("nan")], 0.2) == (0.0, 1.0)
+
+
+def test_marks_show_their_values_under_the_pointer(stored):
+    found = json.loads((stored / "report.json").read_text())
+    texts = Page((stored / "report.html").read_text()).hovers
+    row = next(row for row in found["tests"][0]["scores"] if row["adapter"] == "soup")
+    ends = " to ".join(f"{100 * row[key]:.1f}" for key in ("low", "high"))
+    assert f"soup: {100 * row['value']:.1f} ({ends})" in texts
+    (step, loss), *_ = found["training"]["train"]["seed_11"]
+    assert f"seed_11, step {step:.0f}: {loss:.4f}" in texts
+    layer = found["weights"]["layers"][0]
+    assert f"layer {layer['layer']}, {layer['module']}: {layer['mean_cosine']:.3f}" in texts
 
 
 def test_many_sub_domains_stand_below_each_other():

@@ -46,7 +46,7 @@ def test_the_command_rebuilds_and_compares(stored, run, tmp_path, capsys, monkey
     assert found["missing"][0].startswith("other|<run> was not tested on the items of a run before it")
     assert "other|&lt;run&gt;" in Path("comparison/report.html").read_text()
     assert "other\\|<run>" in Path("comparison/report.md").read_text()
-    assert "**No two of these runs were tested on the same items.**" in Path("comparison/report.md").read_text()
+    assert "\nNo two of these runs were tested on the same items.\n" in Path("comparison/report.md").read_text()
     twin = shutil.copytree(run, tmp_path / "x" / "a_run")
     assert shell.main(["report", str(run), str(twin)]) == 0
     found = json.loads(Path("comparison/report.json").read_text())
