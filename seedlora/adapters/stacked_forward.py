@@ -69,6 +69,8 @@ class Route:
     weights: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     joined: dict[str, JoinedBlocks] | None = None
+    #: The results of base layers are kept as they are, for a backward pass that recomputes the rest.
+    keeps_products: bool = False
 
 
 def full_module_forward(self: ModulesToSaveWrapper, x: Tensor) -> Tensor:
@@ -121,11 +123,12 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: obj
         x = _dropout(self, x.view(shape), route).view(x.shape)
     h = torch.mm(x, a_RK.t())
     h = (h.view(n, -1, sum(ranks)) * _block_mask(route, ranks, scales, y)).view(h.shape)
-    y = y.addmm_(h, b_DR.t())
+    add = Tensor.addmm if route.keeps_products else Tensor.addmm_
+    y = add(y, h, b_DR.t())
     if gain is not None:
         # As in PEFT, the product with W that DoRA scales is of the input after dropout.
         dropped = route.dropout_keys is not None and any(_dropout_rate(self, name) for name in route.names)
-        adapted = self.base_layer(x, *args, **kwargs).addmm_(h, b_DR.t()) if dropped else y
+        adapted = add(self.base_layer(x, *args, **kwargs), h, b_DR.t()) if dropped else y
         if (bias := self.get_base_layer().bias) is not None:
             adapted = adapted - bias
         y = torch.addcmul(y.view(n, -1, y.shape[-1]), adapted.view(n, -1, y.shape[-1]), gain)

@@ -18,6 +18,7 @@ from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules
 from seedlora.model.quantization import check_quantization
+from seedlora.model.recomputation import NOTHING, RECOMPUTATIONS
 from seedlora.names import FULL, SCHEDULES
 from seedlora.training.replicas import ReplicaOptions
 from seedlora.utils.options import name_option
@@ -75,7 +76,7 @@ class ModelOptions:
     warmup_ratio: float = 0.06
     warmup_steps: int | None = None
     dtype: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = NOTHING
     compile: str | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class ModelOptions:
             ("adapter", self.adapter, ADAPTERS),
             ("lr_scheduler", self.lr_scheduler, SCHEDULES),
             ("dtype", self.dtype, DTYPES),
+            ("gradient_checkpointing", self.gradient_checkpointing, RECOMPUTATIONS),
         ):
             require(
                 value in allowed,
