@@ -23,7 +23,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seedlora.model.embedded import embedded_folder
@@ -63,18 +63,18 @@ def measure(folder: str, mode: str, *, seeds: int, rows: int, tokens: int, dtype
             hidden.backward(torch.ones_like(hidden))
             del hidden
         # Together with the other it would keep what it sees.
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
             hidden = forward()
             hidden.backward(torch.ones_like(hidden))
     size = {"tokens": ids.numel(), "supervised": 0, "longest": tokens}
     estimate = step_memory(options, seeds, **size, device=torch.device("cuda"))
     weights = sum(d * k for d, k in options.outline.linear.values())
     total = counter.get_total_flops()
+    gradients = 4 * seeds * sum(p.numel() for p in built.stack.parameters("seed_0"))
     return {
         "mode": mode,
         "kept": kept,
         "peak": live.peak - gradients,
-        "gradients": (gradients := 4 * seeds * sum(p.numel() for p in built.stack.parameters("seed_0"))),
         "estimate": estimate.activations,
         "operations": total,
         "per_weight": total / weights / ids.numel(),

@@ -40,9 +40,12 @@ def recompute_activations(model: PeftModel, which: str) -> None:
     options: dict[str, object] = {"use_reentrant": False}
     if which == WHOLE_LAYERS:
         model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(options)
     else:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    model.gradient_checkpointing_enable(options)
+        model.gradient_checkpointing_enable(options)
+        # transformers asks for the gradient of the embedding, which nobody uses.
+        model.disable_input_require_grads()
 
 
 @cache
