@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Seeds whose orders of rows are looked at for the largest forward.
 MOST_ORDERS = 8
+#: Part of a device's memory that a stack may take: the estimate is within a fifth, and allocators leave holes.
+PART_USED = 0.8
 #: Bytes that products and threads of a CPU take for themselves.
 CPU_BUFFERS = 64 * 2**20
 
@@ -241,7 +243,7 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOpt
 
 def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -> int:
     """Return the most seeds, of those given and at least one, whose estimate is within 80 % of the memory."""
-    return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= 0.8 * available)])
+    return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= PART_USED * available)])
 
 
 def device_memory(trainer: pl.Trainer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from benchmarks.live_bytes import LiveBytes
