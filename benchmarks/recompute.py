@@ -23,7 +23,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seedlora.model.embedded import embedded_folder
@@ -63,7 +63,7 @@ def measure(folder: str, mode: str, *, seeds: int, rows: int, tokens: int, dtype
             hidden.backward(torch.ones_like(hidden))
             del hidden
         # Together with the other it would keep what it sees.
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+        with FlopCounterMode(display=False) as counter:
             hidden = forward()
             hidden.backward(torch.ones_like(hidden))
     size = {"tokens": ids.numel(), "supervised": 0, "longest": tokens}

@@ -9,6 +9,7 @@ from rich.console import Console
 from seedlora.callbacks.measured_steps import MeasuredSteps
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.run.cost import PeakMemory
+from seedlora.run.memory import gib
 from seedlora.run.plan import RunPlan
 
 #: Steps that are measured; the one before them warms up.
@@ -35,19 +36,18 @@ def measure_plan(cli: SeedLoRACLI, plan: RunPlan, console: Console, *, until: fl
     trainer.callbacks.append(steps)
     trainer.fit(cli.model, datamodule=cli.datamodule)
     stack = min(len(plan.replicas), ensemble.stack_size or len(plan.replicas))
-    console.print(_sentence(plan, steps, stack, accumulate, ensemble.trains_controls), highlight=False)
+    sentence = _sentence(plan, steps, stack, accumulate, has_controls=ensemble.trains_controls)
+    console.print(sentence, highlight=False)
 
 
-def _sentence(plan: RunPlan, steps: MeasuredSteps, stack: int, accumulate: int, has_controls: bool) -> str:
+def _sentence(plan: RunPlan, steps: MeasuredSteps, stack: int, accumulate: int, *, has_controls: bool) -> str:
     """Say what was measured, and on how much if that was little."""
-    seconds = steps.seconds * accumulate
+    seconds, done = steps.seconds * accumulate, steps.micro_batches
     total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
     what = "training the seeds" if has_controls else "training"
-    few = (
-        f"; measured on {steps.micro_batches} of {accumulate} micro-batches" if steps.micro_batches < accumulate else ""
-    )
+    few = f"; measured on {done} of {accumulate} micro-batches" if done < accumulate else ""
+    measured, estimated = gib(steps.peak_bytes), gib(plan.memory.total)
     return (
         f"Measured: {seconds:.3g} s a step of {stack} {plan.one}s, so about {total} (h:mm:ss) of {what}; memory "
-        f"{steps.peak_bytes / 2**30:.2f} GiB, where the estimate is {plan.memory.total / 2**30:.2f} GiB for the largest "
-        f"forward to come{few}. Nothing was written."
+        f"{measured}, where the estimate is {estimated} for the largest forward to come{few}. Nothing was written."
     )

@@ -27,7 +27,7 @@ Train LoRA replicas of one task with different seeds as one stack, and merge the
   python train.py --merge auto --compare ties,knots_ties   the method that is best on validation rows; others beside it
   python train.py --merge seedlora --controls          one seed for all tokens, one of all ranks, and other controls
   python train.py --merge seedlora --resume            go on with the newest unfinished run
-  python train.py --merge seedlora --plan              what the run will take, measured on a few steps
+  python train.py --merge seedlora --plan              what the run will take, measured on a few steps, in a minute
   python train.py --evaluate gsm8k --evaluate.limit 100    then score all adapters on GSM8K
   python train.py test --ensemble.dirpath RUN          score a finished run again, without training
 """

@@ -46,9 +46,8 @@ def _about_memory(trainer: pl.Trainer, options: ModelOptions, data: PlannedData,
     ]
     least = candidates[-1][1] if candidates else options
     words = f"{candidates[-1][0]} and " if candidates else ""
-    candidates += [
-        (f"{words}{name_option('ensemble.stack_size', size)}", least, size) for size in range(stack - 1, 0, -1)
-    ]
+    sizes = range(stack - 1, 0, -1)
+    candidates += [(f"{words}{name_option('ensemble.stack_size', size)}", least, size) for size in sizes]
     about = f"the estimate, {gib(needed)}, is more than {PART_USED:.0%} of the {gib(available)} that the device has"
     for option, changed, size in candidates:
         found = memory_of(trainer, changed, data, ensemble.replicas)(size).total
