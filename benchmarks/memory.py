@@ -28,7 +28,6 @@ import lightning.pytorch as pl
 import numpy as np
 import shapes  # benchmarks/shapes.py, which is beside this file
 import torch
-from torch.utils.data import DataLoader
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.datamodules.rows import MicroBatch, ReplicaRows, TokenRows
@@ -130,6 +129,14 @@ def token_rows(setting: Setting, vocabulary: int) -> TokenRows:
     return TokenRows(tokens, supervised, starts, lengths, items, np.arange(ROWS))
 
 
+class Forwards(list[dict[str, Any]]):
+    """Some batches, with the sampler of all."""
+
+    def __init__(self, batches: list[dict[str, Any]], sampler: ReplicaSampler) -> None:
+        super().__init__(batches)
+        self.sampler = sampler
+
+
 class LargestForwards(pl.LightningDataModule):
     """The largest forward of the epoch, and the first two."""
 
@@ -148,14 +155,16 @@ class LargestForwards(pl.LightningDataModule):
         sizes = {"batch_size": self.batch_size, "pack_tokens": self.pack_tokens}
         return ReplicaSampler(self.rows["train"], seeds=self.seeds, **sizes)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader of three micro-batches, whose sampler knows the whole epoch."""
+    def train_dataloader(self) -> Forwards:
+        """Return three micro-batches, with a sampler that knows the whole epoch."""
         rows = ReplicaRows(self.rows["train"])
         every = [rows[micro] for micro in self.micro_batches()]
         largest = max(every, key=lambda batch: batch["input_ids"].numel())
-        loader = DataLoader([every[0], largest, every[1]], batch_size=None)
-        vars(loader)["sampler"] = self._sampler()
-        return loader
+        return Forwards([every[0], largest, every[1]], self._sampler())
+
+    def val_dataloader(self) -> list[Any]:
+        """Return nothing to validate on."""
+        return []
 
 
 def measure(setting: Setting, folder: str) -> dict[str, Any]:

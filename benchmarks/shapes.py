@@ -34,8 +34,20 @@ SHAPES = {
 }
 
 
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of bytes: a run looks at the one of its model, whatever it is trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0]).save_pretrained(folder)
+
+
 def config_folder(name: str, root: Path) -> Path:
-    """A folder with the configuration of a shape, and nothing else."""
+    """A folder with the configuration of a shape and a tokenizer, without weights."""
     from transformers import LlamaConfig, Qwen2Config
 
     shape, folder = SHAPES[name], root / "-".join(map(str, SHAPES[name]))
@@ -49,6 +61,7 @@ def config_folder(name: str, root: Path) -> Path:
             num_key_value_heads=shape.key_heads,
             tie_word_embeddings=shape.tied,
         ).save_pretrained(folder)
+        save_tokenizer(folder)
     return folder
 
 

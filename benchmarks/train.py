@@ -112,7 +112,7 @@ class StackedRows(pl.LightningDataModule):
     def __init__(self, kind: str, batch: int, steps: int) -> None:
         super().__init__()
         self.kind, self.batch, self.steps = kind, batch, steps
-        self.seeds: tuple[int, ...] = ()
+        self.seeds: tuple[int, ...] = SEEDS[:1]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """One batch (N, b, T) per micro-batch."""
@@ -136,6 +136,10 @@ class StackedRows(pl.LightningDataModule):
             return found
 
         return DataLoader([batch for step in range(self.steps) for batch in batches(step)], batch_size=None)
+
+    def val_dataloader(self) -> list[Any]:
+        """Return nothing to validate on."""
+        return []
 
 
 class Clock(pl.Callback):
