@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding
+from seedlora.model.recomputation import WHOLE_LAYERS
 from seedlora.names import FULL
 from seedlora.run.memory import step_memory
 from seedlora.run.operations import work
@@ -83,7 +84,7 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
     runs = seeds if ensemble["budget"] == "full" else 1
     data = config["data"]["class_path"].removeprefix("seedlora.datamodules.")
     tokens = runs * config["trainer"]["max_epochs"] * TOKENS[data]
-    recomputed = model_options.gradient_checkpointing
+    recomputed = model_options.gradient_checkpointing == WHOLE_LAYERS
     operations = work(model_options).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)
     stack = ensemble["stack_size"] or (1 if model_options.is_full_finetuning else seeds)
     large = stack * rows["batch_size"] * rows["max_length"]
@@ -114,12 +115,13 @@ def table(root: Path) -> str:
     """The table of docs/scale.md."""
     config = yaml.safe_load((CONFIGS / f"{TABLE_OF}.yaml").read_text(encoding="utf-8"))
     lines = ["| model | 1 H100 | 4 H100 | 8 H100 |", "|---|---|---|---|"]
-    for words, name, options, stage, numbers in ROWS:
+    for words, name, more, stage, numbers in ROWS:
         cells = []
         for gpus in (1, 4, 8):
             if gpus not in numbers:
                 cells.append("does not fit")
                 continue
+            options = {"gradient_checkpointing": WHOLE_LAYERS, **more}
             found = estimate(config, root, shared=Sharding(stage, gpus), base_model=name, **options)
             cells.append(f"{shown(found.hours)} h, {found.memory:.0f} GiB ({found.base:.0f})")
         lines.append(f"| {words} | {' | '.join(cells)} |")

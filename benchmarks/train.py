@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import shapes  # benchmarks/shapes.py, which is beside this file
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -47,6 +48,7 @@ from torch.utils.data import DataLoader, Dataset
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import fast_dtype, resolve_base_model
+from seedlora.model.recomputation import RECOMPUTATIONS
 from seedlora.training.model_options import PROJECTIONS
 from seedlora.training.module import SeedLoRAModule
 
@@ -62,36 +64,7 @@ METHODS = ("stack", "compiled", "passes", "trainer", "plain")
 CUDA = torch.cuda.is_available()
 #: Steps of a fit that are not counted: a GPU has more to get ready.
 WARM_UP = 3 if CUDA else 1
-#: Shapes of random Llamas: hidden size, feed-forward size, layers, heads, keys' heads, vocabulary, tied embeddings
-SHAPES = {
-    "llama6": (512, 1408, 6, 8, 8, VOCABULARY, True),
-    "smollm2_random": (576, 1536, 30, 9, 3, VOCABULARY, True),
-    "llama2_7b": (4096, 11008, 32, 32, 32, 32000, False),
-}
-MODELS = ("smollm2", *SHAPES)
-
-
-def random_llama(shape: tuple[Any, ...], root: Path) -> str:
-    """A Llama of a shape as in :data:`SHAPES` with random weights, in a folder named after it, where it may be."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    folder = root / "-".join(map(str, shape))
-    if (folder / "config.json").is_file():
-        return str(folder)
-    torch.manual_seed(0)
-    hidden, ffn, layers, heads, kv_heads, vocabulary, tied = shape
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied,
-    )
-    with torch.device("cuda" if CUDA else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=fast_dtype()).save_pretrained(folder)
-    return str(folder)
+MODELS = ("smollm2", *shapes.SHAPES)
 
 
 def now() -> float:
@@ -139,7 +112,7 @@ class StackedRows(pl.LightningDataModule):
     def __init__(self, kind: str, batch: int, steps: int) -> None:
         super().__init__()
         self.kind, self.batch, self.steps = kind, batch, steps
-        self.seeds: tuple[int, ...] = ()
+        self.seeds: tuple[int, ...] = SEEDS[:1]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """One batch (N, b, T) per micro-batch."""
@@ -163,6 +136,10 @@ class StackedRows(pl.LightningDataModule):
             return found
 
         return DataLoader([batch for step in range(self.steps) for batch in batches(step)], batch_size=None)
+
+    def val_dataloader(self) -> list[Any]:
+        """Return nothing to validate on."""
+        return []
 
 
 class Clock(pl.Callback):
@@ -379,13 +356,14 @@ def compare(options: argparse.Namespace, models: dict[str, str]) -> list[dict[st
             for batch in options.micro_batch:
                 model, steps = models[label], options.steps + WARM_UP
                 common = {"kind": kind, "batch": batch, "steps": steps}
+                recomputes = options.checkpointing != "none"
                 ours = partial(lightning_steps, model, seeds, **common, gradient_checkpointing=options.checkpointing)
                 runs: dict[str, Callable[[], list[float]]] = {
                     "stack": partial(ours, len(seeds)),
                     "compiled": partial(ours, len(seeds), compile="inductor"),
                     "passes": partial(ours, 1),
-                    "trainer": partial(trainer_steps, model, seeds, **common, checkpointing=options.checkpointing),
-                    "plain": partial(plain_steps, model, seeds, **common, checkpointing=options.checkpointing),
+                    "trainer": partial(trainer_steps, model, seeds, **common, checkpointing=recomputes),
+                    "plain": partial(plain_steps, model, seeds, **common, checkpointing=recomputes),
                 }
                 found, peaks = in_turns({name: runs[name] for name in options.method}, options.rounds)
                 seconds = {name: statistics.median(values) for name, values in found.items()}
@@ -428,7 +406,7 @@ def growth(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str
 def place_of(shapes: list[Any]) -> str:
     """Where an operation belongs, by the sizes of its tensors: vocabulary, or columns of all adapters."""
     sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
-    if sizes & {shape[5] for shape in SHAPES.values()}:
+    if sizes & {shape.vocabulary for shape in shapes.SHAPES.values()}:
         return " (head)"
     return " (adapters)" if len(SEEDS) * RANK in sizes else ""
 
@@ -492,7 +470,14 @@ def main() -> None:
     parser.add_argument("--micro-batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", nargs="+", choices=list(ROWS), default=["short"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["stack", "passes", "trainer", "plain"])
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all methods")
+    parser.add_argument(
+        "--checkpointing",
+        nargs="?",
+        choices=RECOMPUTATIONS,
+        default="none",
+        const="full",
+        help="what is recomputed; the methods that know no selective recomputation recompute all",
+    )
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the comparison")
     parser.add_argument(
         "--profile", action="store_true", help="instead of the comparison: operations of a stacked step"
@@ -506,7 +491,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         kept = options.folder or Path(folder)
-        models = {n: random_llama(SHAPES[n], kept) if n in SHAPES else EMBEDDED for n in options.model}
+        models = {n: shapes.random_model(n, kept) if n in shapes.SHAPES else EMBEDDED for n in options.model}
         records = (profile if options.profile else growth if options.stack else compare)(options, models)
     if options.stack and options.plot:
         plot(records, options.plot)

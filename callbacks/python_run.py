@@ -20,6 +20,7 @@ from seedlora.run.cost import write_cost
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.opening import opening
 from seedlora.run.plan import run_plan
+from seedlora.run.plan_advice import plan_advice
 from seedlora.run.python_config import python_config
 from seedlora.run.stack_data import PlannedData
 from seedlora.training.module import SeedLoRAModule
@@ -61,8 +62,9 @@ class RunStart(pl.Callback):
         plan = run_plan(trainer, module.options, data, ensemble) if isinstance(data, PlannedData) else None
         if plan is not None:
             write_cost(ensemble.dirpath, plan, getattr(data, "libraries", ()))
+        advice = [] if plan is None else plan_advice(trainer, module.options, data, ensemble)
         shared = shared_limits(ensemble.options, trainer)
-        show(_console(), [*opening(plan, data), *([] if shared is None else [shared])])
+        show(_console(), [*opening(plan, data, advice), *([] if shared is None else [shared])])
 
     def on_train_start(self, trainer: pl.Trainer, module: SeedLoRAModule) -> None:
         """Drop the metrics of steps that are going to be repeated."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -14,6 +16,29 @@ from seedlora.datamodules.rows import MicroBatch, TokenRows
 
 #: Optimizer steps that are looked at for what is said of all.
 _LOOKED_AT = 50
+
+
+class ForwardShape(NamedTuple):
+    """Holds the size of one replica's part of a forward.
+
+    Attributes:
+        rows: of it.
+        length: tokens of each, padding included.
+        scored: of its tokens.
+        masked: the rows hold several samples, which attention tells apart by a mask.
+        joined: its one row holds all samples, which attention takes one by one.
+    """
+
+    rows: int
+    length: int
+    scored: int
+    masked: bool
+    joined: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Return its tokens, padding included."""
+        return self.rows * self.length
 
 
 class ReplicaSampler(Sampler[MicroBatch]):
@@ -124,15 +149,38 @@ class ReplicaSampler(Sampler[MicroBatch]):
         assert self.pack_tokens is not None
         return min(self.batch_size, math.ceil(1.1 * self.batch_size * self.lengths.mean() / self.pack_tokens))
 
-    @property
-    def most_tokens(self) -> int:
-        """Return the tokens of one replica in a large micro-batch, padding included; the same on every rank."""
-        if self.joined:
-            steps = range(min(_LOOKED_AT, self.steps))
-            dealt = (self._dealt(self.order(seed, step)) for seed in self.seeds for step in steps)
-            return max(int(self.lengths[part].sum()) for parts in dealt for part in parts)
-        longest = self.batch_size * int(self.lengths.max())
-        return longest if self.pack_tokens is None else min(longest, self.packs_per_micro_batch * self.pack_tokens)
+    def largest_forwards(self, seeds: Sequence[int], *, steps: int = 32) -> list[ForwardShape]:
+        """Return the largest parts that a replica of a stack of these seeds has in a forward of this epoch.
+
+        Looked at are the optimizer steps with the longest row and those in which a replica has the most tokens, on all
+        ranks. The stack pads to the largest of its replicas.
+
+        Args:
+            seeds: of the replicas.
+            steps: how many of each kind.
+
+        Returns:
+            The largest by tokens, and the one with the longest rows.
+        """
+        whole = copy.copy(self)
+        # What all ranks see in a step is what one sees that accumulates over all of them.
+        whole.accumulate, whole.world_size, whole.rank = self.accumulate * self.world_size, 1, 0
+        whole.seeds, found = tuple(seeds), []
+        drawn = [self._permutation(seed, self.epoch)[: self.steps * self.rows_per_step] for seed in seeds]
+        lengths = self.lengths[np.stack(drawn)].reshape(len(seeds), self.steps, -1)
+        for measure in (lengths.sum(2), lengths.max(2)):
+            for step in np.argsort(-measure.max(0), kind="stable")[:steps].tolist():
+                for micro in whole.micro_batches(step):
+                    sizes = [[int(self.lengths[group].sum()) for group in groups] for groups in micro.groups()]
+                    scored = sum(int(self.num_items[list(rows)].sum()) for rows in micro.rows)
+                    scored = -(-scored // len(seeds))
+                    if self.joined:
+                        found.append(ForwardShape(1, max(map(sum, sizes)), scored, masked=False, joined=True))
+                        continue
+                    rows, length = max(map(len, sizes)), max(map(max, sizes))
+                    found.append(ForwardShape(rows, length, scored, self.pack_tokens is not None))
+        largest = (max(found, key=lambda shape: shape.tokens), max(found, key=lambda shape: shape.length))
+        return list(dict.fromkeys(largest))
 
     def packs(self, rows: np.ndarray) -> list[list[int]]:
         """Put the rows of a step into packs of at most ``pack_tokens`` tokens, a multiple of the step's

@@ -78,17 +78,21 @@ class AdapterStack:
             are set to the norms of the base weights, as PEFT sets them, in float32. Modules that are trained in full
             have no modules inside.
         starts: factors at which the model's adapters start, by layer path, where the base weights give them.
+        keeps_products: the results of the base layers are kept for the backward pass, so that nothing is added to them
+            in place.
 
     Raises:
         ValueError: if a layer of another kind carries an adapter.
     """
 
-    def __init__(self, model: PeftModel, *, starts: Mapping[str, StartFactors] | None = None) -> None:
+    def __init__(
+        self, model: PeftModel, *, starts: Mapping[str, StartFactors] | None = None, keeps_products: bool = False
+    ) -> None:
         from peft.tuners.lora import LoraLayer
         from peft.utils import ModulesToSaveWrapper
 
         self.model = model
-        self._route = Route()
+        self._route = Route(keeps_products=keeps_products)
         self.layers: dict[str, LoraLayer] = {}
         #: What is trained in full, by path.
         self.modules: dict[str, ModulesToSaveWrapper] = {}

@@ -72,6 +72,8 @@ class Route:
     weights: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     joined: dict[str, JoinedBlocks] | None = None
+    #: The results of base layers are kept as they are, for a backward pass that recomputes the rest.
+    keeps_products: bool = False
 
     def split(self, x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """Divide a tensor into the blocks, along its rows, or along its tokens where there is one row."""
@@ -145,7 +147,9 @@ def stacked_forward(self: LoraLayer, x_MTK: Tensor, *args: object, **kwargs: obj
 
 
 def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> Tensor:
-    """Add to the outputs of the base layer those of each block's adapter, in place; y (M T, D), x (M T, K).
+    """Add to the outputs of the base layer those of each block's adapter; y (M T, D), x (M T, K).
+
+    In place, unless the route keeps the products of the base layers as they are.
 
     Short blocks go through the columns of all adapters in one product, and those of others are zeroed. Long ones on a
     CPU take a product each: there the columns of others cost more than the calls (``benchmarks/kernels.py``).
@@ -153,11 +157,12 @@ def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> T
     a_RK, b_DR, ranks, scales, _ = joined
     sizes = route.tokens or (len(x) // len(route.names),) * len(route.names)
     if len(sizes) > 1 and max(sizes) >= LONG_BLOCK and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        added: Tensor = BlockwiseUpdate.apply(y, x, a_RK, b_DR, ranks, scales, sizes)
+        own = y.clone() if route.keeps_products else y
+        added: Tensor = BlockwiseUpdate.apply(own, x, a_RK, b_DR, ranks, scales, sizes)
         return added
     h = torch.mm(x, a_RK.t())
     h = (h.view(_blocks_shape(route, h)) * _block_mask(route, ranks, scales, y)).view(h.shape)
-    return y.addmm_(h, b_DR.t())
+    return y.addmm(h, b_DR.t()) if route.keeps_products else y.addmm_(h, b_DR.t())
 
 
 def _join_blocks(layer: LoraLayer, like: Tensor) -> JoinedBlocks:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from seedlora.cli.errors import refuse
 from seedlora.cli.last_net import run_guarded
 from seedlora.cli.train_help import help_text
-from seedlora.cli.train_words import read_words
+from seedlora.cli.train_words import plan_seconds, read_words
+from seedlora.utils.process import process_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    started = time.monotonic()
+    started = process_start()
     if not {"-h", "--help"}.isdisjoint(argv):
         print(help_text(), end="")  # noqa: T201 - what was asked for
         return 0
@@ -39,7 +39,7 @@ def _main(argv: Sequence[str]) -> int:
         return refuse(error)
     from seedlora.cli.training_run import run
 
-    return run(words, finished=list(argv[:1]) == ["test"], planning="--plan" in argv, started=started)
+    return run(words, finished=list(argv[:1]) == ["test"], planning=plan_seconds(argv), started=started)
 
 
 @contextmanager

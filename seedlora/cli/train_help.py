@@ -28,7 +28,7 @@ python -m seedlora train ..., or python train.py ... in a checkout
   --merge auto --compare ties,knots_ties    the method that is best on validation rows; others beside it
   --merge seedlora --controls               one seed for all tokens, one of all ranks, and other controls
   --merge seedlora --resume                 go on with the newest unfinished run
-  --merge seedlora --plan                   what the run will take, measured on a few steps
+  --merge seedlora --plan                   what the run will take, measured on a few steps, in a minute
   --evaluate gsm8k --evaluate.limit 100     then score all adapters on GSM8K
   test --ensemble.dirpath RUN               score a finished run again, without training
 """

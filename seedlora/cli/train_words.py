@@ -22,6 +22,8 @@ from seedlora.names import FROM_PYTHON
 
 #: Options that take a list of names or numbers, which may be given as ``A,B`` too.
 LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
+#: Seconds from the start of the process within which a plan is measured, one micro-batch if need be.
+PLAN_SECONDS = 60
 _COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")
 #: What undoes the options of a run that say what is scored by generation.
 NO_TASKS = (
@@ -40,7 +42,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
         UsageError: for a run that is not there, a file of options that cannot be read, or an unknown option.
         ValueError: for an unknown merge method, or a ``~`` where no home folder is known.
     """
-    words = [with_underscores(word) for word in with_home(argv) if word != "--plan"]
+    words = [with_underscores(word) for word in with_home(argv) if not _is_plan(word)]
     words = expand_short_options(options_of_finished_run(words[1:]) if argv[:1] == ["test"] else words)
     words = keep_class(words, "--model.optimizer")
     for file in values_of(words, "--config"):
@@ -55,6 +57,25 @@ def read_words(argv: Sequence[str]) -> list[str]:
             if name.isidentifier():
                 check_method(name)
     return words
+
+
+def plan_seconds(argv: Sequence[str]) -> float | None:
+    """Return within how many seconds of the start ``--plan`` or ``--plan=SECONDS`` is to end; None without it.
+
+    Raises:
+        UsageError: if that is no number.
+    """
+    given = [word.partition("=")[2] for word in argv if _is_plan(word)]
+    if not given:
+        return None
+    try:
+        return float(given[-1] or PLAN_SECONDS)
+    except ValueError:
+        raise UsageError(f"--plan takes the seconds within which it ends, as --plan=30, got {given[-1]}") from None
+
+
+def _is_plan(word: str) -> bool:
+    return word == "--plan" or word.startswith("--plan=")
 
 
 def options_of_finished_run(argv: Sequence[str]) -> list[str]:

@@ -11,10 +11,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
-from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -26,6 +24,7 @@ from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.errors import UsageError, one_line, refuse
 from seedlora.cli.parser import SeedLoRACLI
+from seedlora.cli.plan_measurement import measure_plan
 from seedlora.cli.preview import positions_of
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
@@ -34,24 +33,25 @@ from seedlora.names import UNFINISHED_NAME
 from seedlora.report.terminal import told_report
 from seedlora.run.budget import replica_share
 from seedlora.run.conclusion import conclusion, left_out
-from seedlora.run.cost import PeakMemory, timed, write_cost
+from seedlora.run.cost import earlier_seconds, timed, write_cost
 from seedlora.run.memory import choose_stack_size
 from seedlora.run.merging import merge_run
 from seedlora.run.opening import opening
 from seedlora.run.plan import RunPlan, run_plan
+from seedlora.run.plan_advice import plan_advice
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 from seedlora.utils.options import name_option
 from seedlora.utils.progress import plain_console, show
 
 
-def run(words: Sequence[str], *, finished: bool, planning: bool, started: float) -> int:
+def run(words: Sequence[str], *, finished: bool, planning: float | None, started: float) -> int:
     """Plan, train, merge, score and report.
 
     Args:
         words: of the command line, as :func:`seedlora.cli.train_words.read_words` gives them.
         finished: the run was trained before, and is scored again.
-        planning: measure a few steps instead, and write nothing.
+        planning: measure a few steps instead, until so many seconds after the start, and write nothing.
         started: when the process began, by the monotonic clock.
 
     Returns:
@@ -61,7 +61,7 @@ def run(words: Sequence[str], *, finished: bool, planning: bool, started: float)
         return _run(words, at_exit, finished=finished, planning=planning, started=started)
 
 
-def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: bool, started: float) -> int:
+def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: float | None, started: float) -> int:
     _hush()
     console = plain_console(soft_wrap=not sys.stdout.isatty(), quiet=rank_zero_only.rank != 0)
     try:
@@ -78,12 +78,13 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
         plan = _prepare(cli, console, planning=planning, finished=finished)
     except (ValueError, OSError) as error:
         return refuse(error)
+    earlier = 0.0 if finished else earlier_seconds(cli.ensemble.dirpath)
     watch = ProcessWatch(cli.trainer, lambda reason: _stopped(cli, reason))
     if cli.trainer.world_size > 1:
         watch.start()
     try:
-        if planning:
-            _measure(cli, plan, console)
+        if planning is not None:
+            measure_plan(cli, plan, console, until=started + planning)
             return 0
         if finished:
             cli.trainer.loggers = []  # the run's own test is in its log
@@ -113,9 +114,11 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
         time.sleep(1)  # for the watch, which knows more
         _stopped(cli, "the connection to another process was lost")
         return 1
+    took = time.monotonic() - started
     since = "since it was resumed" if cli.ensemble.options.resume and not finished else "in all"
-    took = Text(f"{time.monotonic() - started:.0f} s {since}; everything is in", "dim")
-    console.print(took, str(cli.ensemble.dirpath), highlight=False)
+    before = f", {took + earlier:.0f} s with the training of earlier parts" if earlier else ""
+    said = Text(f"{took:.0f} s {since}{before}; everything is in", "dim")
+    console.print(said, str(cli.ensemble.dirpath), highlight=False)
     return code
 
 
@@ -137,7 +140,7 @@ def _report_command(run: Path) -> str:
     return shlex.join(["python", "-m", "seedlora", "report", str(run)])
 
 
-def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bool) -> RunPlan:
+def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, finished: bool) -> RunPlan:
     """Do all that can go wrong before the expensive work: options, folder, model, data; then print the plan."""
     trainer, module, data, ensemble = cli.trainer, cli.model, cli.datamodule, cli.ensemble
     if (cli.config.evaluate.task or cli.config.evaluate.lm_eval) and module.options.is_full_finetuning:
@@ -162,48 +165,21 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     choose_stack_size(ensemble, trainer, module.options, data)
     ensemble.check_stack()
     plan = run_plan(trainer, module.options, data, ensemble)
-    if not planning:
+    if planning is None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
             ensemble.folder.take(resume=ensemble.options.resume)
         cli.callback.open(trainer, module, data)
     if cli.metrics is not None:
         cli.metrics.path = ensemble.metrics_path
-    if trainer.is_global_zero and not (planning or finished or trainer.fast_dev_run):
+    if trainer.is_global_zero and not (planning is not None or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
         config = cli.config.clone()
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(cli.parser.dump(config), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
-    show(console, opening(plan, data))
+    show(console, opening(plan, data, plan_advice(trainer, module.options, data, ensemble)))
     return plan
-
-
-def _measure(cli: SeedLoRACLI, plan: RunPlan, console: Console, steps: int = 3) -> None:
-    """Train a few steps for their time and memory, without a trace; the first one warms up.
-
-    Loading is no part of the memory: while files are read, their pages count that can be dropped at any time.
-    """
-    ensemble, data = cli.ensemble, cli.datamodule
-    if not ensemble.next_names:
-        console.print("All is trained already, so there was nothing to measure.")
-        return
-    accumulate = cli.trainer.accumulate_grad_batches
-    trainer = cli.instantiate_trainer(fast_dev_run=(steps + 1) * accumulate)
-    trainer.limit_val_batches = 0
-    peak = PeakMemory(trainer.strategy.root_device)
-    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: peak.forget()))
-    trainer.fit(cli.model, datamodule=data)
-    seconds = cli.throughput.seconds * accumulate
-    total = timedelta(seconds=round(seconds * plan.steps * plan.passes * plan.share))
-    what = "training the seeds" if ensemble.trains_controls else "training"
-    n = len(plan.replicas)
-    console.print(
-        f"Measured: {seconds:.3g} s a step of {min(n, ensemble.stack_size or n)} {plan.one}s, so "
-        f"about {total} (h:mm:ss) of {what}; memory {peak.bytes / 2**30:.2f} GiB, where the estimate is "
-        f"{plan.memory.total / 2**30:.2f} GiB. Nothing was written.",
-        highlight=False,
-    )
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:

@@ -64,6 +64,12 @@ def write_cost(run: Path, plan: RunPlan, libraries: Sequence[str] = ()) -> None:
     COST.write(run, cost)
 
 
+def earlier_seconds(run: Path) -> float:
+    """Return the seconds that earlier parts of a run have trained, validated and fused; 0 for a new one."""
+    cost = COST.read(run)
+    return 0.0 if cost is None else sum(sum(phases.values()) for phases in cost["took"].values())
+
+
 @contextlib.contextmanager
 def timed(run: Path, device: torch.device, clock: PhaseClock, control: str | None = None) -> Iterator[None]:
     """Add the seconds that a fit takes, phase by phase, to those in ``cost.json``, also when it is interrupted.

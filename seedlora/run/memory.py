@@ -11,18 +11,24 @@ import lightning.pytorch as pl
 import torch
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
-from seedlora.model.attention import AUTO as AUTO_ATTENTION
-from seedlora.model.attention import attention_kernel
-from seedlora.model.head_losses import chunk_rows
 from seedlora.model.quantization import QUANTIZATIONS
+from seedlora.model.recomputation import NOTHING
+from seedlora.run.activations import activation_bytes, attention_bytes, decoder_shape
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
-from seedlora.run.stack_data import JoinsRows, PlannedData, StackDataModule
+from seedlora.run.stack_data import PlannedData, StackDataModule
 from seedlora.training.replicas import Replica
 from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
+
+#: Seeds whose orders of rows are looked at for the largest forward.
+MOST_ORDERS = 8
+#: Part of a device's memory that a stack may take: the estimate is within a fifth, and allocators leave holes.
+PART_USED = 0.8
+#: Bytes that products and threads of a CPU take for themselves.
+CPU_BUFFERS = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,12 @@ def memory_estimate(
     base_parameters: int,
     base_bytes: int,
     trainable: int,
-    tokens: int,
-    supervised: int,
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    vocabulary: int,
-    scores: int = 0,
-    checkpointing: bool = False,
+    activations: int,
     quantized: int = 0,
     quantized_bytes: float = 0,
     largest: int = 0,
     frozen: int = 0,
-    rescaled: int = 0,
     copies: int = 0,
-    all_logits: bool = False,
     stage: int = 0,
     processes: int = 1,
     gathered: int = 0,
@@ -68,20 +65,10 @@ def memory_estimate(
     """Estimate the bytes that a training step needs, beside Python and its libraries.
 
     ``base_parameters * base_bytes`` for the frozen weights; 4 bytes for an adapter's weight and 4 for its gradient; 8
-    for AdamW's two moments, or what another optimizer keeps. Activations kept for the backward pass of a Llama-like
-    layer, per token:
-    ``base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden``: the inputs of the adapters, queries, keys, values and
-    what comes out of the attention, the feed-forward's parts, and the two norms' float32. An attention that keeps its
-    scores adds them in the model's dtype and in float32. For each supervised token two
-    hidden states; for those of one chunk (:func:`seedlora.model.head_losses.chunk_rows`) the logits in the model's
-    dtype and twice in float32. Gradient checkpointing keeps ``base_bytes * hidden`` per token and layer, and recomputes
-    one layer at a time. A model family that scales or caps its logits takes all of them at once, which is more.
+    for AdamW's two moments, or what another optimizer keeps. Modules that are trained in full are trained parameters
+    like an adapter's. What is trained is kept once more in the base's dtype for the backward pass.
 
-    Modules that are trained in full are trained parameters like an adapter's, and are kept once more in the base's
-    dtype for the backward pass. A head among them takes all logits at once: ``2 * base_bytes + 12`` for each.
-
-    A quantised weight takes ``quantized_bytes``, and the largest layer is whole while it is multiplied. DoRA keeps the
-    outputs of its layers before they are rescaled.
+    A quantised weight takes ``quantized_bytes``, and the largest layer is whole while it is multiplied.
 
     Of several processes each holds its part: of AdamW's moments from ZeRO's stage 1, where DeepSpeed keeps another 4
     bytes for its part of the trained weights (not in stage 3, where they are the weights), of the gradients from stage
@@ -92,21 +79,12 @@ def memory_estimate(
         base_parameters: of the frozen model.
         base_bytes: per weight of it.
         trainable: adapter parameters of the replicas trained at once.
-        tokens: of one forward, padding included.
-        supervised: of these, scored.
-        layers: of the base model.
-        hidden: size of a hidden state.
-        intermediate: size inside the feed-forward block.
-        vocabulary: size of it.
-        scores: of one token in one layer, heads times tokens of a row, if the attention keeps them.
-        checkpointing: activations are recomputed in the backward pass.
+        activations: :func:`seedlora.run.activations.activation_bytes`, and what else passes.
         quantized: of the frozen model's parameters.
         quantized_bytes: per weight of these.
         largest: parameters of the largest quantised layer.
         frozen: parameters of the factors at which adapters start.
-        rescaled: outputs of DoRA's layers, for one token, in all layers.
-        copies: full weights that are kept in the base's dtype too.
-        all_logits: the head is trained in full, or held in parts.
+        copies: trained weights that are kept in the base's dtype too.
         stage: of ZeRO; FSDP2 is 3.
         processes: that share.
         gathered: parameters of the base model that are whole at once in stage 3.
@@ -115,19 +93,13 @@ def memory_estimate(
     Returns:
         What one process holds.
     """
-    layer = base_bytes * (7 * hidden + 4 * intermediate) + 8 * hidden + scores * (base_bytes + 4)
-    layer += base_bytes * rescaled // layers
-    per_token = layers * base_bytes * hidden + layer if checkpointing else layers * layer
-    logits = min(supervised, chunk_rows(vocabulary)) * vocabulary * (base_bytes + 8)
-    if all_logits:
-        logits = supervised * vocabulary * (2 * base_bytes + 12)
     base = int((base_parameters - quantized + largest) * base_bytes + quantized * quantized_bytes)
     state = state_bytes + (4 if stage in (1, 2) else 0)
     return Memory(
         base=base // processes + gathered * base_bytes if stage == 3 else base,
         adapters=4 * trainable + 4 * trainable // (processes if stage >= 2 else 1) + 4 * frozen,
         optimizer=state * trainable // (processes if stage >= 1 else 1),
-        activations=tokens * per_token + supervised * hidden * 2 * base_bytes + logits + copies * base_bytes,
+        activations=activations + copies * base_bytes,
     )
 
 
@@ -141,7 +113,7 @@ def trainable_parameters(options: ModelOptions) -> int:
 def memory_of(
     trainer: pl.Trainer, options: ModelOptions, data: PlannedData, replicas: Iterable[Replica] = ()
 ) -> Callable[[int], Memory]:
-    """Return a function of the replicas trained at once: :func:`memory_estimate` of a step of them in one process.
+    """Return a function of the replicas trained at once: :func:`memory_estimate` of their largest step in one process.
 
     Args:
         trainer: of the fit.
@@ -149,22 +121,32 @@ def memory_of(
         data: the data module, set up.
         replicas: all of the run, whose sizes may differ: the largest count. Default: all are of the module's options.
     """
+    replicas = tuple(replicas)
     sizes = sorted((trainable_parameters(options.of_replica(replica.options)) for replica in replicas), reverse=True)
-    rows, sampler, shared = data.rows["train"], data.train_dataloader().sampler, sharding_of(trainer)
-    supervised = data.batch_size * rows.num_items.mean()
-    # The attention of joined rows keeps no scores.
-    joined = isinstance(data, JoinsRows) and data.packing.joined
-    longest = 0 if joined else int(rows.lengths.max())
-    return lambda stack: step_memory(
-        options,
-        stack,
-        tokens=stack * sampler.most_tokens,
-        supervised=int(stack * supervised),
-        longest=longest,
-        shared=shared,
-        device=trainer.strategy.root_device,
-        trainable=sum(sizes[:stack]) if sizes else None,
-    )
+    orders = tuple(dict.fromkeys(replica.order_seed for replica in replicas))[:MOST_ORDERS] or data.seeds
+    forwards, shared = data.train_dataloader().sampler.largest_forwards(orders), sharding_of(trainer)
+
+    def memory(stack: int) -> Memory:
+        return max(
+            (
+                step_memory(
+                    options,
+                    stack,
+                    tokens=stack * forward.rows * forward.length,
+                    supervised=stack * forward.scored,
+                    longest=forward.length,
+                    masked=forward.masked,
+                    joined=forward.joined,
+                    shared=shared,
+                    device=trainer.strategy.root_device,
+                    trainable=sum(sizes[:stack]) if sizes else None,
+                )
+                for forward in forwards
+            ),
+            key=lambda found: found.total,
+        )
+
+    return memory
 
 
 def step_memory(
@@ -174,6 +156,8 @@ def step_memory(
     tokens: int,
     supervised: int,
     longest: int,
+    masked: bool = False,
+    joined: bool = False,
     shared: Sharding = ONE_PROCESS,
     device: torch.device | None = None,
     trainable: int | None = None,
@@ -185,54 +169,53 @@ def step_memory(
         stack: replicas trained at once.
         tokens: of one forward, padding included.
         supervised: of these, scored.
-        longest: tokens of the longest row for which attention may keep its scores; 0 if there is none.
+        longest: tokens of the longest row.
+        masked: rows hold several samples, which a mask tells apart.
+        joined: the one row holds all samples, which attention takes one by one and without scores.
         shared: what the strategy deals out. In stage 3 two decoder layers are whole at once, the one that computes and
             the next, and what is outside of them, the head among it, which then takes all logits at once.
         device: that trains. Default: a GPU, if there is one.
         trainable: parameters of all replicas of the stack. Default: those of as many with the options of the model.
     """
     model, one = options.outline, trainable_parameters(options)
-    config, targets = model.text_config, options.targets
+    shape, width = decoder_shape(options), options.base_dtype.itemsize
     per_weight = QUANTIZATIONS[options.quantization]
     sizes = [d * k for d, k in model.linear.values()] if per_weight else []
     full, body = options.full_modules, sum(d * k for d, k in model.linear.values())
-    # What is recomputed is cast again.
-    kept = [n for path, n in full.items() if not (options.gradient_checkpointing and path in model.linear)]
-    return memory_estimate(
-        base_parameters=model.parameters,
-        base_bytes=options.base_dtype.itemsize,
-        trainable=stack * one if trainable is None else trainable,
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = sum(options.rank(path) for path in options.targets) + options.r * len(options.targets) * (
+        options.starts_at_weights
+    )
+    activations = activation_bytes(
+        shape,
+        attention_bytes(options, longest, masked=masked, joined=joined, device=device),
         tokens=tokens,
         supervised=supervised,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        scores=attention_scores(options, longest, device),
-        checkpointing=options.gradient_checkpointing,
+        width=width,
+        recomputed=options.gradient_checkpointing,
+        columns=stack * ranks // shape.layers,
+        rescaled=sum(d for d, _ in options.targets.values()) // shape.layers if options.adapter == "dora" else 0,
+        all_logits=model.head in full or shared.stage == 3,
+    )
+    # What is recomputed is cast again.
+    kept = options.gradient_checkpointing == NOTHING
+    copied = sum(n for path, n in full.items() if kept or path not in model.linear)
+    copied = copied if options.base_dtype != torch.float32 else 0
+    return memory_estimate(
+        base_parameters=model.parameters,
+        base_bytes=width,
+        trainable=stack * one if trainable is None else trainable,
+        activations=activations + (CPU_BUFFERS if device.type == "cpu" else 0),
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),
         frozen=one - sum(full.values()) if options.starts_at_weights else 0,
-        rescaled=sum(d for d, _ in targets.values()) if options.adapter == "dora" else 0,
-        copies=stack * sum(kept) if options.base_dtype != torch.float32 else 0,
-        all_logits=model.head in full or shared.stage == 3,
+        copies=stack * (copied + kept * (one - sum(full.values()))),
         stage=shared.stage,
         processes=shared.processes,
-        gathered=model.parameters - body + 2 * body // config.num_hidden_layers,
+        gathered=model.parameters - body + 2 * body // shape.layers,
         state_bytes=options.optimizer_choice.traits.state_bytes,
     )
-
-
-def attention_scores(options: ModelOptions, tokens: int, device: torch.device | None = None) -> int:
-    """Count the scores that attention keeps of one token in one layer, for rows of so many tokens; 0 if none."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernel = options.attention
-    if kernel == AUTO_ATTENTION and options.base_dtype == torch.bfloat16:
-        kernel = attention_kernel(device, tokens)
-    if kernel != "eager":
-        return 0
-    return int(options.outline.text_config.num_attention_heads) * tokens
 
 
 def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOptions, data: StackDataModule) -> None:
@@ -269,7 +252,7 @@ def choose_stack_size(ensemble: Ensemble, trainer: pl.Trainer, options: ModelOpt
 
 def fitting_stack(seeds: int, memory: Callable[[int], Memory], available: int) -> int:
     """Return the most seeds, of those given and at least one, whose estimate is within 80 % of the memory."""
-    return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= 0.8 * available)])
+    return max([1, *(n for n in range(1, seeds + 1) if memory(n).total <= PART_USED * available)])
 
 
 def device_memory(trainer: pl.Trainer) -> int:

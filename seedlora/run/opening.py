@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from seedlora.datamodules import InstructionDataModule
@@ -11,16 +13,18 @@ from seedlora.run.plan import RunPlan
 from seedlora.run.stack_data import HasPrompt
 
 
-def opening(plan: RunPlan | None, data: object) -> list[Table | str]:
-    """Return the plan, the prompt that a server must use, and whether packing would save much.
+def opening(plan: RunPlan | None, data: object, advice: Sequence[str] = ()) -> list[Table | str]:
+    """Return the plan, the prompt that a server must use, and what an option would mend.
 
     Args:
         plan: of the run; None where the data does not say what it takes.
         data: the data module, set up.
+        advice: of :func:`seedlora.run.plan_advice.plan_advice`.
     """
     told: list[Table | str] = [] if plan is None else [plan.table()]
     if isinstance(data, HasPrompt):
         told.append(f"prompt: {asked_of_a_server(data.prompt_record())}")
+    told += advice
     if plan is not None and isinstance(data, InstructionDataModule):
         told += filter(None, [packing_advice(data, plan.padding)])
     return told

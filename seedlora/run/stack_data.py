@@ -5,7 +5,7 @@ Every :class:`seedlora.datamodules.base.InstructionDataModule` offers all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -140,6 +140,30 @@ class JoinsRows(Protocol):
         """Return what was chosen."""
 
 
+class ForwardSize(Protocol):
+    """Hold the size of one replica's part of a forward."""
+
+    @property
+    def rows(self) -> int:
+        """Return its rows."""
+
+    @property
+    def length(self) -> int:
+        """Return the tokens of each, padding included."""
+
+    @property
+    def scored(self) -> int:
+        """Return how many of its tokens are scored."""
+
+    @property
+    def masked(self) -> bool:
+        """Return whether its rows hold several samples, which attention tells apart by a mask."""
+
+    @property
+    def joined(self) -> bool:
+        """Return whether its one row holds all samples, which attention takes one by one."""
+
+
 class PlannedSampler(Protocol):
     """Offer, as a sampler, the shape of the batches."""
 
@@ -147,9 +171,8 @@ class PlannedSampler(Protocol):
     def rows_per_step(self) -> int:
         """Return the rows of one replica in one optimizer step."""
 
-    @property
-    def most_tokens(self) -> int:
-        """Return the tokens of one replica in a large batch, padding included."""
+    def largest_forwards(self, seeds: Sequence[int]) -> Sequence[ForwardSize]:
+        """Return the largest parts that a replica of a stack of these seeds has in a forward."""
 
     def padding(self) -> float:
         """Return the part of the tokens that is padding."""

@@ -14,6 +14,7 @@ from seedlora.adapters.stacked_forward import StartFactors
 from seedlora.distributed.sharded import decoder_layers, is_partitioned, is_sharded
 from seedlora.model.compilation import compile_layers
 from seedlora.model.loading import load_model
+from seedlora.model.recomputation import SELECTIVE, recompute_activations
 from seedlora.training.replicas import Replica
 from seedlora.training.starting_points import FrozenBase, prepare_base
 from seedlora.training.whole_models import WholeModels
@@ -71,15 +72,14 @@ def stack_replicas(base: FrozenBase, replicas: Sequence[Replica], options: Model
         options: of the model, those of each replica as far as it has none of its own.
     """
     model = _add_adapters(base.model, replicas, options)
-    stack = AdapterStack(model, starts=base.starts)
+    keeps_products = options.gradient_checkpointing == SELECTIVE
+    stack = AdapterStack(model, starts=base.starts, keeps_products=keeps_products)
     if options.is_full_finetuning:
         WholeModels(stack, options).start_at_files(replica.name for replica in replicas)
     for replica in replicas:
         for parameter in stack.parameters(replica.name):
             parameter.requires_grad_(True)
-    if options.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model, options.gradient_checkpointing)
     if options.compile is not None:
         compile_layers(decoder_layers(model), options.compile)
     return StackedModel(model, stack, base.starts, tuple(replicas))

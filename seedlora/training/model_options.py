@@ -19,6 +19,7 @@ from seedlora.model.loading import check_base, fast_dtype, load_config, resolve_
 from seedlora.model.outline import ALL_LINEAR, Outline, outline
 from seedlora.model.peft_internals import no_target_modules
 from seedlora.model.quantization import check_quantization
+from seedlora.model.recomputation import NOTHING, RECOMPUTATIONS
 from seedlora.names import FULL, SCHEDULES
 from seedlora.training.optimizer_choice import OptimizerChoice, optimizer_choice
 from seedlora.training.replicas import ReplicaOptions
@@ -77,7 +78,7 @@ class ModelOptions:
     warmup_ratio: float = 0.06
     warmup_steps: int | None = None
     dtype: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = NOTHING
     compile: str | None = None
     optimizer: str | Mapping[str, Any] = "adamw"
     attention: str = AUTO
@@ -126,6 +127,7 @@ class ModelOptions:
             ("lr_scheduler", self.lr_scheduler, SCHEDULES),
             ("dtype", self.dtype, DTYPES),
             ("attention", self.attention, ATTENTIONS),
+            ("gradient_checkpointing", self.gradient_checkpointing, RECOMPUTATIONS),
         ):
             require(
                 value in allowed,

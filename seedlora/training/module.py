@@ -24,6 +24,7 @@ from seedlora.distributed.strategies import prepare_strategy, step_scale
 from seedlora.model.attention import AUTO, Documents, SharedPrefix
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_tokenizer
+from seedlora.model.recomputation import recomputation
 from seedlora.training.answering import Answer, Answerer
 from seedlora.training.building import StackedModel, load_base, stack_replicas
 from seedlora.training.checkpoint import REPLICAS, check_is_file, replicas_record, stored_settings
@@ -75,7 +76,10 @@ class SeedLoRAModule(pl.LightningModule):
         warmup_steps: the same as a number of steps; it overrides the ratio.
         dtype: of the base weights: ``bfloat16``, ``float32``, or ``auto`` for bfloat16 where the machine is faster
             with it.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        gradient_checkpointing: what the backward pass recomputes instead of keeping it: ``none``; ``selective``, norms,
+            activations and sums, but no result of a linear layer or of attention; or ``full``, whole decoder layers
+            from their inputs, which takes the least memory and half as many operations again. ``true`` and ``false``
+            are ``full`` and ``none``.
         compile: the backend by which ``torch.compile`` compiles each decoder layer for training, ``inductor`` for
             example; default: none.
         optimizer: ``adamw`` or another class of torch.optim by its name; ``adamw8bit`` or another of bitsandbytes; or
@@ -117,7 +121,7 @@ class SeedLoRAModule(pl.LightningModule):
         warmup_ratio: float = 0.06,
         warmup_steps: int | None = None,
         dtype: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | str = "none",
         compile: str | None = None,  # noqa: A002 - torch's word for it
         optimizer: str | dict[str, Any] = "adamw",
         attention: str = AUTO,
@@ -142,7 +146,7 @@ class SeedLoRAModule(pl.LightningModule):
             warmup_ratio=warmup_ratio,
             warmup_steps=warmup_steps,
             dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=recomputation(gradient_checkpointing),
             compile=compile,
             optimizer=optimizer,
             attention=attention,

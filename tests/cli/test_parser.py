@@ -34,7 +34,10 @@ from tests.helpers.paths import ROOT
         (["--model.lora_plus_ratio", "0"], "model.lora_plus_ratio must be positive, got 0"),
         (["--model.r", "many"], "--model.r takes a whole number, got many"),
         (["--model.warmup_steps", "x"], "--model.warmup_steps takes a whole number, got x"),
-        (["--model.gradient_checkpointing", "maybe"], "takes true or false, got maybe"),
+        (
+            ["--model.gradient_checkpointing", "maybe"],
+            "gradient_checkpointing 'maybe'; choose one of none, selective, full",
+        ),
         (["--ensemble.seeds", "1;2;3"], '--ensemble.seeds takes a list such as "[1,2]", got 1;2;3'),
         (["--ensemble.seeds", "[1,99999999999999999999]"], "ensemble.seeds must be from 0 to 2**63 - 1, got 999"),
         (["--ensemble.merge_options", "5"], "--ensemble.merge_options takes a mapping such as"),

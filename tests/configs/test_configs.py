@@ -122,12 +122,15 @@ def test_the_estimate_by_hand(shapes):
     adapter = 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     tokens = 3 * 102.7e6
     operations = tokens * (6 * layers + 8 * adapter) + 0.6 * tokens * 4 * 32000 * 4096
-    one = estimate.estimate(config, shapes)
+    one = estimate.estimate(config, shapes, gradient_checkpointing="full")
     assert one.hours == pytest.approx(operations / (0.4 * 989e12) / 3600, rel=1e-6)
     weights = layers + 2 * 32000 * 4096 + 65 * 4096
-    activations = 3 * 8 * 512 * (33 * 2 * 4096 + 2 * (6 * 4096 + 4 * 11008) + 8 * 4096)
-    few = 2 * (14747 // 2 * 4096 * 2) + 524 * 32000 * 10
+    layer = 2 * (6 * 4096 + 4 * 11008 + 3 * 7 * 8) + 8 * 4096
+    passing = 2 * (2 * 4096 + 2 * 11008)
+    ends = 2 * 2 * 4096 + 4 * 4096
+    activations = 3 * 8 * 512 * (32 * 2 * 4096 + layer + passing + ends)
+    few = 2 * (14747 // 2 * 4096 * 2)
     assert one.memory == pytest.approx((2 * weights + 3 * 16 * adapter + activations + few) / 2**30, rel=0.01)
-    eight = estimate.estimate(config, shapes, shared=estimate.Sharding(3, 8))
+    eight = estimate.estimate(config, shapes, shared=estimate.Sharding(3, 8), gradient_checkpointing="full")
     assert eight.hours == pytest.approx(one.hours / 8)
     assert 2 < one.memory - eight.memory < 2 * weights / 2**30

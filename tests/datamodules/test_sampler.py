@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
+import pytest
 
 from seedlora.datamodules.sampler import ReplicaSampler
 
@@ -71,3 +74,19 @@ def test_tokens_seen_are_those_of_the_steps_over_the_epochs(data):
     assert len(taken) == 7 * 6
     wanted = rows.lengths[taken].sum(), rows.num_items[taken].sum()
     assert sampler.seen(1, 7, steps_per_epoch=3) == wanted
+
+
+@pytest.mark.parametrize("pack_tokens", [None, True])
+def test_the_largest_forwards_are_the_largest_of_all_ranks(data, pack_tokens):
+    rows, seeds, ranks = data.rows["train"], (1, 2, 3), 2
+    pack_tokens = pack_tokens and 2 * int(rows.lengths.max())
+    options = {"seeds": seeds, "batch_size": 3, "accumulate": 2, "pack_tokens": pack_tokens, "world_size": ranks}
+    samplers = [ReplicaSampler(rows, rank=rank, **options) for rank in range(ranks)]
+    sizes = []
+    for micro in chain.from_iterable(samplers):
+        tokens = [[int(rows.lengths[group].sum()) for group in groups] for groups in micro.groups()]
+        sizes.append((max(map(len, tokens)), max(map(max, tokens))))
+    found = samplers[1].largest_forwards(seeds)
+    assert max(shape.tokens for shape in found) == max(n * length for n, length in sizes)
+    assert max(shape.length for shape in found) == max(length for _, length in sizes)
+    assert all(shape.masked == (pack_tokens is not None) for shape in found)

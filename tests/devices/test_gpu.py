@@ -60,6 +60,10 @@ class CutOffError(Exception):
     """What ends a run."""
 
 
+#: What of the activations is recomputed.
+RECOMPUTED = [{"gradient_checkpointing": which} for which in ("selective", "full")]
+
+
 class Interrupt(pl.Callback):
     """Ends a run before its fourth step."""
 
@@ -69,7 +73,9 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_dropout": 0.1}, {"adapter": "dora"}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [{}, {"lora_dropout": 0.1}, {"adapter": "dora"}, *RECOMPUTED],
+    ids=str,
 )
 def test_a_replica_of_a_stack_is_its_standalone_run(tiny_llama, tmp_path, options):
     stack = fit(tiny_llama, tmp_path / "stack", [1, 2, 3], on=ON, trainer=SAME_BITS, test=False, **options)
@@ -130,7 +136,9 @@ def test_a_run_in_passes_gives_the_seeds_of_one_stack(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "bfloat16", "lora_dropout": 0.1}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [{}, {"dtype": "bfloat16", "lora_dropout": 0.1}, *RECOMPUTED],
+    ids=str,
 )
 @pytest.mark.parametrize("tokens", ["short", "long"])
 def test_the_same_seed_gives_the_same_bits(tiny_llama, tmp_path, options, tokens):
@@ -189,7 +197,9 @@ def test_a_stack_on_a_quantised_base_is_its_standalone_run(tiny_llama, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "bfloat16"}, {"adapter": "dora"}, {"gradient_checkpointing": True}], ids=str
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"adapter": "dora"}, *RECOMPUTED],
+    ids=str,
 )
 def test_compiled_layers_learn_what_eager_ones_do(tiny_llama, tmp_path, options):
     backend = "inductor" if CUDA else "aot_eager"

@@ -115,7 +115,7 @@ def run(
     callback = SeedEnsembleCallback(
         SEEDS, compare="ties", dirpath=dirpath, budget="full", on_divergence=exclude, **extra
     )
-    module = make_module(base_model, gradient_checkpointing=True, **options)
+    module = make_module(base_model, **{"gradient_checkpointing": "full", **options})
     data = make_data(num_val=9, num_test=13, batch_size=batch_size, eval_batch_size=2)
     metrics = {}
     while callback.pending:

@@ -82,7 +82,8 @@ KINDS = {
     "int8": ({"quantization": "int8"}, 2),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, 2),
     # whose inputs all take a gradient
-    "checkpointing": ({"gradient_checkpointing": True}, 1),
+    "full recomputation": ({"gradient_checkpointing": "full"}, 1),
+    "selective recomputation": ({"gradient_checkpointing": "selective"}, 2),
     "full": ({"adapter": "full"}, 1),
 }
 

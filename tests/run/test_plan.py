@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import lightning.pytorch as pl
 
-from seedlora.run import plan
+from seedlora.run import plan, plan_advice
 from seedlora.run.cost import PeakMemory
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import EnsembleOptions
+from seedlora.run.memory import PART_USED, memory_of
 from seedlora.training import building
 from tests.helpers.commands import train
 from tests.helpers.models import make_data, make_module
@@ -27,7 +29,7 @@ def test_plan_measures_a_few_steps_and_writes_nothing(tiny_llama, tmp_path, monk
         assert text in shown
     measured = re.search(
         r"Measured: (\S+) s a step of 3 seeds, so about \d:\d\d:\d\d \(h:mm:ss\) of training; memory (\S+) GiB, where "
-        r"the estimate is (\S+) GiB\. Nothing was written\.",
+        r"the estimate is (\S+) GiB for the largest forward to come\. Nothing was written\.",
         shown,
     )
     assert measured
@@ -52,3 +54,34 @@ def test_a_plan_of_several_processes_says_so(tiny_llama):
     found = plan.run_plan(trainer, model.options, data, ensemble)
     cells = dict(zip(*(column.cells for column in found.table().columns), strict=True))
     assert " in each of 2 processes: base " in cells["memory"]
+
+
+def test_a_plan_ends_when_its_time_is_over(tiny_llama, tmp_path, monkeypatch, capsys):
+    """One micro-batch is measured, whatever the limit."""
+    monkeypatch.chdir(tmp_path)
+    assert train(tiny_llama, "--trainer.max_epochs", "6", "--trainer.accumulate_grad_batches", "2", "--plan=0") == 0
+    assert "; measured on 1 of 2 micro-batches. Nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_names_the_option_that_makes_a_run_fit(tiny_llama, monkeypatch):
+    model, data, ensemble = make_module(tiny_llama), make_data(), Ensemble(EnsembleOptions((1, 2), budget="full"))
+    data.tokenizer = model.tokenizer
+    data.setup("fit")
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False)
+
+    def needed(which, size):
+        changed = replace(model.options, gradient_checkpointing=which)
+        return memory_of(trainer, changed, data, ensemble.replicas)(size).total
+
+    expected = {
+        needed("none", 2): None,
+        needed("selective", 2): "gradient_checkpointing='selective' would take",
+        needed("full", 2): "gradient_checkpointing='full' would take",
+        needed("full", 1): "gradient_checkpointing='full' and stack_size=1 would take",
+        1: "no recomputation or smaller stack is enough",
+    }
+    for available, words in expected.items():
+        monkeypatch.setattr(plan_advice, "device_memory", lambda _, size=available: size / PART_USED + 1)
+        found = plan_advice.plan_advice(trainer, model.options, data, ensemble)
+        found = [sentence for sentence in found if sentence.startswith("the estimate")]
+        assert (words is None and not found) or words in found[0]
