@@ -92,18 +92,20 @@ def test_joined_rows_are_those_of_the_step_and_its_micro_batches_have_as_many_to
     options = {"accumulate": 2, "world_size": world_size, "pack_tokens": None}
     samplers = [sampler_of(data, rank=rank, joined=True, **options) for rank in range(world_size)]
     lengths, unpacked = data.rows["train"].lengths, sampler_of(data, **options)
+    (largest,) = samplers[0].largest_forwards(SEEDS)
     spread = {True: 0, False: 0}
     for step in range(samplers[0].steps):
         micros = [micro for sampler in samplers for micro in sampler.micro_batches(step)]
         for i, seed in enumerate(SEEDS):
             assert sorted(row for micro in micros for row in micro.rows[i]) == sorted(samplers[0].order(seed, step))
             tokens = [lengths[list(micro.rows[i])].sum() for micro in micros]
-            assert max(tokens) <= samplers[0].most_tokens
+            assert max(tokens) <= largest.tokens
             spread[True] += max(tokens) - min(tokens)
             order = lengths[unpacked.order(seed, step)].reshape(len(micros), -1).sum(1)
             spread[False] += order.max() - order.min()
     assert spread[True] < 0.2 * spread[False]
-    assert {sampler.most_tokens for sampler in samplers} == {samplers[0].most_tokens}
+    assert largest.joined and not largest.masked
+    assert {tuple(sampler.largest_forwards(SEEDS)) for sampler in samplers} == {(largest,)}
 
 
 def test_a_batch_of_joined_rows_has_no_padding(module):
