@@ -75,7 +75,12 @@ def front_of_run(report: Report, drawings: Drawings) -> FrontView:
         before=percent_text(front["before"]["value"]) if scored and front["before"] else None,
         after=percent_text(front["after"]["value"]) if scored and front["after"] else None,
         items=count_text(front["after"]["n"]) if front["after"] else "",
-        lines=[sentence for sentence in (front["state"], front["helped"]) if sentence],
+        # Beside the scores of a test it stands in their own part.
+        lines=[
+            sentence
+            for sentence in (front["state"], front["helped"], "" if report["tests"] else front["compared"])
+            if sentence
+        ],
         answers=answers,
         cost=_cost(report),
         commands=front["commands"],

@@ -26,17 +26,20 @@ def sections_of_tests(report: Report, drawings: Drawings) -> list[Section]:
     return [
         section
         for i, test in enumerate(report["tests"])
-        for section in (_scores(test, drawings, i), _domains(test, drawings, i))
+        for section in (
+            _scores(test, drawings, i, report["front"]["compared"] if i == 0 else ""),
+            _domains(test, drawings, i),
+        )
     ]
 
 
-def _scores(test: TestSet, drawings: Drawings, place: int) -> Section:
-    """Show scores and comparisons of one test set."""
+def _scores(test: TestSet, drawings: Drawings, place: int, verdict: str) -> Section:
+    """Show scores and comparisons of one test set, under the verdict on them."""
     spread = ""
     if test["seed_spread"] is not None:
         spread = f" Mean seed {percent_text(test['mean_seed'])}, standard deviation of the seeds "
         spread += f"{percent_text(test['seed_spread'])} points."
-    lines = [f"Scored: {test['metric']}; n = {test['n']:,}.{spread}"]
+    lines = [*([verdict] if verdict else []), f"Scored: {test['metric']}; n = {test['n']:,}.{spread}"]
     notes = [f"Scores are in percent, with {CONFIDENCE_PERCENT} % Wilson intervals."]
     tables = [
         make_table(

@@ -15,6 +15,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.prose, self.code, self.ids, self.links, self.hovers, self.elements = [], [], [], [], [], []
+        self.examples = []
         self.tables, self.pictures, self.inside = [], {}, []
         self.feed(text)
 
@@ -54,6 +55,8 @@ class Page(HTMLParser):
         elif "table" in self.inside and "caption" not in self.inside:
             if {"th", "td"} & set(self.inside):
                 self.tables[-1][-1][-1] += data
+        elif "article" in self.inside:
+            self.examples.append(data)
         elif "pre" in self.inside:
             self.code.append(data)
         elif not {"style", "script"} & set(self.inside):
@@ -88,12 +91,36 @@ def check_page(found, tables, allowed, html, markdown_text, pictures):
     assert [text.strip() for text in page.code] == commands
     known = written(found)
     assert [number for text in page.hovers for number in NUMBER.findall(text) if number.rstrip(",") not in known] == []
+    shown, lines = example_texts(found)
+    assert {text.strip() for text in page.examples} <= shown
+    own_prose = [line for line in own_prose if line not in lines]
     sentences = sorted(strings(found), key=len, reverse=True)
     for text in (" ".join(page.prose), "\n".join(own_prose)):
         for sentence in sentences:
             if len(sentence) > 1:
                 text = text.replace(sentence, " ")
         assert [number for number in NUMBER.findall(text) if number.rstrip(",") not in allowed] == []
+
+
+def example_texts(found):
+    """What the pages may say of the test items that are shown: pieces of HTML, and lines of Markdown."""
+    shown, lines = {"", "expected", "right", "wrong", "✓", "✗"}, set()
+    for row in (found.get("examples") or {"shown": []})["shown"]:
+        texts = [row["prompt"], row["expected"], *(visible(answer["text"]) for answer in row["answers"])]
+        labels = [answer["adapter"] for answer in row["answers"]]
+        shown |= {text.replace("\xa0", " ").strip() for text in texts} | {*labels, *(f"{label}," for label in labels)}
+        lines |= {f"Test item {row['item']}", f"- expected: {' '.join(row['expected'].split())}"}
+        for answer in row["answers"]:
+            same = [each["adapter"] for each in row["answers"] if each["text"] == answer["text"]]
+            word = "right" if answer["right"] else "wrong"
+            lines.add(f"- {', '.join(same)}, {word}: {' '.join(visible(answer['text']).split())}")
+    return shown, lines
+
+
+def visible(text):
+    """An answer as it is shown."""
+    stripped = text.lstrip("\n")
+    return "↵" * (len(text) - len(stripped)) + re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", stripped) or "(nothing)"
 
 
 def written(value):
@@ -280,8 +307,6 @@ def front_numbers(found):
         *map(str, plan["seeds"]),
         *map(count, (len(plan["replicas"]), plan["rows"], plan["steps"], front["tokens"])),
         *map(count, (examples["tested"], examples["apart"], examples["base_apart"], alike, len(examples["shown"]))),
-        *(number for text in strings(examples) for number in NUMBER.findall(text)),
-        *(str(row["item"]) for row in examples["shown"]),
         *map(str, minutes),
         format(front["peak_gib"], ".2f"),
         # beside the titles of sections

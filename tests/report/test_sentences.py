@@ -74,9 +74,10 @@ def test_a_run_whose_fused_adapter_loses_says_so_and_names_the_better_one(run, c
     text, found = (run / "report.md").read_text(), json.loads((run / "report.json").read_text())
     assert "The fused adapter (seedlora) is worse than soup: it gets 16.7 points less of the test items (" in text
     assert found["advice"]["headline"][1] == "Use soup: it is shown to be better than the fused adapter."
-    assert " ".join(found["advice"]["headline"]) in text
-    assert text.startswith("# tiny-llama on ReasoningGym: ")
-    assert "; seeds 11, 42, 202, 0:00:" in text.splitlines()[0]
+    assert found["advice"]["headline"][0] in text
+    assert "**How sure is that?** It is shown to be better than the fused adapter." in text
+    assert text.startswith("# tiny-llama on chain_sum, ")
+    assert "seeds 11, 42, 202; " in text.splitlines()[2]
 
 
 def test_what_was_left_out_is_said(run):

@@ -47,7 +47,7 @@ def test_an_interrupted_run_says_so(run):
     text = written_text(run)
     assert "The run is not finished: seed_42 is not trained; repeat its command with --resume" in text
     assert "No test set was scored" in text
-    assert "**The run is not finished, so there is no verdict.**" in text
+    assert "\nThe run is not finished, so there is no verdict.\n" in text
     assert "| seed_11 |" in text
 
 
