@@ -86,7 +86,7 @@ def check_config(file: Path, instead: str = "") -> None:
         return
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")

@@ -179,7 +179,7 @@ def ratio_interval(values: np.ndarray, weights: np.ndarray) -> Ends:
 def ratio_intervals(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""Return :func:`ratio_interval` of several samples at once: all low ends, and all high ends, of shape (samples,).
 
-    Each is Student's interval, and Hall's, which follows the skewness, and reaches as far as the wider one on each side:
+    Each is Student's interval, and Hall's, which follows the skewness, and reaches as far as the wider one on a side:
     where most items differ by little and a few by much, Student's alone would be too short. An item of much weight
     counts for more than one, so that there are fewer degrees of freedom. Of these a third is taken: Student's are those
     of a normal distribution, and the spread of skewed losses is known as badly as from a third of the rows. So at
