@@ -179,7 +179,7 @@ def _compare(adapters: Sequence[str], work: Path, base: Path, commands: Mapping[
     if commands["soup"].code == 0:
         tolerance = _tolerance(work / "fused")
         wrong += _difference("soup", _reference(work / "fused", base, strict=True).changes, mean, tolerance)
-        if zero and "change nothing" not in " ".join(commands["soup"].out.split()):
+        if zero and "will change nothing" not in " ".join(commands["soup"].out.split()):
             wrong.append("soup: says nothing of a result that is all zeros")
     if commands["into base"].code == 0:
         whole = _weights(_load(work / "whole"))

@@ -26,12 +26,10 @@ from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.errors import UsageError, one_line, refuse
 from seedlora.cli.parser import SeedLoRACLI
-from seedlora.cli.preview import positions_of
 from seedlora.datamodules.preview import packing_advice
 from seedlora.datamodules.prompts import asked_of_a_server
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
-from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
 from seedlora.records.sweep import SweepRecord
 from seedlora.report.page import write_report
@@ -155,10 +153,6 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: bool, finished: bo
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
-    for rows in data.rows.values():
-        largest = int(rows.tokens.max()) if len(rows) else 0
-        check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
-    data.check_positions(positions_of(module.options.outline.config))
     cli.callback.check_fit(trainer, module, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     ensemble.check_stack()

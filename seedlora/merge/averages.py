@@ -18,6 +18,11 @@ class Averages(NamedTuple):
     biases: dict[str, Tensor]
     modules: dict[str, Tensor]
 
+    @property
+    def change_anything(self) -> bool:
+        """Return whether there are full weights, or biases that are not zero."""
+        return bool(self.modules) or any(bool(bias.any()) for bias in self.biases.values())
+
 
 def average_biases_and_modules(adapters: Mapping[str, Adapter], bound: BoundRule) -> Averages:
     """Average the adapters' biases and full weights, whatever the rule: they have no factors to apply it to.

@@ -15,7 +15,7 @@ from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
-from seedlora.run.stack_data import PlannedData
+from seedlora.run.stack_data import HasTokens, PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -225,7 +225,15 @@ def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int
 
 def _rows(data: PlannedData) -> str:
     parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
-    return "; ".join([f"{type(data).__name__}: {parts}", *_left_out(data)])
+    return "; ".join([f"{type(data).__name__}: {parts}", *_seen_in_training(data), *_left_out(data)])
+
+
+def _seen_in_training(data: PlannedData) -> list[str]:
+    """Say how many validation and test rows are training rows as well, whose scores tell of memory."""
+    if not isinstance(data, HasTokens):
+        return []
+    seen = [f"{count:,} of {len(data.rows[split]):,} {split} rows" for split, count in data.seen_in_training().items()]
+    return [f"{' and '.join(seen)} occur word for word among the training rows"] if seen else []
 
 
 def _left_out(data: PlannedData) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import lightning.pytorch as pl
 
+from seedlora.datamodules import InstructionData
 from seedlora.run import plan
 from seedlora.run.cost import PeakMemory
 from seedlora.run.ensemble import Ensemble
@@ -52,3 +54,17 @@ def test_a_plan_of_several_processes_says_so(tiny_llama):
     found = plan.run_plan(trainer, model.options, data, ensemble)
     cells = dict(zip(*(column.cells for column in found.table().columns), strict=True))
     assert " in each of 2 processes: base " in cells["memory"]
+
+
+def test_a_plan_counts_rows_that_are_trained_on_as_well(tiny_llama, tmp_path):
+    texts = [f"{i % 30}+{i % 30}=" for i in range(40)]
+    rows = "".join(json.dumps({"prompt": text, "response": "x"}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = InstructionData(str(tmp_path / "rows.jsonl"), style="plain", val_fraction=0.2, test_fraction=0.2)
+    data.tokenizer = make_module(tiny_llama).tokenizer
+    data.setup("fit")
+    trained = {texts[number] for number in data.rows["train"].numbers}
+    seen = {split: sum(texts[number] in trained for number in data.rows[split].numbers) for split in ("val", "test")}
+    assert data.seen_in_training() == {split: count for split, count in seen.items() if count} != {}
+    parts = " and ".join(f"{count} of 8 {split} rows" for split, count in seen.items() if count)
+    assert f"; {parts} occur word for word among the training rows" in plan._rows(data)
