@@ -14,19 +14,19 @@ import time
 import warnings
 from pathlib import Path
 
+from benchmarks.reliability.parts import PARTS, prepare
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-#: How many cases of each part a release is judged by.
-COUNTS = {"adapters": 2000, "rows": 2000, "run_folders": 500, "configs": 500}
 
 
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__)
-    parser.add_argument("part", choices=sorted(COUNTS))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--count", type=int, help="how many cases there are to be in all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so many")
     parser.add_argument("--seeds", type=int, nargs="*", help="try these again, say what happens, and keep nothing")
@@ -35,12 +35,11 @@ def main() -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from benchmarks.reliability.counts import count
-    from benchmarks.reliability.parts import prepare
 
     disable_progress_bar()
     out = Path(__file__).with_name(f"{options.part}.json")
-    seeds = options.seeds or options.count or COUNTS[options.part]
-    command = f"python -m benchmarks.reliability {options.part} --count {options.count or COUNTS[options.part]}"
+    seeds = options.seeds or options.count or PARTS[options.part].count
+    command = f"python -m benchmarks.reliability {options.part} --count {options.count or PARTS[options.part].count}"
     stop = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         tried = prepare(options.part, Path(folder))

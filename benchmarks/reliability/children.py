@@ -127,6 +127,23 @@ def kill(child: int) -> None:
         os.waitpid(child, 0)
 
 
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time of a process so far; infinity if it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("inf")
+    return float("inf") if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_of(process: int) -> list[int]:
+    """Return the processes that a process has started."""
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def in_child(function: Callable[[], T], seconds: float = PATIENCE) -> T:
     """Return what a function gives in a process of its own, so that nothing it changes stays."""
     with tempfile.TemporaryDirectory() as folder:

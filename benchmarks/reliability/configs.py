@@ -142,12 +142,14 @@ def _change(rng: random.Random, options: dict[str, Any], changed: dict[str, Any]
         return f"{'.'.join(path)} = {str(place[key])[:30]!a}"
     if how == "removed":
         del place[key]
+        changed.pop(".".join(path), None)
     elif how == "added":
         place[rng.choice(["something", "", "0", "class_path", "callbacks", "help", "config", "--x"])] = rng.choice(
             VALUES[:9]
         )
     else:
         place[f"{key}_"] = place.pop(key)
+        changed.pop(".".join(path), None)
     return f"{'.'.join(path)} {how}"
 
 
