@@ -225,19 +225,21 @@ def _reference(folder: Path, base: Path, *, strict: bool = False) -> _Reference:
             raise RuntimeError(f"PEFT does not load the result: {error}") from None
     with tempfile.TemporaryDirectory() as plain:
         shutil.copytree(folder, plain, dirs_exist_ok=True)
-        _name_targets(Path(plain) / "adapter_config.json")
         file = Path(plain) / "adapter_model.safetensors"
         wrappers = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module|default)\."
         inner = {re.sub(wrappers, "", key): tensor for key, tensor in load_file(file).items()}
         save_file({f"base_model.model.{key.replace('base_model.model.', '')}": t for key, t in inner.items()}, file)
+        _name_targets(Path(plain))
         return _Reference(_merged_by_peft(Path(plain), base), "PEFT on plain keys")
 
 
-def _name_targets(file: Path) -> None:
-    """Name all linear layers where no targets are named: by itself PEFT would then take some of a table of its own."""
+def _name_targets(folder: Path) -> None:
+    """Name the layers of the file where no targets are named: by itself PEFT would take some of a table of its own."""
+    file = folder / "adapter_config.json"
     entries = json.loads(file.read_text(encoding="utf-8"))
     if entries.get("target_modules") is None:
-        file.write_text(json.dumps(entries | {"target_modules": [*SEVEN, "embed_tokens"]}))
+        layers = {key.split(".lora_")[0].split(".")[-1] for key in load_file(folder / "adapter_model.safetensors")}
+        file.write_text(json.dumps(entries | {"target_modules": sorted(layers)}))
 
 
 def _merged_by_peft(folder: Path, base: Path) -> dict[str, Tensor]:

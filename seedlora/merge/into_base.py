@@ -134,7 +134,7 @@ class _AdaptersIntoBase:
         self.adapter, self.count = next(iter(adapters.values())), len(adapters)
         keys = {path: weights.key(path) for path in self.stacks}
         _check_shapes(self.adapter, keys, weights)
-        averages = average_biases_and_modules(adapters, bound)
+        averages = average_biases_and_modules(adapters, bound, rounded=False)
         targets = _target_keys(self.adapter, keys, weights)
         _check_tied(keys, averages.modules, targets.modules, weights)
         self.paths = {key: path for path, key in keys.items()}

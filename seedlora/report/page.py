@@ -17,6 +17,7 @@ from seedlora.report.sections import paired_table, runs_table, sections
 from seedlora.report.several_runs import ComparedRun, compare_runs, read_items
 from seedlora.report.weights import LAYERS
 from seedlora.utils.files import write_text
+from seedlora.utils.places import without_home
 
 
 def write_report(
@@ -39,7 +40,7 @@ def write_report(
     colours = Palette(report["seeds"]).colours
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
     _write_pages(Path(run), report["title"], report["verdict"], sections(report), on_page)
-    REPORT.write(Path(run), report)
+    write_text(Path(run) / REPORT.name, without_home(REPORT.text(report)))
     return report
 
 
@@ -62,7 +63,7 @@ def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out:
     report = compare_runs(compared)
     # Rows are runs, which have no colours, whatever they are called.
     _write_pages(Path(out), f"{len(runs)} SeedLoRA runs", report["verdict"], _comparison_sections(report), {})
-    COMPARISON_REPORT.write(Path(out), report)
+    write_text(Path(out) / COMPARISON_REPORT.name, without_home(COMPARISON_REPORT.text(report)))
     return report
 
 
@@ -112,4 +113,4 @@ def _write_pages(
         text = environment.get_template(f"{name}.j2").render(
             title=title, verdict=verdict, sections=shown, colours=colours
         )
-        write_text(folder / name, text)
+        write_text(folder / name, without_home(text))  # a report is sent to others
