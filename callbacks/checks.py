@@ -6,13 +6,14 @@ import lightning.pytorch as pl
 
 from seedlora.distributed.strategies import holds_whole_adapters, saves_checkpoint_folders
 from seedlora.merge.whole_models import check_dense
+from seedlora.model.loading import check_token_ids, positions_of
 from seedlora.names import ALL_CONTROLS, FUSED, SOUP
 from seedlora.run.budget import limited_batches, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
-from seedlora.run.stack_data import JoinsRows, StackDataModule
+from seedlora.run.stack_data import HasTokens, JoinsRows, StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
@@ -83,7 +84,8 @@ class Checks(pl.Callback):
             self._is_taken = False
 
     def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
-        """Raise ValueError if an option of trainer or module cannot be, or if validation decides and cannot.
+        """Raise ValueError if an option of trainer or module cannot be, if validation decides and cannot, or if the
+        base model has no place for a row's tokens.
 
         Args:
             trainer: whose options are checked.
@@ -104,6 +106,9 @@ class Checks(pl.Callback):
                 ensemble.options.halving_rounds(steps)
             ensemble.options.ema_decay(steps)
         self._check_validation(trainer, data)
+        if isinstance(data, HasTokens):
+            check_token_ids(data.largest_token(), module.options.outline.vocabulary, module.options.base_model)
+            data.check_positions(positions_of(module.options.outline.config))
 
     def _check_validation(self, trainer: pl.Trainer, data: StackDataModule) -> None:
         """Raise ValueError if validation decides and cannot: no rows, adapters in parts."""

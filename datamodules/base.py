@@ -193,6 +193,19 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} found no training rows: " + (why or f"the source has {read} rows"))
         self.rows = splits
 
+    def largest_token(self) -> int:
+        """Return the largest token id of all rows."""
+        return max((int(rows.tokens.max()) for rows in self.rows.values() if len(rows)), default=0)
+
+    def seen_in_training(self) -> dict[str, int]:
+        """Return how many rows of the other splits occur word for word among those of ``train``, where there are any.
+
+        Two rows are the same whose tokens are, answers included, as they are after long ones were cut.
+        """
+        trained = set(self.rows["train"].contents())
+        seen = {name: sum(row in trained for row in rows.contents()) for name, rows in self.rows.items()}
+        return {name: count for name, count in seen.items() if count and name != "train"}
+
     def check_positions(self, positions: int | None) -> None:
         """Compare the rows with the positions of a base model, before it is trained.
 

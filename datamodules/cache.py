@@ -52,7 +52,7 @@ def cached_rows(key: object, make: Callable[[], Iterable[Chunk]]) -> TokenRows:
     digest = hashlib.blake2b(json.dumps([FORMAT, key], sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / digest
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder.parent)
         with _locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 scratch = Path(tempfile.mkdtemp(prefix=f".{digest}.", dir=folder.parent))
@@ -62,6 +62,18 @@ def cached_rows(key: object, make: Callable[[], Iterable[Chunk]]) -> TokenRows:
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
     return _read(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder of the cache; raise OSError with what to do if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"tokenised rows are kept in {folder}, which cannot be written: {error.strerror}; set SEEDLORA_CACHE to a "
+            "folder that can"
+        ) from None
 
 
 @contextmanager

@@ -150,6 +150,11 @@ class TokenRows:
         part = slice(int(self.starts[row]), int(self.starts[row] + self.lengths[row]))
         return self.tokens[part], self.supervised[part]
 
+    def contents(self) -> Iterator[bytes]:
+        """Give a hash of the token ids of each row, in order."""
+        for row in range(len(self)):
+            yield hashlib.blake2b(self.row(row)[0].tobytes(), digest_size=16).digest()
+
     def asked(self, row: int) -> AskedRow:
         """Return a row divided before its last answer.
 

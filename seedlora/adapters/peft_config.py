@@ -11,6 +11,7 @@ from typing import Any
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, is_model
 from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
+from seedlora.adapters.targets import Targets
 from seedlora.updates.diagnostics import natural_sort_key
 from seedlora.utils.patterns import check_pattern, pattern_key
 
@@ -44,6 +45,7 @@ class AdapterConfig:
         fan_in_fan_out: the base model stores its weights as ``(K, D)``.
         task_type: PEFT's, one of :data:`PEFT_AUTO_CLASSES`.
         auto_mapping: the class of the base model, which PEFT says where it knows no task.
+        targets: the layers that are adapted.
     """
 
     rank: int
@@ -60,6 +62,7 @@ class AdapterConfig:
     fan_in_fan_out: bool
     task_type: str | None
     auto_mapping: Mapping[str, str] | None
+    targets: Targets
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,6 +130,7 @@ def read_config(folder: Path, *, allow_more: bool = False) -> AdapterConfig:
         fan_in_fan_out=bool(entries.get("fan_in_fan_out")),
         task_type=entries.get("task_type"),
         auto_mapping=auto_mapping if isinstance(auto_mapping, dict) else None,
+        targets=Targets.read(file, entries),
     )
 
 

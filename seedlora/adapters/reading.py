@@ -39,6 +39,7 @@ from seedlora.adapters.key_names import plain_keys
 from seedlora.adapters.original_base import base_key_of, without_start
 from seedlora.adapters.peft_config import AdapterConfig, read_config
 from seedlora.adapters.placing import placed_on
+from seedlora.adapters.targets import check_targeted
 from seedlora.model.weight_files import WeightFiles, broken_weights
 from seedlora.updates.factors import LoRAFactors
 
@@ -108,6 +109,7 @@ def read_adapter(
     biases = _pop_by_suffix(tensors, KEY_BIAS) if config.lora_bias else {}
     layers, embeddings, scalings, dtypes = {}, set(), {}, set()
     for pair in _pair_factors(file, tensors):
+        check_targeted(file, pair.path, config.targets)
         scalings[pair.path] = scaling = config.scaling(path, pair.path, pair.a.shape[0])
         layers[pair.path] = _fold_scaling(file, pair, scaling, has_start=config.init in REPEATED_INITS)
         dtypes.add(pair.b.dtype)

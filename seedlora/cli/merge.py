@@ -196,6 +196,12 @@ def _print_inputs(console: Console, method: str, record: FusionRecord) -> None:
         console.print(f"kinds of the inputs: {', '.join(kinds)}")
     if averaged := record.get("averaged"):
         console.print(f"averaged, not merged by {method}: {', '.join(averaged)}", soft_wrap=True)
+    if record.get("changes_nothing"):
+        console.print(
+            "the result is zero in all layers, so it will change nothing: were the inputs trained, do they cancel out, "
+            "or did an option take everything away?",
+            soft_wrap=True,
+        )
     if "dequantised" in record:
         console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
 

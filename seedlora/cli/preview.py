@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from seedlora.datamodules.preview import main as preview
 from seedlora.model.attention import AUTO, reason_not_to_pack
 from seedlora.model.embedded import EMBEDDED
-from seedlora.model.loading import load_config, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from seedlora.model.loading import load_config, load_tokenizer, positions_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,9 +19,3 @@ def main(argv: Sequence[str]) -> int:
         load_positions=lambda model: positions_of(load_config(model)),
         reason_not_to_pack=lambda model: reason_not_to_pack(load_config(model).get_text_config(), AUTO, compiled=False),
     )
-
-
-def positions_of(config: PretrainedConfig) -> int | None:
-    """Return the number of positions of a model, None where its configuration names no limit."""
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None

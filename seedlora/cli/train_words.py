@@ -108,12 +108,17 @@ def check_config(file: Path, instead: str = "") -> None:
         return
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")
     if why := found.get(FROM_PYTHON):
         raise UsageError(f"{file} records a run from Python, which train.py cannot start: {why}")
+    for section in ("trainer", "model", "data", "ensemble", "evaluate"):
+        if not isinstance(given := found.get(section), dict | str | None):
+            raise UsageError(
+                f"{file}: {section} is {str(given)[:80]!r}; options are needed, each with its name{instead}"
+            )
     data = found.get("data")
     kind = str(data.get("class_path")) if isinstance(data, dict) else ""
     if kind.startswith("datamodules."):

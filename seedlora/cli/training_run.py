@@ -25,10 +25,8 @@ from seedlora.cli.after_training import asked_tasks, evaluate_run
 from seedlora.cli.errors import UsageError, one_line, refuse
 from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.plan_measurement import measure_plan
-from seedlora.cli.preview import positions_of
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
-from seedlora.model.loading import check_token_ids
 from seedlora.names import UNFINISHED_NAME
 from seedlora.report.terminal import told_report
 from seedlora.run.budget import replica_share
@@ -156,10 +154,6 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, fini
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
-    for rows in data.rows.values():
-        largest = int(rows.tokens.max()) if len(rows) else 0
-        check_token_ids(largest, module.options.outline.vocabulary, module.options.base_model)
-    data.check_positions(positions_of(module.options.outline.config))
     data.reason_not_to_pack = module.options.reason_not_to_pack
     cli.callback.check_fit(trainer, module, data)
     choose_stack_size(ensemble, trainer, module.options, data)

@@ -33,7 +33,7 @@ from seedlora.merge.record import (
 )
 from seedlora.merge.registry import make_rule
 from seedlora.records.fusion import FUSION
-from seedlora.updates.algebra import gain
+from seedlora.updates.algebra import gain, is_nothing
 from seedlora.updates.dense import Updates
 from seedlora.updates.factors import LoRAFactors
 from seedlora.updates.stacks import Stacks
@@ -135,6 +135,8 @@ def merge_folders(
     )
     result = _in_dtype(complete.layers, averages, dtype or stored_dtype(adapters.values()), modules=dtype)
     record = fusion_record(bound, fused, hashes, base_model=first.base_model, run=run)
+    if not averages.change_anything and all(map(is_nothing, fused.values())):
+        record["changes_nothing"] = True
     if dtype is not None:
         record["dtype"] = str(dtype).removeprefix("torch.")
     if base is not None:

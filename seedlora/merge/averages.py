@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,21 @@ class Averages(NamedTuple):
     biases: dict[str, Tensor]
     modules: dict[str, Tensor]
 
+    @property
+    def change_anything(self) -> bool:
+        """Return whether there are full weights, or biases that are not zero."""
+        return bool(self.modules) or any(bool(bias.any()) for bias in self.biases.values())
 
-def average_biases_and_modules(adapters: Mapping[str, Adapter], bound: BoundRule) -> Averages:
+
+def average_biases_and_modules(adapters: Mapping[str, Adapter], bound: BoundRule, *, rounded: bool = True) -> Averages:
     """Average the adapters' biases and full weights, whatever the rule: they have no factors to apply it to.
 
     With the rule's ``weights``, biases are summed as it sums updates (``w_n / N``).
+
+    Args:
+        adapters: by name.
+        bound: the rule.
+        rounded: whether the averages are rounded to the finest dtype of the inputs; else they are in float32 or higher.
 
     Raises:
         AdapterError: as :func:`average_modules`.
@@ -31,11 +42,21 @@ def average_biases_and_modules(adapters: Mapping[str, Adapter], bound: BoundRule
     biases = {path: [m.biases[path] for m in members] for path in members[0].biases}
     modules = {key: [m.modules[key] for m in members] for key in members[0].modules}
     w = _adapter_weights(bound, len(members), "lora_bias") / len(members) if biases else torch.empty(0)
-    return Averages({path: _weighted_sum(each, w) for path, each in biases.items()}, average_modules(modules, bound))
+    return Averages(
+        {path: _weighted_sum(each, w, rounded=rounded) for path, each in biases.items()},
+        average_modules(modules, bound, rounded=rounded),
+    )
 
 
-def average_modules(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -> dict[str, Tensor]:
+def average_modules(
+    modules: Mapping[str, Sequence[Tensor]], bound: BoundRule, *, rounded: bool = True
+) -> dict[str, Tensor]:
     """Average full weights by key: with the rule's weights, brought to a sum of 1, or over its chosen members alone.
+
+    Args:
+        modules: of all adapters, by key.
+        bound: the rule.
+        rounded: as for :func:`average_biases_and_modules`.
 
     Raises:
         AdapterError: if the rule's weights add up to 0 or less, or are not as many as the adapters, or the rule chooses
@@ -46,7 +67,7 @@ def average_modules(modules: Mapping[str, Sequence[Tensor]], bound: BoundRule) -
     w = _adapter_weights(bound, len(next(iter(modules.values()))), min(modules))
     if not w.sum() > 0:
         raise AdapterError(f"modules_to_save are averaged, so weights must add up to more than 0, got {w.tolist()}")
-    return {key: _weighted_sum(each, w / w.sum()) for key, each in modules.items()}
+    return {key: _weighted_sum(each, w / w.sum(), rounded=rounded) for key, each in modules.items()}
 
 
 def _adapter_weights(bound: BoundRule, n: int, what: str) -> Tensor:
@@ -66,7 +87,9 @@ def _adapter_weights(bound: BoundRule, n: int, what: str) -> Tensor:
     return w
 
 
-def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    total = sum(float(x) * t.float() for x, t in zip(weights, tensors, strict=True))
+def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor, *, rounded: bool) -> Tensor:
+    finest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    compute = torch.promote_types(finest, torch.float32)
+    total = sum(float(x) * t.to(compute) for x, t in zip(weights, tensors, strict=True))
     assert isinstance(total, Tensor)
-    return total.to(tensors[0].dtype)
+    return total.to(finest) if rounded else total

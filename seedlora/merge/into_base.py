@@ -21,7 +21,7 @@ from seedlora.merge.record import fusion_record, gain_record, hash_inputs, recor
 from seedlora.merge.registry import make_rule
 from seedlora.merge.whole_models import merge_models
 from seedlora.model.weight_files import WeightFiles
-from seedlora.updates.algebra import gram
+from seedlora.updates.algebra import gram, is_nothing
 from seedlora.updates.dense import Updates
 from seedlora.utils.files import atomic_folder
 
@@ -79,6 +79,8 @@ def merge_into_base(
             record["gain"] = gain_record(change.gains)
         record_kinds(record, adapters)
         record["into_base"] = recorded(base, run)
+        if change.changes_nothing:
+            record["changes_nothing"] = True
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
         write_model_notes(folder, record, sources, run)
@@ -113,6 +115,7 @@ class _AdaptersIntoBase:
         svd: which SVD each of these got.
         inputs: the largest relative error of updates that were compressed for the rule, by layer.
         gains: of each layer, how much longer its merged update is than the mean update.
+        changes_nothing: whether all merged updates were zero so far, and nothing else is changed.
 
     Raises:
         AdapterError: if the base model has not the layers, shapes or biases that the adapters are for.
@@ -131,7 +134,7 @@ class _AdaptersIntoBase:
         self.adapter, self.count = next(iter(adapters.values())), len(adapters)
         keys = {path: weights.key(path) for path in self.stacks}
         _check_shapes(self.adapter, keys, weights)
-        averages = average_biases_and_modules(adapters, bound)
+        averages = average_biases_and_modules(adapters, bound, rounded=False)
         targets = _target_keys(self.adapter, keys, weights)
         _check_tied(keys, averages.modules, targets.modules, weights)
         self.paths = {key: path for path, key in keys.items()}
@@ -139,6 +142,7 @@ class _AdaptersIntoBase:
         self.modules = {key: averages.modules[name] for name, key in targets.modules.items()}
         self.compression, self.svd = dict[str, float](), dict[str, str]()
         self.inputs, self.gains = dict[str, float](), list[float]()
+        self.changes_nothing = not averages.change_anything
         self._updates = self._finished_updates(sorted(self.stacks, key=lambda path: places[keys[path]]))
 
     def _finished_updates(self, order: Sequence[str]) -> Iterator[tuple[str, Updates]]:
@@ -165,6 +169,7 @@ class _AdaptersIntoBase:
         path, update = next(self._updates)
         assert path == self.paths[key]
         changed = add_update(weight, update, flipped=self.adapter.flipped(path))
+        self.changes_nothing = self.changes_nothing and is_nothing(update)
         mean = float(gram(self.stacks[path]).mean()) if self.count > 1 else 0.0
         self.gains.append((changed.square / mean) ** 0.5 if mean > 0 else 1.0)
         if self.on_layer is not None:

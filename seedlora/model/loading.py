@@ -125,6 +125,12 @@ def check_token_ids(largest: int, vocabulary: int, base_model: str) -> None:
         )
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model, None where its configuration names no limit."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def model_identity(base_model: str) -> BaseIdentity:
     """Return what tells this model from another without reading its weights, as plain data.
 

@@ -115,6 +115,7 @@ class FusionRecord(AppliedRule):
         gain: how many times as long the fused updates are as the mean updates; only there for several inputs.
         into_base: the base model that the result was added to.
         dequantised: how that base model was stored before it was dequantised.
+        changes_nothing: only there, and true, where the result is zero in all layers.
     """
 
     source: NotRequired[str]
@@ -131,6 +132,7 @@ class FusionRecord(AppliedRule):
     gain: NotRequired[GainRecord]
     into_base: NotRequired[str]
     dequantised: NotRequired[str]
+    changes_nothing: NotRequired[bool]
 
 
 FUSION = JSONFile(FUSION_NAME, FusionRecord, default=str)

@@ -23,6 +23,7 @@ from seedlora.report.several_runs import ComparedRun, compare_runs, read_items
 from seedlora.report.svg import INK
 from seedlora.report.weights import LAYERS
 from seedlora.utils.files import write_text
+from seedlora.utils.places import without_home
 
 HTML_NAME, MARKDOWN_NAME = "report.html", "report.md"
 #: Makes a page load itself again, and keeps what was open. Only a page of a run in training has it.
@@ -66,7 +67,7 @@ def write_report(
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
     drawings = Drawings(figures(report))
     _write_pages(Path(run), front_of_run(report, drawings), sections(report, drawings), on_page, reload=reload)
-    REPORT.write(Path(run), report)
+    write_text(Path(run) / REPORT.name, without_home(REPORT.text(report)))
     return report
 
 
@@ -98,7 +99,7 @@ def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out:
     drawings = Drawings({} if picture is None else {"runs": picture})
     # Rows are runs, which have no colours, whatever they are called.
     _write_pages(Path(out), front_of_comparison(report, drawings), comparison_sections(report), {})
-    COMPARISON_REPORT.write(Path(out), report)
+    write_text(Path(out) / COMPARISON_REPORT.name, without_home(COMPARISON_REPORT.text(report)))
     return report
 
 
@@ -150,4 +151,4 @@ def _write_pages(
             colours=colours,
             reload=Markup(RELOAD if reload else ""),  # noqa: S704 - written above
         )
-        write_text(folder / name, text)
+        write_text(folder / name, without_home(text))  # a report is sent to others

@@ -17,7 +17,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
 from seedlora.run.halving import replica_steps
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
-from seedlora.run.stack_data import JoinsRows, PlannedData
+from seedlora.run.stack_data import HasTokens, JoinsRows, PlannedData
 
 if TYPE_CHECKING:
     from seedlora.training.model_options import ModelOptions
@@ -257,7 +257,15 @@ def _means(options: EnsembleOptions, steps: int) -> str | None:
 
 def _rows(data: PlannedData) -> str:
     parts = ", ".join(f"{len(part):,} {split}" for split, part in data.rows.items())
-    return "; ".join([f"{type(data).__name__}: {parts}", *_left_out(data)])
+    return "; ".join([f"{type(data).__name__}: {parts}", *_seen_in_training(data), *_left_out(data)])
+
+
+def _seen_in_training(data: PlannedData) -> list[str]:
+    """Say how many validation and test rows are training rows as well, whose scores tell of memory."""
+    if not isinstance(data, HasTokens):
+        return []
+    seen = [f"{count:,} of {len(data.rows[split]):,} {split} rows" for split, count in data.seen_in_training().items()]
+    return [f"{' and '.join(seen)} occur word for word among the training rows"] if seen else []
 
 
 def _left_out(data: PlannedData) -> list[str]:

@@ -85,6 +85,20 @@ class HasRows(Protocol):
 
 
 @runtime_checkable
+class HasTokens(Protocol):
+    """Offer what the rows' tokens say: whether a base model has a place for them, and which rows are the same."""
+
+    def largest_token(self) -> int:
+        """Return the largest token id of all rows."""
+
+    def check_positions(self, positions: int | None) -> None:
+        """Raise ValueError if a row has more tokens than the base model has positions; None is no limit."""
+
+    def seen_in_training(self) -> Mapping[str, int]:
+        """Return how many rows of the other splits occur word for word among those of ``train``."""
+
+
+@runtime_checkable
 class HasPrompt(Protocol):
     """Offer a record of how the rows are worded."""
 

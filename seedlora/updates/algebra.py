@@ -229,6 +229,22 @@ def gain(stack: Updates, fused: Updates) -> Float[Tensor, ""]:
     return gram(fused)[0, 0].clamp_min(0).sqrt() / mean if mean > 0 else torch.ones_like(mean)
 
 
+def is_nothing(fused: Updates) -> bool:
+    """Return whether a merged update is zero: its factors are, or their product is less than rounding leaves of it.
+
+    Example:
+        >>> one, same = torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 3, 1)
+        >>> is_nothing(LoRAFactors(torch.cat([one, one], 1), torch.cat([same, -same], 2)))
+        True
+    """
+    if isinstance(fused, DenseUpdates):
+        return float(gram(fused)[0, 0]) <= 0
+    if not (fused.A.any() and fused.B.any()):
+        return True
+    longest = float(fused.A.double().square().sum() * fused.B.double().square().sum())
+    return float(gram(fused)[0, 0]) <= 1e-12 * longest
+
+
 def weighted_sum(
     stack: AnyUpdates, weights: Float[Tensor, " N"], *, constant: float | Float[Tensor, ""] | None = None
 ) -> AnyUpdates:

@@ -68,3 +68,12 @@ def test_the_merge_changes_the_model_that_it_is_loaded_into(kind, tmp_path):
     )
     for key, weight in wanted.items():
         torch.testing.assert_close(found[key], weight)
+
+
+def test_a_name_of_an_adapter_within_keys_is_refused(tmp_path):
+    """PEFT keeps its adapter's name in memory alone: a state dict that somebody saved themselves still has it."""
+    save_adapter(tmp_path, r=2, lora_alpha=6, target_modules=["q_proj"])
+    file = tmp_path / WEIGHTS_NAME
+    save_file({key.replace(".weight", ".default.weight"): t for key, t in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match="lora_A.default.weight.*save it with PEFT's save_pretrained"):
+        read_adapter(tmp_path)

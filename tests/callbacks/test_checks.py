@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 
 from seedlora.callbacks import SeedEnsembleCallback
-from tests.helpers.models import FULL, SEEDS, make_data, make_module
+from tests.helpers.models import FULL, SEEDS, make_data, make_module, save_tiny_llama
 from tests.helpers.training import SILENT, make_trainer
 
 
@@ -61,3 +61,16 @@ def test_best_weights_need_validation(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
     with pytest.raises(ValueError, match="need validation rows"):
         make_trainer(callback, limit_val_batches=0).fit(make_module(tiny_llama), datamodule=make_data())
+
+
+def test_from_python_too_the_base_has_a_place_for_all_tokens(tiny_llama, tmp_path):
+    for option, value, message in (
+        ("vocab_size", 100, "makes token .*rows for tokens 0 to 99"),
+        ("max_position_embeddings", 9, "a row has .* tokens, the base model only 9 positions"),
+    ):
+        base = tmp_path / option
+        save_tiny_llama(base, seed=0, **{option: value})
+        callback = SeedEnsembleCallback(SEEDS, dirpath=tmp_path / "run", budget="full")
+        with pytest.raises(ValueError, match=message):
+            make_trainer(callback, max_epochs=1).fit(make_module(str(base)), datamodule=make_data())
+        assert not (tmp_path / "run").exists()

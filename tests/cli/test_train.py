@@ -129,3 +129,14 @@ def test_callbacks_of_the_user_are_there_in_every_pass(tiny_llama):
 def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
     assert train(tiny_llama, "--trainer.fast_dev_run", "true") == 0
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000]
+)
+def test_a_file_of_options_that_holds_something_else_is_one_sentence(text, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text(text + "\n")
+    assert main(["--config", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: error: {file}")

@@ -48,7 +48,7 @@ FAMILIES = {
 FULL = {"adapter": "full", "learning_rate": 2e-4}
 
 
-def save_tiny_llama(folder: Path, *, seed: int, **shape: int) -> None:
+def save_tiny_llama(folder: Path, *, seed: int, **shape: int | bool) -> None:
     """Save a random Llama of two layers, or of another shape, with a byte-level tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([EOS, *alphabet])}, merges=[]))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError
 from seedlora.adapters.reading import read_adapter
+from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.inputs import stack_adapters
 from seedlora.merge.layers import merge_stacks
@@ -202,3 +205,71 @@ def test_the_fused_folder_is_universal(tmp_path):
     assert 0 < record["compression"]["relative_error_mean"] <= record["compression"]["relative_error_max"] < 1
     assert [len(source["sha256"]) for source in record["inputs"]] == [64, 64]
     assert "relative Frobenius error" in (tmp_path / "out" / "README.md").read_text()
+
+
+def _opposite(folder, out):
+    """Copy an adapter with the sign of its update turned."""
+    shutil.copytree(folder, out)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    save_file({key: -tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}, out / WEIGHTS_NAME)
+
+
+@pytest.mark.parametrize("how", ["untrained", "cancelled", "weights"])
+@pytest.mark.parametrize("into_base", [False, True])
+def test_a_result_that_is_zero_is_said(how, into_base, tmp_path, capsys):
+    small_llama().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "a", r=2, lora_alpha=5, target_modules=["q_proj", "up_proj"])
+    if how == "untrained":
+        get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "b")
+        given, more = [tmp_path / "b"], []
+    elif how == "cancelled":
+        _opposite(tmp_path / "a", tmp_path / "b")
+        given, more = [tmp_path / "a", tmp_path / "b"], []
+    else:
+        given, more = [tmp_path / "a"], ["--weights", "[0.0]"]
+    more += ["--into_base", str(tmp_path / "base")] if into_base else []
+    words = ["merge", *map(str, given), "--method", "soup", *more, "--out", str(tmp_path / "out")]
+    code, said = main(words), capsys.readouterr()
+    if how == "weights" and code == 2:
+        assert "weights" in said.err
+        return
+    assert code == 0
+    assert "the result is zero in all layers, so it will change nothing" in said.out
+    assert json.loads((tmp_path / "out" / "fusion.json").read_text())["changes_nothing"] is True
+
+
+def test_a_result_that_is_something_says_nothing_of_zero(seed_folders, tmp_path, capsys):
+    assert main(["merge", *map(str, seed_folders), "--out", str(tmp_path / "out")]) == 0
+    assert "change nothing" not in capsys.readouterr().out
+    assert "changes_nothing" not in json.loads((tmp_path / "out" / "fusion.json").read_text())
+
+
+def test_nothing_is_written_through_links_or_outside_of_the_output(seed_folders, tmp_path):
+    """A link in an input is read or left, and what it points to stays; a link as output is what is replaced."""
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    shutil.copytree(seed_folders[0], tmp_path / "a")
+    for name in ("prompt.json", "README.md", "fusion.json", "chat_template.jinja", "tokenizer.json"):
+        (tmp_path / "a" / name).unlink(missing_ok=True)
+        (tmp_path / "a" / name).symlink_to(secret)
+    (tmp_path / "older").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "older", target_is_directory=True)
+    before = set(tmp_path.iterdir())
+    merge_folders([tmp_path / "a"], tmp_path / "link", method="soup")
+    assert secret.read_text() == "mine"
+    assert set(tmp_path.iterdir()) == before
+    assert not [path for path in (tmp_path / "older").rglob("*") if path.is_symlink()]
+    merge_folders([tmp_path / "a"], tmp_path / "older" / ".." / "beside", method="soup")
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "beside"}
+
+
+def test_names_of_layers_lead_out_of_no_folder(tmp_path):
+    save_adapter(tmp_path / "a", r=2, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "a" / WEIGHTS_NAME)
+    odd = {key.replace("model.layers", "../../model.layers"): tensor for key, tensor in tensors.items()}
+    save_file(odd, tmp_path / "a" / WEIGHTS_NAME)
+    before = {path.name for path in tmp_path.parent.iterdir()}
+    with contextlib.suppress(AdapterError):
+        merge_folders([tmp_path / "a"], tmp_path / "out", method="soup")
+    assert {path.name for path in tmp_path.parent.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"a", "out"}

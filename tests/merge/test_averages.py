@@ -64,3 +64,13 @@ def test_a_rule_s_own_weights_are_its_own(adapters_of, tmp_path):
     merge_folders(
         adapters_of("lora").folders, tmp_path / "out", method=make_rule(first, {"weights": "of another meaning"})
     )
+
+
+def test_an_average_is_no_coarser_than_the_finest_input_and_not_rounded_on_its_way_into_a_base():
+    half, whole = torch.full((2, 2), 1.0, dtype=torch.float16), torch.full((2, 2), 1 + 2**-13)
+    for order in ([half, whole], [whole, half]):
+        mean = average_modules({"lm_head.weight": order}, make_rule("soup"))["lm_head.weight"]
+        assert (mean.dtype, mean.unique().item()) == (torch.float32, 1 + 2**-14)
+    other = torch.full((2, 2), 1 + 2**-10, dtype=torch.float16)
+    mean = average_modules({"lm_head.weight": [half, other]}, make_rule("soup"), rounded=False)["lm_head.weight"]
+    assert (mean.dtype, mean.unique().item()) == (torch.float32, 1 + 2**-11)

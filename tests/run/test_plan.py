@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
 import lightning.pytorch as pl
 
+from seedlora.datamodules import InstructionData
 from seedlora.run import plan, plan_advice
 from seedlora.run.cost import PeakMemory
 from seedlora.run.ensemble import Ensemble
@@ -85,3 +87,17 @@ def test_a_plan_names_the_option_that_makes_a_run_fit(tiny_llama, monkeypatch):
         found = plan_advice.plan_advice(trainer, model.options, data, ensemble)
         found = [sentence for sentence in found if sentence.startswith("the estimate")]
         assert (words is None and not found) or words in found[0]
+
+
+def test_a_plan_counts_rows_that_are_trained_on_as_well(tiny_llama, tmp_path):
+    texts = [f"{i % 30}+{i % 30}=" for i in range(40)]
+    rows = "".join(json.dumps({"prompt": text, "response": "x"}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = InstructionData(str(tmp_path / "rows.jsonl"), style="plain", val_fraction=0.2, test_fraction=0.2)
+    data.tokenizer = make_module(tiny_llama).tokenizer
+    data.setup("fit")
+    trained = {texts[number] for number in data.rows["train"].numbers}
+    seen = {split: sum(texts[number] in trained for number in data.rows[split].numbers) for split in ("val", "test")}
+    assert data.seen_in_training() == {split: count for split, count in seen.items() if count} != {}
+    parts = " and ".join(f"{count} of 8 {split} rows" for split, count in seen.items() if count)
+    assert f"; {parts} occur word for word among the training rows" in plan._rows(data)

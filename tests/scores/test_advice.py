@@ -30,7 +30,7 @@ def test_advice_names_the_better_adapter_and_where_the_measures_disagree():
     assert found["better"] == "soup"
     assert found["sentences"][0].startswith(
         "The fused adapter (seedlora) is worse than soup: its validation loss is 1.064 against 0.972 "
-        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-29.1 to -12.0, n = 100)."
+        "(+0.092, +0.082 to +0.102, n = 64) and it gets 20.0 points less of the test items (-29.3 to -11.8, n = 100)."
     )
     assert "worse than seed_1, the best seed of the validation rows: its validation loss" in found["sentences"][1]
     found = judged(results_with(fused=60, soup=40, seed_1=40))

@@ -104,7 +104,8 @@ def test_joined_rows_are_those_of_the_step_and_its_micro_batches_have_as_many_to
             order = lengths[unpacked.order(seed, step)].reshape(len(micros), -1).sum(1)
             spread[False] += order.max() - order.min()
     assert spread[True] < 0.2 * spread[False]
-    assert largest.joined and not largest.masked
+    assert largest.joined
+    assert not largest.masked
     assert {tuple(sampler.largest_forwards(SEEDS)) for sampler in samplers} == {(largest,)}
 
 

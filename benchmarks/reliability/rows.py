@@ -1,35 +1,32 @@
 """Read mutated row files: only our own errors, none over a minute, nothing written outside the folder.
 
-    PYTHONPATH=. python benchmarks/reliability_rows.py --count 2000 --out benchmarks/reliability_rows.json
-
 Each file is a good one (JSON, CSV, parquet, gzip, in a form of a well-known data set) with a few bytes or values
 changed at random, by a seed of its own. It is read as `InstructionData` reads it, with bad rows as errors and with bad
-rows skipped, and as two tasks of `evaluate`. Right is: rows, or a ValueError or OSError that names the file. The same
-command goes on where it was interrupted.
+rows skipped, and as two tasks of `evaluate`. Right is: rows, or a ValueError or OSError that names the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import json
 import os
 import random
-import tempfile
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from transformers import AutoTokenizer
 
+from benchmarks.reliability.children import own_places
+from benchmarks.reliability.counts import Outcome
 from seedlora.datamodules import InstructionData
 from seedlora.evaluation.items import load_items
-from seedlora.utils.files import write_text
+from tests.helpers.models import save_tiny_llama
 
 SECONDS = 60.0
 CHAT = [{"role": "user", "content": "Hi \u00fc"}, {"role": "assistant", "content": "Yo \U0001f600"}]
@@ -46,17 +43,6 @@ FORMS: list[dict[str, Any]] = [
     {"question": "1+1?", "answer": "It is.\n#### 2"},
 ]
 VALUES: list[Any] = [None, "", " ", 0, -1, 1e308, True, [], {}, [[]], "\ud83d", "x" * 100_000, "\0", ["a"], {"a": {}}]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Hold what became of one mutated file: what each reader said, and the seconds it took."""
-
-    seed: int
-    name: str
-    said: tuple[str, ...]
-    seconds: float
-    wrong: str = ""
 
 
 def mutated_file(seed: int) -> tuple[str, bytes]:
@@ -126,11 +112,14 @@ def _change_bytes(rng: random.Random, data: bytes) -> bytes:
     return rng.choice(changes)()
 
 
-def tried(seed: int, tokenizer: Any) -> Outcome:
+def tried(seed: int, tokenizer: Any, place: Path) -> Outcome:
     """Read one mutated file in each way."""
     name, data = mutated_file(seed)
     said, wrong, started = [], "", time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    with own_places(place):
+        folder = str(place)
         os.environ["SEEDLORA_CACHE"] = f"{folder}/cache"
         file = Path(folder) / name
         file.write_bytes(data)
@@ -158,53 +147,20 @@ def tried(seed: int, tokenizer: Any) -> Outcome:
             except Exception as error:  # what is looked for
                 said.append(type(error).__name__)
                 wrong = f"{type(error).__name__}: {error}"[:300]
-        if strange := {path.name for path in Path(folder).iterdir()} - {name, "cache"}:
+        if strange := {path.name for path in Path(folder).iterdir()} - {name, "cache", "home", "tmp"}:
             wrong = f"wrote {', '.join(strange)}"
     seconds = time.monotonic() - started
-    return Outcome(seed, name, tuple(said), seconds, wrong or ("slow" if seconds > SECONDS else ""))
+    kinds = tuple("read" if text.split()[-1] in ("rows", "items") else "refused" for text in said)
+    return Outcome(seed, name, tuple(said), seconds, wrong or ("slow" if seconds > SECONDS else ""), kinds)
 
 
-def run(count: int, tokenizer: Any, out: Path | None = None) -> list[Outcome]:
-    """Try so many files, and keep the outcomes that are wrong, with the counts of all, in a file."""
-    stored: dict[str, Any] = {"done": 0, "said": {}, "wrong": []}
-    if out is not None and out.is_file():
-        stored = json.loads(out.read_text(encoding="utf-8"))
-    counts, wrong, slowest = Counter(stored["said"]), list(stored["wrong"]), stored.get("slowest", 0.0)
-    found = []
-    for seed in range(stored["done"], count):
-        outcome = tried(seed, tokenizer)
-        found.append(outcome)
-        counts.update("read" if text.split()[-1] in ("rows", "items") else "refused" for text in outcome.said)
-        slowest = max(slowest, outcome.seconds)
-        if outcome.wrong:
-            wrong.append(asdict(outcome))
-        if out and (seed % 50 == 49 or seed == count - 1):
-            command = f"PYTHONPATH=. python benchmarks/reliability_rows.py --count {count}"
-            kept = {"command": command, "done": seed + 1, "said": counts, "slowest": round(slowest, 3), "wrong": wrong}
-            write_text(out, json.dumps(kept, indent=1) + "\n")
-    return found
-
-
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description="Read mutated row files.")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path("reliability_rows.json"))
-    options = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    from tests.helpers.models import save_tiny_llama
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_tiny_llama(Path(folder), seed=0)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+def make_world(folder: Path) -> Any:
+    """Return the tokenizer of a tiny model, with a chat template."""
+    folder.mkdir(parents=True)
+    save_tiny_llama(folder, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    run(options.count, tokenizer, options.out)
-    print(options.out.read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()
+    return tokenizer

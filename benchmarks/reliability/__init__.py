@@ -1,0 +1,1 @@
+"""Kill, starve and mutate the product, and count what happens: reliability as a figure."""
