@@ -97,8 +97,9 @@ def test_names_are_printed_as_they_are(name, tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     assert f"into {folder / 'o'}" in shown
-    command = re.search(r"vllm serve .*\n.*", shown)[0].replace("\\\n", " ")
-    assert shlex.split(command)[-1] in (f"o={folder / 'o'}", f'{{"name": "o", "path": "{folder / "o"}"}}')
+    command = re.search(r"vllm serve (.*\\\n)*.*", shown)[0].replace("\\\n", " ")
+    words = shlex.split(command)
+    assert words[words.index("--lora-modules") + 1] in (f"o={folder / 'o'}", f'{{"name": "o", "path": "{folder / "o"}"}}')
 
 
 @pytest.mark.parametrize("named", [None, "", "owner/base"])

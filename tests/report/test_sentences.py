@@ -99,7 +99,7 @@ def test_what_was_left_out_is_said(run):
     for sentence in (
         "- Of the rows of the data: 5 too long left out.",
         "- seed_42 was stopped after step 3: its validation loss improved no more.",
-        "- Of seed_11 the weights of step 2 were kept, its best validation.",
+        "- Of seed_11 the weights of step 2 were kept, its best validation",
         "- Without a finite validation loss, and so not chosen: ties.",
         "- The greedy soup is of seed_11, seed_202; seed_42 would harm.",
         "gain_seed is seed_202, the best seed of these rows.",
