@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from seedlora.records.results import RESULTS
+from seedlora.records.selection import SELECTION
+from seedlora.records.training import TRAINED
 from seedlora.report.page import stop_reloading, write_report
 from seedlora.report.weights import LAYERS
 from seedlora.run.ownership import is_at_work
@@ -53,6 +56,6 @@ def watch(
 
 def _state(run: Path) -> list[tuple[str, int, int]]:
     """Return what tells whether a run has written something: its files with their times and sizes."""
-    files = [*run.glob("metrics*.jsonl"), *(run / name for name in ("trained.json", "selection.json", "results.json"))]
+    files = [*run.glob("metrics*.jsonl"), *(run / name for name in (TRAINED.name, SELECTION.name, RESULTS.name))]
     stats = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
     return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
