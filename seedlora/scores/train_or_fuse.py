@@ -14,7 +14,9 @@ rate falls meanwhile: much of the fall at the end of a run comes from that. So t
 with the rate :math:`\eta(t)` over its largest value and the sum of the rates so far, :math:`S(t)`: a run of ``n T``
 steps under the same schedule ends at the same rate and at ``n`` times the sum. (Tissue et al., arXiv 2408.11029, take
 the fall of the rate into account in a like manner.) Each seed gives an estimate of its own, and the spread of the seeds
-the interval.
+the interval. A loss that falls steeply at first, as of a base model that does not know the format yet, is not of that
+form, and would make :math:`s` many times too large: the first validations are left out until the rest fit, which an F
+test of the mean residuals against those of the seeds decides.
 
 That holds as long as the rows teach something new. A seed that has begun to learn them by heart has a training loss
 below its validation loss, and the latter soon falls more slowly, or rises, of which its curve shows nothing yet: 160
@@ -39,9 +41,9 @@ from seedlora.scores.intervals import CONFIDENCE_PERCENT, leaves_0_out
 #: Validations are used from this part of the steps on: before, the rate still rises and the loss falls otherwise. In
 #: the last three quarters alone the rate and the sum of the rates are too much alike to be told apart.
 FROM = 0.1
-#: Training loss over validation loss below which rows are learnt by heart: it was 0.97 at the end of one epoch of 640
-#: rows, and 0.52 at the end of four of 160.
-BY_HEART = 0.8
+#: Training loss over validation loss below which rows are learnt by heart. It was 0.97 at the end of one epoch of 640
+#: rows, after which a seed still gained by more steps, and 0.90 and less in runs at their floor and past it.
+BY_HEART = 0.95
 FUSE, TRAIN_LONGER, UNKNOWN = "fuse", "train longer", "unknown"
 
 
@@ -94,17 +96,34 @@ def fall_per_efold(
     chosen = [i for i, step in enumerate(steps) if step >= FROM * steps[-1]] if steps else []
     if len(losses) < 2 or not chosen:
         return None
-    areas = np.cumsum([rate(step) for step in range(steps[-1])])
-    now = np.array([rate(steps[i]) for i in chosen])
-    columns = [np.ones(len(chosen)), -np.log(areas[[steps[i] - 1 for i in chosen]])]
-    if not np.allclose(now, now[0]):
-        columns.append(now / max(rate(step) for step in range(steps[-1])))
-    design_VC = np.stack(columns, axis=1)
-    if np.linalg.matrix_rank(design_VC) < len(columns):
-        return None
-    losses_VN = np.array(losses, dtype=float)[:, chosen].T
-    slopes_N = np.linalg.lstsq(design_VC, losses_VN, rcond=None)[0][1]
-    return _mean_of(slopes_N)
+    rates = np.array([rate(step) for step in range(steps[-1] + 1)])
+    areas, losses_NV = np.cumsum(rates[:-1]), np.array(losses, dtype=float)
+    for first in range(len(chosen)):
+        part = [steps[i] for i in chosen[first:]]
+        columns = [np.ones(len(part)), -np.log(areas[[step - 1 for step in part]])]
+        if not np.allclose(rates[part], rates[part[0]]):
+            columns.append(rates[part] / rates[:-1].max())
+        design_VC = np.stack(columns, axis=1)
+        # What was shortened must have validations to spare, or that it fits says nothing.
+        if np.linalg.matrix_rank(design_VC) < len(columns) or (first and len(part) == len(columns)):
+            return None
+        losses_VN = losses_NV[:, chosen[first:]].T
+        found_CN = np.linalg.lstsq(design_VC, losses_VN, rcond=None)[0]
+        if _fits(losses_VN - design_VC @ found_CN, len(columns)):
+            return _mean_of(found_CN[1])
+    return None
+
+
+def _fits(residuals_VN: np.ndarray, columns: int) -> bool:
+    """Return whether what all seeds have in common is explained by a fit: no lack of fit at the 5 % level."""
+    validations, seeds = residuals_VN.shape
+    spare = validations - columns
+    common = residuals_VN.mean(1, keepdims=True)
+    if not spare or np.abs(residuals_VN).max() < 1e-9:
+        return True
+    lack = seeds * float((common**2).sum()) / spare
+    noise = float(((residuals_VN - common) ** 2).sum()) / (spare * (seeds - 1))
+    return lack <= noise * float(scipy.stats.f.ppf(CONFIDENCE_PERCENT / 100, spare, spare * (seeds - 1)))
 
 
 def _mean_of(values: np.ndarray) -> Estimate:
