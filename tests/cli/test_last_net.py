@@ -99,7 +99,8 @@ def test_names_are_printed_as_they_are(name, tmp_path, capsys):
     assert f"into {folder / 'o'}" in shown
     command = re.search(r"vllm serve (.*\\\n)*.*", shown)[0].replace("\\\n", " ")
     words = shlex.split(command)
-    assert words[words.index("--lora-modules") + 1] in (f"o={folder / 'o'}", f'{{"name": "o", "path": "{folder / "o"}"}}')
+    served = words[words.index("--lora-modules") + 1]
+    assert served in (f"o={folder / 'o'}", f'{{"name": "o", "path": "{folder / "o"}"}}')
 
 
 @pytest.mark.parametrize("named", [None, "", "owner/base"])
