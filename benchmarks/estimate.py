@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding
@@ -88,8 +89,8 @@ def estimate(config: Mapping[str, Any], root: Path, *, shared: Sharding = ONE_PR
     operations = work(model_options).operations(tokens=int(tokens), scored=int(SCORED * tokens), recomputed=recomputed)
     stack = ensemble["stack_size"] or (1 if model_options.is_full_finetuning else seeds)
     large = stack * rows["batch_size"] * rows["max_length"]
-    # One token as the longest row: attention on a GPU keeps no scores, on the machine that counts it may.
-    memory = step_memory(model_options, stack, tokens=large, supervised=int(SCORED * large), longest=1, shared=shared)
+    size = {"tokens": large, "supervised": int(SCORED * large), "longest": rows["max_length"]}
+    memory = step_memory(model_options, stack, **size, shared=shared, device=torch.device("cuda"))
     hours = operations / (PEAK * REACHED) / 3600 / shared.processes
     return Estimate(hours, tokens, memory.total / 2**30, memory.base / 2**30)
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 MOST_ORDERS = 8
 #: Part of a device's memory that a stack may take: the estimate is within a fifth, and allocators leave holes.
 PART_USED = 0.8
-#: Bytes that products and threads of a CPU take for themselves.
-CPU_BUFFERS = 64 * 2**20
+#: Bytes that products and threads of a CPU take for themselves, and what its allocator holds for each byte in use:
+#: arrays of many sizes come and go, and leave holes. Measured, with glibc's, by benchmarks/memory.py.
+CPU_BUFFERS, CPU_HOLES = 64 * 2**20, 1.4
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def step_memory(
         base_parameters=model.parameters,
         base_bytes=width,
         trainable=stack * one if trainable is None else trainable,
-        activations=activations + (CPU_BUFFERS if device.type == "cpu" else 0),
+        activations=int(CPU_HOLES * activations) + CPU_BUFFERS if device.type == "cpu" else activations,
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),

@@ -23,7 +23,7 @@ from tests.helpers.strategies_job import zero
 LAYER = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32
 OUTSIDE = 2 * 257 * 32 + 5 * 32  # embedding, head, norms
 ADAPTER = 2 * 4 * (64 + 48 + 48 + 64 + 3 * 80)  # r = 4
-SIZE = {"tokens": 100, "supervised": 50, "longest": 10}
+SIZE = {"tokens": 100, "supervised": 50, "longest": 10, "device": torch.device("cuda")}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_estimate_is_within_a_fifth_of_the_peak(tmp_path):
     for setting in settings:
         subprocess.run([sys.executable, script, "--fixed", "--only", setting, "--out", out], check=True)
         (record,) = json.loads(out.read_text())
-        assert 0.95 <= record["ratio"] <= 1.2, record
+        assert 0.8 <= record["ratio"] <= 1.25, record
         out.unlink()
 
 
@@ -106,15 +106,14 @@ def test_the_parameters_counted_are_those_that_are_trained(tiny_llama, adapter):
 
 
 def test_the_estimate_counts_modules_that_are_trained_in_full(tiny_llama):
-    size = {"tokens": 100, "supervised": 50, "longest": 10}
     plain, full = (
-        step_memory(make_module(tiny_llama, **o).options, 3, **size) for o in ({}, {"modules_to_save": ENDS})
+        step_memory(make_module(tiny_llama, **o).options, 3, **SIZE) for o in ({}, {"modules_to_save": ENDS})
     )
     weights = 3 * 2 * 257 * 32
     assert full.adapters - plain.adapters == full.optimizer - plain.optimizer == 8 * weights
     assert full.activations - plain.activations == 50 * 257 * (2 * 4 + 12 - 4 - 8)
-    half = step_memory(make_module(tiny_llama, modules_to_save=ENDS, dtype="bfloat16").options, 3, **size)
-    small = step_memory(make_module(tiny_llama, dtype="bfloat16").options, 3, **size)
+    half = step_memory(make_module(tiny_llama, modules_to_save=ENDS, dtype="bfloat16").options, 3, **SIZE)
+    small = step_memory(make_module(tiny_llama, dtype="bfloat16").options, 3, **SIZE)
     assert half.activations - small.activations == 50 * 257 * (2 * 2 + 12 - 2 - 8) + 2 * weights
 
 
@@ -122,8 +121,7 @@ def test_the_estimate_counts_every_weight_of_whole_models(tiny_llama):
     module = make_module(tiny_llama, **FULL, dtype="bfloat16")
     parameters = sum(p.numel() for p in plain_model(tiny_llama).parameters())
     assert trainable_parameters(module.options) == parameters
-    size = {"tokens": 100, "supervised": 50, "longest": 10}
-    one, two = (step_memory(module.options, n, **size) for n in (1, 2))
+    one, two = (step_memory(module.options, n, **SIZE) for n in (1, 2))
     assert one.base == 2 * parameters
     assert one.adapters == one.optimizer == two.adapters - one.adapters == 8 * parameters
     assert two.activations - one.activations == 2 * parameters
