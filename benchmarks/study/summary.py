@@ -120,6 +120,7 @@ def tables(lines: Sequence[Line], floors: dict[str, Any]) -> Iterator[Grid]:
         ],
     )
     yield _levels(ways)
+    yield _against_controls(ways)
     for metric in ("loss", "match"):
         for length in LENGTHS:
             yield _differences([line for line in ways if _is(line, length)], LENGTH_NAMES[length], metric)
@@ -172,6 +173,25 @@ def _levels(lines: Sequence[Line]) -> Grid:
                 rows.append((task, LENGTH_NAMES[length], steps, f"{len(own)}", f"{cosine:.2f}", *levels))
     header = ("task", "length", "steps", "sets", "cosine of seeds", *labels)
     return Grid("Test loss; exact match in %, means over sets of seeds", header, rows)
+
+
+def _against_controls(lines: Sequence[Line]) -> Grid:
+    """Return what is fused less the best of the controls: the long seed at its best validation, and the wide batch."""
+    rows = []
+    for label in ("soup", "best seeds", "best fused", "seedlora", "one start", "rates"):
+        for length in LENGTHS:
+            own = [line for line in lines if _is(line, length)]
+            found = [mean_of(own, label, reference).text("loss") for reference in ("long seed, best", "wide batch")]
+            matches = mean_of(own, label, "long seed, best", "match").text("match")
+            rows.append((label, LENGTH_NAMES[length], *found, matches))
+    header = (
+        "adapter",
+        "at",
+        "loss less the long seed's best",
+        "less the wide batch",
+        "match less the long seed's best",
+    )
+    return Grid("What is fused against its controls, over the tasks; cells shown lower, higher", header, rows)
 
 
 def _counts(lines: Sequence[Line]) -> Grid:
