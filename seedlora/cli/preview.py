@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from seedlora.datamodules.preview import main as preview
+from seedlora.datamodules.preview import make_parser as make_preview_parser
 from seedlora.model.embedded import EMBEDDED
 from seedlora.model.loading import load_config, load_tokenizer
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from transformers import PretrainedConfig
 
 
@@ -21,6 +23,11 @@ def main(argv: Sequence[str]) -> int:
         default_model=EMBEDDED,
         load_positions=lambda model: positions_of(load_config(model)),
     )
+
+
+def make_parser() -> ArgumentParser:
+    """Make the parser of the command."""
+    return make_preview_parser(EMBEDDED)
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
