@@ -43,8 +43,11 @@ class Option(NamedTuple):
         """Return its entry in a list, with an anchor of its owner's and its first name."""
         names = ", ".join(f"`{name}{f' {self.value}' if self.value else ''}`" for name in self.names)
         anchor = "_".join([*filter(None, [owner]), *self.names[0].lstrip("-").split(".")])
-        facts = "; ".join(f"{word} `{value}`" for word, value in (("type", self.kind), ("default", self.default)) if value)
-        return "\n\n".join([f"#### {names} {{ #{anchor} .option }}", _markdown(self.text), *([facts] if facts else [])])
+        facts = ", ".join(
+            f"{word} `{value}`" for word, value in (("type", self.kind), ("default", self.default)) if value
+        )
+        text = " ".join([_markdown(self.text), *([f"*({facts})*"] if facts else [])])
+        return f"#### {names} {{ #{anchor} .option }}\n\n{text}"
 
 
 def train_options() -> str:

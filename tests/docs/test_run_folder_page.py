@@ -18,7 +18,6 @@ from seedlora.run.ownership import take_folder
 from tests.helpers.commands import train
 from tests.helpers.paths import DOCS, ROOT
 
-
 PAGE = DOCS / "run_folder.md"
 
 
