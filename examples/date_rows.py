@@ -14,7 +14,7 @@ from datetime import date, timedelta
 FORMS = ("{day} {month} {year}", "{month} {day}, {year}", "{weekday}, {day} {month} {year}", "{day} {short} '{yy}")
 
 
-def rows(number: int = 800) -> list[dict[str, str]]:
+def rows(number: int = 240) -> list[dict[str, str]]:
     """Return different dates in random forms, always the same ones."""
     draw = random.Random(0)  # noqa: S311 - nothing here is secret
     found = {}

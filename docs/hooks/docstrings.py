@@ -11,7 +11,7 @@ import griffe
 #: A reference by its role; a ``~`` leaves the path of the name out.
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`(~?)([\w.]+)`")
 #: A formula, as Sphinx has it.
-_FORMULA = re.compile(r"^\.\. math::[ \n]+((?: +\S.*\n?)+)", re.M)
+_FORMULA = re.compile(r"^\.\. math::\s*(\S.*(?:\n {2,}\S.*)*)", re.M)
 
 
 class Docstrings(griffe.Extension):
