@@ -62,6 +62,13 @@ def test_links_out_of_the_pages_stay_on_the_site():
     assert with_site_links("[a](../docs/data.md)", "benchmarks/README.md") == "[a](../../data.md)"
 
 
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_list_begins_after_an_empty_line(page):
+    """GitHub does without one, the site does not."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert re.findall(r"^(?!\s|[-*|#]|\d+\.).+\n[-*|] .*", text, flags=re.M) == []
+
+
 def test_the_site_names_every_page():
     named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M)
     assert sorted(page.name for page in DOCS.glob("*.md")) == sorted({*named} - {"index.md"} - generated(named))
