@@ -146,3 +146,25 @@ def test_the_rows_of_the_tutorial_are_those_that_it_shows():
     printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(printed) == 240
     assert "\n".join(printed[:3]) in (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+
+
+def python_block(page: str) -> str:
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    return block
+
+
+def test_a_merge_from_python_runs(plain_folders, plain_base, tmp_path, monkeypatch):
+    lay_out(tmp_path, str(plain_base), plain_folders)
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("merging.md"), {})
+    assert (tmp_path / "fused" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_training_from_python_runs(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = python_block("python.md").replace("HuggingFaceTB/SmolLM2-135M", tiny_llama)
+    exec(block.replace("ReasoningGym()", "ReasoningGym(num_train=48, num_val=8, num_test=8)"), {})
+    assert (tmp_path / "runs" / "x" / "report.html").is_file()
