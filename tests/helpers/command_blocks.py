@@ -27,7 +27,8 @@ CANNOT_RUN = {
     r"SUMS": "needs three runs; tests/evaluation/test_joint.py runs it",
     r"^python benchmarks/": "takes minutes; its options are looked for in its source",
     r"--controls equal_tokens|--controls$|sweep|halving": "trains for minutes; tests/cli and tests/training run it",
-    r"--resume$": "needs a run that was killed; tests/cli/test_resume.py runs it",
+    r"data\.style chat": "needs a chat template; tests/datamodules/test_chat_templates.py has some",
+    r"--resume": "needs a run that was killed; tests/cli/test_resume.py runs it",
 }
 #: Programs that are not ours. Their commands are shown and not tried.
 OTHERS = ("python3", "mkdocs", "ollama", "head", "source")
@@ -104,9 +105,9 @@ def adapted(shown: Shown, base_model: str) -> list[str]:
 
     The last value of an option counts, so what the page shows is still read first.
     """
-    if shown.kind != "train" or shown.options[:1] == ["test"] or "--help" in shown.options:
-        return shown.options
     words = shown.options
+    if shown.kind != "train" or words[:1] == ["test"] or any(word.endswith("help") for word in words):
+        return words
     sizes = ["--model.base_model", base_model, "--model.dtype", "float32", "--trainer.accelerator", "cpu"]
     sizes += [
         "--trainer.max_epochs",
