@@ -111,7 +111,7 @@ def adapted(shown: Shown, base_model: str) -> list[str]:
     sizes = ["--model.base_model", base_model, "--model.dtype", "float32", "--trainer.accelerator", "cpu"]
     sizes += [
         "--trainer.max_epochs",
-        "3",
+        "6",
         "--trainer.limit_train_batches",
         "2",
         "--trainer.accumulate_grad_batches",
