@@ -204,7 +204,7 @@ def main(
         0, or 2 if the input is bad: a sentence on stderr then says what was asked, given and allowed.
     """
     try:
-        parser = _parser(default_model)
+        parser = make_parser(default_model)
         options = parser.parse_args(list(argv))
         data = parser.instantiate(options).data
         model = options["model.base_model"]
@@ -225,7 +225,8 @@ def main(
     return 0
 
 
-def _parser(default_model: str) -> ArgumentParser:
+def make_parser(default_model: str) -> ArgumentParser:
+    """Make the parser of the command."""
     from jsonargparse import ArgumentParser
 
     known = all_data_modules()  # --data takes those that are imported

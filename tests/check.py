@@ -1,4 +1,4 @@
-"""Everything that must pass: style, types, import contracts, tests. Arguments go to pytest."""
+"""Everything that must pass: style, types, import contracts, the site, tests. Arguments go to pytest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
+    ("mkdocs", "build", "--strict", "--quiet"),
     # One process per test file, on as many cores as there are, up to four: most of the time goes to starting runs.
     ("pytest", "-q", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"),
 )
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
         extra = arguments if name == "pytest" else []
         print("$", name, *options, *extra, flush=True)
         device = {"SEEDLORA_TEST_DEVICE": "cuda"} if (name, *options) == ON_A_GPU else {}
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, **device}
+        environment = {"OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1", **os.environ, **device}
         command = [tools / name, *options, *extra]
         if subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=False).returncode:
             failed.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,20 @@ def test_a_lightning_script_with_callbacks_and_a_logger(tiny_llama, tmp_path):
     assert [replica.name for replica in loaded.replicas] == ["seed_11", "seed_42"]
     answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [answer["expected"] for answer in answers] == [str(9 + b) for b in range(10)]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tiny_llama, tmp_path):
+    pytest.importorskip("ipykernel", reason="the extra docs is not installed")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    (sizes,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    sizes.source = f'base_model, number_of_rows, folder = "{tiny_llama}", 60, "runs/quickstart"'
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert re.search(r"^fused +\d+\.\d%", printed, flags=re.M)
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from seedlora.report.page import write_report
 from seedlora.run.trainer_options import MEANING, PASSED, REFUSED, TRAINER_OPTIONS
 from seedlora.training.replicas import StoppedError
 from tests.helpers.models import make_data, make_module
-from tests.helpers.paths import DOCS
 from tests.helpers.training import make_trainer
 
 
@@ -25,12 +24,6 @@ def test_every_option_of_the_trainer_is_in_the_table():
     assert list(TRAINER_OPTIONS) == named
     assert {option.how for option in TRAINER_OPTIONS.values()} == {PASSED, MEANING, REFUSED}
     assert all(option.says for option in TRAINER_OPTIONS.values() if option.how != PASSED)
-
-
-def test_the_page_has_the_table():
-    rows = [f"| `{name}` | {option.how} | {option.says} |" for name, option in TRAINER_OPTIONS.items()]
-    table = "\n".join(["| option | | what |", "|---|---|---|", *rows])
-    assert table in (DOCS / "trainer.md").read_text(), table
 
 
 #: One epoch of each seed has six batches, of two rows of 24 for each; there are eight validation rows in two batches.

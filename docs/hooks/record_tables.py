@@ -1,7 +1,4 @@
-"""The tables of ``docs/run_folder.md``, made of the types in ``seedlora/records``.
-
-python -m tests.helpers.run_folder_page      # writes them anew, after a type has changed
-"""
+"""The tables of ``docs/run_folder.md``, made of the types in ``seedlora/records``: the site has them, the page not."""
 
 from __future__ import annotations
 
@@ -26,9 +23,7 @@ from seedlora.records.results import RESULTS, SampleLosses
 from seedlora.records.selection import SELECTION, Selection
 from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.records.training import CONTROL, EXCLUDED, TRAINED, TrainedRow
-from tests.helpers.paths import DOCS
 
-PAGE = DOCS / "run_folder.md"
 #: The files by the heading of their table.
 FILES = {
     "run.json": SETTINGS,
@@ -55,6 +50,11 @@ TOLD = {
     SampleLosses: ("results.json", "as in `results.json`"),
 }
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", object: "anything", Any: "anything"}
+
+
+def record_table(heading: str) -> str:
+    """Return the table of the file that a heading of the page names."""
+    return Table(heading).text()
 
 
 @dataclass(frozen=True)
@@ -122,27 +122,3 @@ def documented(record: type) -> dict[str, str]:
     for key, meaning in re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", section, flags=re.M):
         found[key] = " ".join(meaning.split())
     return found
-
-
-def tables_of_page(text: str) -> dict[str, str]:
-    """The table below each heading that names a file."""
-    found = {}
-    for part in re.split(r"^## ", text, flags=re.M)[1:]:
-        heading, _, body = part.partition("\n")
-        if heading.replace("`", "") in FILES:
-            found[heading.replace("`", "")] = "\n".join(re.findall(r"^\| .*|^\|---.*", body, flags=re.M))
-    return found
-
-
-def main() -> None:
-    """Write the tables anew; the words around them stay."""
-    text = PAGE.read_text(encoding="utf-8")
-    for heading, old in tables_of_page(text).items():
-        before, mark, after = text.partition(f"\n{old}\n")
-        assert mark, heading
-        text = f"{before}\n{Table(heading).text()}\n{after}"
-    PAGE.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
