@@ -10,9 +10,8 @@ a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING
 
 import torch
@@ -280,6 +279,8 @@ def attention_kernel(device: torch.device, tokens: int) -> str:
 def choose_attention(model: PreTrainedModel, dtype: torch.dtype, attention: str) -> None:
     """Have a model choose its attention anew in every forward: by its documents, or else by device and length.
 
+    The decoder's forward is replaced, not hooked: DeepSpeed removes all hooks of a model when an engine ends.
+
     Args:
         model: as it was loaded, with the attention that it has where nothing is to choose.
         dtype: of its weights.
@@ -293,7 +294,11 @@ def choose_attention(model: PreTrainedModel, dtype: torch.dtype, attention: str)
     keeps_apart = model.config.model_type in KEEPS_DOCUMENTS_APART
     by_length = attention == AUTO and dtype == torch.bfloat16 and own == "sdpa"
 
-    def choose(decoder: PreTrainedModel, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    decoder = model.base_model
+    forward = decoder.forward
+
+    @wraps(forward)
+    def choosing(*args: object, **kwargs: object) -> object:
         wanted = own
         if kwargs.get("documents") is not None:
             wanted = DOCUMENTS
@@ -306,5 +311,6 @@ def choose_attention(model: PreTrainedModel, dtype: torch.dtype, attention: str)
                 wanted = own
         if attention_implementation(decoder.config) != wanted:
             decoder.set_attn_implementation(wanted)
+        return forward(*args, **kwargs)
 
-    model.base_model.register_forward_pre_hook(choose, with_kwargs=True)
+    decoder.forward = choosing

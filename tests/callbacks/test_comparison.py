@@ -129,9 +129,9 @@ def test_all_that_was_tested_has_a_loss_on_the_same_training_rows(everything):
     some = rng.integers(12, size=(20_000, 12))
     interval = np.quantile(sums[some].sum(1) / sizes[some].sum(1), [0.025, 0.975])
     row = found["losses"]["soup"]
-    # Student's is wider on twelve rows, and by no more than his quantile and the correction for skewness make it.
+    # Student's is wider on twelve rows, and by no more than his quantile at four degrees of freedom makes it.
     assert row["low"] <= interval[0] < interval[1] <= row["high"]
-    assert row["high"] - row["low"] <= 1.5 * (interval[1] - interval[0])
+    assert row["high"] - row["low"] <= 1.75 * (interval[1] - interval[0])
 
 
 def test_the_training_rows_do_not_change_what_the_test_says(everything):

@@ -25,7 +25,7 @@ CANNOT_RUN = {
     r"--lm_eval|evaluate\.lm_eval": "needs lm-evaluation-harness; tests/evaluation/test_harness.py runs it",
     r"--task math|humaneval": "needs files of the task; tests/evaluation runs it",
     r"SUMS": "needs three runs; tests/evaluation/test_joint.py runs it",
-    r"^python benchmarks/": "takes minutes; its options are looked for in its source",
+    r"^python (-m )?benchmarks[/.]": "takes minutes; its options are looked for in its source",
     r"--controls equal_tokens|--controls$|sweep|halving": "trains for minutes; tests/cli and tests/training run it",
     r"data\.style chat": "needs a chat template; tests/datamodules/test_chat_templates.py has some",
     r"--resume": "needs a run that was killed; tests/cli/test_resume.py runs it",
@@ -62,12 +62,15 @@ class Shown:
             return self.words[3]
         if self.words[0] == "seedlora":
             return self.words[1]
+        if self.words[1:2] == ("-m",) and self.words[2].startswith("benchmarks."):
+            module = self.words[2].replace(".", "/")
+            return f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py"
         return self.words[1] if self.words[0] == "python" else self.words[0]
 
     @property
     def options(self) -> list[str]:
         """The words after the command, without those that ``serve`` hands on to a server."""
-        skip = 4 if self.words[:3] == ("python", "-m", "seedlora") else 2
+        skip = 4 if self.words[:3] == ("python", "-m", "seedlora") else 3 if self.words[1:2] == ("-m",) else 2
         end = self.words.index("--options") if "--options" in self.words else None
         return list(self.words[skip:end])
 
@@ -88,6 +91,9 @@ def shown_commands() -> list[Shown]:
         for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, flags=re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
+                    # What a launcher of processes starts is what is meant.
+                    launched = "torch.distributed.run" in words and "train.py" in words
+                    words = ["python", *words[words.index("train.py") :]] if launched else words
                     found[Shown(name, tuple(words))] = None
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         for span in re.findall(
