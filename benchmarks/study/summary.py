@@ -28,7 +28,14 @@ WAYS = (
     "best rate",
 )
 CONTROLS = ("long seed", "long seed, best", "long seed, mean", "wide batch")
-DRAWN = ("soup", "mean seed", "seedlora", "long seed, best", "wide batch", "local")
+DRAWN = {
+    "soup": "soup",
+    "mean seed": "mean seed",
+    "seedlora": "the paper's rule",
+    "long seed, best": "one seed for all tokens, its best",
+    "wide batch": "one seed, all rows in each step",
+    "best seeds": "soup of each seed's best",
+}
 LENGTH_NAMES = {1 / 3: "a third of the floor", 1.0: "the floor", 3.0: "three floors"}
 Line = dict[str, Any]
 
@@ -247,7 +254,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     from seedlora.report.drawing import COLOURS
 
     with rc_context({"svg.hashsalt": "study", "font.size": 9}):
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
         for i, task in enumerate(TASKS):
             panel = figure.add_subplot(1, len(TASKS), i + 1)
             for label, colour in zip(DRAWN, COLOURS, strict=False):
@@ -257,10 +264,10 @@ def draw(lines: Sequence[Line], path: Path) -> None:
                     if own:
                         points.append((length, statistics.mean(line["test"][label]["loss"] for line in own)))
                 if points:
-                    panel.plot(*zip(*points, strict=True), marker="o", label=label, color=colour)
+                    panel.plot(*zip(*points, strict=True), marker="o", label=DRAWN[label], color=colour)
             panel.set(title=task.replace("_", " "), xscale="log", xlabel="epochs of a seed, in floors")
             panel.set_xticks(LENGTHS, ["1/3", "1", "3"])
             panel.minorticks_off()
         figure.axes[0].set_ylabel("test loss, nats per token")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(path, metadata={"Date": None})
