@@ -35,6 +35,7 @@ EXTRAS = {
     "quantization": "a base model in 4 or 8 bits: --model.quantization nf4, int8",
     "lm-eval": "the harness's tasks: evaluate --lm-eval",
     "math-verify": "answers of MATH compared as formulas",
+    "docs": "the site of these pages: mkdocs serve",
 }
 #: Programs of others that commands start, where they are.
 PROGRAMS = ("vllm", "llama-server", "llama-quantize", "convert_hf_to_gguf.py", "ollama")

@@ -123,7 +123,7 @@ def test_the_host_waits_three_times_in_a_micro_batch(tiny_llama, tmp_path, devic
     assert len(marks.steps) == 3
     for waits in marks.steps:
         assert waits == {
-            "aten._local_scalar_dense.default in losses._logits_behind": 1,  # transformers: are rows packed?
+            "aten._local_scalar_dense.default in attention.choosing": 1,  # transformers: are rows packed?
             "aten.nonzero.default in losses.next_tokens": 1,
             "copy in micro_batch.micro_batch_losses": 1,
         }
