@@ -1,4 +1,4 @@
-"""What one card does: checks that need it, times and memory at the shape of LLaMA-2-7B, and the main job.
+"""Measure one card: checks that need it, times and memory at the shape of LLaMA-2-7B, and the main job.
 
     python benchmarks/gpu.py --out benchmarks/results/h100.json      # at most 8 minutes, one card of 80 GB
     python benchmarks/gpu.py --tiny --out tiny.json                  # every piece, small, on a CPU

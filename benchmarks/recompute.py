@@ -1,4 +1,4 @@
-"""What recomputing saves and costs: bytes alive and operations of the decoder layers, by mode, without computing.
+"""Count what recomputing saves and costs: bytes alive and operations of the decoder layers, by mode, without computing.
 
     python benchmarks/recompute.py                      # the shape of LLaMA-2-7B, three seeds, 8 rows of 512 each
     python benchmarks/recompute.py --model smollm2 --rows 4

@@ -11,7 +11,7 @@ from seedlora.model.loading import fast_dtype
 
 
 class Shape(NamedTuple):
-    """Of a Llama, or of a Qwen2, whose queries, keys and values have biases."""
+    """Hold the sizes of a Llama, or of a Qwen2, whose queries, keys and values have biases."""
 
     hidden: int
     feed_forward: int

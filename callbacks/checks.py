@@ -51,8 +51,6 @@ class Checks(pl.Callback):
                 "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
                 f"orders its training batches hold; got {type(data).__name__}"
             )
-        if isinstance(data, JoinsRows):
-            data.reason_not_to_pack = module.options.reason_not_to_pack
         self.check_fit(trainer, module, data)
         if ensemble.next_control is None:
             choose_stack_size(ensemble, trainer, module.options, data)
@@ -84,8 +82,8 @@ class Checks(pl.Callback):
             self._is_taken = False
 
     def check_fit(self, trainer: pl.Trainer, module: SeedLoRAModule, data: StackDataModule) -> None:
-        """Raise ValueError if an option of trainer or module cannot be, if validation decides and cannot, or if the
-        base model has no place for a row's tokens.
+        """Tell the data whether the model takes joined rows, and raise ValueError if an option of trainer or module
+        cannot be, if validation decides and cannot, or if the base model has no place for a row's tokens.
 
         Args:
             trainer: whose options are checked.
@@ -93,6 +91,8 @@ class Checks(pl.Callback):
             data: that is set up.
         """
         ensemble = self._ensemble
+        if isinstance(data, JoinsRows):
+            data.reason_not_to_pack = module.options.reason_not_to_pack
         check_adapter(ensemble, module)
         check_optimizer(ensemble, trainer, module.options.optimizer_choice)
         share = replica_share(ensemble.options, trainer, control=ensemble.next_control)

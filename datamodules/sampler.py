@@ -19,7 +19,7 @@ _LOOKED_AT = 50
 
 
 class ForwardShape(NamedTuple):
-    """Holds the size of one replica's part of a forward.
+    """Hold the size of one replica's part of a forward.
 
     Attributes:
         rows: of it.

@@ -40,7 +40,7 @@ Adapters = dict[str, Callable[[], Layers]]
 
 @dataclass
 class Entries:
-    """What a cell scores.
+    """Hold what a cell scores.
 
     Args:
         adapters: by label.

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site; ``mkdocs.yml`` names this file.
+"""Offer what mkdocs calls while it builds the site; ``mkdocs.yml`` names this file.
 
 - A comment ``<!-- filled in: KIND NAME -->`` in a page is replaced by what is made of the code:
   :mod:`docs.hooks.filled_in`.

@@ -154,7 +154,6 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, fini
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
-    data.reason_not_to_pack = module.options.reason_not_to_pack
     cli.callback.check_fit(trainer, module, data)
     choose_stack_size(ensemble, trainer, module.options, data)
     ensemble.check_stack()

@@ -33,7 +33,7 @@ _SHAPE, _STEPS = (128, 131), 3
 
 
 class OptimizerTraits(NamedTuple):
-    """What was seen of an optimizer when it was tried out.
+    """Hold what was seen of an optimizer when it was tried out.
 
     Args:
         is_per_tensor: what it does to a tensor depends on that tensor and its gradients alone.

@@ -50,7 +50,7 @@ class Shown:
 
     @property
     def line(self) -> str:
-        """As one line."""
+        """Return it as one line."""
         return shlex.join(self.words)
 
     @property

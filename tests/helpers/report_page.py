@@ -104,7 +104,7 @@ def check_page(found, tables, allowed, html, markdown_text, pictures):
 
 
 def example_texts(found):
-    """What the pages may say of the test items that are shown: pieces of HTML, and lines of Markdown."""
+    """Return what the pages may say of the shown test items: pieces of HTML, and lines of Markdown."""
     shown, lines = {"", "expected", "right", "wrong", "✓", "✗"}, set()
     for row in (found.get("examples") or {"shown": []})["shown"]:
         texts = [row["prompt"], row["expected"], *(visible(answer["text"]) for answer in row["answers"])]
@@ -298,7 +298,7 @@ def run_numbers(found):
 
 
 def front_numbers(found):
-    """What the first screen says, and the line about the test items that are shown."""
+    """Return what the first screen says, and the line about the test items that are shown."""
     front, plan, examples = found["front"], found["cost"], found["examples"]
     scores = [front[key]["value"] for key in ("before", "after") if front[key]]
     minutes = divmod(round(front["seconds"]), 60)

@@ -1,4 +1,4 @@
-"""What strangers put into rows, names and weights is data, none of which runs; nothing of ours goes into a folder."""
+"""Nothing that strangers put into rows, names and weights is run; nothing of ours goes into a folder."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def look(page: Path) -> list[dict]:
-    """What a browser finds on a page, in two widths and two schemes of colours."""
+    """Return what a browser finds on a page, in two widths and two schemes of colours."""
     command = ["node", str(BROWSER / "look.mjs"), str(CHROMIUM), str(page)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

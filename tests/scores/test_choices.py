@@ -1,4 +1,4 @@
-"""What was chosen on validation rows, and whether that is more than their noise."""
+"""A choice on validation rows is said with whether it is more than their noise."""
 
 from __future__ import annotations
 
