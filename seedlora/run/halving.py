@@ -66,10 +66,10 @@ def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[Halvi
     return tuple(rounds)
 
 
-def replica_steps(rounds: Sequence[HalvingRound], *, steps: int, n: int) -> int:
+def steps_of_all(rounds: Sequence[HalvingRound], *, steps: int, n: int) -> int:
     """Return the optimizer steps of all replicas together.
 
-    >>> replica_steps(halving_rounds([0.25, 0.5], steps=12, n=6), steps=12, n=6)
+    >>> steps_of_all(halving_rounds([0.25, 0.5], steps=12, n=6), steps=12, n=6)
     39
     """
     total, before, left = 0, 0, n

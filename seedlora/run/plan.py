@@ -11,11 +11,10 @@ import lightning.pytorch as pl
 from rich.table import Table
 
 from seedlora.names import EQUAL_TOKENS, OUTER_SEED, WIDE_BATCHES
-from seedlora.run.budget import ReplicaBudget, replica_share
-from seedlora.run.budget import replica_steps as budgeted_steps
+from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BRANCH, LOCAL, EnsembleOptions
-from seedlora.run.halving import replica_steps
+from seedlora.run.halving import steps_of_all
 from seedlora.run.memory import Memory, gib, memory_of, trainable_parameters
 from seedlora.run.stack_data import HasTokens, JoinsRows, PlannedData
 
@@ -166,7 +165,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
     n = len(replicas)
     share = replica_share(ensemble.options, trainer)
     loader = data.train_dataloader()
-    steps = budgeted_steps(share, trainer, data)
+    steps = replica_steps(share, trainer, data)
     rounds = ensemble.options.halving_rounds(steps)
     rows, sampler = data.rows["train"], loader.sampler
     seen = steps * sampler.rows_per_step
@@ -181,7 +180,7 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         budget=ensemble.options.budget,
         replica=share,
         steps=steps,
-        replica_steps=replica_steps(rounds, steps=steps, n=n),
+        replica_steps=steps_of_all(rounds, steps=steps, n=n),
         batch=sampler.rows_per_step,
         rows=len(rows),
         tokens=int(seen * rows.lengths.mean()),
@@ -240,7 +239,7 @@ def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int
         parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
     if rounds := options.halving_rounds(steps):
         left = ", ".join(f"{one.left} after step {one.step:,}" for one in rounds)
-        saved = 1 - replica_steps(rounds, steps=steps, n=n) / (n * steps)
+        saved = 1 - steps_of_all(rounds, steps=steps, n=n) / (n * steps)
         parts.append(
             f"halving: of {n} replicas those with the lower validation losses go on, {left}; {saved:.0%} of the tokens "
             "are saved"
