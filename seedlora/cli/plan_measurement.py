@@ -43,7 +43,7 @@ def measure_plan(cli: SeedLoRACLI, plan: RunPlan, console: Console, *, until: fl
 def _sentence(plan: RunPlan, steps: MeasuredSteps, stack: int, accumulate: int, *, has_controls: bool) -> str:
     """Say what was measured, and on how much if that was little."""
     seconds, done = steps.seconds * accumulate, steps.micro_batches
-    total = timedelta(seconds=round(seconds * plan.steps * plan.passes))
+    total = timedelta(seconds=round(seconds * plan.steps * plan.passes * plan.share))
     what = "training the seeds" if has_controls else "training"
     few = f"; measured on {done} of {accumulate} micro-batches" if done < accumulate else ""
     measured, estimated = gib(steps.peak_bytes), gib(plan.memory.total)
