@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +13,6 @@ from seedlora.cli.errors import refuse
 from seedlora.cli.last_net import run_guarded
 from seedlora.cli.train_help import help_text
 from seedlora.cli.train_words import plan_seconds, read_words
-from seedlora.utils.process import process_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    started = process_start()
+    started = time.monotonic()
     if not {"-h", "--help"}.isdisjoint(argv):
         print(help_text(), end="")  # noqa: T201 - what was asked for
         return 0

@@ -22,7 +22,7 @@ from seedlora.names import FROM_PYTHON
 
 #: Options that take a list of names or numbers, which may be given as ``A,B`` too.
 LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
-#: Seconds from the start of the process within which a plan is measured, one micro-batch if need be.
+#: Seconds from the start of the command within which a plan is measured, one micro-batch if need be.
 PLAN_SECONDS = 60
 _COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")
 #: What undoes the options of a run that say what is scored by generation.
