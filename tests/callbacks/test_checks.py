@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 
 from seedlora.callbacks import SeedEnsembleCallback
+from seedlora.distributed.strategies import choose_strategy
 from tests.helpers.models import FULL, SEEDS, make_data, make_module, save_tiny_llama
 from tests.helpers.training import SILENT, make_trainer
 
@@ -61,6 +62,18 @@ def test_best_weights_need_validation(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
     with pytest.raises(ValueError, match="need validation rows"):
         make_trainer(callback, limit_val_batches=0).fit(make_module(tiny_llama), datamodule=make_data())
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2"])
+def test_an_optimizer_of_whole_tensors_is_refused_where_they_are_cut(tiny_llama, tmp_path, strategy):
+    """Muon makes a matrix orthogonal, which is nothing that its parts can do."""
+    callback = SeedEnsembleCallback([1], dirpath=tmp_path / "run")
+    chosen = choose_strategy(strategy, accelerator="cpu")
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=chosen, max_epochs=1, callbacks=[callback], **SILENT)
+    module = make_module(tiny_llama, optimizer="muon")
+    with pytest.raises(ValueError, match="optimizer='muon' looks at whole tensors, which DeepSpeed and fsdp2 cut.*ddp"):
+        trainer.fit(module, datamodule=make_data())
+    assert not (tmp_path / "run").exists()
 
 
 def test_from_python_too_the_base_has_a_place_for_all_tokens(tiny_llama, tmp_path):
