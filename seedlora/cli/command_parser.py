@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from seedlora.cli.errors import one_line
+from seedlora.cli.errors import missing_value, one_line
 from seedlora.cli.last_net import with_home
 
 SOURCE_HELP = "the folder of a run, an adapter's folder or hub id, a whole model"
@@ -37,7 +37,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError in the place of leaving the process."""
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise ValueError(f"{missing_value(message)} (see {self.prog} --help)")
 
 
 def with_underscores(word: str) -> str:

@@ -30,6 +30,8 @@ BAD = [
     (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json is no folder that may be written to"),
     (["merge", "A"], "the following arguments are required: --out"),
     (["inspect", "nowhere"], "is no folder"),
+    (["chat", "nowhere"], "nowhere is no folder; give a run's folder, an adapter's folder or a hub id (owner/name, "),
+    (["merge", "A", "--out"], "error: --out needs a value (see python -m seedlora merge --help)"),
     (["compare", "A", "--method", "nothing"], "Unknown merge method"),
     ([], "a command is missing; choose one of train, preview, merge"),
     (["fuse"], "unknown command 'fuse'; choose one of train, preview, merge"),
