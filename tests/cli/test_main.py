@@ -30,6 +30,7 @@ BAD = [
     (["merge", "A", "--out", "A/adapter_config.json/x"], "adapter_config.json is no folder that may be written to"),
     (["merge", "A"], "the following arguments are required: --out"),
     (["inspect", "nowhere"], "is no folder"),
+    (["merge", "A", "--rnak", "3", "--out", "O"], "unknown option --rnak; did you mean --rank? (see python -m"),
     (["chat", "nowhere"], "nowhere is no folder; give a run's folder, an adapter's folder or a hub id (owner/name, "),
     (["merge", "A", "--out"], "error: --out needs a value (see python -m seedlora merge --help)"),
     (["compare", "A", "--method", "nothing"], "Unknown merge method"),

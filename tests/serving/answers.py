@@ -26,6 +26,8 @@ from seedlora.model.weight_files import WeightFiles
 from tests.serving.models import save_adapter
 
 TOKENS = 16
+#: Stands for bytes that are no whole character.
+HALF = "\ufffd"
 QUESTIONS = (
     *("What is 17 + 25?", "Name three colours.", "Write a haiku about the sea.", "Who wrote Hamlet?"),
     *("Translate 'good morning' into French.", "What is the capital of Japan?", "List two prime numbers above 50."),
@@ -148,10 +150,12 @@ class Reference:
     def differences(self, name: str, prompts: list[Prompt], theirs: list[str]) -> list[float]:
         """For each answer that is another one: how many logits our token was above theirs where the two part.
 
-        An answer that differs and cannot be told apart in tokens counts as infinity.
+        Tokens may hold a part of a character alone, for which one program shows a sign and another nothing, or two
+        signs: these are left out. An answer that differs and cannot be told apart in tokens counts as infinity.
         """
         found = []
         for prompt, own, other in zip(prompts, answers(self.generator, name, prompts), theirs, strict=True):
+            own, other = own.replace(HALF, ""), other.replace(HALF, "")
             if own != other:
                 found.append(self._gap(name, prompt, own, other))
         return found
