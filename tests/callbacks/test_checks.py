@@ -50,8 +50,11 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
     data = make_data()
     data.tokenizer = make_module(tiny_llama).tokenizer
     data.setup("fit")
-    with pytest.raises(ValueError, match="needs a LightningDataModule with an attribute `seeds`"):
+    with pytest.raises(ValueError, match=r"got loaders alone; wrap any .*datamodule=StackData\(my_datamodule\)"):
         make_trainer(callback).fit(make_module(tiny_llama), train_dataloaders=data.train_dataloader())
+    own = pl.LightningDataModule.from_datasets(train_dataset=[{"prompt": "1+1=", "response": "2"}])
+    with pytest.raises(ValueError, match=r"got LightningDataModule; wrap any .*datamodule=StackData\(it\)"):
+        make_trainer(callback).fit(make_module(tiny_llama), datamodule=own)
     with pytest.raises(ValueError, match="seeds must be from 0 to"):
         SeedEnsembleCallback([1, -1])
     with pytest.raises(ValueError, match="the run has no end"):
