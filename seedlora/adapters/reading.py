@@ -206,7 +206,7 @@ def _is_power_of_two(scaling: float) -> bool:
 
 def _advice(key: str) -> str:
     """Return what a key of another form probably is, and what to do; the end of a sentence."""
-    if "lora_" in key:
+    if "lora" in key:
         own = f"PEFT's own keys begin with {KEY_PREFIX} and end in {KEY_A} or {KEY_B}"
         return f"; {own}: save it with PEFT's save_pretrained"
     if key.startswith(KEY_PREFIX) and key.endswith(".weight"):
@@ -224,10 +224,13 @@ def _pop_by_suffix(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]
 
 
 def _pop_modules_to_save(tensors: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-    """Take the full weights of ``modules_to_save`` out of the others, and return them by key within the model."""
+    """Take the full weights of ``modules_to_save`` out of the others, and return them by key within the model.
+
+    As PEFT has it, a name is the end of a path, in the midst of a part too: ``norm`` means every ``input_layernorm``.
+    """
     names = [re.escape(name) for name in config.modules_to_save]
-    pattern = re.compile(rf"{re.escape(KEY_PREFIX)}(?:.*\.)?(?:{'|'.join(names)})\.(?!.*lora_)")
-    keys = [key for key in tensors if names and pattern.match(key)]
+    pattern = re.compile(rf"{re.escape(KEY_PREFIX)}.*(?:{'|'.join(names)})\.")
+    keys = [key for key in tensors if names and "lora_" not in key and pattern.match(key)]
     return {key.removeprefix(KEY_PREFIX): tensors.pop(key) for key in keys}
 
 

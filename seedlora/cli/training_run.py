@@ -40,6 +40,7 @@ from seedlora.run.plan_advice import plan_advice
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 from seedlora.utils.options import name_option
+from seedlora.utils.places import without_home
 from seedlora.utils.progress import plain_console, show
 
 
@@ -169,7 +170,7 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, fini
         config = cli.config.clone()
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
-            file.write_text(cli.parser.dump(config), encoding="utf-8")
+            file.write_text(without_home(cli.parser.dump(config), below=True), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
     show(console, opening(plan, data, plan_advice(trainer, module.options, data, ensemble)))
     return plan

@@ -142,4 +142,4 @@ class CostRecord(TypedDict):
     peak_bytes: int
 
 
-COST = JSONFile(COST_NAME, CostRecord)
+COST = JSONFile(COST_NAME, CostRecord, hides_home=True)

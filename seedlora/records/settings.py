@@ -73,4 +73,4 @@ KEY_MEANINGS: dict[str, str] = {
     "trainer.limit_train_batches": "batches of an epoch that are taken, as a number or as a share.",
 }
 
-SETTINGS = JSONFile(SETTINGS_NAME, RunSettings, sort_keys=True)
+SETTINGS = JSONFile(SETTINGS_NAME, RunSettings, sort_keys=True, hides_home=True)
