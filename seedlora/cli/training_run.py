@@ -27,6 +27,7 @@ from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.plan_measurement import measure_plan
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
+from seedlora.model.loading import BaseModelError
 from seedlora.names import UNFINISHED_NAME
 from seedlora.report.terminal import told_report
 from seedlora.run.budget import replica_share
@@ -103,6 +104,8 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
     except MisconfigurationException as error:
         _stopped(cli, f"Lightning refuses an option of the Trainer: {one_line(str(error))}")
         return 1
+    except BaseModelError as error:
+        return refuse(error)
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
         print(f"train.py: error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
