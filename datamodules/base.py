@@ -275,6 +275,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
     def packing(self) -> Packing:
         """Return how the training rows share a forward; the same on every rank and for every stack."""
         trainer = self.trainer
+        if trainer and trainer.accumulate_grad_batches < 1:
+            option = name_option("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches)
+            raise ValueError(f"{option} leaves no batch for a step; give at least 1")
         slots = trainer.accumulate_grad_batches * trainer.world_size if trainer else 1
         asked = (self.pack_tokens, self.batch_size, slots, self.reason_not_to_pack)
         if self._packing is None or self._packing[0] != asked:

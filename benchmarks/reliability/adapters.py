@@ -252,8 +252,9 @@ def _merged_by_peft(folder: Path, base: Path) -> dict[str, Tensor]:
     if lacking := _half_pairs(loaded.missing_keys) + list(loaded.unexpected_keys):
         raise RuntimeError(f"PEFT does not find {lacking[0]}")
     # PEFT loads its copy of an embedding, rounded to the dtype of the file, over the base's own: seed 171.
+    copied = {key for key in load_file(folder / "adapter_model.safetensors") if key.endswith(".base_layer.weight")}
     for name, parameter in model.named_parameters():
-        if name.endswith(".base_layer.weight"):
+        if f"base_model.model.{name}" in copied:
             parameter.data = before[name.replace(".base_layer", "")].to(parameter.dtype)
     after = _weights(adapted.merge_and_unload())
     return {key: after[key] - before[key] for key in before}
