@@ -11,8 +11,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -170,13 +173,27 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, fini
         cli.metrics.path = ensemble.metrics_path
     if trainer.is_global_zero and not (planning is not None or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
-        config = cli.config.clone()
+        config = _without_enums(cli.config.clone())
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
             file.write_text(without_home(cli.parser.dump(config), below=True), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
     show(console, opening(plan, data, plan_advice(trainer, module.options, data, ensemble)))
     return plan
+
+
+def _without_enums(value: Any) -> Any:
+    """Return options in which the members of enumerations, such as the interval of a Timer, are plain values."""
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            setattr(value, key, _without_enums(inner))
+    elif isinstance(value, Enum):
+        return value.value
+    elif isinstance(value, list | dict):
+        pairs = enumerate(value) if isinstance(value, list) else value.items()
+        for key, inner in list(pairs):
+            value[key] = _without_enums(inner)
+    return value
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:
