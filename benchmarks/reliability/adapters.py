@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.reliability.adapter_mutations import Mutated, mutate
 from benchmarks.reliability.children import Ended, contents, in_child, own_places, run_command
 from benchmarks.reliability.counts import Outcome
+from seedlora.adapters.config_keys import PLAIN_INITS
 from seedlora.cli.main import main
 from seedlora.merge.method_table import METHOD_TABLE
 from seedlora.names import GREEDY
@@ -247,6 +248,8 @@ def _merged_by_peft(folder: Path, base: Path) -> dict[str, Tensor]:
     model = _load(base)
     before = _weights(model)
     config = LoraConfig.from_pretrained(str(folder))
+    if config.init_lora_weights in PLAIN_INITS:  # the factors are read, and a start may want an even rank: seed 272
+        config.init_lora_weights = True
     adapted = PeftModelForCausalLM(model, config)
     loaded = adapted.load_adapter(str(folder), "default")
     if lacking := _half_pairs(loaded.missing_keys) + list(loaded.unexpected_keys):
