@@ -155,6 +155,8 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(copy, tmp_path, capsys):
     assert train(["--data", "ReasoningGym", *words[:-2]]) == 2
     assert "makes token 257" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main(["preview", "--data", "ReasoningGym", "--model.base_model", folder, "--data.style", "chat"]) == 0
+    assert "makes token 257" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     words = ["evaluate", "--base_model", folder, "--task", "chain_sum", "--limit", "1", "--prompt_style", "chat"]
     assert main([*words, "--out", str(tmp_path / "e")]) == 2
     assert "makes token 257" in capsys.readouterr().err
