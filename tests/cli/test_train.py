@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.cli.train import main
 from seedlora.datamodules.prompts import render
 from tests.helpers.commands import train
+
+#: Aliases of aliases: seed 119 of the benchmark of files of options.
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefgh")
+)
 
 
 def only_run():
@@ -147,7 +153,8 @@ def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "text", ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000]
+    "text",
+    ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000, BOMB, "model: &a {r: *a}"],
 )
 def test_a_file_of_options_that_holds_something_else_is_one_sentence(text, tmp_path, capsys):
     file = tmp_path / "options.yaml"
