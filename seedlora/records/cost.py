@@ -46,7 +46,7 @@ class PlanRecord(TypedDict):
         budget: `equal` divides the run's steps among the seeds, `full` gives each seed all of them.
         replica: how long each seed trains.
         steps: optimizer steps of each seed that trains to the end.
-        replica_steps: optimizer steps of all replicas together.
+        replica_steps: optimizer steps of all replicas together, one with k times the rows as k.
         batch: rows of each seed in an optimizer step.
         rows: number of training rows.
         tokens: tokens that each seed sees in training.

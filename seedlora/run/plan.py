@@ -34,7 +34,7 @@ class RunPlan:
         budget: ``equal`` or ``full``.
         replica: how long each replica trains.
         steps: optimizer steps of each replica that trains to the end.
-        replica_steps: optimizer steps of all replicas together.
+        replica_steps: optimizer steps of all replicas together, one with k times the rows as k.
         batch: rows of each replica in an optimizer step.
         rows: training rows.
         tokens: that each replica sees in training.
@@ -238,11 +238,14 @@ def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int
         )
         parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
     if rounds := options.halving_rounds(steps):
-        left = ", ".join(f"{one.left} after step {one.step:,}" for one in rounds)
+        left = ", ".join(
+            f"{one.left} after step {one.step:,}" + (f" with {one.times} times the rows" if one.times > 1 else "")
+            for one in rounds
+        )
         saved = 1 - steps_of_all(rounds, steps=steps, n=n) / (n * steps)
         parts.append(
-            f"halving: of {n} replicas those with the lower validation losses go on, {left}; {saved:.0%} of the tokens "
-            "are saved"
+            f"halving: of {n} replicas those with the lower validation losses go on, {left}"
+            + (f"; {saved:.0%} of the tokens are saved" if saved else "")
         )
     return "; ".join(parts) or None
 
