@@ -39,7 +39,7 @@ from seedlora.datamodules.rows import (
     empty_chunk,
     tokenise_in_chunks,
 )
-from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
+from seedlora.datamodules.sampler import Growth, ReplicaLoader, ReplicaSampler
 from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
+        #: When the rows of a step become more; whoever trains sets it with the seeds.
+        self.growth: Growth | None = None
         #: Why rows must not follow each other without padding; None if they may. Whoever trains knows the model.
         self.reason_not_to_pack: str | None = "nothing is known of the model"
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -304,6 +306,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             epoch=trainer.current_epoch if trainer else 0,
+            growth=self.growth,
         )
         return ReplicaLoader(ReplicaRows(self.rows["train"]), sampler=sampler, batch_size=None, collate_fn=_unchanged)
 

@@ -43,6 +43,7 @@ def run_settings(
         "ensemble.ema": options.ema,
         "ensemble.ema_part": options.ema_part,
         "ensemble.halving": options.halving,
+        "ensemble.halved_rows": options.halved_rows,
         # What a replica of a scheme learns, and whether one is dropped, depends on the others.
         "replicas of the scheme": [r.name for r in options.replicas]
         if options.scheme != INDEPENDENT or options.halving is not None
