@@ -55,11 +55,14 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     #: Tokens of every row, and scored ones; None: rows of real lengths
     fixed: tuple[int, int] | None = None
+    #: All rows of a forward follow each other without padding: what ``pack_tokens auto`` does.
+    joined: bool = False
 
     def __str__(self) -> str:
         rows = f"rows of {self.fixed[0]}, {self.fixed[1]} scored" if self.fixed else f"rows up to {self.longest}"
         words = [f"{self.model}, {self.seeds} x {self.batch} {rows}"]
         words += [f"packed to {self.pack_tokens}"] if self.pack_tokens else []
+        words += ["joined"] if self.joined else []
         words += [f"{self.recomputed} recomputation"] if self.recomputed != "none" else []
         return ", ".join(words + [f"{name} {value}" for name, value in self.options.items()])
 
@@ -77,6 +80,12 @@ REAL = (
     Setting("qwen10", 2, 8, 512, 1024),
     Setting("qwen10", 3, 4, 512, None, "selective"),
     Setting("llama6", 3, 8, 512, 512),
+    Setting("smollm2", 3, 4, 256, joined=True),
+    Setting("qwen10", 3, 8, 512, joined=True),
+    Setting("wide4", 3, 8, 512, None, "selective", joined=True),
+    Setting("smollm2", 3, 4, 256, None, "full", joined=True),
+    Setting("wide4", 3, 8, 512, None, "full", joined=True),
+    Setting("qwen10", 3, 4, 512, None, "full"),
 )
 FIXED = (
     Setting("smollm2", 3, 8, 29, fixed=(29, 4)),
@@ -145,14 +154,14 @@ class LargestForwards(pl.LightningDataModule):
         self.counts: dict[str, Any] = {}
         self.rows = {"train": token_rows(setting, vocabulary)}
         self.batch_size, self.seeds = setting.batch, tuple(range(setting.seeds))
-        self.pack_tokens = setting.pack_tokens
+        self.pack_tokens, self.joined = setting.pack_tokens, setting.joined
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """Give the micro-batches of the epoch."""
         yield from self._sampler()
 
     def _sampler(self) -> ReplicaSampler:
-        sizes = {"batch_size": self.batch_size, "pack_tokens": self.pack_tokens}
+        sizes = {"batch_size": self.batch_size, "pack_tokens": self.pack_tokens, "joined": self.joined}
         return ReplicaSampler(self.rows["train"], seeds=self.seeds, **sizes)
 
     def train_dataloader(self) -> Forwards:

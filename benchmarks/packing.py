@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import shapes  # benchmarks/shapes.py, which is beside this file
 import torch
 
 from seedlora.datamodules import GSM8K
@@ -35,7 +36,6 @@ from seedlora.run.ensemble_options import EnsembleOptions
 from seedlora.training.micro_batch import micro_batch_losses
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import FitSettings
-from train import SHAPES, random_llama  # benchmarks/train.py, which is beside this file
 
 SEEDS = (11, 42, 202)
 ROWS, BATCH, PACK_TOKENS = 7_473, 8, 2_048
@@ -105,7 +105,7 @@ def main() -> None:
         print(f"padding in steps of {BATCH * accumulate} rows: {shown}")
     if not options.no_time:
         with tempfile.TemporaryDirectory() as folder:
-            module = SeedLoRAModule(random_llama(SHAPES["llama6"], Path(folder)))
+            module = SeedLoRAModule(shapes.random_model("llama6", Path(folder)))
             module.prepare_fit(FitSettings(Ensemble(EnsembleOptions(seeds=SEEDS)).replicas))
             module.setup("fit")
             module.model.train()

@@ -6,11 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from seedlora.datamodules.sampler import Growth
 from seedlora.distributed.lightning_internals import share_limits
 from seedlora.names import WIDE_BATCHES
-from seedlora.run.budget import replica_share, replica_steps
+from seedlora.run.budget import replica_share, replica_steps, steps_per_epoch
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.fit_state import FitState
+from seedlora.run.stack_data import GrowsRows
 from seedlora.run.trainer_options import ended_by
 from seedlora.training.module import SeedLoRAModule
 from seedlora.training.replicas import FitSettings, StoppedError
@@ -41,6 +43,8 @@ class Assignment(pl.Callback):
             return
         ensemble, data = self._ensemble, trainer.datamodule
         control = ensemble.next_control
+        if isinstance(data, GrowsRows):
+            data.growth = None
         self._state.begin(control, replica_share(ensemble.options, trainer, control=control))
         replicas = ensemble.next_replicas
         data.seeds = tuple(replica.order_seed for replica in replicas)
@@ -52,6 +56,11 @@ class Assignment(pl.Callback):
             # A rate that is too high for a wide batch is left out, and the others are tried.
             on_divergence="exclude" if control in WIDE_BATCHES else ensemble.options.on_divergence,
         )
+        if control is None and not trainer.fast_dev_run:
+            rounds = [one for one in ensemble.options.halving_rounds(steps) if one.times > 1]
+            if rounds:
+                per_epoch = steps_per_epoch(trainer, data.train_dataloader())
+                data.growth = Growth([one.step for one in rounds], [one.times for one in rounds], per_epoch)
         module.prepare_fit(settings)
         share, self._given = self._state.share, (trainer.max_epochs, trainer.max_steps)
         share_limits(

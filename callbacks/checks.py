@@ -13,7 +13,7 @@ from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import BEST_FUSED
 from seedlora.run.fingerprint import run_settings
 from seedlora.run.memory import choose_stack_size
-from seedlora.run.stack_data import HasTokens, JoinsRows, StackDataModule
+from seedlora.run.stack_data import GrowsRows, HasTokens, JoinsRows, StackDataModule
 from seedlora.run.trainer_options import Fit, check_trainer
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
@@ -106,6 +106,11 @@ class Checks(pl.Callback):
             if ensemble.next_control is None:
                 ensemble.options.halving_rounds(steps)
             ensemble.options.ema_decay(steps)
+        if ensemble.options.halved_rows == "shared" and not isinstance(data, GrowsRows):
+            raise ValueError(
+                f"{name_option('ensemble.halved_rows', 'shared')} gives a step more rows, and {type(data).__name__} "
+                "has no attribute growth, which says so; take saved, or wrap the data module in StackData"
+            )
         self._check_validation(trainer, data)
         if isinstance(data, HasTokens):
             check_token_ids(data.largest_token(), module.options.outline.vocabulary, module.options.base_model)

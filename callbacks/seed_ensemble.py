@@ -117,9 +117,11 @@ class SeedEnsembleCallback(CallbackOfParts):
         average_growth: with it ``(average_growth / learning rate)**2`` steps, where that is more.
         outer_learning_rate: of SGD with Nesterov's momentum 0.9, which takes the mean for a step; 0.7 in DiLoCo.
         halving: parts of the steps, ``[0.25, 0.5]`` for example, after each of which the half of the replicas with the
-            higher validation losses is dropped; what they would have cost is saved. Default: none is.
+            higher validation losses is dropped. Default: none is.
         ema_part: part of the steps, 0.1 for example, that an exponential mean of the weights reaches back: ``ema`` by
             the length of the run, 1 - 1 / (ema_part * steps).
+        halved_rows: what becomes of the rows that dropped replicas would have seen: ``saved``, or ``shared``: those
+            that go on have so many more rows of their own in each step.
 
     Raises:
         ValueError: for seeds that are not distinct and non-negative, an unknown method, option, budget or ``vary``.
@@ -154,6 +156,7 @@ class SeedEnsembleCallback(CallbackOfParts):
         outer_learning_rate: float | None = None,
         halving: Sequence[float] | None = None,
         ema_part: float | None = None,
+        halved_rows: str = "saved",
     ) -> None:
         self.ensemble = Ensemble(
             EnsembleOptions(
@@ -183,6 +186,7 @@ class SeedEnsembleCallback(CallbackOfParts):
                 outer_learning_rate=outer_learning_rate,
                 halving=None if halving is None else tuple(halving),
                 ema_part=ema_part,
+                halved_rows=halved_rows,
             )
         )
         #: What the parts share about the fit at hand.

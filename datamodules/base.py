@@ -39,7 +39,7 @@ from seedlora.datamodules.rows import (
     empty_chunk,
     tokenise_in_chunks,
 )
-from seedlora.datamodules.sampler import ReplicaLoader, ReplicaSampler
+from seedlora.datamodules.sampler import Growth, ReplicaLoader, ReplicaSampler
 from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.on_long_row, self.pack_tokens, self.style = max_length, on_long_row, pack_tokens, style
         self.seeds: tuple[int, ...] = (42,)
+        #: When the rows of a step become more; whoever trains sets it with the seeds.
+        self.growth: Growth | None = None
         #: Why rows must not follow each other without padding; None if they may. Whoever trains knows the model.
         self.reason_not_to_pack: str | None = "nothing is known of the model"
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -275,6 +277,9 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
     def packing(self) -> Packing:
         """Return how the training rows share a forward; the same on every rank and for every stack."""
         trainer = self.trainer
+        if trainer and trainer.accumulate_grad_batches < 1:
+            option = name_option("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches)
+            raise ValueError(f"{option} leaves no batch for a step; give at least 1")
         slots = trainer.accumulate_grad_batches * trainer.world_size if trainer else 1
         asked = (self.pack_tokens, self.batch_size, slots, self.reason_not_to_pack)
         if self._packing is None or self._packing[0] != asked:
@@ -301,6 +306,7 @@ class InstructionDataModule(pl.LightningDataModule, ABC):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             epoch=trainer.current_epoch if trainer else 0,
+            growth=self.growth,
         )
         return ReplicaLoader(ReplicaRows(self.rows["train"]), sampler=sampler, batch_size=None, collate_fn=_unchanged)
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -69,13 +70,18 @@ class Preview:
     advice: list[str]
 
 
-def preview(data: InstructionDataModule, *, rows: int = 3, positions: int | None = None) -> Preview:
+def preview(
+    data: InstructionDataModule,
+    *,
+    rows: int = 3,
+    problems: Callable[[InstructionDataModule], Sequence[str]] = lambda _data: (),
+) -> Preview:
     """Collect the facts of a data module that has its tokenizer.
 
     Args:
         data: whose rows are shown.
         rows: how many of them.
-        positions: of the base model; None where there is no limit, or nobody knows.
+        problems: says why a model would not be trained on rows that are set up.
 
     Raises:
         ValueError: as :meth:`~seedlora.datamodules.base.InstructionDataModule.setup`.
@@ -90,10 +96,7 @@ def preview(data: InstructionDataModule, *, rows: int = 3, positions: int | None
     fills = len(train) >= data.batch_size
     padding = data.train_dataloader().sampler.padding() if fills else None
     advice = [sentence] if padding is not None and (sentence := packing_advice(data, padding)) else []
-    try:
-        data.check_positions(positions)
-    except ValueError as error:
-        advice.append(str(error))
+    advice += problems(data)
     return Preview(
         data=type(data).__name__,
         style=record.get("style", "of its own"),
@@ -188,7 +191,7 @@ def main(
     *,
     load_tokenizer: Callable[[str], PreTrainedTokenizerBase],
     default_model: str,
-    load_positions: Callable[[str], int | None] = lambda _model: None,
+    problems_of: Callable[[str, InstructionDataModule], Sequence[str]] = lambda _model, _data: (),
     reason_not_to_pack: Callable[[str], str | None] = lambda _model: "nothing is known of the model",
 ) -> int:
     """Run ``preview --data NAME --data.OPTION VALUE ... [--model.base_model MODEL] [--rows N] [--json]``.
@@ -197,7 +200,7 @@ def main(
         argv: the words after ``preview``.
         load_tokenizer: gives the tokenizer of a model.
         default_model: the model if none is named.
-        load_positions: gives the number of positions of a model, None where there is no limit.
+        problems_of: says why a model would not be trained on rows that are set up.
         reason_not_to_pack: says why rows must not be joined for a model, None if they may.
 
     Returns:
@@ -209,7 +212,7 @@ def main(
         data = parser.instantiate(options).data
         model = options["model.base_model"]
         data.tokenizer, data.reason_not_to_pack = load_tokenizer(model), reason_not_to_pack(model)
-        facts = preview(data, rows=options.rows, positions=load_positions(model))
+        facts = preview(data, rows=options.rows, problems=partial(problems_of, model))
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         if cause := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):

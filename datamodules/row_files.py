@@ -299,6 +299,8 @@ def _read_csv(name: str, stream: BinaryIO) -> Iterator[Row]:
     rows = csv.reader(text, delimiter="\t" if _ending(name.lower()) == ".tsv" else ",", strict=True)
     try:
         header = next(rows, [])
+        if header[:1] == [""] and len(header) > 1:
+            header[0] = "Unnamed: 0"  # the index that pandas writes, by the name under which it reads it
         if len(set(header)) < len(header) or "" in header:
             raise ValueError(f"{name}, line 1 names a column twice, or not at all: {', '.join(header)}")
         line = rows.line_num + 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from seedlora.datamodules.conversations import Turn
+from seedlora.datamodules.conversations import ROLES, Turn
 from seedlora.utils.options import name_option
 
 #: Columns of a request and of its response, in the order in which they are looked for.
@@ -43,7 +43,9 @@ _ROLES = {
     "tool_call": "assistant",
 }
 #: Fields of a turn that say whether it is trained on.
-_MASKS = ("weight", "train", "training", "loss")
+_MASKS = ("weight", "train", "training", "loss", "loss_mask")
+#: Columns of a row that say so of all its answers, where they hold 0, 1, true or false.
+_ROW_MASKS = ("weight", "train")
 #: Fields of a turn that a chat template may write.
 _WRITTEN = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
@@ -98,10 +100,18 @@ def conversation_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None = N
     Raises:
         ValueError: if it holds none, or something in it that is not understood.
 
+    A column ``weight`` or ``train`` of 0 or false masks all answers of its row.
+
     Example:
         >>> [(t.role, t.content) for t in conversation_of({"question": "1 + 1?", "response": "2"})]
         [('user', '1 + 1?'), ('assistant', '2')]
     """
+    turns = _turns_of(row, own_pair)
+    masks = [column for column in _ROW_MASKS if _peek(row, column) in (0, 1)]
+    return turns if all(row[column] for column in masks) else [replace(turn, trained=False) for turn in turns]
+
+
+def _turns_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None) -> list[Turn]:
     if own_pair is None:
         for column in CHATS:
             if _peek(row, column) not in (None, ""):
@@ -179,21 +189,25 @@ def _peek(row: Mapping[str, Any], column: str) -> Any:
 def _turn(turn: object, where: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where} is a {type(turn).__name__}, not an object")
-    says, holds = ("role", "content") if "role" in turn else ("from", "value")
+    # A table that has turns of both forms fills the fields of the other with nothing.
+    says, holds = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
     role = turn.get(says)
     if not isinstance(role, str):
         raise ValueError(f"{where} has no text as role (or from); its fields are {', '.join(map(str, turn)) or 'none'}")
     more = {key: turn[key] for key in _WRITTEN if turn.get(key) not in (None, "", [])}
+    if "tool_calls" not in more and turn.get("function_call"):
+        more["tool_calls"] = [turn["function_call"]]
     content = _content(turn.get(holds), where, optional="tool_calls" in more)
     if role in ("function_call", "tool_call"):
         content, more = "", {**more, "tool_calls": _parsed(content, where)}
     if "tool_calls" in more:
         more["tool_calls"] = [_tool_call(call, where) for call in _as_list(more["tool_calls"])]
     masks = [key for key in _MASKS if turn.get(key) is not None]
-    read = {says, holds, *more, *masks}
+    read = {says, holds, *more, *masks, *(["function_call"] if "tool_calls" in more else [])}
     unread = tuple(str(key) for key, value in turn.items() if key not in read and value not in (None, "", [], {}))
     masked = [key for key in masks if not _is_trained(key, turn[key], where)]
-    return Turn(_ROLES.get(role, role), content, trained=not masked, more=more, unread=unread)
+    known = _ROLES.get(role.lower(), role.lower())
+    return Turn(known if known in ROLES else role, content, trained=not masked, more=more, unread=unread)
 
 
 def _content(value: object, where: str, *, optional: bool) -> str:
@@ -246,21 +260,26 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
 
 
 def tools_of(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Return the schemas of a row's tools; the column may hold them as JSON."""
-    tools = row["tools"] if _peek(row, "tools") else None
+    """Return the schemas of a row's tools; the column may hold them as JSON, and older data has ``functions``."""
+    column = next((name for name in ("tools", "functions") if _peek(row, name)), None)
+    if column is None:
+        return ()
+    tools = row[column]
     if isinstance(tools, str):
-        tools = _parsed(tools, "column 'tools'")
+        tools = _parsed(tools, f"column '{column}'")
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError("column 'tools' holds no list of objects")
-    return tools
+        raise ValueError(f"column '{column}' holds no list of objects")
+    return tools if column == "tools" else [{"type": "function", "function": tool} for tool in tools]
 
 
 def _with_system(row: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """Put the system turn of a column before the others."""
+    if turns and turns[0].role == "system":
+        return turns
     for column in _SYSTEMS:
-        if isinstance(_peek(row, column), str) and row[column] and (not turns or turns[0].role != "system"):
+        if isinstance(_peek(row, column), str) and _peek(row, column):
             return [Turn("system", row[column]), *turns]
     return turns
 

@@ -42,6 +42,30 @@ class ForwardShape(NamedTuple):
         return self.rows * self.length
 
 
+class Growth(NamedTuple):
+    """Say from which optimizer steps of a fit on each replica has several times its rows in a step.
+
+    Attributes:
+        since: optimizer steps of the fit, ascending.
+        factors: how many times the rows, from each of these on.
+        steps_per_epoch: of the fit.
+    """
+
+    since: Sequence[int]
+    factors: Sequence[int]
+    steps_per_epoch: int
+
+    def units(self, steps: int) -> int:
+        """Count so many optimizer steps from the start, one of k times the rows as k.
+
+        >>> Growth(since=[3, 6], factors=[2, 4], steps_per_epoch=12).units(8)
+        17
+        """
+        ends = [*self.since[1:], steps]
+        spans = [max(min(steps, end) - begin, 0) for begin, end in zip(self.since, ends, strict=True)]
+        return steps + sum((factor - 1) * span for factor, span in zip(self.factors, spans, strict=True))
+
+
 class ReplicaSampler(Sampler[MicroBatch]):
     """Micro-batches for a stack of replicas, each in the order of its own seed.
 
@@ -54,6 +78,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
     longest first, each into the pack that is shortest so far), as few packs per micro-batch as hold them. ``joined``
     puts all rows of a micro-batch into one row, and deals those of a step so that micro-batches have nearly as many
     tokens.
+
+    Where the rows of a step grow, an epoch may need more rows than there are: a further permutation follows the first.
 
     A replica's order does not depend on what it is stacked with; the set of rows of a step depends on
     ``accumulate * world_size`` only through their product.
@@ -68,6 +94,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         rank: of this process, of ``world_size``.
         world_size: processes that share a step.
         epoch: where to begin; Lightning moves it on with :meth:`set_epoch`.
+        growth: when the rows of a step become more; ``None``: never.
 
     Raises:
         ValueError: if the rows do not fill one step.
@@ -85,6 +112,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
+        growth: Growth | None = None,
     ) -> None:
         self.lengths, self.num_items = rows.lengths, rows.num_items
         self.seeds = tuple(seeds)
@@ -92,7 +120,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
         self.pack_tokens, self.joined = pack_tokens, joined
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = epoch, 0
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self.growth = growth
+        self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
         self.steps = len(rows) // self.rows_per_step
         if not self.steps:
             raise ValueError(
@@ -103,7 +132,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     @property
     def rows_per_step(self) -> int:
-        """Return the rows of one replica in one optimizer step."""
+        """Return the rows of one replica in one optimizer step, before they grow."""
         return self.batch_size * self.accumulate * self.world_size
 
     def __len__(self) -> int:
@@ -116,12 +145,25 @@ class ReplicaSampler(Sampler[MicroBatch]):
 
     def order(self, seed: int, step: int) -> np.ndarray:
         """Return the rows of one optimizer step of one replica, sorted by length (ties in the order drawn)."""
-        if (seed, self.epoch) not in self._permutations:
-            others = {key: drawn for key, drawn in self._permutations.items() if key[1] == self.epoch}
-            self._permutations = {**others, (seed, self.epoch): self._permutation(seed, self.epoch)}
-        permutation = self._permutations[seed, self.epoch]
-        rows = permutation[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+        begin, end = (self._rows_before(self.epoch, each) for each in (step, step + 1))
+        rows = self._drawn(seed, self.epoch, begin, end)
         return rows[np.argsort(self.lengths[rows], kind="stable")]
+
+    def _rows_before(self, epoch: int, step: int) -> int:
+        """Return how many rows of an epoch a replica has seen before one of its optimizer steps."""
+        if self.growth is None:
+            return step * self.rows_per_step
+        first = epoch * self.growth.steps_per_epoch
+        return (self.growth.units(first + step) - self.growth.units(first)) * self.rows_per_step
+
+    def _drawn(self, seed: int, epoch: int, begin: int, end: int) -> np.ndarray:
+        """Return a part of the rows of an epoch in the order of a seed: one permutation, and what follows it."""
+        total = len(self.lengths)
+        parts = []
+        for turn in range(begin // total, -(-end // total)):
+            permutation = self._permutation(seed, epoch, turn)
+            parts.append(permutation[max(begin - turn * total, 0) : end - turn * total])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def seen(self, seed: int, steps: int, *, steps_per_epoch: int) -> tuple[int, int]:
         """Count the tokens that a replica has seen after so many optimizer steps from the start, and those that were
@@ -131,24 +173,29 @@ class ReplicaSampler(Sampler[MicroBatch]):
         """
         tokens = scored = 0
         for epoch in range(-(-steps // steps_per_epoch)):
-            taken = min(steps - epoch * steps_per_epoch, steps_per_epoch) * self.rows_per_step
-            rows = self._permutation(seed, epoch)[:taken]
+            taken = self._rows_before(epoch, min(steps - epoch * steps_per_epoch, steps_per_epoch))
+            rows = self._drawn(seed, epoch, 0, taken)
             tokens += int(self.lengths[rows].sum())
             scored += int(self.num_items[rows].sum())
         return tokens, scored
 
-    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(self.lengths))
+    def _permutation(self, seed: int, epoch: int, turn: int) -> np.ndarray:
+        """Return the rows in the order of a seed, in an epoch for the first time or again; those in use are kept."""
+        if (key := (seed, epoch, turn)) not in self._permutations:
+            others = {kept: drawn for kept, drawn in self._permutations.items() if kept[0] != seed}
+            further = [turn] if turn else []
+            drawn = np.random.default_rng([seed, epoch, *further]).permutation(len(self.lengths))
+            self._permutations = {**others, key: drawn}
+        return self._permutations[key]
 
-    @property
-    def packs_per_micro_batch(self) -> int:
-        """Return how many packs of one replica a micro-batch has: those of rows of mean length, and a tenth, so that it
-        seldom differs.
+    def _packs_per_micro_batch(self, rows: int) -> int:
+        """Return how many packs of one replica a micro-batch of so many rows has: those of rows of mean length, and a
+        tenth, so that it seldom differs.
 
         A step whose rows do not fit takes more.
         """
         assert self.pack_tokens is not None
-        return min(self.batch_size, math.ceil(1.1 * self.batch_size * self.lengths.mean() / self.pack_tokens))
+        return min(rows, math.ceil(1.1 * rows * self.lengths.mean() / self.pack_tokens))
 
     def largest_forwards(self, seeds: Sequence[int], *, steps: int = 32) -> list[ForwardShape]:
         """Return the largest parts that a replica of a stack of these seeds has in a forward of this epoch.
@@ -164,10 +211,12 @@ class ReplicaSampler(Sampler[MicroBatch]):
             The largest by tokens, and the one with the longest rows.
         """
         whole = copy.copy(self)
+        # Rows grow where replicas leave, and then a forward has as many as before.
+        whole.growth = None
         # What all ranks see in a step is what one sees that accumulates over all of them.
         whole.accumulate, whole.world_size, whole.rank = self.accumulate * self.world_size, 1, 0
         whole.seeds, found = tuple(seeds), []
-        drawn = [self._permutation(seed, self.epoch)[: self.steps * self.rows_per_step] for seed in seeds]
+        drawn = [self._drawn(seed, self.epoch, 0, self.steps * self.rows_per_step) for seed in seeds]
         lengths = self.lengths[np.stack(drawn)].reshape(len(seeds), self.steps, -1)
         for measure in (lengths.sum(2), lengths.max(2)):
             for step in np.argsort(-measure.max(0), kind="stable")[:steps].tolist():
@@ -189,7 +238,8 @@ class ReplicaSampler(Sampler[MicroBatch]):
         """
         assert self.pack_tokens is not None
         micro_batches = self.accumulate * self.world_size
-        for per_micro_batch in range(self.packs_per_micro_batch, self.batch_size + 1):
+        most = len(rows) // micro_batches
+        for per_micro_batch in range(self._packs_per_micro_batch(most), most + 1):
             packs = self._balanced(rows, micro_batches * per_micro_batch)
             if self.lengths[packs[-1]].sum() <= self.pack_tokens:
                 return packs

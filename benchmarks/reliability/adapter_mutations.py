@@ -99,7 +99,7 @@ def _given(rng: random.Random, work: Path, said: list[str]) -> tuple[tuple[str, 
 def _config(folder: Path) -> dict[str, Any]:
     try:
         entries = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

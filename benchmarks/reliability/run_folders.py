@@ -131,7 +131,7 @@ def _change_json(rng: random.Random, file: Path, name: str) -> _Changed:
     """Change a value or a key somewhere in a JSON file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return _Changed(f"{name} left")
     place: Any = found
     path = []

@@ -136,6 +136,18 @@ def check_keys(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> N
     if entries.get("bias", "none") != "none":
         raise AdapterError(f"{file}: bias is {str(entries['bias'])[:80]!r}; only 'none' can be merged")
     _check_init(file, entries, allow_more=allow_more)
+    for together, reason in (
+        (
+            entries.get("lora_bias") and (entries.get("use_dora") or init_kind(entries)),
+            "lora_bias goes with no use_dora and no init_lora_weights but true and false",
+        ),
+        (
+            isinstance(entries.get("target_modules"), str) and entries.get("layers_to_transform") is not None,
+            "layers_to_transform goes with a list of target_modules alone",
+        ),
+    ):
+        if together:
+            raise AdapterError(f"{file}: {reason}; PEFT would not load this adapter")
 
 
 def _check_init(file: Path, entries: Mapping[str, Any], *, allow_more: bool) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from seedlora.adapters.adapter import (
     locate,
     quantization_of,
 )
+from seedlora.adapters.base_copies import check_copies, rows_and_sha256
 from seedlora.adapters.config_keys import REPEATED_INITS
 from seedlora.adapters.key_names import plain_keys
 from seedlora.adapters.original_base import base_key_of, without_start
@@ -103,7 +103,7 @@ def read_adapter(
     stored = _read_tensors(file)
     names = plain_keys(stored, file)
     tensors = {names[key]: tensor for key, tensor in stored.items()}
-    copies = _pop_base_copies(tensors)
+    copies = _pop_by_suffix(tensors, KEY_BASE_COPY)
     modules = _pop_modules_to_save(tensors, config)
     magnitudes = _pop_by_suffix(tensors, KEY_MAGNITUDE) if config.use_dora else {}
     biases = _pop_by_suffix(tensors, KEY_BIAS) if config.lora_bias else {}
@@ -124,7 +124,7 @@ def read_adapter(
         config.base_model,
         embeddings=frozenset(embeddings),
         transposed=frozenset(layers) - embeddings if config.fan_in_fan_out else frozenset(),
-        copies=copies,
+        copies={name: rows_and_sha256(copy) for name, copy in copies.items()},
         magnitudes=magnitudes,
         biases=biases,
         modules=modules,
@@ -141,6 +141,7 @@ def read_adapter(
     _check_vectors(file, adapter, config)
     if base is not None:
         adapter = placed_on(adapter, file, base)
+        check_copies(copies, file, base)
     if base is not None and config.use_dora:
         for name in adapter.layers:
             base_key_of(file, adapter, name, base)
@@ -205,7 +206,7 @@ def _is_power_of_two(scaling: float) -> bool:
 
 def _advice(key: str) -> str:
     """Return what a key of another form probably is, and what to do; the end of a sentence."""
-    if "lora_" in key:
+    if "lora" in key:
         own = f"PEFT's own keys begin with {KEY_PREFIX} and end in {KEY_A} or {KEY_B}"
         return f"; {own}: save it with PEFT's save_pretrained"
     if key.startswith(KEY_PREFIX) and key.endswith(".weight"):
@@ -223,10 +224,13 @@ def _pop_by_suffix(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]
 
 
 def _pop_modules_to_save(tensors: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-    """Take the full weights of ``modules_to_save`` out of the others, and return them by key within the model."""
+    """Take the full weights of ``modules_to_save`` out of the others, and return them by key within the model.
+
+    As PEFT has it, a name is the end of a path, in the midst of a part too: ``norm`` means every ``input_layernorm``.
+    """
     names = [re.escape(name) for name in config.modules_to_save]
-    pattern = re.compile(rf"{re.escape(KEY_PREFIX)}(?:.*\.)?(?:{'|'.join(names)})\.(?!.*lora_)")
-    keys = [key for key in tensors if names and pattern.match(key)]
+    pattern = re.compile(rf"{re.escape(KEY_PREFIX)}.*(?:{'|'.join(names)})\.")
+    keys = [key for key in tensors if names and "lora_" not in key and pattern.match(key)]
     return {key.removeprefix(KEY_PREFIX): tensors.pop(key) for key in keys}
 
 
@@ -278,12 +282,3 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if not is_finite(tensor):
             raise AdapterError(f"{file}: '{key}' holds NaN or infinity")
     return tensors
-
-
-def _pop_base_copies(tensors: dict[str, Tensor]) -> dict[str, tuple[int, str]]:
-    """Take base weights out of the others, and return rows and sha256 of each by layer path."""
-    copies = {}
-    for path, tensor in _pop_by_suffix(tensors, KEY_BASE_COPY).items():
-        data = bytes(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
-        copies[path] = tensor.shape[0] if tensor.ndim else 1, hashlib.sha256(data).hexdigest()
-    return copies

@@ -152,7 +152,7 @@ def _add_adapters(y: Tensor, x: Tensor, joined: JoinedBlocks, route: Route) -> T
     In place, unless the route keeps the products of the base layers as they are.
 
     Short blocks go through the columns of all adapters in one product, and those of others are zeroed. Long ones on a
-    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/kernels.py``).
+    CPU take a product each: there the columns of others cost more than the calls (``benchmarks/cpu_kernels.py``).
     """
     a_RK, b_DR, ranks, scales, _ = joined
     sizes = route.tokens or (len(x) // len(route.names),) * len(route.names)

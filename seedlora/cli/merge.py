@@ -16,6 +16,7 @@ from rich.console import Console
 
 from seedlora.adapters.gguf import convert_to_gguf, gguf_command
 from seedlora.adapters.peft_config import PEFT_AUTO_CLASSES
+from seedlora.adapters.reading import base_model_of
 from seedlora.adapters.server_commands import model_commands, next_commands
 from seedlora.adapters.servers import describe_serving, serving_problems
 from seedlora.cli.command_parser import BASE_HELP, CommandParser, run_command
@@ -140,7 +141,7 @@ def merge(arguments: Mapping[str, Any]) -> None:
     assert record is not None
     converted = None
     if request.llama_cpp is not None:
-        converted = convert_to_gguf(out, record["base_model"], request.llama_cpp)
+        converted = convert_to_gguf(out, base_model_of(out), request.llama_cpp)
     served = {} if into_base else serving_problems(out, base=request.base)
     if arguments["json"]:
         print_json({**record, "out": str(out), "servable": served, "gguf": str(converted) if converted else None})
@@ -153,7 +154,7 @@ def merge(arguments: Mapping[str, Any]) -> None:
     if into_base:
         print(model_commands(out))  # noqa: T201 - to be copied
     else:
-        _print_commands(console, out, record, served)
+        _print_commands(console, out, served)
     _print_compression(console, method, record, into_base=into_base)
     if missing := record.get("incomplete_groups"):
         console.print(f"some servers want these layers too, but their shape is unknown: {', '.join(missing[:4])}, ...")
@@ -161,7 +162,7 @@ def merge(arguments: Mapping[str, Any]) -> None:
         console.print(f"converted: {converted}", soft_wrap=True)
     elif request.llama_cpp is not None:
         console.print(f"no convert_lora_to_gguf.py in {arguments['gguf']}; where llama.cpp is, run:", soft_wrap=True)
-        print(shlex.join(gguf_command(out, record["base_model"], Path("."))))  # noqa: T201 - to be copied
+        print(shlex.join(gguf_command(out, base_model_of(out), Path("."))))  # noqa: T201 - to be copied
 
 
 def _check_into_base(request: _Request) -> None:
@@ -202,16 +203,22 @@ def _print_inputs(console: Console, method: str, record: FusionRecord) -> None:
             "or did an option take everything away?",
             soft_wrap=True,
         )
+    if differing := record.get("differing"):
+        console.print(
+            f"left behind, because the inputs differ in them: {', '.join(differing)}; what is asked of the result is "
+            "worded by default, or by --prompt_style",
+            soft_wrap=True,
+        )
     if "dequantised" in record:
         console.print(f"the base model was stored quantised by {record['dequantised']}; the result is dequantised")
 
 
-def _print_commands(console: Console, out: Path, record: FusionRecord, served: Mapping[str, Sequence[str]]) -> None:
+def _print_commands(console: Console, out: Path, served: Mapping[str, Sequence[str]]) -> None:
     """Print the shape of a fused adapter, the commands that load and serve it, and which servers do."""
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     console.print(f"rank {config['r']}, lora_alpha {config['lora_alpha']}; {', '.join(config['target_modules'])}")
     commands = next_commands(
-        base_model=record["base_model"],
+        base_model=config["base_model_name_or_path"] or "",
         adapter=out,
         rank=config["r"],
         serve=not served["vLLM"],

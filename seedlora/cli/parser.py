@@ -154,7 +154,7 @@ class SeedLoRACLI(LightningCLI):
             kwargs["logger"] = JSONLinesLogger(self.ensemble.metrics_path)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
             raise UsageError(f"Lightning's Trainer refuses these options: {one_line(str(error))}") from error
         self.metrics = None if trainer.fast_dev_run else metrics_logger(trainer, self.ensemble.metrics_path)
         return trainer

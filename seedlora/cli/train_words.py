@@ -24,6 +24,8 @@ from seedlora.names import FROM_PYTHON
 LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
 #: Seconds from the start of the command within which a plan is measured, one micro-batch if need be.
 PLAN_SECONDS = 60
+#: Values that a file of options may hold: few aliases of aliases make more than any parser goes through in a day.
+MOST_VALUES = 100_000
 _COMMA_LIST = re.compile(r"[\w.]+(, ?[\w.]+)+")
 #: What undoes the options of a run that say what is scored by generation.
 NO_TASKS = (
@@ -112,6 +114,8 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")
+    if _size(found, {}) > MOST_VALUES:
+        raise UsageError(f"{file} cannot be read: with its aliases (&, *) it holds more than {MOST_VALUES:,} values")
     if why := found.get(FROM_PYTHON):
         raise UsageError(f"{file} records a run from Python, which train.py cannot start: {why}")
     for section in ("trainer", "model", "data", "ensemble", "evaluate"):
@@ -127,6 +131,17 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file}: evaluate is called evaluate.task now")
     if old := [key for key in found if str(key).startswith("evaluate_")]:
         raise UsageError(f"{file}: {old[0]} is called {old[0].replace('_', '.', 1)} now")
+
+
+def _size(value: object, known: dict[int, float]) -> float:
+    """Return how many values there are in plain data, those of an alias wherever it stands; infinity within itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 def keep_class(argv: Sequence[str], option: str) -> list[str]:

@@ -11,8 +11,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -27,6 +30,7 @@ from seedlora.cli.parser import SeedLoRACLI
 from seedlora.cli.plan_measurement import measure_plan
 from seedlora.distributed.process_watch import ProcessWatch, is_lost_connection
 from seedlora.distributed.strategies import prepare_strategy
+from seedlora.model.loading import BaseModelError
 from seedlora.names import UNFINISHED_NAME
 from seedlora.report.terminal import told_report
 from seedlora.run.budget import replica_share
@@ -40,6 +44,7 @@ from seedlora.run.plan_advice import plan_advice
 from seedlora.training.replicas import DivergedError, StoppedError
 from seedlora.utils.files import atomic_file
 from seedlora.utils.options import name_option
+from seedlora.utils.places import without_home
 from seedlora.utils.progress import plain_console, show
 
 
@@ -102,6 +107,8 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
     except MisconfigurationException as error:
         _stopped(cli, f"Lightning refuses an option of the Trainer: {one_line(str(error))}")
         return 1
+    except BaseModelError as error:
+        return refuse(error)
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
         print(f"error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
@@ -166,13 +173,27 @@ def _prepare(cli: SeedLoRACLI, console: Console, *, planning: float | None, fini
         cli.metrics.path = ensemble.metrics_path
     if trainer.is_global_zero and not (planning is not None or finished or trainer.fast_dev_run):
         (ensemble.dirpath / UNFINISHED_NAME).touch()
-        config = cli.config.clone()
+        config = _without_enums(cli.config.clone())
         config.ensemble.resume = False  # the file starts another run as well
         with atomic_file(ensemble.dirpath / "config.yaml") as file:
-            file.write_text(cli.parser.dump(config), encoding="utf-8")
+            file.write_text(without_home(cli.parser.dump(config), below=True), encoding="utf-8")
         write_cost(ensemble.dirpath, plan, data.libraries)
     show(console, opening(plan, data, plan_advice(trainer, module.options, data, ensemble)))
     return plan
+
+
+def _without_enums(value: Any) -> Any:
+    """Return options in which the members of enumerations, such as the interval of a Timer, are plain values."""
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            setattr(value, key, _without_enums(inner))
+    elif isinstance(value, Enum):
+        return value.value
+    elif isinstance(value, list | dict):
+        pairs = enumerate(value) if isinstance(value, list) else value.items()
+        for key, inner in list(pairs):
+            value[key] = _without_enums(inner)
+    return value
 
 
 def _train(cli: SeedLoRACLI, console: Console) -> None:

@@ -150,7 +150,7 @@ def open_samples(folder: Path, settings: EvaluationSettings, *, replace: bool = 
         except OSError:
             raise ValueError(f"another evaluation is writing to {folder}; wait for it, or {_MOVE_AWAY}") from None
         before = EVALUATION_SETTINGS.read(folder)
-        plain: EvaluationSettings = json.loads(json.dumps(settings))
+        plain = EVALUATION_SETTINGS.as_read(settings)
         dropped = _adapters_with_other_weights(before, plain) if replace and before is not None else []
         if dropped and before is not None:
             # The settings come last: until then they say whose samples these were.

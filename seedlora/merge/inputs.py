@@ -89,9 +89,20 @@ class _Named(NamedTuple):
     adapter: Adapter
 
 
+def _is_same_place(a: str, b: str) -> bool:
+    """Return whether two names of a base model are one, or lead to one folder: by a link, or through ``..``."""
+    if not a or not b:
+        return a == b
+    one, other = Path(a), Path(b)
+    try:
+        return one == other or (one.is_dir() and other.is_dir() and one.samefile(other))
+    except (OSError, ValueError):
+        return False
+
+
 def _check_same_base(first: _Named, other: _Named) -> None:
     (first_name, a), (name, b) = first, other
-    if Path(b.base_model) != Path(a.base_model):
+    if not _is_same_place(b.base_model, a.base_model):
         raise AdapterError(
             f"{first_name} belongs to base model '{a.base_model}', {name} to '{b.base_model}'; if these "
             "are one model, say so in adapter_config.json (base_model_name_or_path)"

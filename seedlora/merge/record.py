@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from seedlora.adapters.adapter import WEIGHTS_NAME, Adapter, files_sha256, is_model, locate
+from seedlora.adapters.adapter import PROMPT_NAME, WEIGHTS_NAME, Adapter, files_sha256, is_model, locate
 from seedlora.merge.bound_rule import BoundRule
 from seedlora.merge.layers import Fused
 from seedlora.model.tokenizer_files import read_tokenizer_files
 from seedlora.model.weight_files import shards
 from seedlora.records.fusion import AppliedRule, FusionRecord, GainRecord, UseRecord
-from seedlora.utils.places import expanded
+from seedlora.utils.places import expanded, without_home
 
 
 def record_kinds(record: FusionRecord, adapters: Mapping[str, Adapter]) -> None:
@@ -41,11 +41,13 @@ def run_around(out: str | Path, sources: Sequence[str | Path]) -> Path | None:
 
 
 def recorded(source: str | Path, run: Path | None) -> str:
-    """Name a folder or hub id in a record: as given, but a folder of a run as it is found from the run's folder."""
+    """Name a folder or hub id in a record, which is sent to others: as given, but for the home folder, and a folder of
+    a run as it is found from the run's folder.
+    """
     if run is None or not expanded(source).is_dir():
-        return str(source)
+        return without_home(str(source))
     folder = expanded(source).resolve()
-    return str(folder.relative_to(run) if folder.is_relative_to(run) else folder)
+    return without_home(str(folder.relative_to(run) if folder.is_relative_to(run) else folder))
 
 
 def hash_inputs(sources: Sequence[str | Path]) -> dict[str, Future[str]]:
@@ -70,6 +72,18 @@ def common_files(sources: Sequence[str | Path], names: Sequence[str]) -> dict[st
         if len(contents) == 1 and (content := contents.pop()) is not None:
             found[name] = content
     return found
+
+
+def differing_files(sources: Sequence[str | Path]) -> list[str]:
+    """Return the files of prompt and tokenizer that the inputs differ in, or that some lack; no result has them."""
+    folders = [locate(source) for source in sources]
+    each = [read_tokenizer_files(folder) | _content(folder / PROMPT_NAME) for folder in folders]
+    names = sorted({name for files in each for name in files})
+    return [name for name in names if len({files.get(name) for files in each}) > 1]
+
+
+def _content(file: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes()} if file.is_file() else {}
 
 
 def common_tokenizer(sources: Sequence[str | Path]) -> dict[str, bytes]:
@@ -144,6 +158,8 @@ def fusion_record(
         "base_model": base_model,
         "seedlora": version("seedlora"),
     }
+    if differing := differing_files(list(hashes)):
+        record["differing"] = differing
     if fused is not None and fused.compression:
         errors = list(fused.compression.values())
         record["compression"] = {

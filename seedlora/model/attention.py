@@ -130,6 +130,7 @@ def documents_attention(
         sliding_window: the most tokens that one sees, itself among them; default all.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _under_autocast(query, key, value)
     if isinstance(documents, SharedPrefix):
         return after_prefix(query, key, value, documents, scaling, sliding_window), None
     rows, longest = len(query), query.shape[2] if documents is None else documents.longest
@@ -146,6 +147,17 @@ def documents_attention(
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return by_varlen_kernel(query, key, value, documents, scaling, window), None
     return padded(query, key, value, documents, scaling, window), None
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in autocast's dtype where it is on, as it does for torch's own attention.
+
+    Rotated queries and keys are in float32 there, and values are not.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def by_varlen_kernel(

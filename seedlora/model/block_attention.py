@@ -4,7 +4,7 @@ A block is at most :data:`BLOCK` queries of one document, of all heads that shar
 them: so nothing behind the diagonal is computed but within a block, keys are not repeated for the heads that share
 them, and neither scores nor weights are kept for the backward pass, which computes them again. Torch's fused kernel
 takes 1.6 times as long for forward and backward of 3 x 512 tokens in bfloat16, plain products of whole rows 1.8 times
-(``benchmarks/kernels.py``). Scores and sums have the precision of ``eager`` attention.
+(``benchmarks/cpu_kernels.py``). Scores and sums have the precision of ``eager`` attention.
 
 Shape legend: ``T`` tokens, ``H`` heads of the queries, ``G`` of keys and values, ``K`` features of a head; of a block
 ``c`` queries and ``j`` keys.

@@ -8,7 +8,7 @@ can be reached. Its weights differ from the hub's by that quantisation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,10 @@ from seedlora.utils.transformers_internals import hub_commit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class BaseModelError(ValueError):
+    """A base model cannot be loaded as it is. The message names it, and says what to do."""
 
 
 def resolve_base_model(base_model: str) -> str:
@@ -61,7 +65,7 @@ def load_config(base_model: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    with _naming_base(base_model):
+    with naming_base(base_model):
         return AutoConfig.from_pretrained(resolve_base_model(base_model), trust_remote_code=False)
 
 
@@ -102,8 +106,18 @@ def check_base(base_model: str, config: PretrainedConfig) -> None:
             f"Base model '{base_model}' is quantised already, by {method}; give the model that it was made of "
             f"(training over few bits is {name_option('model.quantization', 'nf4')} or int8)"
         )
-    if any(folder.glob("*.safetensors*")):
-        _ = WeightFiles(folder).files
+    if not folder.is_dir():
+        return
+    files = WeightFiles(folder)
+    try:
+        keys = files.files
+    except FileNotFoundError as error:
+        raise BaseModelError(f"Base model '{base_model}' cannot be loaded: {error}") from None
+    if method == "bitsandbytes" and not any(key.endswith((".SCB", ".absmax")) for key in keys):
+        raise BaseModelError(
+            f"Base model '{base_model}' has weights that are not quantised, and a config.json that says bitsandbytes; "
+            f"take quantization_config out of it (training over few bits is {name_option('model.quantization', 'nf4')})"
+        )
 
 
 def check_token_ids(largest: int, vocabulary: int, base_model: str) -> None:
@@ -151,7 +165,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; raises as :func:`load_config`."""
     from transformers import AutoTokenizer
 
-    with _naming_base(base_model):
+    with naming_base(base_model, "its tokenizer"):
         return AutoTokenizer.from_pretrained(resolve_base_model(base_model), trust_remote_code=False)
 
 
@@ -174,17 +188,42 @@ def load_model(base_model: str, *, dtype: torch.dtype, attention: str = AUTO) ->
     for key, value in config.to_dict().items():
         if isinstance(value, float) and (key.endswith(("dropout", "_pdrop")) or key.endswith("dropout_prob")):
             setattr(config, key, 0.0)
-    with _naming_base(base_model), without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+    with naming_base(base_model), without_progress_bars():
+        model, found = AutoModelForCausalLM.from_pretrained(
             resolve_base_model(base_model),
             config=config,
             dtype=dtype,
             trust_remote_code=False,
+            use_safetensors=True,
             attn_implementation=None if attention == AUTO else attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    _check_whole(base_model, found["missing_keys"], found["mismatched_keys"])
     model.config.use_cache = False
     choose_attention(model, dtype, attention)
     return model.requires_grad_(False)
+
+
+def _check_whole(
+    base_model: str, missing: Collection[str], mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]]
+) -> None:
+    """Check that every weight came from the files: transformers makes up those that do not, at random.
+
+    Raises:
+        BaseModelError: naming the first one.
+    """
+    again = "were all files downloaded, and is its config.json its own?"
+    if missing:
+        raise BaseModelError(
+            f"the files of base model '{base_model}' hold no {min(missing)} ({len(missing)} weights in all are "
+            f"missing), which its config.json asks for: {again}"
+        )
+    for key, stored, wanted in sorted(mismatched):
+        raise BaseModelError(
+            f"{key} of base model '{base_model}' is stored as {tuple(stored)}, and its config.json asks for "
+            f"{tuple(wanted)} ({len(mismatched)} weights in all are of another shape): {again}"
+        )
 
 
 def fast_dtype() -> torch.dtype:
@@ -199,8 +238,17 @@ def fast_dtype() -> torch.dtype:
 
 
 @contextmanager
-def _naming_base(base_model: str) -> Iterator[None]:
-    """Turn what a library raises into one sentence that names the model, and ask a hub that does not answer once."""
+def naming_base(base_model: str, part: str = "it") -> Iterator[None]:
+    """Turn what a library raises into one sentence that names the model, and ask a hub that does not answer once.
+
+    Args:
+        base_model: for the message.
+        part: what of it is loaded, for people.
+
+    Raises:
+        BaseModelError: in the place of whatever a library raises of a folder.
+        OSError: likewise of a hub id.
+    """
     local = base_model == EMBEDDED or Path(resolve_base_model(base_model)).is_dir()
     try:
         with nullcontext() if local else hub():
@@ -210,11 +258,14 @@ def _naming_base(base_model: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and (base_model == EMBEDDED or error.errno is not None):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, ValueError | OSError):  # its text alone says little: the name of a key, for example
+            reason = f"{type(error).__name__}: {reason}"
         if "trust_remote_code" in str(error):
             reason = "it has code of its own, which is not run here"
         if local:
-            raise ValueError(f"Base model '{base_model}' cannot be loaded: {reason}") from error
+            what = "cannot be loaded" if part == "it" else f"cannot be loaded with {part}"
+            raise BaseModelError(f"Base model '{base_model}' {what}: {reason}") from error
         raise OSError(
             f"Base model '{base_model}' is no local folder and could not be read from the hub: {reason}"
         ) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from seedlora.model.loading import check_causal, load_config
+from seedlora.model.loading import check_causal, load_config, naming_base
 from seedlora.utils.options import name_option
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def outline(base_model: str) -> Outline:
 
     config = load_config(base_model)
     check_causal(config)
-    with torch.device("meta"):
+    with naming_base(base_model), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     of_language = _language_modules(model)
     linear, transposed, has_towers, modules, mixed = {}, False, False, dict[str, int](), set()

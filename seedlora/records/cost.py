@@ -46,7 +46,7 @@ class PlanRecord(TypedDict):
         budget: `equal` divides the run's steps among the seeds, `full` gives each seed all of them.
         replica: how long each seed trains.
         steps: optimizer steps of each seed that trains to the end.
-        replica_steps: optimizer steps of all replicas together.
+        replica_steps: optimizer steps of all replicas together, one with k times the rows as k.
         batch: rows of each seed in an optimizer step.
         rows: number of training rows.
         tokens: tokens that each seed sees in training.
@@ -68,6 +68,7 @@ class PlanRecord(TypedDict):
         processes: number of processes that train.
         left_out: a sentence for each source of rows that are not all used as they are.
         note: what was asked for and does nothing, in words; null is nothing.
+        memory_note: how far the estimates can be off, where that is far; null elsewhere.
         packing: how rows share a forward and why, in words; null where the data does not say.
     """
 
@@ -99,6 +100,7 @@ class PlanRecord(TypedDict):
     processes: int
     left_out: NotRequired[list[str]]
     note: str | None
+    memory_note: NotRequired[str | None]
     packing: NotRequired[str | None]
 
 
@@ -142,4 +144,4 @@ class CostRecord(TypedDict):
     peak_bytes: int
 
 
-COST = JSONFile(COST_NAME, CostRecord)
+COST = JSONFile(COST_NAME, CostRecord, hides_home=True)

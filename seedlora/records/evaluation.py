@@ -215,6 +215,6 @@ class HarnessResults(GeneratorSettings):
     scores: dict[str, dict[str, dict[str, MetricRecord]]]
 
 
-EVALUATION_SETTINGS = JSONFile("settings.json", EvaluationSettings, sort_keys=True)
-EVALUATION_RESULTS = JSONFile("results.json", EvaluationResults)
-HARNESS_RESULTS = JSONFile("lm_eval.json", HarnessResults)
+EVALUATION_SETTINGS = JSONFile("settings.json", EvaluationSettings, sort_keys=True, hides_home=True)
+EVALUATION_RESULTS = JSONFile("results.json", EvaluationResults, hides_home=True)
+HARNESS_RESULTS = JSONFile("lm_eval.json", HarnessResults, hides_home=True)

@@ -116,6 +116,7 @@ class FusionRecord(AppliedRule):
         into_base: the base model that the result was added to.
         dequantised: how that base model was stored before it was dequantised.
         changes_nothing: only there, and true, where the result is zero in all layers.
+        differing: files of prompt and tokenizer that the inputs differ in, so that the result has none of them.
     """
 
     source: NotRequired[str]
@@ -133,6 +134,7 @@ class FusionRecord(AppliedRule):
     into_base: NotRequired[str]
     dequantised: NotRequired[str]
     changes_nothing: NotRequired[bool]
+    differing: NotRequired[list[str]]
 
 
-FUSION = JSONFile(FUSION_NAME, FusionRecord, default=str)
+FUSION = JSONFile(FUSION_NAME, FusionRecord, default=str, hides_home=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Generic, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from seedlora.utils.files import write_text
+from seedlora.utils.places import without_home
 
 Content = TypeVar("Content", bound=Mapping[str, object])
 
@@ -26,6 +27,8 @@ class JSONFile(Generic[Content]):
         sort_keys: whether keys are written in the order of the alphabet, not in that of the content.
         default: makes text of a value that JSON has no form for; without it such a value is an error.
         allow_nan: whether numbers that are not finite are written; otherwise they are an error.
+        hides_home: whether paths of the home folder begin with ``~``: the file is sent to others, or compared with what
+            was written under another home.
     """
 
     name: str
@@ -34,6 +37,7 @@ class JSONFile(Generic[Content]):
     sort_keys: bool = False
     default: Callable[[object], str] | None = None
     allow_nan: bool = True
+    hides_home: bool = False
 
     def read(self, folder: Path) -> Content | None:
         """Read the file of a folder; return ``None`` if there is no such file.
@@ -55,7 +59,7 @@ class JSONFile(Generic[Content]):
             OSError: if it is not there.
         """
         try:
-            found: Content = json.loads(path.read_text(encoding="utf-8"))
+            found: Content = json.loads(self._for_others(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if not isinstance(found, dict):
@@ -69,7 +73,12 @@ class JSONFile(Generic[Content]):
         written = json.dumps(
             content, indent=self.indent, sort_keys=self.sort_keys, default=self.default, allow_nan=self.allow_nan
         )
-        return written + "\n"
+        return self._for_others(written) + "\n"
+
+    def as_read(self, content: Content) -> Content:
+        """Return what a reader of the file would find: plain data."""
+        found: Content = json.loads(self.text(content))
+        return found
 
     def write(self, folder: Path, content: Content) -> None:
         """Write the file into a folder as one step; a crash leaves the old file or none, never a part.
@@ -78,6 +87,9 @@ class JSONFile(Generic[Content]):
             OSError: if the disk is full or the folder cannot be written; the file is then as it was.
         """
         write_text(folder / self.name, self.text(content))
+
+    def _for_others(self, text: str) -> str:
+        return without_home(text) if self.hides_home else text
 
 
 def find_fault(value: object, kind: object, place: str = "") -> str | None:

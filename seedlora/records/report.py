@@ -496,7 +496,7 @@ class ComparisonReport(TypedDict):
     missing: list[str]
 
 
-REPORT = JSONFile(REPORT_NAME, Report, allow_nan=False)
+REPORT = JSONFile(REPORT_NAME, Report, allow_nan=False, hides_home=True)
 #: The same file, for whoever asks it for the advice alone.
 REPORT_ADVICE = JSONFile(REPORT_NAME, ReportAdvice, allow_nan=False)
-COMPARISON_REPORT = JSONFile(REPORT_NAME, ComparisonReport, allow_nan=False)
+COMPARISON_REPORT = JSONFile(REPORT_NAME, ComparisonReport, allow_nan=False, hides_home=True)

@@ -19,6 +19,7 @@ RunSettings = TypedDict(
         "ensemble.ema": float | None,
         "ensemble.ema_part": float | None,
         "ensemble.halving": list[float] | None,
+        "ensemble.halved_rows": str,
         "ensemble.keep": str,
         "ensemble.outer_learning_rate": float | None,
         "ensemble.patience": int | None,
@@ -50,6 +51,7 @@ KEY_MEANINGS: dict[str, str] = {
     "ensemble.ema": "decay of the exponential mean of each replica's weights; null takes none.",
     "ensemble.ema_part": "part of the steps that such a mean reaches back; null leaves it to `ensemble.ema`.",
     "ensemble.halving": "parts of the steps after which half of the replicas is dropped; null drops none.",
+    "ensemble.halved_rows": "what becomes of the rows of dropped replicas: `saved`, or `shared` by those that go on.",
     "ensemble.keep": "which weights of a seed are kept: of the `last` step, of its `best` validation, or of the fused "
     "adapter's (`best_fused`).",
     "ensemble.outer_learning_rate": "learning rate of the outer step, with scheme `local`; null takes the mean itself.",
@@ -73,4 +75,4 @@ KEY_MEANINGS: dict[str, str] = {
     "trainer.limit_train_batches": "batches of an epoch that are taken, as a number or as a share.",
 }
 
-SETTINGS = JSONFile(SETTINGS_NAME, RunSettings, sort_keys=True)
+SETTINGS = JSONFile(SETTINGS_NAME, RunSettings, sort_keys=True, hides_home=True)

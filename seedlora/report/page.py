@@ -67,7 +67,7 @@ def write_report(
     on_page = {label: colour.replace(INK, "currentColor") for label, colour in colours.items()}
     drawings = Drawings(figures(report))
     _write_pages(Path(run), front_of_run(report, drawings), sections(report, drawings), on_page, reload=reload)
-    write_text(Path(run) / REPORT.name, without_home(REPORT.text(report)))
+    write_text(Path(run) / REPORT.name, REPORT.text(report))
     return report
 
 
@@ -99,7 +99,7 @@ def write_comparison(runs: Sequence[Report], folders: Sequence[str | Path], out:
     drawings = Drawings({} if picture is None else {"runs": picture})
     # Rows are runs, which have no colours, whatever they are called.
     _write_pages(Path(out), front_of_comparison(report, drawings), comparison_sections(report), {})
-    write_text(Path(out) / COMPARISON_REPORT.name, without_home(COMPARISON_REPORT.text(report)))
+    write_text(Path(out) / COMPARISON_REPORT.name, COMPARISON_REPORT.text(report))
     return report
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from seedlora.merge.bound_rule import MergeRule
 from seedlora.names import ALL_CONTROLS, EQUAL_TOKENS, NO_CONTROLS, NO_MERGE, WIDE_BATCHES
-from seedlora.run.halving import HalvingRound, check_parts, halving_rounds
+from seedlora.run.halving import HALVED_ROWS, HalvingRound, check_parts, halving_rounds, survivors
 from seedlora.run.sweep import SWEEP_MODES, Sweep, planned_replicas
 from seedlora.selection.comparison import Comparison
 from seedlora.training.averaging import averaging_steps
@@ -77,6 +77,7 @@ class EnsembleOptions:
     outer_learning_rate: float | None = None
     halving: Sequence[float] | None = None
     ema_part: float | None = None
+    halved_rows: str = "saved"
 
     def __post_init__(self) -> None:
         self._check_seeds()
@@ -157,7 +158,8 @@ class EnsembleOptions:
 
     def halving_rounds(self, steps: int) -> tuple[HalvingRound, ...]:
         """Return when replicas that train for so many steps are halved; raises as :func:`halving_rounds`."""
-        return halving_rounds(self.halving or (), steps=steps, n=len(self.replicas))
+        shares_rows = self.halved_rows == "shared"
+        return halving_rounds(self.halving or (), steps=steps, n=len(self.replicas), shares_rows=shares_rows)
 
     def ema_decay(self, steps: int) -> float | None:
         """Return the decay of the exponential means in a fit of so many steps; None where there are none.
@@ -261,9 +263,22 @@ class EnsembleOptions:
 
     def _check_halving(self) -> None:
         """Raise ValueError for parts that cannot be, and for what does not go with halving."""
+        check_choice("halved_rows", self.halved_rows, HALVED_ROWS)
         if self.halving is None:
+            if self.halved_rows == "shared":
+                raise ValueError(
+                    f"{name_option('ensemble.halved_rows', 'shared')} is of {name_option('ensemble.halving')}, which "
+                    "is not given"
+                )
             return
-        check_parts(self.halving, len(self.replicas))
+        n = len(self.replicas)
+        check_parts(self.halving, n)
+        if self.halved_rows == "shared" and n % 2 and len(self.halving) == 1:
+            left = survivors(n)
+            raise ValueError(
+                f"{name_option('ensemble.halved_rows', 'shared')}: the rows of the {n - left} dropped of {n} replicas "
+                f"cannot be dealt to {left} in equal parts; train {n + 1}, or halve twice"
+            )
         if self.scheme != INDEPENDENT:
             raise ValueError(
                 f"{name_option('ensemble.halving')} drops replicas, from which the others learn by "

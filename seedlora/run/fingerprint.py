@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from seedlora.records.settings import RunSettings
+from seedlora.records.settings import SETTINGS, RunSettings
 from seedlora.run.budget import ReplicaBudget
 from seedlora.run.ensemble_options import INDEPENDENT, EnsembleOptions
 from seedlora.run.stack_data import HasRows, StackDataModule
@@ -43,6 +43,7 @@ def run_settings(
         "ensemble.ema": options.ema,
         "ensemble.ema_part": options.ema_part,
         "ensemble.halving": options.halving,
+        "ensemble.halved_rows": options.halved_rows,
         # What a replica of a scheme learns, and whether one is dropped, depends on the others.
         "replicas of the scheme": [r.name for r in options.replicas]
         if options.scheme != INDEPENDENT or options.halving is not None
@@ -60,4 +61,4 @@ def run_settings(
     rows = data.rows if isinstance(data, HasRows) else {}
     settings |= {f"sha256 of the {part} rows": rows[part].sha256() for part in ("train", "val") if part in rows}
     plain: RunSettings = json.loads(json.dumps(settings, default=str))
-    return plain
+    return SETTINGS.as_read(plain)

@@ -8,12 +8,22 @@ from typing import NamedTuple
 
 from seedlora.utils.options import name_option
 
+#: What becomes of the rows that dropped replicas would have seen: nobody sees them, or those that go on have more rows.
+HALVED_ROWS = ("saved", "shared")
+
 
 class HalvingRound(NamedTuple):
-    """Say after which optimizer step replicas are dropped, and how many go on if none was lost before."""
+    """Say after which optimizer step replicas are dropped, and how many go on if none was lost before.
+
+    Attributes:
+        step: after which.
+        left: how many go on.
+        times: how many times its rows each of them has in a step from then on.
+    """
 
     step: int
     left: int
+    times: int = 1
 
 
 def survivors(n: int) -> int:
@@ -42,15 +52,23 @@ def check_parts(parts: Sequence[float], n: int) -> None:
         left = survivors(left)
 
 
-def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[HalvingRound, ...]:
+def halving_rounds(
+    parts: Sequence[float], *, steps: int, n: int, shares_rows: bool = False
+) -> tuple[HalvingRound, ...]:
     """Return the halvings of n replicas that train for so many steps.
+
+    Args:
+        parts: of the steps, after which a half is dropped.
+        steps: of a replica that is not dropped.
+        n: replicas.
+        shares_rows: whether those that go on have more rows in a step, at most as many in all as there were.
 
     Raises:
         ValueError: if two of them, or one and the start or the end, are the same step.
 
     Example:
-        >>> halving_rounds([0.25, 0.5], steps=12, n=6)
-        (HalvingRound(step=3, left=3), HalvingRound(step=6, left=2))
+        >>> halving_rounds([0.25, 0.5], steps=12, n=6, shares_rows=True)
+        (HalvingRound(step=3, left=3, times=2), HalvingRound(step=6, left=2, times=3))
     """
     rounds: list[HalvingRound] = []
     step, left = 0, n
@@ -62,20 +80,20 @@ def halving_rounds(parts: Sequence[float], *, steps: int, n: int) -> tuple[Halvi
                 f"{step}, which must be after step {before} and before the last; train for more steps, or choose "
                 "other parts"
             )
-        rounds.append(HalvingRound(step, left))
+        rounds.append(HalvingRound(step, left, n // left if shares_rows else 1))
     return tuple(rounds)
 
 
 def steps_of_all(rounds: Sequence[HalvingRound], *, steps: int, n: int) -> int:
-    """Return the optimizer steps of all replicas together.
+    """Return the optimizer steps of all replicas together, one with k times the rows as k.
 
     >>> steps_of_all(halving_rounds([0.25, 0.5], steps=12, n=6), steps=12, n=6)
     39
     """
-    total, before, left = 0, 0, n
+    total, before, each = 0, 0, n
     for one in rounds:
-        total, before, left = total + left * (one.step - before), one.step, one.left
-    return total + left * (steps - before)
+        total, before, each = total + each * (one.step - before), one.step, one.left * one.times
+    return total + each * (steps - before)
 
 
 class Halved(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from seedlora.distributed.strategies import ONE_PROCESS, Sharding, sharding_of
 from seedlora.model.quantization import QUANTIZATIONS
-from seedlora.model.recomputation import NOTHING
+from seedlora.model.recomputation import NOTHING, SELECTIVE, WHOLE_LAYERS
 from seedlora.run.activations import activation_bytes, attention_bytes, decoder_shape
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.ensemble_options import AUTO
@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 MOST_ORDERS = 8
 #: Part of a device's memory that a stack may take: the estimate is within a fifth, and allocators leave holes.
 PART_USED = 0.8
-#: Bytes that products and threads of a CPU take for themselves, and what its allocator holds for each byte in use:
-#: arrays of many sizes come and go, and leave holes. Measured, with glibc's, by benchmarks/memory.py.
-CPU_BUFFERS, CPU_HOLES = 64 * 2**20, 1.4
+#: Bytes that products and threads of a CPU take for themselves.
+CPU_BUFFERS = 64 * 2**20
+#: What a CPU's allocator holds for each byte in use, by what is recomputed: arrays of many sizes come and go, and leave
+#: holes, which count most where little is kept. Measured, with glibc's, by benchmarks/memory.py.
+CPU_HOLES = {NOTHING: 1.4, SELECTIVE: 1.6, WHOLE_LAYERS: 2.6}
+#: The same where joined rows keep everything: their attention goes in blocks of few sizes.
+CPU_HOLES_JOINED = 1.15
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,10 @@ def step_memory(
         rescaled=sum(d for d, _ in options.targets.values()) // shape.layers if options.adapter == "dora" else 0,
         all_logits=model.head in full or shared.stage == 3,
     )
+    if device.type == "cpu":
+        recomputed = options.gradient_checkpointing
+        holes = CPU_HOLES_JOINED if joined and recomputed == NOTHING else CPU_HOLES[recomputed]
+        activations = int(holes * activations) + CPU_BUFFERS
     # What is recomputed is cast again.
     kept = options.gradient_checkpointing == NOTHING
     copied = sum(n for path, n in full.items() if kept or path not in model.linear)
@@ -206,7 +214,7 @@ def step_memory(
         base_parameters=model.parameters,
         base_bytes=width,
         trainable=stack * one if trainable is None else trainable,
-        activations=int(CPU_HOLES * activations) + CPU_BUFFERS if device.type == "cpu" else activations,
+        activations=activations,
         quantized=sum(sizes),
         quantized_bytes=per_weight or 0,
         largest=max(sizes, default=0),

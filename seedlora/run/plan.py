@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from rich.table import Table
 
+from seedlora.model.recomputation import WHOLE_LAYERS
 from seedlora.names import EQUAL_TOKENS, OUTER_SEED, WIDE_BATCHES
 from seedlora.run.budget import ReplicaBudget, replica_share, replica_steps
 from seedlora.run.ensemble import Ensemble
@@ -34,7 +35,7 @@ class RunPlan:
         budget: ``equal`` or ``full``.
         replica: how long each replica trains.
         steps: optimizer steps of each replica that trains to the end.
-        replica_steps: optimizer steps of all replicas together.
+        replica_steps: optimizer steps of all replicas together, one with k times the rows as k.
         batch: rows of each replica in an optimizer step.
         rows: training rows.
         tokens: that each replica sees in training.
@@ -45,6 +46,7 @@ class RunPlan:
         base_parameters: of the frozen model.
         memory: estimate for one stack.
         memory_alone: estimate for one seed alone.
+        memory_note: how far the estimates can be off, where that is far.
         model: its name.
         data: its name, with validation and test rows.
         merge: the method.
@@ -88,6 +90,7 @@ class RunPlan:
     left_out: Sequence[str] = ()
     note: str | None = None
     packing: str | None = None
+    memory_note: str | None = None
 
     @property
     def one(self) -> str:
@@ -137,7 +140,7 @@ class RunPlan:
             "memory": (
                 f"about {gib(memory.total)}{each}: base {gib(memory.base)}, adapters {gib(memory.adapters)}, "
                 f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}; "
-                "beside Python and its libraries"
+                "beside Python and its libraries" + ("" if self.memory_note is None else f"; {self.memory_note}")
             ),
             "merge": self.merge,
             "compiled": self.compile and f"decoder layers in training, by {self.compile}; the first steps take longer",
@@ -203,7 +206,15 @@ def run_plan(trainer: pl.Trainer, options: ModelOptions, data: PlannedData, ense
         processes=trainer.world_size,
         left_out=_left_out(data),
         note=ensemble.comparison.nothing_for(n),
+        memory_note=_memory_note(trainer, options),
     )
+
+
+def _memory_note(trainer: pl.Trainer, options: ModelOptions) -> str | None:
+    """Say where the memory cannot be known well."""
+    if trainer.strategy.root_device.type != "cpu" or options.gradient_checkpointing != WHOLE_LAYERS:
+        return None
+    return "rough, by a third either way: a CPU's allocator keeps much of what full recomputation frees"
 
 
 def _controls(ensemble: Ensemble, steps: int, batch: int, tokens: int) -> str | None:
@@ -238,11 +249,14 @@ def _scheme(options: EnsembleOptions, model: ModelOptions, *, n: int, steps: int
         )
         parts.append(f"{LOCAL}: all replicas are averaged {len(means):,} times in {steps:,} steps{first}{outer}")
     if rounds := options.halving_rounds(steps):
-        left = ", ".join(f"{one.left} after step {one.step:,}" for one in rounds)
+        left = ", ".join(
+            f"{one.left} after step {one.step:,}" + (f" with {one.times} times the rows" if one.times > 1 else "")
+            for one in rounds
+        )
         saved = 1 - steps_of_all(rounds, steps=steps, n=n) / (n * steps)
         parts.append(
-            f"halving: of {n} replicas those with the lower validation losses go on, {left}; {saved:.0%} of the tokens "
-            "are saved"
+            f"halving: of {n} replicas those with the lower validation losses go on, {left}"
+            + (f"; {saved:.0%} of the tokens are saved" if saved else "")
         )
     return "; ".join(parts) or None
 

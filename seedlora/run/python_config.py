@@ -16,6 +16,7 @@ from seedlora.datamodules import InstructionDataModule
 from seedlora.names import FROM_PYTHON
 from seedlora.run.ensemble import Ensemble
 from seedlora.run.stack_data import StackDataModule
+from seedlora.utils.places import without_home
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -79,7 +80,7 @@ def python_config(
         plain = {FROM_PYTHON: "; ".join(reasons), **plain}
     if names := ", ".join(dict.fromkeys(type(each).__name__ for each in besides)):
         lines.append(f"# Not in it: {names}.")
-    return "\n".join([*lines, yaml.safe_dump(plain, sort_keys=False)])
+    return without_home("\n".join([*lines, yaml.safe_dump(plain, sort_keys=False)]), below=True)
 
 
 def _as_text(value: object, objects: list[str]) -> str:

@@ -6,9 +6,12 @@ Every :class:`seedlora.datamodules.base.InstructionDataModule` offers all of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from seedlora.datamodules.sampler import Growth
 
 
 class Loader(Protocol):
@@ -128,6 +131,14 @@ class CountsTokens(Protocol):
 
     def seen(self, seed: int, steps: int, *, steps_per_epoch: int) -> tuple[int, int]:
         """Return the tokens that a replica has seen after so many steps, and how many of them were scored."""
+
+
+@runtime_checkable
+class GrowsRows(Protocol):
+    """Offer, as a data module, that the rows of a step become more."""
+
+    #: From which optimizer steps on, and how many times; None: never.
+    growth: Growth | None
 
 
 class Packing(Protocol):

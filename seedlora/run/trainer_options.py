@@ -121,6 +121,8 @@ def _min_steps(fit: Fit) -> str | None:
 
 def _val_check_interval(fit: Fit) -> str | None:
     every = fit.trainer.val_check_interval
+    if isinstance(every, int | float) and every <= 0:
+        return f"{name_option('trainer.val_check_interval', every)} is no interval{_NO_VALIDATION}"
     within_epoch = isinstance(every, int) and fit.trainer.check_val_every_n_epoch is not None
     if not within_epoch or every <= fit.batches or not fit.val_batches:
         return None
@@ -155,6 +157,30 @@ def _barebones(fit: Fit) -> str | None:
     return f"{name_option('trainer.barebones', True)} logs nothing, so no validation could be read; leave it out"
 
 
+def _clip(fit: Fit) -> str | None:
+    value = fit.trainer.gradient_clip_val
+    if value is None or value >= 0:
+        return None
+    return f"{name_option('trainer.gradient_clip_val', value)} would turn every gradient round; give 0 or more"
+
+
+def _check_val(fit: Fit) -> str | None:
+    every = fit.trainer.check_val_every_n_epoch
+    if every is None or every >= 1:
+        return None
+    return f"{name_option('trainer.check_val_every_n_epoch', every)}: give at least 1{_NO_VALIDATION}"
+
+
+def _callbacks(fit: Fit) -> str | None:
+    """Return why a callback cannot be there: it changes what replicas share, or watches what is never logged."""
+    for callback in fit.trainer.callbacks:
+        # Lightning's own, or one made from it; by name, as some are not in every release.
+        kinds = {kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("lightning.")}
+        if reason := next((why for name, why in _REFUSED_CALLBACKS.items() if name in kinds), None):
+            return f"{type(callback).__name__} {reason}"
+    return _monitors(fit)
+
+
 def _monitors(fit: Fit) -> str | None:
     """Return what a callback watches that is never logged: Lightning would say so after the first epoch."""
     logged = [f"train/loss_{label}" for label in fit.labels if label.startswith("seed_") or label.endswith("_seed")]
@@ -170,6 +196,19 @@ def _monitors(fit: Fit) -> str | None:
     return None
 
 
+_NO_VALIDATION = "; trainer.limit_val_batches 0 switches validation off"
+_OF_ALL = "changes what all replicas of a stack share, so that none would be as it is alone"
+#: Callbacks of Lightning's that do not go with replicas, and what to do.
+_REFUSED_CALLBACKS: Mapping[str, str] = {
+    "GradientAccumulationScheduler": "changes how many batches a step takes, from which the steps of each seed were "
+    "counted; set trainer.accumulate_grad_batches",
+    "BatchSizeFinder": f"{_OF_ALL}; set data.batch_size (--plan shows the memory)",
+    "LearningRateFinder": f"{_OF_ALL}; ensemble.sweep tries several learning rates at once",
+    "StochasticWeightAveraging": f"{_OF_ALL}; ensemble.ema averages the weights of each replica",
+    "WeightAveraging": f"{_OF_ALL}; ensemble.ema averages the weights of each replica",
+    "ModelPruning": f"{_OF_ALL}; merge methods such as dare and ties make updates sparse",
+    "BaseFinetuning": f"{_OF_ALL}; model.target_modules and model.modules_to_save say what is trained",
+}
 _PASSED = TrainerOption(PASSED, "")
 #: By name, in the order of Trainer's signature.
 TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
@@ -186,8 +225,9 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "callbacks": TrainerOption(
         MEANING,
         "called beside ours; what they watch must be logged; what one of them ends early is merged as it is and said "
-        "to be of so many of so many steps",
-        _monitors,
+        "to be of so many of so many steps; those that change batches, learning rates or weights for all replicas "
+        "(finders, weight averaging, pruning, finetuning, accumulation by a schedule) are refused",
+        _callbacks,
     ),
     "fast_dev_run": TrainerOption(MEANING, "so many batches of each seed; nothing is written"),
     "max_epochs": TrainerOption(MEANING, "shared among the seeds, or given to each: `ensemble.budget`; 0 is refused"),
@@ -209,7 +249,7 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "val_check_interval": TrainerOption(
         MEANING, "a number of batches beyond an epoch's is refused, unless epochs are not counted", _val_check_interval
     ),
-    "check_val_every_n_epoch": _PASSED,
+    "check_val_every_n_epoch": TrainerOption(PASSED, "at least 1", _check_val),
     "num_sanity_val_steps": TrainerOption(PASSED, "`train.py` takes 0"),
     "log_every_n_steps": TrainerOption(PASSED, "`train.py` takes 1"),
     "enable_checkpointing": TrainerOption(
@@ -217,8 +257,8 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     ),
     "enable_progress_bar": _PASSED,
     "enable_model_summary": _PASSED,
-    "accumulate_grad_batches": _PASSED,
-    "gradient_clip_val": TrainerOption(MEANING, "of each seed on its own; `train.py` takes 1.0"),
+    "accumulate_grad_batches": TrainerOption(PASSED, "at least 1, or the data module refuses it"),
+    "gradient_clip_val": TrainerOption(MEANING, "of each seed on its own, 0 or more; `train.py` takes 1.0", _clip),
     "gradient_clip_algorithm": TrainerOption(PASSED, "`value` is refused under DeepSpeed"),
     "deterministic": _PASSED,
     "benchmark": _PASSED,

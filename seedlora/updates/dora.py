@@ -36,7 +36,7 @@ def dora_updates(
         weight: rows ``start`` to ``stop`` of the base weight, in float32 or higher, on any device.
 
     Raises:
-        ValueError: if the magnitudes are not of shape ``(N, D)``.
+        ValueError: if the magnitudes are not of shape ``(N, D)``, or, when the blocks are read, if a sum overflows.
 
     References:
         Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5.
@@ -55,6 +55,8 @@ def dora_updates(
             norms = torch.linalg.vector_norm(w_PK + low_NPK, dim=-1, dtype=torch.float64)
             m_NP = magnitudes[:, start : start + step].double()
             c_NP1 = torch.where(norms > 0, m_NP / norms, 1.0)[..., None]
+            if not bool(norms.isfinite().all() & c_NP1.to(compute).isfinite().all()):
+                raise ValueError("a DoRA adapter's m (W + B A) / |W + B A| overflows: it holds values far too large")
             # (c - 1) W + c B A loses no digits where c is near 1, as it is after a short training
             yield (c_NP1 - 1).to(compute) * w_PK + low_NPK.mul_(c_NP1.to(compute))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+
+#: Characters that go on with the name of a folder.
+_IN_NAMES = r"\w.-"
 
 
 def home_folder() -> Path | None:
@@ -27,12 +31,18 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{path}: no home folder is known that ~ could stand for; write the whole path") from None
 
 
-def without_home(text: str) -> str:
-    """Return a text for others, in which paths of the home folder begin with ``~``."""
+def without_home(text: str, *, below: bool = False) -> str:
+    """Return a text for others, JSON perhaps, in which paths of the home folder begin with ``~``.
+
+    Args:
+        text: to be sent.
+        below: leave the folder itself as it is: ``~`` alone is nothing in YAML.
+    """
     home = home_folder()
     if home is None or len(str(home)) < 2:
         return text
-    return re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text)
+    forms = "|".join(re.escape(form) for form in {str(home), json.dumps(str(home))[1:-1]})
+    return re.sub(rf"(?:{forms})(?{'=/' if below else '![' + _IN_NAMES + ']'})", "~", text)
 
 
 def user_cache() -> Path:

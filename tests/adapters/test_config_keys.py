@@ -89,3 +89,19 @@ def test_a_large_value_does_not_fill_the_message(broken):
     with pytest.raises(AdapterError) as caught:
         read_config(folder)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"lora_bias": True, "init_lora_weights": "olora"},  # seed 322 of the benchmark of adapters
+        {"lora_bias": True, "use_dora": True},
+        {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+    ],
+)
+def test_what_peft_itself_would_not_load_is_refused(entries, broken):
+    folder = broken(config=entries)
+    with pytest.raises(ValueError, match="only supported with|not supported for|cannot be used"):
+        LoraConfig.from_pretrained(str(folder))
+    with pytest.raises(AdapterError, match="PEFT would not load this adapter"):
+        read_config(folder, allow_more=True)

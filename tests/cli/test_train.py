@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.cli.train import main
 from seedlora.datamodules.prompts import render
 from tests.helpers.commands import train
+
+#: Aliases of aliases: seed 119 of the benchmark of files of options.
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefgh")
+)
 
 
 def only_run():
@@ -126,13 +132,29 @@ def test_callbacks_of_the_user_are_there_in_every_pass(tiny_llama):
         assert "lr-AdamW" in Path("here", name).read_text()
 
 
+def test_a_timer_of_the_users_is_written_into_the_config(tiny_llama):
+    """Its interval is a member of an enumeration, which YAML has no form for."""
+    timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    assert train(tiny_llama, "--merge", "soup", *timer) == 0
+    (written,) = yaml.safe_load((only_run() / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert (written["class_path"].rpartition(".")[2], written["init_args"]["interval"]) == ("Timer", "step")
+
+
+def test_tasks_of_slurm_that_lightning_refuses_are_one_sentence(tiny_llama, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    assert train(tiny_llama, "--merge", "soup") == 2
+    assert "Use `--ntasks-per-node=4` instead" in capsys.readouterr().err
+
+
 def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
     assert train(tiny_llama, "--trainer.fast_dev_run", "true") == 0
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
-    "text", ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000]
+    "text",
+    ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000, BOMB, "model: &a {r: *a}"],
 )
 def test_a_file_of_options_that_holds_something_else_is_one_sentence(text, tmp_path, capsys):
     file = tmp_path / "options.yaml"

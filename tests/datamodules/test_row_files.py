@@ -107,6 +107,11 @@ def test_one_object_is_one_row(tmp_path):
         assert [found.value for found in read_rows(file)] == [row]
 
 
+def test_the_index_that_pandas_writes_is_a_column(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b",prompt,response\n0,a,b\n")
+    assert [row.value for row in read_rows(tmp_path / "a.csv")] == [{"Unnamed: 0": "0", "prompt": "a", "response": "b"}]
+
+
 def test_links_in_a_folder_are_followed(tmp_path):
     for place, part in (("data/part1", ROWS[:2]), ("disk/part2", ROWS[2:])):
         (tmp_path / place).mkdir(parents=True)

@@ -78,6 +78,15 @@ PLAIN = [
         "Hi\nFIRST<eos>And?\n[SECOND<eos>]",
     ),
     ({"messages": [CHAT[0], {**CHAT[1], "train": True}, CHAT[2], {**CHAT[3], "train": False}]}, "Hi\n[FIRST<eos>]"),
+    # the fields of turns of the other form, in one table with them
+    (
+        {"messages": [{"from": "human", "value": "Hi", "role": None}, {**CHAT[1], "from": None, "value": None}]},
+        "Hi\n[FIRST<eos>]",
+    ),
+    ({"messages": [{"role": "User", "content": "Hi"}, {"role": "ASSISTANT", "content": "Yo"}]}, "Hi\n[Yo<eos>]"),
+    ({"messages": [CHAT[0], {**CHAT[1], "loss_mask": 0}, *CHAT[2:]]}, "Hi\nFIRST<eos>And?\n[SECOND<eos>]"),
+    ({"prompt": "Hi", "response": "Yo", "weight": 1, "train": True}, "Hi\n[Yo<eos>]"),
+    # last: it is named by its place below
     ({"messages": [CHAT[0], {"role": "assistant", "content": ""}, CHAT[2], CHAT[3]]}, "Hi\n<eos>And?\n[SECOND<eos>]"),
 ]  # fmt: skip
 
@@ -95,6 +104,8 @@ def test_rows_of_well_known_sets(load, row, text):
         ({"messages": [{**CHAT[0], "date": "today"}, CHAT[1]]}, {"field date of turns": 1}),
         (PLAIN[-1][0], {"empty answers in a chat": 1}),
         (PLAIN[3][0], {}),
+        ({"messages": [{"role": "system", "content": "Be."}, *CHAT[:2]], "system": "Other."}, {"column system": 1}),
+        ({"prompt": "a", "response": "b", "weight": 0.5}, {"column weight": 1}),
         ({"prompt": "a", "response": "b", "other": None, "more": ""}, {}),
         (
             {"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "r"}]},
@@ -115,9 +126,10 @@ def test_what_nobody_reads_is_said_once_with_a_count_or_refused(load, row, unuse
 
 def test_rows_with_no_answer_to_learn_are_left_out_and_counted(load):
     masked = {"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}
-    data = load([{"prompt": "a", "response": " "}, masked, {"prompt": "a", "response": "b"}], style="plain")
-    assert (len(data.rows["train"]), data.counts[""].empty, data.counts[""].read) == (1, 2, 3)
-    assert data.counts[""].sentence() == "2 with no answer to learn (empty or masked) left out"
+    whole = [{"prompt": "a", "response": "b", "weight": 0}, {"messages": CHAT, "train": False}]
+    data = load([{"prompt": "a", "response": " "}, masked, *whole, {"prompt": "a", "response": "b"}], style="plain")
+    assert (len(data.rows["train"]), data.counts[""].empty, data.counts[""].read) == (1, 4, 5)
+    assert data.counts[""].sentence() == "4 with no answer to learn (empty or masked) left out"
     with pytest.raises(ValueError, match="line 1: every answer is empty, or masked"):
         load({"prompt": "a", "response": ""}, strict=True)
 
@@ -147,6 +159,14 @@ def test_calls_of_tools_are_trained_on_where_the_template_writes_them(load):
         {"from": "gpt", "value": "SECOND"},
     ]
     assert text_of(load({"conversations": shared, "tools": tools})) == text_of(data)
+    older = [
+        CHAT[0],
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "function", "content": "3", "name": "add"},
+        CHAT[3],
+    ]
+    as_older = load({"messages": older, "functions": [tools[0]["function"]]})
+    assert (text_of(as_older), as_older.counts[""].unused) == (text_of(data), {})
     with pytest.raises(ValueError, match="line 1: turn 2 holds tool_calls, which style alpaca cannot write"):
         load({"messages": WITH_TOOL}, style="alpaca")
 

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from seedlora.datamodules.sampler import ReplicaSampler
+from seedlora.datamodules.sampler import Growth, ReplicaSampler
 
 
 def sets_per_step(data, seeds, seed, *, accumulate, world_size, epoch=3):
@@ -90,3 +90,37 @@ def test_the_largest_forwards_are_the_largest_of_all_ranks(data, pack_tokens):
     assert max(shape.tokens for shape in found) == max(n * length for n, length in sizes)
     assert max(shape.length for shape in found) == max(length for _, length in sizes)
     assert all(shape.masked == (pack_tokens is not None) for shape in found)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pack_tokens": 256}, {"joined": True}])
+def test_a_step_that_grows_has_the_next_rows_of_the_seeds_order(data, layout):
+    growth = Growth([3, 6], [2, 4], steps_per_epoch=12)
+    plain, grown = (
+        ReplicaSampler(data.rows["train"], seeds=[42], batch_size=2, growth=each, **layout) for each in (None, growth)
+    )
+    each, total = plain.rows_per_step, len(plain.lengths)
+    first = [np.random.default_rng([42, 0, *turn]).permutation(total) for turn in ((), (1,), (2,))]
+    stream = np.concatenate(first)
+    counts = [1] * 3 + [2] * 3 + [4] * 6
+    begins = np.cumsum([0, *counts]) * each
+    # the epoch needs more rows than there are, and begins again
+    assert begins[-1] > total
+    for step, count in enumerate(counts):
+        wanted = sorted(stream[begins[step] : begins[step + 1]])
+        assert sorted(grown.order(42, step)) == wanted
+        (micro,) = grown.micro_batches(step)
+        assert sorted(micro.rows[0]) == wanted
+        assert len(wanted) == count * each
+        assert micro.num_items == (plain.num_items[wanted].sum(),)
+    taken = stream[: begins[8]]
+    assert grown.seen(42, 8, steps_per_epoch=12) == (plain.lengths[taken].sum(), plain.num_items[taken].sum())
+    assert len(grown) == len(plain)
+
+
+def test_steps_that_have_grown_in_an_epoch_before_stay_so(data):
+    growth = Growth([3, 18], [2, 3], steps_per_epoch=12)
+    sampler = ReplicaSampler(data.rows["train"], seeds=[42], batch_size=2, growth=growth, epoch=1)
+    each, total = sampler.rows_per_step, len(sampler.lengths)
+    stream = np.concatenate([np.random.default_rng([42, 1, *turn]).permutation(total) for turn in ((), (1,), (2,))])
+    assert sorted(sampler.order(42, 0)) == sorted(stream[: 2 * each])
+    assert sorted(sampler.order(42, 6)) == sorted(stream[12 * each : 15 * each])

@@ -17,6 +17,7 @@ from seedlora.adapters.reading import read_adapter
 from seedlora.cli.main import main
 from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.inputs import stack_adapters
+from seedlora.merge.into_base import merge_into_base
 from seedlora.merge.layers import merge_stacks
 from seedlora.merge.methods.seedlora import seedlora
 from seedlora.merge.registry import make_rule
@@ -242,6 +243,68 @@ def test_a_result_that_is_something_says_nothing_of_zero(seed_folders, tmp_path,
     assert main(["merge", *map(str, seed_folders), "--out", str(tmp_path / "out")]) == 0
     assert "change nothing" not in capsys.readouterr().out
     assert "changes_nothing" not in json.loads((tmp_path / "out" / "fusion.json").read_text())
+
+
+def test_modules_to_save_are_ends_of_names_as_peft_has_it(tmp_path):
+    """``norm`` is every layer norm."""
+    small_llama().save_pretrained(tmp_path / "base")
+    wanted = {}
+    for seed in (1, 2):
+        model = save_adapter(
+            tmp_path / str(seed), seed=seed, r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type=None
+        )
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += seed
+        model.save_pretrained(tmp_path / str(seed))
+        for key, weight in merged_weights(model).items():
+            wanted[key] = wanted.get(key, 0) + weight / 2
+    merge_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", method="soup", base=tmp_path / "base")
+    found = merged_weights(PeftModel.from_pretrained(small_llama(), tmp_path / "out"))
+    assert len([key for key in wanted if "layernorm" in key and (wanted[key] - 1).abs().min() > 1]) == 4
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-4) for key in wanted)
+    merge_into_base([tmp_path / "1", tmp_path / "2"], tmp_path / "base", tmp_path / "whole", method="soup")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    assert all(torch.allclose(whole[key], wanted[key], atol=1e-4) for key in wanted)
+
+
+def test_what_the_inputs_differ_in_is_left_behind_and_said(seed_folders, tmp_path, capsys):
+    for name, style in (("a", "alpaca"), ("b", "plain")):
+        shutil.copytree(seed_folders["ab".index(name)], tmp_path / name)
+        (tmp_path / name / "prompt.json").write_text(json.dumps({"style": style}))
+    (tmp_path / "b" / "vocab.json").write_text("{}")
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    assert "because the inputs differ in them: prompt.json, vocab.json;" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "fusion.json").read_text())["differing"] == ["prompt.json", "vocab.json"]
+    assert not (tmp_path / "out" / "prompt.json").exists()
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "alone")]) == 0
+    assert "inputs differ" not in capsys.readouterr().out
+    assert (tmp_path / "alone" / "prompt.json").exists()
+
+
+def test_no_record_beside_an_adapter_names_the_home_folder(tmp_path, monkeypatch):
+    """But for the base model in adapter_config.json, which PEFT has to find."""
+    home = tmp_path / "häuser" / "me"
+    monkeypatch.setenv("HOME", str(home))
+    small_llama().save_pretrained(home / "base")
+    for seed in (1, 2):
+        save_adapter(home / "in" / str(seed), seed=seed, r=2, target_modules=["q_proj"])
+        config = json.loads((file := home / "in" / str(seed) / CONFIG_NAME).read_text())
+        file.write_text(json.dumps(config | {"base_model_name_or_path": str(home / "base")}))
+    given = [home / "in" / "1", home / "in" / "2"]
+    merge_folders(given, home / "made" / "out", method="soup", base=home / "base")
+    merge_into_base(given, home / "base", home / "made" / "whole", method="soup")
+    told = {str(home), json.dumps(str(home))[1:-1]}
+    holding = [
+        file.relative_to(home / "made").as_posix()
+        for out in ("out", "whole")
+        for file in (home / "made" / out).iterdir()
+        if any(name.encode() in file.read_bytes() for name in told)
+    ]
+    assert holding == [f"out/{CONFIG_NAME}"]
+    record = json.loads((home / "made" / "out" / "fusion.json").read_text())
+    assert [each["name"] for each in record["inputs"]] == ["~/in/1", "~/in/2"]
+    assert (record["base_model"], record["base"]) == ("~/base", "~/base")
 
 
 def test_nothing_is_written_through_links_or_outside_of_the_output(seed_folders, tmp_path):

@@ -45,6 +45,18 @@ GPT2 = {
     "eos_token_id": 0,
 }
 FALCON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 0}
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 #: Name of transformers' configuration, what it says, and the layers that are adapted.
@@ -72,6 +84,16 @@ FAMILIES = {
     "gpt_neox, tied": ("GPTNeoXConfig", {k: v for k, v in SIZE.items() if "key" not in k} | TIED, "all-linear"),
     "falcon": ("FalconConfig", FALCON | {"eos_token_id": 0}, "all-linear"),
     "falcon, bias": ("FalconConfig", FALCON | {"eos_token_id": 0, "bias": True, "alibi": True}, "all-linear"),
+    "opt": ("OPTConfig", SIZE | {"ffn_dim": 24, "word_embed_proj_dim": 8, "max_position_embeddings": 16}, "all-linear"),
+    "bloom": ("BloomConfig", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2} | ENDS, "all-linear"),
+    "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 4, "eos_token_id": 0} | UNTIED, "all-linear"),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT2 | ENDS, "all-linear"),
+    "phi": ("PhiConfig", SIZE | UNTIED, "all-linear"),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        SIZE | UNTIED | LATENT | {"num_key_value_heads": 2, "n_routed_experts": 2, "num_experts_per_tok": 1},
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    ),
     "mixtral": ("MixtralConfig", SIZE | UNTIED | {"num_local_experts": 2}, ATTENTION),
 }
 

@@ -13,7 +13,7 @@ from seedlora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError
 from seedlora.adapters.reading import read_adapter
 from seedlora.merge.adapter_folders import merge_folders
 from seedlora.merge.inputs import read_adapters, stack_adapters
-from tests.helpers.adapter_folders import KEY, Q, save_adapter
+from tests.helpers.adapter_folders import KEY, Q, save_adapter, small_llama
 
 
 def test_adapters_that_do_not_belong_together_are_refused(good, broken, tmp_path):
@@ -43,6 +43,19 @@ def test_adapters_that_do_not_belong_together_are_refused(good, broken, tmp_path
     (tmp_path / "w" / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"fan_in_fan_out is False in .* and True in"):
         stack_adapters(read_adapters([good, tmp_path / "w"]))
+
+
+def test_one_base_model_by_several_names_is_one(tmp_path):
+    small_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "base", target_is_directory=True)
+    names = ["base", "link", "base/../base/", "other"]
+    for i, name in enumerate(names):
+        save_adapter(tmp_path / str(i), seed=i, r=2, target_modules=["q_proj"])
+        file = tmp_path / str(i) / CONFIG_NAME
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": f"{tmp_path}/{name}"}))
+    assert stack_adapters(read_adapters([tmp_path / str(i) for i in range(3)]))
+    with pytest.raises(AdapterError, match="belongs to base model"):
+        stack_adapters(read_adapters([tmp_path / "0", tmp_path / "3"]))
 
 
 def test_different_ranks_and_alphas_are_stacked(tmp_path):

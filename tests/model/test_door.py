@@ -6,11 +6,20 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer, BertConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from seedlora.cli.main import main
 from seedlora.cli.train import main as train
-from seedlora.model.loading import check_base, check_token_ids, load_config, load_model, load_tokenizer
+from seedlora.model.loading import (
+    BaseModelError,
+    check_base,
+    check_causal,
+    check_token_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from seedlora.model.outline import outline
 from seedlora.training.model_options import ModelOptions
 
@@ -60,9 +69,43 @@ def test_weights_that_cannot_be_read(copy, tmp_path):
         check(folder)
 
 
+def test_weights_that_are_not_there(copy, tmp_path):
+    folder = copy()
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"'.*base' cannot be loaded: .* holds no model.safetensors"):
+        check(folder)
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(BaseModelError, match="there is pytorch_model.bin, which is not read here: save it by"):
+        check(folder)
+
+
+def test_weights_that_are_said_to_be_quantised_and_are_not(copy):
+    folder = copy(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(BaseModelError, match="weights that are not quantised, and a config.json that says bitsandb"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"num_hidden_layers": 3}, r"hold no model.layers.2.input_layernorm.weight \(9 weights in all are missing\)"),
+        ({"intermediate_size": 40}, r"down_proj.weight of .* is stored as \(32, 48\), and .* asks for \(32, 40\)"),
+    ],
+)
+def test_weights_that_the_configuration_asks_for_and_the_files_have_not(entries, said, copy, tmp_path, capsys):
+    """Transformers makes them up, at random."""
+    folder = copy(**entries)
+    with pytest.raises(BaseModelError, match=said):
+        load_model(folder, dtype=torch.float32)
+    words = ["--model.base_model", folder, "--model.dtype", "float32", "--trainer.accelerator", "cpu"]
+    assert train([*words, "--ensemble.dirpath", str(tmp_path / "run"), "--data.num_train", "8"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert "were all files downloaded, and is its config.json its own?" in line
+
+
 def test_a_model_that_predicts_no_next_token(tmp_path, copy):
     BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
-    check(str(tmp_path))  # transformers has a causal class for BERT
+    check_causal(load_config(str(tmp_path)))  # transformers has a causal class for BERT
     folder = copy(model_type="vit", architectures=["ViTModel"])
     with pytest.raises(ValueError, match="is ViTModel, which is no causal language model"):
         outline(folder)
@@ -112,6 +155,8 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(copy, tmp_path, capsys):
     assert train(["--data", "ReasoningGym", *words[:-2]]) == 2
     assert "makes token 257" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main(["preview", "--data", "ReasoningGym", "--model.base_model", folder, "--data.style", "chat"]) == 0
+    assert "makes token 257" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     words = ["evaluate", "--base_model", folder, "--task", "chain_sum", "--limit", "1", "--prompt_style", "chat"]
     assert main([*words, "--out", str(tmp_path / "e")]) == 2
     assert "makes token 257" in capsys.readouterr().err

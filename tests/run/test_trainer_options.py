@@ -9,7 +9,16 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 
 from seedlora.callbacks import SeedEnsembleCallback
 from seedlora.report.page import write_report
@@ -52,6 +61,22 @@ REFUSALS = {
         {"val_check_interval": 1000},
         "val_check_interval=1000 is more than the 12 batches of an epoch; take a number up to that",
     ),
+    "no interval": ({"val_check_interval": 0}, "val_check_interval=0 is no interval; .* switches validation off"),
+    "no epochs between": ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0: give at least 1"),
+    "no batch in a step": ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0 leaves no batch for a step"),
+    "gradients turned round": ({"gradient_clip_val": -1}, "gradient_clip_val=-1 would turn every gradient round"),
+    **{
+        type(callback).__name__: ({"callbacks": callback}, f"{type(callback).__name__} changes .*; {instead}")
+        for callback, instead in (
+            (GradientAccumulationScheduler({0: 2}), "set trainer.accumulate_grad_batches"),
+            (BatchSizeFinder(), "set data.batch_size"),
+            (LearningRateFinder(), "ensemble.sweep tries"),
+            (StochasticWeightAveraging(0.1), "ensemble.ema averages"),
+            (EMAWeightAveraging(), "ensemble.ema averages"),
+            (ModelPruning("l1_unstructured"), "merge methods such as dare"),
+            (BackboneFinetuning(), "model.target_modules and"),
+        )
+    },
     "monitor": (
         {"callbacks": EarlyStopping("val/loss_nothing")},
         "EarlyStopping watches 'val/loss_nothing', which is not logged; choose one of train/loss_seed_1, train/",

@@ -65,6 +65,19 @@ def test_dora_of_a_row_without_direction():
     torch.testing.assert_close(found, torch.tensor([[0.0, 0, 0], [3, 4, 0]]))
 
 
+@pytest.mark.parametrize("what", ["B", "magnitudes"])
+def test_sums_that_overflow_are_refused(what):
+    """Seed 416 of the benchmark of adapters: the SVD of what came out did not converge."""
+    stack, magnitudes, weight = dora_case(n=1)
+    stack, magnitudes, weight = LoRAFactors(stack.A.float(), stack.B.float()), magnitudes.float(), weight.float()
+    (stack.B if what == "B" else magnitudes)[0, 1] = 3e38
+    weight[1] *= 0.01 if what == "magnitudes" else 1
+    if what == "magnitudes":
+        stack.B[0, 1] = 0
+    with pytest.raises(ValueError, match="overflows: it holds values far too large"):
+        dense(dora_updates(stack, magnitudes, lambda start, stop: weight[start:stop]))
+
+
 def test_magnitudes_of_another_shape_are_refused():
     stack, magnitudes, _ = dora_case()
     with pytest.raises(ValueError, match=r"shape \(N, D\) = \(3, 13\), got \(3, 12\)"):

@@ -1,6 +1,6 @@
 """Attention and the adapters' products on a CPU, each in several ways, forward and backward.
 
-    python benchmarks/kernels.py
+    python benchmarks/cpu_kernels.py
 
 In the shapes of SmolLM2 (9 heads, 3 of keys, 64 features; widths 576 and 1,536), bfloat16, one thread, in processor
 seconds: what a busy machine does beside it is not counted. The least of several calls, and ratios of one run.
