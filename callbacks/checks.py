@@ -47,9 +47,10 @@ class Checks(pl.Callback):
                 self._take(trainer)
             return
         if not isinstance(data, StackDataModule):
+            got, own = ("loaders alone", "my_datamodule") if data is None else (type(data).__name__, "it")
             raise ValueError(
-                "SeedEnsembleCallback needs a LightningDataModule with an attribute `seeds`, which says whose data "
-                f"orders its training batches hold; got {type(data).__name__}"
+                f"SeedEnsembleCallback needs a data module that deals rows to seeds, and got {got}; wrap any "
+                f"LightningDataModule: datamodule=StackData({own}), by `from seedlora.datamodules import StackData`"
             )
         self.check_fit(trainer, module, data)
         if ensemble.next_control is None:

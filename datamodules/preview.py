@@ -125,7 +125,7 @@ def packing_advice(data: InstructionDataModule, padding: float) -> str | None:
     if isinstance(data.pack_tokens, int) or padding < _MUCH_PADDING:
         return None
     if data.reason_not_to_pack is None:
-        return f"{padding:.0%} of a forward is padding; data.pack_tokens {AUTO} would leave none"
+        return f"{padding:.0%} of a forward is padding; {name_option('data.pack_tokens', AUTO)} would leave none"
     tokens = max(data.max_length, 2 * int(rows.lengths.max()))
     packed = ReplicaSampler(rows, seeds=_SEEDS, batch_size=data.batch_size, pack_tokens=tokens).padding()
     if packed > padding / 2:

@@ -128,8 +128,8 @@ def _turns_of(row: Mapping[str, Any], own_pair: tuple[str, str] | None) -> list[
     known = ", ".join(sorted({" and ".join(pair) for pair in PAIRS}))
     raise ValueError(
         f"neither messages or conversations, nor a request and a response ({known}) are among its columns "
-        f"{', '.join(sorted(map(str, row))) or '(none)'}; {name_option('data.prompt_field')} and "
-        f"{name_option('data.response_field')} name others"
+        f"{', '.join(sorted(map(str, row))) or '(none)'}; rename two, or take the file by "
+        f"InstructionData with {name_option('data.prompt_field')} and {name_option('data.response_field')}"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from seedlora.datamodules.rows import MicroBatch, TokenRows
+from seedlora.utils.options import name_option
 
 #: Optimizer steps that are looked at for what is said of all.
 _LOOKED_AT = 50
@@ -126,7 +127,7 @@ class ReplicaSampler(Sampler[MicroBatch]):
             raise ValueError(
                 f"{len(rows)} training rows do not fill one optimizer step of {self.rows_per_step} "
                 f"(batch_size {batch_size} x accumulate_grad_batches {accumulate} x {world_size} processes); "
-                "lower data.batch_size or give more rows"
+                f"lower {name_option('data.batch_size')} or give more rows"
             )
 
     @property

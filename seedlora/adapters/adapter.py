@@ -114,16 +114,18 @@ def is_trained(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() or is_model(folder)
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, *, kind: str = "PEFT adapter folder") -> Path:
     """Return the local folder of an adapter: itself, or a snapshot of a hub repository named ``owner/name``.
+
+    Args:
+        source: folder or hub id.
+        kind: what it should be, for the message.
 
     Raises:
         AdapterError: if there is neither.
     """
     try:
-        return local_folder(
-            source, "PEFT adapter folder", (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME, *TOKENIZER_FILES)
-        )
+        return local_folder(source, kind, (CONFIG_NAME, WEIGHTS_NAME, PROMPT_NAME, BASE_NAME, *TOKENIZER_FILES))
     except ValueError as error:
         raise AdapterError(str(error)) from None
 

@@ -47,12 +47,13 @@ _HEADS = (
 )
 
 
-def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name: str | None = None) -> str:
+def model_card(record: FusionRecord, rank: int | None, *, out: str, run: Path | None, name: str | None = None) -> str:
     """Return the card's text.
 
     Args:
         record: what ``fusion.json`` says.
         rank: of the adapter; ``None`` for a whole model.
+        out: the name of the folder that the card is for.
         run: the folder around it, if all inputs lie there. What its ``run.json`` says about the training, and its
             ``results.json`` about the scores, is told if they are there.
         name: the label under which the adapter itself was scored; without it only its inputs' scores are told.
@@ -79,7 +80,7 @@ def model_card(record: FusionRecord, rank: int | None, *, run: Path | None, name
         "Made by" if run is None else "Made in the folder around this one by",
         "",
         "```sh",
-        merge_command(record),
+        merge_command(record, out),
         "```",
         "",
     ]
@@ -149,11 +150,13 @@ def refresh_card(folder: Path) -> None:
     record = FUSION.read(folder)
     if record is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / FUSION.name))
-    write_text(folder / CARD_NAME, model_card(record, _rank(folder), run=folder.parent, name=folder.name))
+    write_text(
+        folder / CARD_NAME, model_card(record, _rank(folder), out=folder.name, run=folder.parent, name=folder.name)
+    )
 
 
-def merge_command(record: FusionRecord) -> str:
-    """Return the command that makes the adapter again.
+def merge_command(record: FusionRecord, out: str) -> str:
+    """Return the command that makes the adapter again, in a folder of this name.
 
     It is to be run where the inputs were given, or for a run's own adapters in the run's folder.
     """
@@ -163,7 +166,7 @@ def merge_command(record: FusionRecord) -> str:
     for key, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         words += [f"--{key}", text]
-    return shlex.join([*words, "--out", "fused"])
+    return shlex.join([*words, "--out", out])
 
 
 def _options(record: FusionRecord) -> dict[str, object]:

@@ -48,7 +48,7 @@ def choose_adapters(source: str) -> AdapterChoice:
     """
     folder = expanded(source)
     if not (folder / SETTINGS_NAME).is_file():
-        found = locate(source)
+        found = locate(source, kind="run's folder, an adapter's folder")
         name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
         return AdapterChoice({name: found}, "")
     names = adapters_of_run(folder)

@@ -133,6 +133,6 @@ def _evaluate_held(cli: SeedLoRACLI, asked: AskedTasks, console: Console) -> int
         if asked.harness:
             score_with_harness(without_mixtures, asked.harness, asked.manager, folder, console, limit=limit)
     except (ValueError, OSError) as error:
-        print(f"train.py: not scored: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        print(f"not scored: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, ValueError) else 1
     return 0

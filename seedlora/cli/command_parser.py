@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from seedlora.cli.errors import one_line
+from seedlora.cli.argparse_internals import arguments_of
+from seedlora.cli.errors import missing_value, one_line
 from seedlora.cli.last_net import with_home
+from seedlora.utils.spelling import closest
 
 SOURCE_HELP = "the folder of a run, an adapter's folder or hub id, a whole model"
 NAMED_BASE_HELP = "the base model; default: the one that the adapter names"
@@ -37,7 +40,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError in the place of leaving the process."""
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            meant = closest(unknown[1], [name for option in arguments_of(self) for name in option.option_strings])
+            message = f"unknown option {unknown[1]}" + (f"; did you mean {meant}?" if meant else "")
+        raise ValueError(f"{missing_value(message)} (see {self.prog} --help)")
 
 
 def with_underscores(word: str) -> str:

@@ -22,7 +22,7 @@ class UsageError(ValueError):
 
 def plain_message(message: str) -> str:
     """One sentence of what jsonargparse says about a value: the cause alone, with the option by its name."""
-    message, option, given = one_line(message), "", ""
+    message, option, given = missing_value(one_line(message)), "", ""
     while True:
         if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
             option, message = f"{option}.{found[1]}".strip("."), found[2]
@@ -39,10 +39,20 @@ def plain_message(message: str) -> str:
     return f"--{option}: {message}" if option else message
 
 
+def missing_value(message: str) -> str:
+    """Say of an option without a value, which argparse calls an argument by all its spellings, that one is missing.
+
+    >>> missing_value("argument --seeds/--seeds+: expected one argument")
+    '--seeds needs a value'
+    """
+    found = re.match(r"argument (-[\w.-]+)\S*: expected (?:one|at least one) argument", message)
+    return message if found is None else f"{found[1]} needs a value{message[found.end() :]}"
+
+
 def refuse(error: ValueError | OSError) -> int:
     """Say on stderr in one sentence why ``train.py`` does not do what was asked; returns its exit code."""
     reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"train.py: error: {plain_message(reason)}", file=sys.stderr)  # noqa: T201
+    print(f"error: {plain_message(reason)}", file=sys.stderr)  # noqa: T201
     return 2
 
 

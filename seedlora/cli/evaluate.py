@@ -48,7 +48,7 @@ def make_parser() -> CommandParser:
     add("--max_new_tokens", type=int, help="instead of the protocol's; the results then say so")
     add("--execute_code", action="store_true", help="run generated code, inside bubblewrap, to score it")
     add("--without_sandbox", action="store_true", help="accept the risk of running it without bubblewrap")
-    harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness, the extra seedlora[lm-eval]")
+    harness = parser.add_argument_group("protocol lm-eval", "lm-evaluation-harness: pip install lm-eval")
     add = harness.add_argument
     add("--lm_eval", default="", metavar="A,B", help="tasks of the harness: mmlu, bbh, truthfulqa_mc2, ...")
     add("--lm_eval_path", metavar="DIR", help="a folder with YAML files of tasks of your own")

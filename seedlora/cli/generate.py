@@ -17,6 +17,9 @@ from seedlora.datamodules.row_files import Row, is_row_file, read_rows
 from seedlora.datamodules.row_forms import request_of
 from seedlora.utils.places import expanded
 
+#: Shown in the place of an answer that has none, so that it is not taken for a fault of the command.
+NO_TEXT = "(no text: the model ended its answer at once)"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
@@ -72,7 +75,8 @@ def answer_prompts(arguments: Mapping[str, Any]) -> None:
     for turns, said in zip(requests, answers, strict=True):
         print(f"> {turns[-1].content}")  # noqa: T201 - what was asked for
         for name, text in said.items():
-            print(f"{name}: {text}" if len(said) > 1 else text)  # noqa: T201
+            shown = text if text.strip() else NO_TEXT
+            print(f"{name}: {shown}" if len(said) > 1 else shown)  # noqa: T201
         print()  # noqa: T201
 
 
@@ -88,6 +92,8 @@ def _stream(speakers: Speakers, conversation: Sequence[Turn]) -> None:
 
     (said,) = speakers.answer({name: [conversation] for name in speakers.records}, show).values()
     print(said[0].text[shown:])  # noqa: T201 - the rest of it
+    if not said[0].text.strip():
+        print(NO_TEXT, file=sys.stderr)  # noqa: T201 - the output is the answer alone
 
 
 def _message(turn: Turn) -> dict[str, str]:

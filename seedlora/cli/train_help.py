@@ -74,7 +74,7 @@ def help_text() -> str:
         parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
         section = parser.add_argument_group(group["title"])
         for option in group["options"]:
-            text = option["help"].replace("%", "%%")
+            text = option["help"].replace("``", "").replace("%", "%%")
             if option["value"] is None:
                 section.add_argument(*option["names"], action="store_true", help=text)
             else:

@@ -111,7 +111,7 @@ def _run(words: Sequence[str], at_exit: ExitStack, *, finished: bool, planning: 
         return refuse(error)
     except AdapterError as error:
         again = "without that folder --resume makes it anew"
-        print(f"train.py: error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
+        print(f"error: {one_line(str(error))}; {again}", file=sys.stderr)  # noqa: T201
         return 1
     except RuntimeError as error:
         if not is_lost_connection(error):
@@ -132,7 +132,7 @@ def _stopped(cli: SeedLoRACLI, reason: str, *, diverged: bool = False) -> None:
     run, rank = cli.ensemble.dirpath, ""
     if cli.trainer.world_size > 1:
         rank = f" (process {cli.trainer.global_rank})"
-    words = [f"train.py: stopped{rank}: {reason}"]
+    words = [f"stopped{rank}: {reason}"]
     if (run / UNFINISHED_NAME).is_file():
         again = f"repeat the command with --resume --ensemble.dirpath {shlex.quote(str(run))}"
         if diverged:
@@ -272,7 +272,7 @@ def _report(cli: SeedLoRACLI, console: Console) -> None:
     if cli.trainer.fast_dev_run or not cli.trainer.is_global_zero:
         return
     with console.status("Writing the report ..."):
-        told = told_report(run, lambda fault: print(f"train.py: {one_line(fault)}", file=sys.stderr))  # noqa: T201
+        told = told_report(run, lambda fault: print(one_line(fault), file=sys.stderr))  # noqa: T201
     show(console, told)
 
 

@@ -172,6 +172,8 @@ def prepare_strategy(
     config["gradient_clipping"] = 0.0
     # For DeepSpeed's own throughput figures, which are not shown; Lightning would look for a batch sampler.
     config.setdefault("train_micro_batch_size_per_gpu", 1)
+    # One that goes by elements is right on parts of tensors, and check_optimizer lets no other through.
+    config.setdefault("zero_allow_untested_optimizer", True)
     # The optimizer is torch's, on the CPU too.
     config["zero_force_ds_cpu_optimizer"] = False
     strategy.exclude_frozen_parameters = True

@@ -53,7 +53,7 @@ def check_harness(tasks: Sequence[str], folder: Path | None = None) -> TaskManag
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ValueError(f"{tasks[0]} needs lm-evaluation-harness: pip install 'seedlora[lm-eval]'") from None
+        raise ValueError(f"{tasks[0]} needs lm-evaluation-harness: pip install lm-eval") from None
     if folder is not None and not folder.is_dir():
         raise ValueError(f"{folder} is no folder with tasks of lm-evaluation-harness")
     for defaults in (False, True):

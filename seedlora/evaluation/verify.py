@@ -12,7 +12,7 @@ NAME = "math-verify"
 
 
 def is_available() -> bool:
-    """Return whether the extra ``seedlora[math-verify]`` is installed."""
+    """Return whether the package math-verify, an extra of this one, is installed."""
     return find_spec("math_verify") is not None
 
 

@@ -146,7 +146,7 @@ def merge_folders(
         record["incomplete_groups"] = complete.unknown
     if len(adapters) > 1:
         record["gain"] = gain_record(gains)
-    card = model_card(record, max(factors.rank for factors in result.layers.values()), run=run)
+    card = model_card(record, max(factors.rank for factors in result.layers.values()), out=Path(out).name, run=run)
     files: dict[str, str | bytes] = {FUSION.name: FUSION.text(record), CARD_NAME: card}
     files |= common_files(sources, (PROMPT_NAME, BASE_NAME)) | common_tokenizer(sources)
     write_adapter(

@@ -83,7 +83,7 @@ def merge_into_base(
             record["changes_nothing"] = True
         if weights.quantization is not None:
             record["dequantised"] = weights.quantization
-        write_model_notes(folder, record, sources, run)
+        write_model_notes(folder, record, sources, out=out.name, run=run)
     return out
 
 

@@ -85,10 +85,20 @@ def write_trained(
         write_files(folder, files or {})
 
 
-def write_model_notes(folder: Path, record: FusionRecord, sources: Sequence[str | Path], run: Path | None) -> None:
-    """Write beside a model how it was made, for programs and people, and how it is prompted if its inputs agree."""
+def write_model_notes(
+    folder: Path, record: FusionRecord, sources: Sequence[str | Path], *, out: str, run: Path | None
+) -> None:
+    """Write beside a model how it was made, for programs and people, and how it is prompted if its inputs agree.
+
+    Args:
+        folder: to write into.
+        record: for ``fusion.json``.
+        sources: the folders that were merged.
+        out: the name that the folder will have.
+        run: the folder around it, if all sources lie there.
+    """
     FUSION.write(folder, record)
-    (folder / CARD_NAME).write_text(model_card(record, None, run=run), encoding="utf-8")
+    (folder / CARD_NAME).write_text(model_card(record, None, out=out, run=run), encoding="utf-8")
     write_files(folder, common_files(sources, (PROMPT_NAME, CHAT_TEMPLATE_NAME)))
 
 

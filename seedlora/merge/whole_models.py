@@ -41,7 +41,7 @@ def merge_models(
         record["kinds"] = ["whole models"]
         record["averaged"] = sorted({key.split(".")[-2] for key in vectors if "." in key})
         record["into_base"] = recorded(base.source, run)
-        write_model_notes(folder, record, sources, run)
+        write_model_notes(folder, record, sources, out=out.name, run=run)
 
 
 def make_weight_merger(

@@ -268,7 +268,10 @@ def check_attention(attention: str, config: PretrainedConfig, dtype: torch.dtype
                 "takes torch's own kernels"
             )
         if dtype == torch.float32:
-            raise ValueError(f"{option} computes in 16 bits; the base model is in float32: give model.dtype bfloat16")
+            raise ValueError(
+                f"{option} computes in 16 bits, and the base model is in float32; give "
+                f"{name_option('model.dtype', 'bfloat16')}"
+            )
     if not supports_attention(config, attention):
         raise ValueError(f"{option}: transformers has no such attention for models of type {config.model_type}")
 

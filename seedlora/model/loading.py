@@ -135,7 +135,7 @@ def check_token_ids(largest: int, vocabulary: int, base_model: str) -> None:
         raise ValueError(
             f"the tokenizer of base model '{base_model}' makes token {largest}, and the model's embedding has rows for "
             f"tokens 0 to {vocabulary - 1} alone: tokens were added to the tokenizer and not to the model; resize its "
-            "embeddings (model.resize_token_embeddings) and save both, or take the tokenizer that belongs to it"
+            "embeddings by resize_token_embeddings and save both, or take the tokenizer that belongs to it"
         )
 
 

@@ -40,9 +40,7 @@ def check_quantization(kind: str) -> None:
             f"Unknown {name_option('model.quantization')} '{kind}'; choose one of {', '.join(QUANTIZATIONS)}"
         )
     if kind != "none" and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"{name_option('model.quantization')} {kind} needs bitsandbytes: pip install 'seedlora[quantization]'"
-        )
+        raise ValueError(f"{name_option('model.quantization')} {kind} needs bitsandbytes: pip install bitsandbytes")
 
 
 def quantize(model: PreTrainedModel, kind: str) -> None:

@@ -160,8 +160,8 @@ def _training(report: Report, drawings: Drawings) -> Section:
         [label, count_text(end["step"]), f"{end['last']:.4f}", f"{end['lowest']:.4f}"]
         for label, end in training["ends"].items()
     ]
-    caption = "Validation loss after the last step, and the lowest of the training"
-    header = ["adapter", "last step", "validation loss", "lowest"]
+    caption = "Validation loss of the last validation in training, and the lowest"
+    header = ["adapter", "after step", "validation loss", "lowest"]
     shown = training["train"] or rows
     return Section(
         "Training",

@@ -172,8 +172,8 @@ class EnsembleOptions:
         back = self.ema_part * steps
         if back < 2:
             raise ValueError(
-                f"ensemble.ema_part {self.ema_part:g} of {steps} steps is {back:g}; a mean must reach back at least 2 "
-                "steps: train for more, or choose a larger part"
+                f"{name_option('ensemble.ema_part', self.ema_part)} of {steps} steps is {back:g}; a mean must reach "
+                "back at least 2 steps: train for more, or choose a larger part"
             )
         return 1 - 1 / back
 

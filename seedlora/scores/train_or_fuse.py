@@ -192,7 +192,7 @@ def next_step(found: TrainOrFuse) -> str:
     """Say what to do next, of more epochs, more rows, more seeds, more validations, and stopping here."""
     slope, gain = found.slope, found.gain
     if slope is None or gain is None:
-        return "Next: several validations of several seeds (trainer.val_check_interval), on more rows, would tell."
+        return "Next: several validations of several seeds (--trainer.val_check_interval), on more rows, would tell."
     past = slope.shown and slope.value < 0
     if found.verdict == TRAIN_LONGER:
         return "Next: more epochs, for one seed or for all; fusing pays once the loss of a seed falls more slowly."

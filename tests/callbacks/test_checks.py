@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 
 from seedlora.callbacks import SeedEnsembleCallback
+from seedlora.distributed.strategies import choose_strategy
 from tests.helpers.models import FULL, SEEDS, make_data, make_module, save_tiny_llama
 from tests.helpers.training import SILENT, make_trainer
 
@@ -49,8 +50,11 @@ def test_what_the_ensemble_needs_is_said(tiny_llama, tmp_path):
     data = make_data()
     data.tokenizer = make_module(tiny_llama).tokenizer
     data.setup("fit")
-    with pytest.raises(ValueError, match="needs a LightningDataModule with an attribute `seeds`"):
+    with pytest.raises(ValueError, match=r"got loaders alone; wrap any .*datamodule=StackData\(my_datamodule\)"):
         make_trainer(callback).fit(make_module(tiny_llama), train_dataloaders=data.train_dataloader())
+    own = pl.LightningDataModule.from_datasets(train_dataset=[{"prompt": "1+1=", "response": "2"}])
+    with pytest.raises(ValueError, match=r"got LightningDataModule; wrap any .*datamodule=StackData\(it\)"):
+        make_trainer(callback).fit(make_module(tiny_llama), datamodule=own)
     with pytest.raises(ValueError, match="seeds must be from 0 to"):
         SeedEnsembleCallback([1, -1])
     with pytest.raises(ValueError, match="the run has no end"):
@@ -61,6 +65,18 @@ def test_best_weights_need_validation(tiny_llama, tmp_path):
     callback = SeedEnsembleCallback([1, 2], budget="full", keep="best", dirpath=tmp_path / "x")
     with pytest.raises(ValueError, match="need validation rows"):
         make_trainer(callback, limit_val_batches=0).fit(make_module(tiny_llama), datamodule=make_data())
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2"])
+def test_an_optimizer_of_whole_tensors_is_refused_where_they_are_cut(tiny_llama, tmp_path, strategy):
+    """Muon makes a matrix orthogonal, which is nothing that its parts can do."""
+    callback = SeedEnsembleCallback([1], dirpath=tmp_path / "run")
+    chosen = choose_strategy(strategy, accelerator="cpu")
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=chosen, max_epochs=1, callbacks=[callback], **SILENT)
+    module = make_module(tiny_llama, optimizer="muon")
+    with pytest.raises(ValueError, match="optimizer='muon' looks at whole tensors, which DeepSpeed and fsdp2 cut.*ddp"):
+        trainer.fit(module, datamodule=make_data())
+    assert not (tmp_path / "run").exists()
 
 
 def test_from_python_too_the_base_has_a_place_for_all_tokens(tiny_llama, tmp_path):

@@ -133,6 +133,6 @@ def test_what_is_no_mean_is_refused(options, message):
 
 
 def test_a_part_of_less_than_two_steps_is_refused_before_training(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="ema_part 0.1 of 6 steps is 0.6; a mean must reach back at least 2 steps"):
+    with pytest.raises(ValueError, match="ema_part=0.1 of 6 steps is 0.6; a mean must reach back at least 2 steps"):
         run(tiny_llama, tmp_path / "x", ensemble={"ema": None, "ema_part": 0.1})
     assert not (tmp_path / "x").exists()

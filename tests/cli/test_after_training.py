@@ -128,7 +128,7 @@ def test_a_run_that_is_merged_anew_does_not_show_the_older_scores(tiny_llama, ca
     assert run(tiny_llama, "--merge", "ties", "--resume", *EVALUATE, "--evaluate.max_new_tokens", "7") == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert error[0].startswith("train.py: not scored: run/evaluation holds samples generated with tasks.gsm8k.max_new_")
+    assert error[0].startswith("not scored: run/evaluation holds samples generated with tasks.gsm8k.max_new_")
     assert "or move that folder away" in error[0]
     assert [test["name"] for test in report()["tests"]] == ["test set", "gsm8k"]
     assert told not in " ".join(report()["missing"])

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seedlora.adapters.writing import write_adapter
 from seedlora.cli import chat
+from seedlora.cli.generate import NO_TEXT
 from seedlora.cli.main import main
+from seedlora.cli.speakers import Speakers
 from seedlora.datamodules.conversations import Turn
 from seedlora.datamodules.prompts import prompt_record, render
 from tests.helpers.models import built
@@ -64,6 +66,21 @@ def test_side_by_side(run, tiny_llama, capsys):
             assert text == reference(tiny_llama, None if name == "base" else run / name, request), name
     assert main(words) == 0
     assert f"seed_1: {found[1]['answers']['seed_1']}" in capsys.readouterr().out
+
+
+def test_an_answer_without_text_is_said_to_be_one(run, capsys, monkeypatch):
+    """The model's first token is its end: nothing else would be printed."""
+    answer = Speakers.answer
+
+    def ends_at_once(self, conversations, on_text=None):
+        said = answer(self, conversations)
+        return {name: [each._replace(text="") for each in of] for name, of in said.items()}
+
+    monkeypatch.setattr(Speakers, "answer", ends_at_once)
+    assert main(["generate", str(run), "--prompt", "Hello", *GREEDY]) == 0
+    assert capsys.readouterr() == ("\n", f"{NO_TEXT}\n")
+    assert main(["generate", str(run), "--prompt", "Hello", "--compare", "base", *GREEDY]) == 0
+    assert f"fused: {NO_TEXT}\nbase: {NO_TEXT}\n" in capsys.readouterr().out
 
 
 def test_whatever_a_run_has_can_be_named(run, tiny_llama, capsys):

@@ -111,7 +111,7 @@ def test_the_card_s_command_makes_the_adapter_again(given, plain_folders, plain_
         sources = [str(tmp_path / source) for source in sources]
     words = ["--method", "knots_ties", "--density", "0.4", "--layers", "ffn|q_proj", "--rest", "soup", "--rank", "3"]
     words += ["--dtype", "bfloat16", "--base", "llama"]
-    out = Path("run/fused" if given == "in the run" else "other/place/fused")
+    out = Path("run/fused" if given == "in the run" else "other/place/merged")
     assert main(["merge", *sources, *words, "--out", str(out)]) == 0
     if given == "in the run":  # which may be moved, and is where the command is given
         shutil.move("run", "moved")
@@ -121,6 +121,7 @@ def test_the_card_s_command_makes_the_adapter_again(given, plain_folders, plain_
         x for x in (tmp_path / out / "README.md").read_text().splitlines() if x.startswith("python -m seedlora")
     ]
     again = shlex.split(command)[3:]
+    assert again[-2:] == ["--out", out.name]
     assert main([*again[:-1], "again"]) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (Path("again") / name).read_bytes() == (tmp_path / out / name).read_bytes()

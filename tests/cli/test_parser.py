@@ -53,13 +53,14 @@ from tests.helpers.paths import ROOT
         (["--data.style", "fancy"], "Unknown prompt style 'fancy'; choose one of alpaca, alpaca_split, chat"),
         (["--data.num_trian", "5"], "unknown option --data.num_trian; --data.help NAME shows"),
         (["--data.batch_size", "2.5"], "--data.batch_size takes a whole number, got 2.5"),
-        (["--data.batch_size", "0"], "train.py: error: --data.batch_size must be at least 1, got 0"),
+        (["--data.batch_size", "0"], "error: --data.batch_size must be at least 1, got 0"),
         (["--data", "InstructionData"], "this data module needs --data.path"),
         (["--data", "InstructonData"], "unknown data module 'InstructonData'; did you mean InstructionData?"),
         (["--data", "gsm8k"], "unknown data module 'gsm8k'; did you mean GSM8K?"),
         (["--data", "Nope"], "data modules are CodeFeedback, "),
         (["--data", "InstructionData", "--data.path", "no.jsonl"], "data.path 'no.jsonl' is no file or folder"),
         (["--config", "no.yaml"], "no.yaml"),
+        (["--ensemble.seeds"], "error: --ensemble.seeds needs a value"),
         (["--resume"], "--resume found no unfinished run under runs"),
         (["--compare", "soup,tie"], "Unknown merge method 'tie'; choose one of core_ties"),
         (["--controls", "some"], "Unknown --controls 'some'; choose one of none, untrained, all"),
@@ -71,7 +72,7 @@ def test_bad_requests_get_one_sentence_and_exit_code_2(tiny_llama, capsys, optio
     assert train(tiny_llama, *options) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert error[0].startswith("train.py: error: ")
+    assert error[0].startswith("error: ")
     assert message in error[0]
     assert "<class" not in error[0]
     assert "Namespace" not in error[0]

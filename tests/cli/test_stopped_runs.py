@@ -36,7 +36,7 @@ def stopped(capsys, *, where):
     """What a stopped run says, once the commands that it names were found to work."""
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    (line,) = [line for line in error.splitlines() if line.startswith("train.py: stopped: ")]
+    (line,) = [line for line in error.splitlines() if line.startswith("stopped: ")]
     assert f"; what was saved before is whole; repeat the command with --resume --ensemble.dirpath {where}; " in line
     assert line.endswith(f"; python -m seedlora report {where} shows how far it came")
     assert shell.main(["report", where]) == 0
@@ -136,7 +136,7 @@ def test_a_sigterm_after_training_leaves_at_once_and_the_rest_is_done_later(tiny
 def test_resume_of_a_run_that_is_at_work_or_not_there_is_refused(tiny_llama, capsys):
     same = ["--merge", "soup", "--ensemble.dirpath", "here"]
     assert train(tiny_llama, *same, "--resume") == 2
-    message = "train.py: error: here holds no run to go on with: it has no run.json; is the name right?"
+    message = "error: here holds no run to go on with: it has no run.json; is the name right?"
     assert capsys.readouterr().err.startswith(message)
     assert not Path("here").exists()
     assert train(tiny_llama, *same) == 0

@@ -161,4 +161,4 @@ def test_a_file_of_options_that_holds_something_else_is_one_sentence(text, tmp_p
     file.write_text(text + "\n")
     assert main(["--config", str(file)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"train.py: error: {file}")
+    assert line.startswith(f"error: {file}")

@@ -36,6 +36,7 @@ def test_help(option, width, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown == help_text() == SeedLoRACLI([]).parser.format_help()
     assert "--ensemble.seeds [ITEM,...]" in shown
+    assert "``" not in shown
     assert max(map(len, shown.partition("one per seed")[2].splitlines())) > 0.8 * int(width)
 
 

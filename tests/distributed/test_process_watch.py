@@ -93,7 +93,7 @@ def test_a_rank_that_dies_stops_the_other_and_the_run_resumes(tiny_llama, whole,
     options = ("--trainer.strategy", strategy)
     output = kill_at(start(tiny_llama, dirpath, *options), dirpath, step, rank)
     reason = "the process that started this one is gone" if rank == 0 else "process 1 of 2 was killed by signal 9"
-    assert re.search(rf"train.py: stopped \(process {1 - rank}\): ({reason}|the connection)", output), output
+    assert re.search(rf"stopped \(process {1 - rank}\): ({reason}|the connection)", output), output
     for file in dirpath.glob("checkpoints/**/*"):
         # of a base model of 133 KB there is nothing
         assert not file.is_file() or file.stat().st_size < 700_000

@@ -48,6 +48,7 @@ def test_deepspeed_does_not_clip_a_second_time():
     strategy = choose_strategy("deepspeed_stage_2", accelerator="cpu")
     prepare_strategy(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, gradient_clip_val=0.1))
     assert strategy.config["gradient_clipping"] == 0.0
+    assert strategy.config["zero_allow_untested_optimizer"] is True
     with pytest.raises(ValueError, match="must not have a section 'bf16'"):
         strategy = CPUDeepSpeedStrategy(config={"bf16": {"enabled": True}})
         prepare_strategy(pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False))

@@ -17,7 +17,7 @@ from seedlora.evaluation.generate import StackGenerator
 from seedlora.evaluation.harness import check_harness, harness_scores
 from tests.helpers.models import built
 
-pytest.importorskip("lm_eval", reason="the extra seedlora[lm-eval] is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 TASK = """\
 task: our_choice

@@ -38,8 +38,7 @@ def start(*arguments: object) -> None:
 def zero(stage):
     """ZeRO; stage 3 also partitions what it would keep whole because it is small: all of a tiny model."""
     zero_optimization = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero_optimization}
-    return CPUDeepSpeedStrategy(config=config)
+    return CPUDeepSpeedStrategy(config={"zero_optimization": zero_optimization})
 
 
 STRATEGIES = {
@@ -61,6 +60,9 @@ KINDS = {
     "in full": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "full": {"adapter": "full", "learning_rate": 2e-4},
     "bf16": {"dtype": "bfloat16"},
+    "sgd": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}, "learning_rate": 0.5},
+    "own optimizer": {"optimizer": "tests.helpers.optimizers.SignMomentum", "weight_decay": 0.1},
+    "muon": {"optimizer": "muon", "learning_rate": 2e-2},
 }
 #: Kinds that are not computed in float64, and the noise of their gradients: precision.py says what that is. (Whole
 #: models are sent between the processes in the dtype of the base's file.)
@@ -78,7 +80,12 @@ WATCHED = {"learning_rate": 0.02}
 
 
 def strategies_of(kind):
-    """Packed weights, compiled layers and weights in full are refused where the base model is split."""
+    """Packed weights, compiled layers and weights in full are refused where the base model is split.
+
+    Muon looks at whole tensors, which all but DDP cut.
+    """
+    if kind == "muon":
+        return ("ddp",)
     options = KINDS[kind]
     whole_base = options.keys() & {"quantization", "compile", "modules_to_save"} or options.get("adapter") == "full"
     return ("ddp", "zero2") if whole_base else ("ddp", "zero2", "zero3", "fsdp2")

@@ -134,6 +134,12 @@ def test_an_attention_that_is_not_here_is_refused_by_name(family, name, message)
     assert message in str(refused.value)
 
 
+def test_flash_attention_in_float32_is_refused_with_the_option_that_mends_it(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    with pytest.raises(ValueError, match="attention='flash_attention_2' computes in 16 bits.*give dtype='bfloat16'"):
+        check_attention("flash_attention_2", AutoConfig.for_model("llama"), torch.float32)
+
+
 @pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
 def test_a_model_has_the_attention_asked_for(tiny_llama, name):
     check_attention(name, AutoConfig.from_pretrained(tiny_llama), torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def test_training_runs_in_a_project_with_folders_of_our_names(project, tiny_llam
     options += ["--ensemble.seeds", "[1,2]", "--ensemble.dirpath", "run", "--trainer.max_epochs", "2"]
     run(str(ROOT / "train.py"), *options, cwd=project)
     assert (project / "run" / "fused" / "adapter_model.safetensors").is_file()
+
+
+def test_nobody_is_told_to_install_this_package_from_an_index():
+    """It is on none, so anybody could take its name there."""
+    files = [
+        *(path for room in ("seedlora", "callbacks", "datamodules", "docs") for path in (ROOT / room).rglob("*.*"))
+    ]
+    texts = {path: path.read_text() for path in [*files, ROOT / "README.md"] if path.suffix in (".py", ".md", ".json")}
+    assert len(texts) > 300
+    found = re.compile(r"seedlora\[|pip install (-\S+ )*'?\"?seedlora\b")
+    assert [str(path) for path, text in texts.items() if found.search(text)] == []
 
 
 @pytest.mark.slow

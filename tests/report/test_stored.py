@@ -107,7 +107,7 @@ def test_a_fault_in_the_report_does_not_lose_the_run(tiny_llama, tmp_path, capsy
 
     monkeypatch.setattr(terminal, "write_report", fail)
     assert train_into(tmp_path / "run", tiny_llama, "--merge", "soup", "--data.num_val", "0") == 0
-    assert "train.py: no report: RuntimeError: no ink; the run is whole" in capsys.readouterr().err
+    assert "no report: RuntimeError: no ink; the run is whole" in capsys.readouterr().err
     assert (tmp_path / "run" / "results.json").is_file()
     # Plain soup is the fused adapter: one label for both.
     found = facts(tmp_path / "run")

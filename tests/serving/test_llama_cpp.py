@@ -46,6 +46,8 @@ ROOT = Path(__file__).parents[2]
 ROUNDING = 2e-3
 #: The same where activations are rounded to bfloat16 before each product.
 ROUNDING_BF16 = 0.2
+#: It ends an answer at every token of its vocabulary that is known to end something, and transformers at the model's.
+ENDS = ("<|endoftext|>",)
 EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
 
 
@@ -138,7 +140,7 @@ def test_the_served_answers_are_the_products_own(model, record_property):
     base, run, odd, base_gguf = model
     folders = {"fused": run / "fused", "soup": run / "soup", "seed_1": run / "seed_1", "odd": odd}
     folders |= save_kinds(run.parent / "kinds", base, std=0.05 if base == str(embedded_folder()) else 0.3)
-    reference = Reference(base, folders)
+    reference = Reference(base, folders, ends=ENDS)
     prompts = prompts_of(reference)
     assert json.loads((run / "fused" / "adapter_config.json").read_text())["r"] in (24, 25)
     for name, folder in folders.items():
@@ -164,7 +166,7 @@ def test_rows_in_the_order_of_transformers_give_other_answers(model, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("seedlora.adapters.gguf_file._INTERLEAVED", set())
         assert main(["export", str(folder), "--gguf", str(out)]) == 0
-    reference = Reference(base, {"seed_3": folder})
+    reference = Reference(base, {"seed_3": folder}, ends=ENDS)
     prompts = prompts_of(reference)
     with served(folder, "--base_gguf", str(base_gguf)) as url:  # the file is newer than the adapter, so it is taken
         theirs = answers(EndpointGenerator(url, models={"seed_3": "seed_3"}, concurrency=1), "seed_3", prompts)
@@ -193,7 +195,7 @@ def served_adapter(folder: Path, base_gguf: Path) -> Iterator[str]:
 def test_a_run_is_served_whole_and_only_the_first_adapter_is_applied(model):
     """Left to itself the server would add all of them up; a request asks for another by its number."""
     base, run, _, base_gguf = model
-    reference = Reference(base, {"fused": run / "fused", "seed_2": run / "seed_2"})
+    reference = Reference(base, {"fused": run / "fused", "seed_2": run / "seed_2"}, ends=ENDS)
     prompts = prompts_of(reference)[:5]
     with served(run, "--base_gguf", str(base_gguf)) as url:
         theirs = answers(EndpointGenerator(url, models={"fused": "fused"}, concurrency=1), "fused", prompts)
@@ -220,7 +222,7 @@ def test_a_whole_model_by_llama_cpps_own_tools(model, llama_cpp, tmp_path):
     words = ["export", str(run / "fused"), "--gguf", str(out), "--into_base", "--llama_cpp", str(llama_cpp.folder)]
     assert main(words) == 0
     merged = merge_into_base([run / "fused"], base, tmp_path / "merged", method="soup")
-    reference = Reference(str(merged), {})
+    reference = Reference(str(merged), {}, ends=ENDS)
     prompts = prompts_of(reference)
     size = out.stat().st_size
     with served_file(out) as url:

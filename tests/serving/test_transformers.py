@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,8 +56,18 @@ def test_peft_answers_as_the_product(folders):
         check_same(reference, name, prompts, said, gap=ROUNDING)
 
 
+def with_its_base(adapter, folder, base):
+    """Put an adapter in one folder with its base model, the one form in which the server takes a local adapter."""
+    folder.mkdir(parents=True)
+    for file in Path(base).iterdir():
+        (folder / file.name).symlink_to(file)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).symlink_to(adapter / name)
+    return folder
+
+
 def test_the_server_of_transformers_answers_as_the_product(folders, tmp_path, monkeypatch):
-    """It takes adapters and whole models by their folders, the weights of DoRA's among them."""
+    """Adapters beside their base model's files, and a whole model; all by their folders."""
     folder = cache_of("transformers")
     make_or_skip("make_transformers.sh", folder)
     monkeypatch.setenv("PYTHONPATH", str(folder / "python"))
@@ -65,15 +76,16 @@ def test_the_server_of_transformers_answers_as_the_product(folders, tmp_path, mo
     reference = Reference(base, folders)
     prompts = prompts_of(reference)
     whole = merge_into_base([folders["fused"]], base, tmp_path / "whole", method="soup")
+    served = {name: with_its_base(path, tmp_path / "served" / name, base) for name, path in folders.items()}
+    served["whole"] = whole
     command = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", "--host", "127.0.0.1"]
     command += ["--port", port, "--device", "cpu", "--dtype", "float32"]
     with started(command, f"http://127.0.0.1:{port}") as url:
         theirs = {
-            name: [completion(url, prompt.text, model=str(path)) for prompt in prompts]
-            for name, path in (folders | {"whole": whole}).items()
+            name: [completion(url, prompt.text, model=str(path)) for prompt in prompts] for name, path in served.items()
         }
     merged = Reference(str(whole), {})
     for name, said in theirs.items():
-        check_same(
-            merged if name == "whole" else reference, "base" if name == "whole" else name, prompts, said, gap=ROUNDING
-        )
+        by, label = (merged, "base") if name == "whole" else (reference, name)
+        check_same(by, label, prompts, said, gap=ROUNDING)
+    assert theirs["fused"] != theirs["seed_1"]

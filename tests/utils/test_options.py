@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shlex
 
 import pytest
@@ -13,6 +15,7 @@ from seedlora.cli.train import main
 from seedlora.cli.train_words import expand_short_options
 from seedlora.utils.options import name_option, naming_options
 from tests.helpers.models import make_data, make_module
+from tests.helpers.paths import ROOT
 from tests.helpers.training import make_trainer
 
 VALUES = {
@@ -65,3 +68,32 @@ def test_the_same_refusals_name_arguments_in_python_and_options_on_the_command_l
     assert main([*options, "--trainer.max_epochs", "2"]) == 2
     wanted = "already holds a run; go on with it by --resume, or choose another --ensemble.dirpath\n"
     assert capsys.readouterr().err.endswith(wanted)
+
+
+#: A page that is stored, and commands: both have the command line's words for whoever reads them.
+ON_THE_COMMAND_LINE = ("seedlora/cli/", "seedlora/report/", "seedlora/scores/train_or_fuse.py")
+
+
+def sentences(tree):
+    """The strings of a module that hold a space and are no documentation."""
+    documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(node.body[0].value) for node in documented if isinstance(node.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from [node] if " " in node.value else []
+
+
+def test_no_sentence_names_an_option_by_hand():
+    """It would be in the words of one of the two readers alone."""
+    dotted, found = re.compile(r"(?<![\w./`])(model|data|trainer|ensemble)\.[a-z_]+\b(?!\()"), []
+    files = [path for room in ("seedlora", "callbacks", "datamodules") for path in (ROOT / room).rglob("*.py")]
+    assert len(files) > 150
+    for file in files:
+        name = file.relative_to(ROOT).as_posix()
+        if not name.startswith(ON_THE_COMMAND_LINE):
+            found += [
+                f"{name}:{node.lineno}: {node.value}"
+                for node in sentences(ast.parse(file.read_text()))
+                if dotted.search(node.value)
+            ]
+    assert found == []
