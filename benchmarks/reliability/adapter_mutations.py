@@ -105,7 +105,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, entries: Any) -> None:
-    (folder / CONFIG).write_text(json.dumps(entries), encoding="utf-8")
+    if not (folder / CONFIG).is_dir():  # changed before
+        (folder / CONFIG).write_text(json.dumps(entries), encoding="utf-8")
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from seedlora.model.tokenizer_files import TOKENIZER_FILES
 from seedlora.updates.factors import LoRAFactors
 from seedlora.utils.hub import local_folder
+from seedlora.utils.plain_data import from_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 #: How the adapter's training data was worded, so that it is evaluated and served with the same prompt.
@@ -140,8 +140,8 @@ def quantization_of(folder: Path) -> str:
     if not file.is_file():
         return "none"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        record = from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from None
     kind = record.get("quantization", "none") if isinstance(record, dict) else None
     if not isinstance(kind, str):

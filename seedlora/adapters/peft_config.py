@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from seedlora.adapters.config_keys import REPEATED_INITS, check_keys, init_kind
 from seedlora.adapters.targets import Targets
 from seedlora.updates.diagnostics import natural_sort_key
 from seedlora.utils.patterns import check_pattern, pattern_key
+from seedlora.utils.plain_data import from_json
 
 #: PEFT's task types, and its class that loads adapter and base model of each.
 PEFT_AUTO_CLASSES = {
@@ -138,7 +138,7 @@ def _read_entries(folder: Path) -> dict[str, Any]:
     """Read the file, which must hold an object of the type ``LORA``."""
     file = folder / CONFIG_NAME
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = from_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if is_model(folder):
             raise AdapterError(
@@ -148,7 +148,7 @@ def _read_entries(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}{_others_below(folder)}"
         ) from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from None
     if not isinstance(entries, dict) or entries.get("peft_type") != "LORA":
         kind = entries.get("peft_type") if isinstance(entries, dict) else type(entries).__name__

@@ -141,7 +141,8 @@ def read_adapter(
     _check_vectors(file, adapter, config)
     if base is not None:
         adapter = placed_on(adapter, file, base)
-        check_copies(copies, file, base)
+        if adapter.start is None:  # a start at the weights takes its part of them away
+            check_copies(copies, file, base)
     if base is not None and config.use_dora:
         for name in adapter.layers:
             base_key_of(file, adapter, name, base)

@@ -16,6 +16,7 @@ from seedlora.evaluation.samples import Candidate
 from seedlora.model.quantization import check_quantization
 from seedlora.names import BASE
 from seedlora.records.evaluation import WeightSettings
+from seedlora.utils.plain_data import from_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def _read_prompt(folder: Path) -> dict[str, object] | None:
     if not (file := folder / PROMPT_NAME).is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(record, dict):

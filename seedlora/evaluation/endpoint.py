@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from seedlora.evaluation.generate import LENGTH, STOPPED, Generation, OnDone, Prompt, cut_at_stop
+from seedlora.utils.plain_data import from_json
 
 _RETRIED_CODES = {408, 409, 425, 429, 500, 502, 503, 504}
 #: Seconds that a server may take to say which models it has: it has nothing to compute for that.
@@ -124,13 +125,13 @@ class EndpointGenerator:
             request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 - checked in __init__
             try:
                 with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
-                    answer: dict[str, Any] = json.loads(response.read())
+                    answer: dict[str, Any] = from_json(response.read())
                     return answer
             except urllib.error.HTTPError as error:
                 reason = f"{error.code}: {_message(error.read())}"
                 if error.code not in _RETRIED_CODES:
                     raise OSError(f"the server at {self.url} refused {path} ({reason})") from None
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < retries:
                 time.sleep(0.5 * 2**attempt * (0.5 + random.random()))  # noqa: S311 - spreads the requests
@@ -142,7 +143,7 @@ def _message(body: bytes) -> str:
     """Return what the server says of an error, however it wraps it."""
     text = body.decode("utf-8", errors="replace")
     try:
-        found = json.loads(text)
+        found = from_json(text)
         found = found.get("error", found)
         text = found.get("message", text) if isinstance(found, dict) else str(found)
     except (ValueError, AttributeError):

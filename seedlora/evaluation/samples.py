@@ -30,6 +30,7 @@ from seedlora.records.evaluation import (
     TaskSettings,
 )
 from seedlora.utils.files import write_text
+from seedlora.utils.plain_data import from_json
 
 SAMPLES_NAME = "samples.jsonl"
 #: What is left to do where a folder holds other samples; train.py has its folder below the run.
@@ -271,11 +272,11 @@ def _read_samples(file: Path) -> dict[SampleKey, SampleLine]:
     found, kept, lines = {}, [], file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for line in lines:
         try:
-            entry = json.loads(line) if line.endswith("\n") else None
+            entry = from_json(line) if line.endswith("\n") else None
             if entry is not None:
                 found[entry["task"], entry["adapter"], entry["item"]] = entry
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     if len(kept) < len(lines):
         write_text(file, "".join(kept))

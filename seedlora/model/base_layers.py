@@ -22,6 +22,7 @@ from seedlora.model.layer_names import LayerNames
 from seedlora.utils.files import atomic_file
 from seedlora.utils.hub import local_folder
 from seedlora.utils.places import user_cache
+from seedlora.utils.plain_data import from_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -95,7 +96,7 @@ def _known(folder: Path, _changed: int, task_type: str | None) -> BaseLayers | N
         file = None
     if file is not None:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not whole
-            return BaseLayers.of(json.loads(file.read_text(encoding="utf-8")))
+            return BaseLayers.of(from_json(file.read_text(encoding="utf-8")))
     if (description := _describe(folder, task_type)) is None:
         return None
     if file is not None:

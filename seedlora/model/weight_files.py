@@ -20,6 +20,7 @@ from torch import Tensor
 from seedlora.model.embedded import EMBEDDED, embedded_folder
 from seedlora.model.layer_names import LayerNames
 from seedlora.utils.hub import local_folder
+from seedlora.utils.plain_data import from_json
 
 #: What a model folder holds besides weights, by ``from_pretrained`` and tokenizers; other files are left behind.
 MODEL_FILES = (
@@ -315,8 +316,8 @@ def _other_weights(folder: Path) -> str:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object but {str(found)[:80]}")

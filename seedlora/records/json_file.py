@@ -12,6 +12,11 @@ from typing import Generic, NotRequired, TypeVar, Union, get_args, get_origin, g
 
 from seedlora.utils.files import write_text
 from seedlora.utils.places import without_home
+from seedlora.utils.plain_data import from_json
+
+#: The plain types, what JSON gives for them, and their names in a message.
+_PLAIN: Mapping[object, type | tuple[type, ...]] = {bool: bool, int: int, float: (int, float), str: str}
+_WORDS: Mapping[object, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 Content = TypeVar("Content", bound=Mapping[str, object])
 
@@ -59,8 +64,8 @@ class JSONFile(Generic[Content]):
             OSError: if it is not there.
         """
         try:
-            found: Content = json.loads(self._for_others(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
+            found: Content = from_json(self._for_others(path.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"{path} cannot be read: it holds no JSON object but {str(found)[:80]}")
@@ -95,8 +100,7 @@ class JSONFile(Generic[Content]):
 def find_fault(value: object, kind: object, place: str = "") -> str | None:
     """Return what of a JSON value is not as its type says, in words; ``None`` if nothing is.
 
-    Keys and their nesting are looked at, not the numbers and texts themselves. Keys that the type does not know are let
-    through: another version has written them.
+    Keys that the type does not know are let through: another version has written them.
 
     Args:
         value: as JSON gives it.
@@ -125,6 +129,8 @@ def find_fault(value: object, kind: object, place: str = "") -> str | None:
             return f"{place} is no list but {str(value)[:80]}"
         faults = [find_fault(each, get_args(kind)[0], f"{place}[{i}]") for i, each in enumerate(value)]
         return next((fault for fault in faults if fault is not None), None)
+    if kind in _PLAIN and (isinstance(value, bool) is not (kind is bool) or not isinstance(value, _PLAIN[kind])):
+        return f"{place} is no {_WORDS[kind]} but {str(value)[:80]!r}"
     return None
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypedDict
 
 from seedlora.names import SAMPLES_NAME
+from seedlora.utils.plain_data import from_json
 
 
 class Sample(TypedDict):
@@ -39,7 +39,7 @@ def read_samples(folder: Path) -> list[Sample]:
         return []
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
     try:
-        samples: list[Sample] = [json.loads(line) for line in lines]
+        samples: list[Sample] = [from_json(line) for line in lines]
         if all(set(Sample.__annotations__) <= set(sample) for sample in samples):
             return samples
     except (ValueError, TypeError) as error:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seedlora.adapters.adapter import is_trained
 from seedlora.names import FROM_PYTHON, FUSED, NO_CONTROLS, SOUP, is_replica
 from seedlora.records.cost import COST, CostRecord
@@ -20,6 +18,7 @@ from seedlora.records.training import EXCLUDED, TRAINED, TrainedRow
 from seedlora.run.sweep import planned_replicas
 from seedlora.training.replicas import Replica
 from seedlora.updates.diagnostics import natural_sort_key
+from seedlora.utils.plain_data import from_yaml
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,12 @@ def _read_options(folder: Path) -> GivenOptions:
     """Read the options that a run was started with."""
     file = folder / "config.yaml"
     try:
-        config: dict[str, Any] = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
-    except yaml.YAMLError as error:
+        config = (from_yaml(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    ensemble = config.get("ensemble", {})
+    ensemble = config.get("ensemble", {}) if isinstance(config, dict) else None
+    if not isinstance(ensemble, dict):
+        raise ValueError(f"{file} cannot be read: it holds no options of a run")
     return GivenOptions(
         known=bool(config),
         only_from_python=config.get(FROM_PYTHON),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from seedlora.names import FUSED, TRAINED_CONTROLS
 from seedlora.records.report import TrainingCurves
+from seedlora.utils.plain_data import from_json
 
 #: Points of a curve; longer ones are averaged over equal stretches.
 POINTS = 200
@@ -34,12 +34,14 @@ def training_curves(run: Path, seeds: Sequence[str], merged: str) -> TrainingCur
         own_validation: dict[str, list[list[float]]] = {}
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                entry = from_json(line)
+            except ValueError:
                 continue  # a crash left it unfinished
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                continue
             for curves, prefix in ((own_train, "train/loss_"), (own_validation, "val/loss_")):
                 for key, value in entry.items():
-                    if key.startswith(prefix) and math.isfinite(value):
+                    if key.startswith(prefix) and isinstance(value, int | float) and math.isfinite(value):
                         curves.setdefault(key.removeprefix(prefix), []).append([entry["step"] + 1, value])
         # A seed that was begun in another stack was trained anew; the last pass's fused adapter holds all seeds.
         train |= own_train

@@ -49,7 +49,13 @@ def test_what_is_written_is_read(tmp_path):
         (json.dumps(GOOD | {"parts": {"a": {"n": 1}}}), r"parts\.a is no list but \{'n': 1\}$"),
         (json.dumps(GOOD | {"perhaps": {"m": 1}}), r"it has no perhaps\.n$"),
         (json.dumps(GOOD | {"part": 7}), "part is no object but 7$"),
-        ("[" * 100_000, "maximum recursion depth"),
+        (json.dumps(GOOD | {"part": {"n": "1"}}), r"part\.n is no whole number but '1'$"),
+        (json.dumps(GOOD | {"part": {"n": True}}), r"part\.n is no whole number but 'True'$"),
+        (
+            json.dumps(GOOD | {"parts": {"a": [{"n": 1, "more": [2.5]}]}}),
+            r"parts\.a\[0\]\.more\[0\] is no whole number",
+        ),
+        ("[" * 100_000, "it is nested too deeply"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_its_fault(tmp_path, content, fault):

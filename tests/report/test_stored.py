@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import pytest
 import yaml
 
 from seedlora.adapters import adapter as adapter_file
@@ -14,7 +15,8 @@ from seedlora.merge import record
 from seedlora.report import terminal
 from seedlora.report.facts import facts
 from seedlora.report.figures import figures
-from seedlora.report.training_curves import POINTS
+from seedlora.report.stored import _read_options
+from seedlora.report.training_curves import POINTS, training_curves
 from tests.helpers.report_runs import SEEDS, train_into, written_text
 
 
@@ -131,3 +133,20 @@ def test_curves_of_several_passes_are_joined_and_thinned(run):
     assert training["train"]["seed_42"] == [[2.0 * (i + 1), 3.5] for i in range(POINTS)]
     # Seed 11 came last, and with it the fused adapter of all; what is not finite is no point.
     assert training["validation"] == {"fused": [[2 * POINTS, 2.0]]}
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, "[1]", '{"step": null, "val/loss_seed_1": 1}', '{"step": 3, "val/loss_seed_1": "x"}']
+)
+def test_lines_of_a_metrics_file_that_say_nothing_are_left_out(tmp_path, line):
+    whole = '{"step": 1, "val/loss_seed_1": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + line + "\n" + whole)
+    curves = training_curves(tmp_path, seeds=["seed_1"], merged="soup")
+    assert curves["validation"] == {"seed_1": [[2, 0.5], [2, 0.5]]}
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, "- 1", "ensemble: 3"])
+def test_options_that_cannot_be_read_are_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read: "):
+        _read_options(tmp_path)

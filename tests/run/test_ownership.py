@@ -137,9 +137,10 @@ def test_who_dies_while_it_replaces_an_owner_is_replaced_too(tmp_path, other):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_is_left_of_an_owner_and_cannot_be_read_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", [None, {"process": ""}])
+def test_what_is_left_of_an_owner_and_cannot_be_read_is_named(tmp_path, monkeypatch, changed):
     monkeypatch.setattr(ownership, "_PATIENCE", 0.1)
-    (tmp_path / "owner.json").write_text("")
+    (tmp_path / "owner.json").write_text("" if changed is None else json.dumps(record(os.getpid()) | changed))
     message = rf"{re.escape(str(tmp_path))}/owner\.json cannot be read: .*; remove it if no process is at work in"
     with pytest.raises(ValueError, match=message):
         take_folder(tmp_path)
