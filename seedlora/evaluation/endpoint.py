@@ -19,6 +19,8 @@ _RETRIED_CODES = {408, 409, 425, 429, 500, 502, 503, 504}
 #: Seconds that a server may take to say which models it has: it has nothing to compute for that.
 _MODELS_TIMEOUT = 10.0
 KEY_VARIABLE = "SEEDLORA_ENDPOINT_KEY"
+#: What the protocol takes in one request; vLLM refuses more.
+_MOST_STOPS = 4
 
 
 class EndpointGenerator:
@@ -83,7 +85,7 @@ class EndpointGenerator:
                 "temperature": 0,
             }
             if stops:
-                request["stop"] = list(stops)
+                request["stop"] = stops_to_send(stops)
             if not prompt.add_special_tokens:
                 request["add_special_tokens"] = False
             answer = self._request("/v1/completions", request)
@@ -137,6 +139,18 @@ class EndpointGenerator:
                 time.sleep(0.5 * 2**attempt * (0.5 + random.random()))  # noqa: S311 - spreads the requests
         tried = f"; {retries + 1} attempts" if retries else ""
         raise OSError(f"the server at {self.url} does not answer {path} ({reason}{tried})")
+
+
+def stops_to_send(stops: Sequence[str]) -> list[str]:
+    """Return the stops that a server is told: at most four, and none that holds another, where that one stops already.
+
+    A text is cut at every stop when it is here; a server that knows fewer of them only says more before it is.
+
+    >>> stops_to_send(["Instruction:", "Instruction", "Q:", "A:", "END", "###"])
+    ['Instruction', 'Q:', 'A:', 'END']
+    """
+    needed = [stop for stop in stops if not any(other != stop and other in stop for other in stops)]
+    return needed[:_MOST_STOPS]
 
 
 def _message(body: bytes) -> str:
