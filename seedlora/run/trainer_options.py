@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from seedlora.distributed.lightning_internals import is_barebones, uses_distributed_sampler
 from seedlora.run.budget import ReplicaBudget, limited_batches, steps_per_epoch
 from seedlora.run.stack_data import StackDataModule
-from seedlora.utils.options import name_option
+from seedlora.utils.options import name_option, name_options
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -122,7 +122,7 @@ def _min_steps(fit: Fit) -> str | None:
 def _val_check_interval(fit: Fit) -> str | None:
     every = fit.trainer.val_check_interval
     if isinstance(every, int | float) and every <= 0:
-        return f"{name_option('trainer.val_check_interval', every)} is no interval{_NO_VALIDATION}"
+        return f"{name_option('trainer.val_check_interval', every)} is no interval; {_no_validation()}"
     within_epoch = isinstance(every, int) and fit.trainer.check_val_every_n_epoch is not None
     if not within_epoch or every <= fit.batches or not fit.val_batches:
         return None
@@ -168,7 +168,7 @@ def _check_val(fit: Fit) -> str | None:
     every = fit.trainer.check_val_every_n_epoch
     if every is None or every >= 1:
         return None
-    return f"{name_option('trainer.check_val_every_n_epoch', every)}: give at least 1{_NO_VALIDATION}"
+    return f"{name_option('trainer.check_val_every_n_epoch', every)}: give at least 1; {_no_validation()}"
 
 
 def _callbacks(fit: Fit) -> str | None:
@@ -177,7 +177,7 @@ def _callbacks(fit: Fit) -> str | None:
         # Lightning's own, or one made from it; by name, as some are not in every release.
         kinds = {kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("lightning.")}
         if reason := next((why for name, why in _REFUSED_CALLBACKS.items() if name in kinds), None):
-            return f"{type(callback).__name__} {reason}"
+            return f"{type(callback).__name__} {name_options(reason)}"
     return _monitors(fit)
 
 
@@ -196,18 +196,21 @@ def _monitors(fit: Fit) -> str | None:
     return None
 
 
-_NO_VALIDATION = "; trainer.limit_val_batches 0 switches validation off"
+def _no_validation() -> str:
+    return f"{name_option('trainer.limit_val_batches', 0)} switches validation off"
+
+
 _OF_ALL = "changes what all replicas of a stack share, so that none would be as it is alone"
-#: Callbacks of Lightning's that do not go with replicas, and what to do.
+#: Callbacks of Lightning's that do not go with replicas, and what to do, for `name_options`.
 _REFUSED_CALLBACKS: Mapping[str, str] = {
     "GradientAccumulationScheduler": "changes how many batches a step takes, from which the steps of each seed were "
-    "counted; set trainer.accumulate_grad_batches",
-    "BatchSizeFinder": f"{_OF_ALL}; set data.batch_size (--plan shows the memory)",
-    "LearningRateFinder": f"{_OF_ALL}; ensemble.sweep tries several learning rates at once",
-    "StochasticWeightAveraging": f"{_OF_ALL}; ensemble.ema averages the weights of each replica",
-    "WeightAveraging": f"{_OF_ALL}; ensemble.ema averages the weights of each replica",
+    "counted; set {trainer.accumulate_grad_batches}",
+    "BatchSizeFinder": f"{_OF_ALL}; set {{data.batch_size}} (--plan shows the memory)",
+    "LearningRateFinder": f"{_OF_ALL}; {{ensemble.sweep}} tries several learning rates at once",
+    "StochasticWeightAveraging": f"{_OF_ALL}; {{ensemble.ema}} averages the weights of each replica",
+    "WeightAveraging": f"{_OF_ALL}; {{ensemble.ema}} averages the weights of each replica",
     "ModelPruning": f"{_OF_ALL}; merge methods such as dare and ties make updates sparse",
-    "BaseFinetuning": f"{_OF_ALL}; model.target_modules and model.modules_to_save say what is trained",
+    "BaseFinetuning": f"{_OF_ALL}; {{model.target_modules}} and {{model.modules_to_save}} say what is trained",
 }
 _PASSED = TrainerOption(PASSED, "")
 #: By name, in the order of Trainer's signature.

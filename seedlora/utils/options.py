@@ -6,6 +6,7 @@ That is as Python has it, except inside :func:`naming_options`, where a command 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,3 +61,13 @@ def name_option(name: str, value: object = UNSET) -> str:
         '--ensemble.resume'
     """
     return _NAMING.get()(name, value)
+
+
+def name_options(sentence: str) -> str:
+    """Return a sentence that was written down before it has a reader, with its options in the reader's words.
+
+    Example:
+        >>> name_options("{ensemble.ema} averages the weights of each replica")
+        'ema averages the weights of each replica'
+    """
+    return re.sub(r"\{([a-z_]+(?:\.[a-z_]+)+)\}", lambda found: name_option(found[1]), sentence)

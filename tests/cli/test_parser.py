@@ -136,7 +136,7 @@ def test_a_config_that_cannot_be_read_is_named(capsys, content):
     ):
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.fullmatch(rf"train\.py: error: here/config\.yaml cannot be read: [^;]+{instead}", line)
+        assert re.fullmatch(rf"error: here/config\.yaml cannot be read: [^;]+{instead}", line)
 
 
 @pytest.mark.parametrize(

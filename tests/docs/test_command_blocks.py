@@ -84,7 +84,7 @@ def test_a_wrong_option_fails(words, here, train_parser):
 
 
 def test_a_wrong_option_of_a_command_fails(here, train_parser):
-    with pytest.raises(ValueError, match="unrecognized arguments: --methd"):
+    with pytest.raises(ValueError, match="unknown option --methd; did you mean --method"):
         read(Shown("page", ("python", "-m", "seedlora", "merge", "A", "--methd", "soup", "--out", "o")), train_parser)
 
 

@@ -68,13 +68,13 @@ REFUSALS = {
     **{
         type(callback).__name__: ({"callbacks": callback}, f"{type(callback).__name__} changes .*; {instead}")
         for callback, instead in (
-            (GradientAccumulationScheduler({0: 2}), "set trainer.accumulate_grad_batches"),
-            (BatchSizeFinder(), "set data.batch_size"),
-            (LearningRateFinder(), "ensemble.sweep tries"),
-            (StochasticWeightAveraging(0.1), "ensemble.ema averages"),
-            (EMAWeightAveraging(), "ensemble.ema averages"),
+            (GradientAccumulationScheduler({0: 2}), "set accumulate_grad_batches"),
+            (BatchSizeFinder(), "set batch_size"),
+            (LearningRateFinder(), "sweep tries"),
+            (StochasticWeightAveraging(0.1), "ema averages"),
+            (EMAWeightAveraging(), "ema averages"),
             (ModelPruning("l1_unstructured"), "merge methods such as dare"),
-            (BackboneFinetuning(), "model.target_modules and"),
+            (BackboneFinetuning(), "target_modules and"),
         )
     },
     "monitor": (
