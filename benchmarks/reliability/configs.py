@@ -187,6 +187,8 @@ def _not_obeyed(work: Path, changed: dict[str, Any]) -> list[str]:
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     wrong = []
     for path, value in changed.items():
+        if path == "seed_everything" and str(value).lower() == "true":  # Lightning chooses one
+            continue
         stored: Any = found
         for key in path.split("."):
             stored = stored.get(key) if isinstance(stored, dict) else None

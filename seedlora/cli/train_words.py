@@ -116,6 +116,9 @@ def check_config(file: Path, instead: str = "") -> None:
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")
     if _size(found, {}) > MOST_VALUES:
         raise UsageError(f"{file} cannot be read: with its aliases (&, *) it holds more than {MOST_VALUES:,} values")
+    for option in ("config", "help", "print_config"):
+        if option in found:
+            raise UsageError(f"{file}: {option} is an option of the command line and none of a file; take it out")
     if why := found.get(FROM_PYTHON):
         raise UsageError(f"{file} records a run from Python, which train.py cannot start: {why}")
     for section in ("trainer", "model", "data", "ensemble", "evaluate"):

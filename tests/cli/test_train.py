@@ -154,7 +154,17 @@ def test_fast_dev_run_takes_a_step_and_writes_nothing(tiny_llama):
 
 @pytest.mark.parametrize(
     "text",
-    ["trainer: -1", "ensemble: []", "model: 3.5", "evaluate: true", "data: [1]", "[" * 5000, BOMB, "model: &a {r: *a}"],
+    [
+        "trainer: -1",
+        "ensemble: []",
+        "model: 3.5",
+        "evaluate: true",
+        "data: [1]",
+        "[" * 5000,
+        BOMB,
+        "model: &a {r: *a}",
+        "config: 1",
+    ],
 )
 def test_a_file_of_options_that_holds_something_else_is_one_sentence(text, tmp_path, capsys):
     file = tmp_path / "options.yaml"
