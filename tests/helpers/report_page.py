@@ -241,7 +241,7 @@ def run_tables(found, meaning):
     add("adapter|score|loss on training rows|loss of the last steps|tokens", adapters)
     ends = found["training"]["ends"].items()
     rows = [[k, str(e["step"]), format(e["last"], ".4f"), format(e["lowest"], ".4f")] for k, e in ends]
-    add("adapter|last step|validation loss|lowest", rows)
+    add("adapter|after step|validation loss|lowest", rows)
     weights = found["weights"]
     rows = zip(found["trained"], weights["cosines"], strict=True)
     add(["cosine", *found["trained"]], [[seed, *(format(v, ".3f") for v in row)] for seed, row in rows])

@@ -155,12 +155,13 @@ def test_resized_vocabularies_do_not_go_into_the_base(adapters_of, edited_copy, 
 def test_a_tied_base_is_not_changed_twice(targets, said, tmp_path):
     """The adapter's update is of the embedding alone; in the base's one matrix it would be of the head as well."""
     config = LlamaConfig(**(one_layer_llama().config.to_dict() | {"tie_word_embeddings": True}))
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     entries = json.loads(file.read_text())
     assert entries.pop("tie_word_embeddings")
     file.write_text(json.dumps(entries | said))
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**(PLAIN | targets), task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(**(PLAIN | targets), task_type="CAUSAL_LM"))
     move_trained(model, 1)
     model.save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterError, match="what is added to model.embed_tokens.* would change both"):

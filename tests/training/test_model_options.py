@@ -6,7 +6,7 @@ import inspect
 from dataclasses import fields
 
 import pytest
-from transformers import MixtralConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from seedlora.training.model_options import ModelOptions
 from seedlora.training.module import SeedLoRAModule
@@ -112,7 +112,8 @@ def test_what_cannot_be_trained_in_full_is_refused_before_anything_loads(tiny_ll
 
 def test_experts_do_not_see_their_rows_in_order(tiny_llama, tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    MixtralConfig(vocab_size=257, **size).save_pretrained(tmp_path)
+    config = MixtralConfig(vocab_size=257, num_local_experts=2, **size)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="mlp.experts of base model .* does not see whole rows in their order"):
         make_module(str(tmp_path), modules_to_save=["experts"], target_modules=["q_proj"]).options.check()
 
