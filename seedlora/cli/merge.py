@@ -28,6 +28,7 @@ from seedlora.merge.method_table import PYTHON_ONLY
 from seedlora.merge.registry import METHODS, make_rule
 from seedlora.names import GREEDY
 from seedlora.records.fusion import FUSION, FusionRecord
+from seedlora.utils.plain_data import from_json
 from seedlora.utils.progress import plain_console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -246,9 +247,9 @@ def _print_compression(console: Console, method: str, record: FusionRecord, *, i
 
 def _parse_value(text: str) -> object:
     """Read a word of the command line as JSON, a number, such as ``.2``, or numbers with commas; else as text."""
-    for read in (json.loads, float, lambda words: [float(word) for word in words.split(",")]):
+    for read in (from_json, float, lambda words: [float(word) for word in words.split(",")]):
         try:
             return read(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
     return text

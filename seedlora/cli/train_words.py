@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from seedlora.cli.command_parser import with_underscores
 from seedlora.cli.errors import UsageError
 from seedlora.cli.last_net import with_home
@@ -19,6 +17,7 @@ from seedlora.cli.option_words import BARE, SHORT
 from seedlora.cli.train_help import check_option
 from seedlora.merge.method_table import check_ensemble_merge, check_method
 from seedlora.names import FROM_PYTHON
+from seedlora.utils.plain_data import from_yaml
 
 #: Options that take a list of names or numbers, which may be given as ``A,B`` too.
 LISTS = ("--ensemble.seeds", "--model.target_modules", "--model.modules_to_save")
@@ -109,8 +108,8 @@ def check_config(file: Path, instead: str = "") -> None:
     if not file.is_file():
         return
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        found = from_yaml(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise UsageError(f"{file} cannot be read: {error}{instead}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read: it holds no options{instead}")

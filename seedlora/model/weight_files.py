@@ -5,7 +5,6 @@ Shape legend: ``D`` output features, ``K`` input features, ``P`` rows of one blo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from functools import cached_property
@@ -183,8 +182,8 @@ class WeightFiles:
         """Return the shape that a tensor has in the model, from the file's header or a 4-bit weight's description."""
         if (state := self._state_key(key)) is not None:
             try:
-                return tuple(map(int, json.loads(bytes(self.tensor(state).tolist()))["shape"]))
-            except (ValueError, TypeError, KeyError, RecursionError):
+                return tuple(map(int, from_json(bytes(self.tensor(state).tolist()))["shape"]))
+            except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{self.files[state]}: '{state}' does not describe a 4-bit weight") from None
         return tuple(self._handle(self.files[key]).get_slice(key).get_shape())
 
